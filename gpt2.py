@@ -1,0 +1,548 @@
+"""GPT-2: configuration, parameters, forward, backward, AdamW, the cache for decoding, loading and saving.
+
+Read kernels/cpu.py first: it has every operation that is strung together here. Read train.py next: it feeds
+the model. The network is that of Radford et al., "Language models are unsupervised multitask learners"
+(2019); names and shapes of the parameters are those of Hugging Face's GPT-2, so checkpoints go there and
+come from there.
+
+  B batch   T time   C channels = n_embd   L layers   NH heads   HS head size   V vocabulary   Vp V padded to
+  128
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+import kernels
+from console import UserError
+
+# ------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclasses.dataclass
+class GPT2Config:
+    """The sizes of a model, under Hugging Face's names; the defaults are GPT-2 small's."""
+
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_positions: int = 1024
+    vocab_size: int = 50257
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
+
+    @property
+    def padded_vocab_size(self):
+        """Rows of wte in memory: a multiple of 128 keeps the matrix products of the classifier aligned."""
+        return -(-self.vocab_size // 128) * 128
+
+    def shapes(self):
+        """{name: shape} of every parameter, in Hugging Face's order; weights of products are (in, out)."""
+        C, shapes = self.n_embd, {}
+        shapes["wte.weight"] = (self.vocab_size, C)
+        shapes["wpe.weight"] = (self.n_positions, C)
+        for i in range(self.n_layer):
+            for name, shape in {
+                "ln_1": (C,),
+                "attn.c_attn": (C, 3 * C),
+                "attn.c_proj": (C, C),
+                "ln_2": (C,),
+                "mlp.c_fc": (C, 4 * C),
+                "mlp.c_proj": (4 * C, C),
+            }.items():
+                shapes[f"h.{i}.{name}.weight"] = shape
+                shapes[f"h.{i}.{name}.bias"] = shape[-1:]
+        shapes["ln_f.weight"] = shapes["ln_f.bias"] = (C,)
+        return shapes
+
+    def n_params(self):
+        return sum(int(np.prod(shape)) for shape in self.shapes().values())
+
+    def flops_per_token(self, T):
+        """Of forward and backward at context T: six for each parameter that multiplies (all but wpe), and causal
+        attention's two products, 2 T C / 2 multiplications each and layer, forward once and backward twice."""
+        return 6 * (self.n_params() - self.n_positions * self.n_embd) + 6 * self.n_layer * self.n_embd * T
+
+    def memory(self, B, T, itemsize=4):
+        """Bytes that training takes: {what: bytes} for a micro-batch of B rows of T tokens."""
+        n = self.n_params()
+        head = self.padded_vocab_size * self.n_embd * itemsize
+        activations = (
+            sum(int(np.prod(s)) for _, s in activation_shapes(self, B, T, self.n_layer, True)) * itemsize
+        )
+        return {"parameters": n * itemsize, "gradients": n * itemsize + head, "moments": 2 * n * itemsize} | {
+            "activations": activations + chunk_rows(self, B * T) * self.padded_vocab_size * itemsize
+        }
+
+
+PRESETS = {  # GPT-2's four sizes by their depth, and one that a laptop trains in minutes
+    "tiny": dict(n_layer=6, n_head=6, n_embd=192),
+    "d12": dict(n_layer=12, n_head=12, n_embd=768),
+    "d24": dict(n_layer=24, n_head=16, n_embd=1024),
+    "d36": dict(n_layer=36, n_head=20, n_embd=1280),
+    "d48": dict(n_layer=48, n_head=25, n_embd=1600),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Buffers
+
+
+def carve(buffer, shapes):
+    """Cut {name: view} out of a flat buffer, one view behind the other. shapes: [(name, shape)]."""
+    views, start = {}, 0
+    for name, shape in shapes:
+        length = int(np.prod(shape))
+        views[name] = buffer[start : start + length].reshape(shape)
+        start += length
+    return views
+
+
+def activation_shapes(config, B, T, layers, backward):
+    """[(name, shape)] of what a forward pass of `layers` layers keeps, and of what backward needs besides."""
+    C, NH = config.n_embd, config.n_head
+    shapes = [("embedded", (B, T, C))]
+    for i in range(layers):
+        widths = dict(ln_1=C, qkv=3 * C, att=C, mid=C, ln_2=C, pre=4 * C, act=4 * C, out=C)
+        shapes += [(f"{i}.{name}", (B, T, width)) for name, width in widths.items()]
+        shapes += [(f"{i}.{name}", (B, T)) for name in ("mean_1", "rstd_1", "mean_2", "rstd_2")]
+        shapes.append((f"{i}.lse", (B, NH, T)))
+    shapes += [("ln_f", (B, T, C)), ("mean_f", (B, T)), ("rstd_f", (B, T))]
+    if backward:
+        widths = dict(dx=C, dln=C, datt=C, dqkv=3 * C, dpre=4 * C, dln_f=C)
+        shapes += [(name, (B, T, width)) for name, width in widths.items()]
+    return shapes
+
+
+def chunk_rows(config, rows):
+    """How many of the N = B * T rows of logits exist at once: the whole (N, V) would dwarf everything else."""
+    return min(rows, max(256, (1 << 22) // config.padded_vocab_size))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class GPT2:
+    """A GPT-2 on one device. params and grads are {name: view} into one flat buffer each.
+
+    Raises UserError for settings that do not exist.
+    """
+
+    def __init__(self, config, device="cpu", dtype="float32", seed=42):
+        self.config, self.device, self.dtype = config, device, dtype
+        self.ops = kernels.load(device)
+        if dtype not in self.ops.DTYPES:
+            raise UserError(
+                f"dtype {dtype} does not exist on {device}; there is {', '.join(self.ops.DTYPES)}"
+            )
+        self.type = self.ops.DTYPES[dtype]
+        # Matrices come first in the flat buffers: weight decay is for them alone (n_decayed elements).
+        Vp, C = config.padded_vocab_size, config.n_embd
+        padded = config.shapes() | {"wte.weight": (Vp, C)}
+        self.layout = sorted(padded.items(), key=lambda item: len(item[1]) == 1)
+        n = sum(int(np.prod(shape)) for _, shape in self.layout)
+        self.n_decayed = sum(int(np.prod(shape)) for _, shape in self.layout if len(shape) == 2)
+        self.flat_params, self.flat_grads = self.ops.zeros(n, self.type), self.ops.zeros(n, self.type)
+        self.params, self.grads = carve(self.flat_params, self.layout), carve(self.flat_grads, self.layout)
+        self.wte, self.dwte = self.params["wte.weight"], self.grads["wte.weight"]  # (Vp, C), with the padding
+        self.params["wte.weight"], self.grads["wte.weight"] = (
+            self.wte[: config.vocab_size],
+            self.dwte[: config.vocab_size],
+        )
+        self.dwte_head = None  # (Vp, C): the classifier's share of dwte between forward and backward
+        self.buffers = {}  # activations, by what they are for
+        self.pending = None  # tokens of the forward pass that backward belongs to
+        if seed is not None:
+            self._initialise(seed)
+
+    def _initialise(self, seed):
+        """N(0, 0.02); the projections into the residual stream by 1 / sqrt(2 L), as there are 2 L of them."""
+        rng = np.random.default_rng(seed)
+        for name, shape in self.config.shapes().items():
+            if name.endswith(".bias"):
+                continue  # zero
+            if len(shape) == 1:
+                value = np.ones(shape, np.float32)
+            else:
+                value = rng.standard_normal(shape, np.float32)
+                value *= 0.02 / (2 * self.config.n_layer) ** (0.5 if name.endswith("c_proj.weight") else 0)
+            self.params[name][...] = self.ops.to_device(value.astype(self.type))
+
+    def _activations(self, purpose, B, T, layers, backward=False):
+        """The arrays of a pass of this shape, a.name and a.layers[i].name, cut from one buffer that only grows."""
+        buffer, a, shape = self.buffers.get(purpose, (None, None, None))
+        if shape != (B, T):
+            shapes = activation_shapes(self.config, B, T, layers, backward)
+            needed = sum(int(np.prod(s)) for _, s in shapes)
+            if buffer is None or len(buffer) < needed:
+                buffer = self.ops.empty(needed, self.type)
+            views = carve(buffer, shapes)
+            a = SimpleNamespace(**{name: view for name, view in views.items() if "." not in name})
+            a.layers = [
+                SimpleNamespace(**{n[len(k) :]: view for n, view in views.items() if n.startswith(k)})
+                for k in (f"{i}." for i in range(layers))
+            ] * (self.config.n_layer // layers)  # with one layer kept, all layers write the same arrays
+            self.buffers[purpose] = buffer, a, (B, T)
+        return a
+
+    def _checked(self, tokens, limit=None):
+        """tokens as an int32 array (B, T) on the device, all of them in the vocabulary."""
+        tokens = np.ascontiguousarray(tokens, np.int32)
+        if tokens.ndim != 2 or tokens.size == 0:
+            raise ValueError(f"tokens are (B, T), not {tokens.shape}")
+        if tokens.shape[1] > (limit or self.config.n_positions):
+            raise UserError(f"{tokens.shape[1]} tokens do not fit the context of {self.config.n_positions}")
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            bad = tokens.max() if tokens.max() >= self.config.vocab_size else tokens.min()
+            raise UserError(f"token {bad} is not in the model's vocabulary of {self.config.vocab_size}")
+        return self.ops.to_device(tokens)
+
+    # -- forward and backward ------------------------------------------------------------------------------
+
+    def _parameters(self, name):
+        return self.params[name + ".weight"], self.params[name + ".bias"]
+
+    def _gradients(self, name):
+        return self.params[name + ".weight"], self.grads[name + ".weight"], self.grads[name + ".bias"]
+
+    def _blocks(self, a, tokens, attention, offsets=None):
+        """The transformer itself: tokens (B, T) -> a.ln_f (B, T, C). attention(i, s) makes s.att from s.qkv."""
+        ops, x = self.ops, a.embedded  # x (B, T, C) is the residual stream
+        ops.encoder_forward(x, tokens, self.wte, self.params["wpe.weight"], offsets)
+        for i, s in enumerate(a.layers):
+            ops.layernorm_forward(s.ln_1, s.mean_1, s.rstd_1, x, *self._parameters(f"h.{i}.ln_1"))
+            ops.matmul_forward(s.qkv, s.ln_1, *self._parameters(f"h.{i}.attn.c_attn"))  # (B, T, 3C)
+            attention(i, s)  # (B, T, C)
+            ops.matmul_residual_forward(s.mid, s.att, *self._parameters(f"h.{i}.attn.c_proj"), x)
+            ops.layernorm_forward(s.ln_2, s.mean_2, s.rstd_2, s.mid, *self._parameters(f"h.{i}.ln_2"))
+            ops.matmul_gelu_forward(s.act, s.pre, s.ln_2, *self._parameters(f"h.{i}.mlp.c_fc"))  # (B, T, 4C)
+            ops.matmul_residual_forward(s.out, s.act, *self._parameters(f"h.{i}.mlp.c_proj"), s.mid)
+            x = s.out
+        ops.layernorm_forward(a.ln_f, a.mean_f, a.rstd_f, x, *self._parameters("ln_f"))
+
+    def _causal(self, i, s):
+        self.ops.attention_forward(s.att, s.lse, s.qkv, self.config.n_head)
+
+    def _chunks(self, rows):
+        """Buffers for logits (n, Vp), and the rows of N = B * T that each is for."""
+        n = chunk_rows(self.config, rows)
+        buffer = self.buffers.get("logits")
+        if buffer is None or len(buffer) < n:
+            buffer = self.buffers["logits"] = self.ops.empty((n, self.config.padded_vocab_size), self.type)
+        for start in range(0, rows, n):
+            yield buffer[: min(n, rows - start)], slice(start, min(start + n, rows))
+
+    def forward(self, tokens, targets, weights=None):
+        """The loss of every token, (B, T) float32, for tokens and targets (B, T).
+
+        backward() will differentiate sum(weights * losses); weights (B, T) default to 1 / (B T) each. The
+        logits exist only for a chunk of rows at a time: each chunk becomes losses and gradients before the
+        next.
+        """
+        ops, V, C = self.ops, self.config.vocab_size, self.config.n_embd
+        tokens, targets = self._checked(tokens), self._checked(targets)
+        B, T = tokens.shape
+        if weights is None:
+            weights = np.full((B, T), 1 / (B * T))
+        if targets.shape != (B, T) or np.shape(weights) != (B, T):
+            raise ValueError(f"tokens {(B, T)}, targets {targets.shape}, weights {np.shape(weights)} differ")
+        weights = ops.to_device(np.asarray(weights, self.type).reshape(-1))  # (N,)
+        self.pending = None
+        a = self._activations("training", B, T, self.config.n_layer, backward=True)
+        self._blocks(a, tokens, self._causal)
+        if self.dwte_head is None:
+            self.dwte_head = ops.empty(self.wte.shape, self.type)
+        self.dwte_head.fill(0)
+        losses, targets = ops.empty(B * T, self.type), targets.reshape(-1)
+        x, dx = a.ln_f.reshape(-1, C), a.dln_f.reshape(-1, C)
+        for z, rows in self._chunks(B * T):
+            ops.matmul_forward(z, x[rows], self.wte.T, None)  # (n, Vp) logits
+            ops.classifier(
+                losses[rows], z, targets[rows], weights[rows], self.config.vocab_size
+            )  # now dlogits
+            ops.matmul_backward(dx[rows], self.dwte_head.T, None, z, x[rows], self.wte.T)
+        self.pending = tokens
+        return losses.reshape(B, T)
+
+    def backward(self):
+        """Add the gradients of the last forward pass to grads: forward, read from its end to its beginning."""
+        if self.pending is None:
+            raise RuntimeError("backward() follows one forward(tokens, targets)")
+        tokens, self.pending = self.pending, None
+        a, ops = self._activations("training", *tokens.shape, self.config.n_layer, backward=True), self.ops
+        ops.residual_forward(self.dwte, self.dwte, self.dwte_head)
+        inputs = [a.embedded] + [s.out for s in a.layers]  # of each layer, and of ln_f
+        a.dx.fill(0)  # (B, T, C), the gradient of the residual stream
+        w, dw, db = self._gradients("ln_f")
+        ops.layernorm_backward(a.dx, dw, db, a.dln_f, inputs[-1], w, a.mean_f, a.rstd_f)
+        for i, s in reversed(list(enumerate(a.layers))):
+            w, dw, db = self._gradients(f"h.{i}.mlp.c_proj")
+            ops.matmul_gelu_backward(a.dpre, dw, db, a.dx, s.act, w, s.pre)  # (B, T, 4C)
+            w, dw, db = self._gradients(f"h.{i}.mlp.c_fc")
+            ops.matmul_backward(a.dln, dw, db, a.dpre, s.ln_2, w)  # (B, T, C)
+            w, dw, db = self._gradients(f"h.{i}.ln_2")
+            ops.layernorm_backward(a.dx, dw, db, a.dln, s.mid, w, s.mean_2, s.rstd_2)
+            w, dw, db = self._gradients(f"h.{i}.attn.c_proj")
+            ops.matmul_backward(a.datt, dw, db, a.dx, s.att, w)  # (B, T, C)
+            ops.attention_backward(a.dqkv, a.datt, s.att, s.lse, s.qkv, self.config.n_head)  # (B, T, 3C)
+            w, dw, db = self._gradients(f"h.{i}.attn.c_attn")
+            ops.matmul_backward(a.dln, dw, db, a.dqkv, s.ln_1, w)  # (B, T, C)
+            w, dw, db = self._gradients(f"h.{i}.ln_1")
+            ops.layernorm_backward(a.dx, dw, db, a.dln, inputs[i], w, s.mean_1, s.rstd_1)
+        ops.encoder_backward(self.dwte, self.grads["wpe.weight"], a.dx, tokens)
+
+    # -- evaluation and decoding -----------------------------------------------------------------------------
+
+    def losses(self, tokens, targets):
+        """The loss of every token, (B, T) float32, for evaluation: nothing is kept for backward."""
+        tokens, targets = self._checked(tokens), self._checked(targets)
+        if tokens.shape != targets.shape:
+            raise ValueError(f"tokens {tokens.shape} and targets {targets.shape} differ")
+        a = self._activations("evaluation", *tokens.shape, 1)
+        self._blocks(a, tokens, self._causal)
+        x, targets = a.ln_f.reshape(-1, self.config.n_embd), targets.reshape(-1)
+        losses = self.ops.empty(tokens.size, self.type)
+        for z, rows in self._chunks(tokens.size):
+            self.ops.matmul_forward(z, x[rows], self.wte.T, None)
+            self.ops.cross_entropy(losses[rows], z, targets[rows], self.config.vocab_size)
+        return losses.reshape(tokens.shape)
+
+    def logits(self, tokens):
+        """Logits (B, T, V) float32 at every position of tokens (B, T), to look at and to test with."""
+        tokens = self._checked(tokens)
+        a = self._activations("evaluation", *tokens.shape, 1)
+        self._blocks(a, tokens, self._causal)
+        out = self.ops.empty((*tokens.shape, len(self.wte)), self.type)
+        self.ops.matmul_forward(out, a.ln_f, self.wte.T, None)
+        return out[..., : self.config.vocab_size]
+
+    def new_cache(self, batch, length):
+        """Room for the keys and values of `batch` rows of up to `length` tokens."""
+        if length > self.config.n_positions:
+            raise UserError(f"{length} tokens do not fit the model's context of {self.config.n_positions}")
+        return Cache(self, batch, length)
+
+    def decode(self, tokens, cache, lengths=None):
+        """Append tokens (B, T) to the cache; return the logits (B, V) after the last token of each row.
+
+        T is 1 for a step and more for a prompt. lengths (B,) says how many tokens of a row are real, if rows
+        differ: the rest is padding on the right, which leaves no trace. UserError where the context ends.
+        """
+        tokens = self._checked(tokens)
+        B, T = tokens.shape
+        lengths = np.full(B, T, np.int32) if lengths is None else np.asarray(lengths, np.int32)
+        if B != len(cache.lengths) or lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > T:
+            raise ValueError(
+                f"{B} rows of {T} tokens, lengths {lengths}, a cache of {len(cache.lengths)} rows"
+            )
+        if cache.lengths.max() + T > cache.length:
+            raise UserError(
+                f"{cache.lengths.max()} + {T} tokens do not fit the room for {cache.length}; "
+                f"the model's context is {self.config.n_positions}"
+            )
+        a, offsets = self._activations("decoding", B, T, 1), self.ops.to_device(cache.lengths)
+
+        def attention(i, s):
+            self.ops.attention_decode(s.att, s.qkv, cache.keys[i], cache.values[i], offsets)
+
+        self._blocks(a, tokens, attention, offsets)
+        cache.lengths = cache.lengths + lengths
+        last = a.ln_f[np.arange(B), lengths - 1]  # (B, C)
+        logits = self.ops.empty((B, len(self.wte)), self.type)
+        self.ops.matmul_forward(logits, last, self.wte.T, None)
+        return logits[:, : self.config.vocab_size]
+
+    # -- loading and saving ----------------------------------------------------------------------------------
+
+    def save_pretrained(self, directory):
+        """Write config.json and model.safetensors as Hugging Face's GPT2LMHeadModel reads them."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+        }
+        config |= {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "torch_dtype": "float32"}
+        config |= dataclasses.asdict(self.config) | {"n_ctx": self.config.n_positions}
+        tensors = {
+            "transformer." + name: np.ascontiguousarray(self.ops.to_host(self.params[name]), np.float32)
+            for name in self.config.shapes()
+        }
+        write_whole(directory / "model.safetensors", safetensors.numpy.save(tensors, {"format": "pt"}))
+        write_whole(directory / "config.json", json.dumps(config, indent=2).encode())
+
+    @classmethod
+    def from_pretrained(cls, directory, device="cpu", dtype="float32"):
+        """Load a directory in Hugging Face's format: ours, OpenAI's GPT-2, one file or several.
+
+        Names may begin with "transformer."; a lm_head.weight must be wte, as GPT-2's is. UserError names
+        what is missing, superfluous or of the wrong shape.
+        """
+        directory = Path(directory)
+        config = read_config(directory)
+        model = cls(config, device, dtype, seed=None)
+        missing = set(config.shapes())
+        for name, value in read_tensors(directory):
+            if name.endswith((".attn.bias", ".attn.masked_bias")):  # OpenAI's files hold the causal mask
+                continue
+            target = "wte.weight" if name == "lm_head.weight" else name
+            if target not in model.params:
+                raise UserError(f"{directory}: {name} is no parameter of GPT-2 with {config.n_layer} layers")
+            shape = config.shapes()[target]
+            if value.shape != shape:
+                raise UserError(f"{directory}: {name} has shape {value.shape}; config.json asks for {shape}")
+            value = value.astype(model.type, copy=False)
+            if target not in missing and not np.array_equal(value, model.ops.to_host(model.params[target])):
+                raise UserError(f"{directory}: lm_head.weight differs from wte.weight; GPT-2's are one")
+            model.params[target][...] = model.ops.to_device(value)
+            missing.discard(target)
+        if missing:
+            raise UserError(
+                f"{directory}: the weights lack {', '.join(sorted(missing)[:3])} ({len(missing)} in all)"
+            )
+        return model
+
+
+class Cache:
+    """Keys and values of what has been read: rows may have different lengths (B,), up to `length`."""
+
+    def __init__(self, model, batch, length):
+        NH, HS = model.config.n_head, model.config.n_embd // model.config.n_head
+        shape = (model.config.n_layer, batch, NH, length, HS)
+        self.keys, self.values = model.ops.zeros(shape, model.type), model.ops.zeros(shape, model.type)
+        self.lengths, self.length = np.zeros(batch, np.int32), length
+
+    def select(self, rows):
+        """Keep these rows, in this order; a row named twice is copied: drop what is done, share a prompt."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.lengths = self.lengths[rows]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# AdamW
+
+
+class AdamW:
+    """AdamW (Loshchilov and Hutter 2019) over the model's flat buffers; decay for matrices and embeddings only."""
+
+    def __init__(self, model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
+        self.model, self.betas, self.eps, self.weight_decay = model, betas, eps, weight_decay
+        self.m, self.v = (model.ops.zeros(len(model.flat_grads), model.type) for _ in range(2))
+        self.norm, self.scale = model.ops.zeros(1, model.type), model.ops.zeros(1, model.type)
+        self.steps = 0
+
+    def step(self, lr, max_norm=1.0, limit=np.inf):
+        """Update the parameters, clear the gradients, and return the gradients' norm before clipping to max_norm.
+
+        If the norm is not finite or exceeds `limit`, parameters and moments stay as they are.
+        """
+        model, ops, n = self.model, self.model.ops, self.model.n_decayed
+        self.steps += 1
+        ops.global_norm(self.norm, model.flat_grads)
+        ops.clip_scale(self.scale, self.norm, max_norm, min(limit, np.finfo(np.float32).max))
+        for part, decay in ((slice(0, n), self.weight_decay), (slice(n, None), 0.0)):
+            flat = (array[part] for array in (model.flat_params, model.flat_grads, self.m, self.v))
+            ops.adamw(*flat, self.scale, lr, *self.betas, self.eps, decay, self.steps)
+        return float(ops.to_host(self.norm)[0])
+
+    def save(self, path):
+        """Write moments and step count to a safetensors file."""
+        tensors = {name: self.model.ops.to_host(getattr(self, name)) for name in ("m", "v")}
+        write_whole(Path(path), safetensors.numpy.save(tensors, {"steps": str(self.steps)}))
+
+    def load(self, path):
+        """Read what save wrote; UserError if it belongs to another model."""
+        with open_tensors(path) as file:
+            if set(file.keys()) != {"m", "v"} or file.get_slice("m").get_shape() != [len(self.m)]:
+                raise UserError(
+                    f"{path} holds the optimizer of another model; resume with the flags it began with"
+                )
+            for name in ("m", "v"):
+                getattr(self, name)[...] = self.model.ops.to_device(file.get_tensor(name))
+            self.steps = int(file.metadata()["steps"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_whole(path, content):
+    """Write bytes to path so that it is whole or not there: beside its place, flushed to disk, then renamed."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def newest_checkpoint(directory):
+    """The directory itself if it is a checkpoint; of a run's directory, its step_* with the highest step."""
+    directory = Path(directory)
+    if (directory / "config.json").is_file():
+        return directory
+    steps = [d for d in directory.glob("step_*") if d.name[5:].isdecimal() and (d / "config.json").is_file()]
+    if not steps:
+        raise UserError(f"{directory} is no checkpoint and has none; name a run or a step_* directory in it")
+    return max(steps, key=lambda d: int(d.name[5:]))
+
+
+def read_config(directory):
+    """GPT2Config from config.json, refusing networks that are not GPT-2's."""
+    path = directory / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{directory} is no checkpoint: it has no config.json") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    wanted |= {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": True,
+    }
+    for name, value in wanted.items():
+        if not isinstance(values, dict) or values.get(name, value) != value:
+            raise UserError(f"{path}: only GPT-2 can be loaded, which has {name} = {value}")
+    fields = [field.name for field in dataclasses.fields(GPT2Config)]
+    return GPT2Config(**{name: values[name] for name in fields if name in values})
+
+
+def open_tensors(path):
+    """Open a safetensors file; UserError if it is missing, cut short or something else."""
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; the checkpoint is not whole") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); fetch or save it again") from None
+
+
+def read_tensors(directory):
+    """Yield (name without "transformer.", float array) from model.safetensors or the files of its index."""
+    index = directory / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if not (directory / names[0]).exists() and index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for name in names:
+        with open_tensors(directory / name) as file:
+            for key in file.keys():  # noqa: SIM118  (the file is no dict)
+                yield key.removeprefix("transformer."), file.get_tensor(key)

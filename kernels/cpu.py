@@ -1,0 +1,584 @@
+"""Every operation of GPT-2 in NumPy, forward and backward: the reference that the CUDA kernels are held to.
+
+Read this before gpt2.py, which strings these functions together, and before the .cu files, which do the same
+on a GPU. Each backward function stands under its forward function, takes the same arrays with a `d` for the
+gradients, and restates the line that it differentiates. Outputs come first and are allocated by the caller.
+
+  B batch   T time   C channels   NH heads   HS head size = C / NH   V vocabulary   Vp padded V   N = B * T
+  rows
+
+Gradients of parameters accumulate (+=), so that a large batch can be walked in pieces. Gradients of
+activations are overwritten, except in layernorm_backward, which adds to the gradient of the residual stream.
+
+How it gets fast: NumPy's matmul is the BLAS library's, held to one thread; `parallel` cuts an operation's
+rows (or tiles) into blocks that fit the cache and shares them out over our own threads. NumPy lets go of the
+interpreter lock while it computes, so the threads really run side by side, and a block is still in the cache
+when its bias and its GELU are added. Blocks are cut by size alone, so sums do not depend on how many threads
+there are.
+"""
+
+import os
+import queue
+import threading
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from kernels.sampling import sample  # noqa: F401  one of the operations
+
+threadpool_limits(
+    1, user_api="blas"
+)  # one thread for each BLAS call: `parallel` makes the calls side by side
+
+xp = np  # the array library; cupy in cuda.py
+DTYPES = {"float32": np.float32, "float64": np.float64}
+GRAIN = 1 << 15  # elements of a block of rows: 128 KB in float32, so that a few such arrays fit the L2 cache
+TILE = 1 << 20  # elements of a tile of a matrix product
+SCORES = 1 << 17  # elements of a block of attention scores
+BLOCK = 128  # rows and columns of a block of attention scores
+
+
+def zeros(shape, dtype=np.float32):
+    return np.zeros(shape, dtype)
+
+
+def empty(shape, dtype=np.float32):
+    return np.empty(shape, dtype)
+
+
+def to_device(array):
+    return np.asarray(array)
+
+
+def to_host(array):
+    return np.asarray(array)
+
+
+def synchronize():
+    """Wait until everything asked for has been computed. Here it always has."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Threads
+
+
+def thread_count():
+    """OMP_NUM_THREADS if it is set, as for other numeric programs; else the cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdecimal() and int(wanted) > 0 else cores
+
+
+THREADS = thread_count()
+_work = queue.SimpleQueue()
+_workers = []
+
+
+def _worker():
+    while True:
+        task, done = _work.get()
+        try:
+            done.put(task())
+        except BaseException as error:
+            done.put(error)
+
+
+def parallel(body, blocks):
+    """Call body(*block) for every block, shared out over the threads; return when all are done."""
+    blocks = list(blocks)
+    helpers = min(THREADS, len(blocks)) - 1
+    if helpers <= 0:
+        for block in blocks:
+            body(*block)
+        return
+    while len(_workers) < helpers:
+        _workers.append(threading.Thread(target=_worker, daemon=True))
+        _workers[-1].start()
+    remaining = iter(blocks)  # next() on it is atomic: whoever is free takes the next block
+
+    def task():
+        for block in remaining:
+            body(*block)
+
+    done = queue.SimpleQueue()
+    for _ in range(helpers):
+        _work.put((task, done))
+    try:
+        task()
+    finally:
+        errors = [done.get() for _ in range(helpers)]
+    for error in filter(None, errors):
+        raise error
+
+
+def pieces(n, length):
+    """Slices of at most `length` that cover range(n)."""
+    return [slice(i, min(i + length, n)) for i in range(0, n, max(1, length))]
+
+
+def by_rows(body, rows, width):
+    """Call body(slice) for blocks of rows of `width` elements that fit the cache."""
+    parallel(body, [(block,) for block in pieces(rows, GRAIN // width)])
+
+
+def by_tiles(body, rows, columns):
+    """Call body(row slice, column slice) for tiles of a matrix, cut along its longer side."""
+    tiles = max(THREADS, rows * columns // TILE) if rows * columns >= GRAIN else 1
+    if columns >= rows:
+        parallel(body, [(slice(0, rows), block) for block in pieces(columns, -(-columns // tiles))])
+    else:
+        parallel(body, [(block, slice(0, columns)) for block in pieces(rows, -(-rows // tiles))])
+
+
+def flat(array):
+    """(..., C) as rows (N, C); never a copy, because what is written there must arrive."""
+    view = array.reshape(-1, array.shape[-1])
+    assert np.shares_memory(view, array) or array.size == 0
+    return view
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Encoder: token and position become one vector
+
+
+def encoder_forward(out, tokens, wte, wpe, offsets=None):
+    """out (B, T, C) = wte[tokens] + wpe[position]; position is t, or offsets (B,) + t while decoding."""
+    T = tokens.shape[1]
+    np.take(
+        wte, tokens, axis=0, out=out, mode="clip"
+    )  # (B, T, C); "clip" because "raise" would buffer a copy
+    if offsets is None:
+        out += wpe[:T]
+    else:
+        position = offsets[:, None] + np.arange(T)  # (B, T); padding behind a short row may run over the end
+        out += wpe[np.minimum(position, len(wpe) - 1)]
+
+
+def encoder_backward(dwte, dwpe, dout, tokens):
+    """Add to dwte (Vp, C) and dwpe (P, C) the gradients of out = wte[tokens] + wpe[t]; dout is (B, T, C).
+
+    Sorting the tokens brings the rows of one token together, to be added up in order: every row of dwte has
+    one writer, so the sum has one order.
+    """
+    ids = tokens.reshape(-1)  # (N,)
+    order = np.argsort(ids, kind="stable")  # (N,)
+    unique, starts = np.unique(ids[order], return_index=True)
+    dwte[unique] += np.add.reduceat(flat(dout)[order], starts, axis=0)
+    dwpe[: tokens.shape[1]] += dout.sum(axis=0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Layernorm (Ba et al. 2016): every row to mean 0 and variance 1, then scaled and shifted
+
+EPSILON = 1e-5  # GPT-2's
+
+
+def layernorm_forward(out, mean, rstd, inp, weight, bias):
+    """out = (inp - mean) * rstd * weight + bias; out, inp (..., C), mean, rstd (...), weight, bias (C,)."""
+    C = inp.shape[-1]
+    out, inp, mean, rstd = flat(out), flat(inp), mean.reshape(-1), rstd.reshape(-1)
+
+    def body(rows):
+        y = out[rows]  # (n, C), also the scratch space
+        np.mean(inp[rows], axis=-1, out=mean[rows])
+        np.subtract(inp[rows], mean[rows, None], out=y)
+        variance = np.einsum("nc,nc->n", y, y) / C  # (n,)
+        rstd[rows] = 1 / np.sqrt(variance + EPSILON)
+        y *= rstd[rows, None]
+        y *= weight
+        y += bias
+
+    by_rows(body, len(inp), C)
+
+
+def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, weight, bias):
+    """residual = inp1 + inp2, all (..., C), and out = layernorm(residual). residual may be inp1."""
+    residual_forward(residual, inp1, inp2)
+    layernorm_forward(out, mean, rstd, residual, weight, bias)
+
+
+def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
+    """Add to dinp (..., C), dweight (C,) and dbias (C,) the gradients of layernorm_forward.
+
+    With norm = (inp - mean) * rstd and dnorm = dout * weight: mean and variance each feed all C channels, so
+    each takes back its share:  dinp = rstd * (dnorm - mean(dnorm) - norm * mean(dnorm * norm)).
+    """
+    C = inp.shape[-1]
+    dinp, dout, inp, mean, rstd = flat(dinp), flat(dout), flat(inp), mean.reshape(-1), rstd.reshape(-1)
+    blocks = pieces(len(inp), GRAIN // C)
+    dweights = np.empty((len(blocks), C), dweight.dtype)  # each block's share, to be added up in order
+    dbiases = np.empty((len(blocks), C), dbias.dtype)
+
+    def body(i, rows):
+        norm = (inp[rows] - mean[rows, None]) * rstd[rows, None]  # (n, C), as in the forward pass
+        dnorm = dout[rows] * norm  # (n, C), for now without weight
+        np.sum(dnorm, axis=0, out=dweights[i])
+        np.sum(dout[rows], axis=0, out=dbiases[i])
+        np.multiply(dout[rows], weight, out=dnorm)
+        norm *= (np.einsum("nc,nc->n", dnorm, norm) / C)[:, None]
+        dnorm -= norm
+        dnorm -= np.einsum("nc,c->n", dout[rows], weight)[:, None] / C  # mean(dnorm)
+        dnorm *= rstd[rows, None]
+        dinp[rows] += dnorm
+
+    parallel(body, enumerate(blocks))
+    dweight += dweights.sum(axis=0)
+    dbias += dbiases.sum(axis=0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# GELU in its tanh form (Hendrycks and Gimpel 2016): gelu(x) = x/2 (1 + tanh(k (x + a x^3)))
+
+K, A = 0.7978845608028654, 0.044715  # k = sqrt(2 / pi)
+
+
+def _gelu(out, x):
+    """out = gelu(x), a block at a time."""
+    np.multiply(x, x, out=out)
+    out *= K * A
+    out += K
+    out *= x  # k (x + a x^3)
+    np.tanh(out, out=out)
+    out += 1
+    out *= x
+    out *= 0.5
+
+
+def _gelu_derivative(x):
+    """gelu'(x) = (1 + t)/2 + x/2 (1 - t^2) k (1 + 3 a x^2), with t the tanh of the forward pass."""
+    square = x * x
+    t = square * (K * A)
+    t += K
+    t *= x
+    np.tanh(t, out=t)
+    square *= 3 * A * K
+    square += K
+    square *= x  # x k (1 + 3 a x^2)
+    slope = t * t
+    np.subtract(1, slope, out=slope)
+    slope *= square
+    slope += t
+    slope += 1
+    slope *= 0.5
+    return slope
+
+
+def gelu_forward(out, inp):
+    """out (..., C) = gelu(inp)."""
+    out, inp = flat(out), flat(inp)
+    by_rows(lambda rows: _gelu(out[rows], inp[rows]), *inp.shape)
+
+
+def gelu_backward(dinp, dout, inp):
+    """dinp (..., C) = dout * gelu'(inp), where out = gelu(inp)."""
+    dinp, dout, inp = flat(dinp), flat(dout), flat(inp)
+    by_rows(lambda rows: np.multiply(dout[rows], _gelu_derivative(inp[rows]), out=dinp[rows]), *inp.shape)
+
+
+def residual_forward(out, inp1, inp2):
+    """out = inp1 + inp2, all (..., C). Backward, both get dout as it is: the residual stream costs nothing."""
+    out, inp1, inp2 = flat(out), flat(inp1), flat(inp2)
+    by_rows(lambda rows: np.add(inp1[rows], inp2[rows], out=out[rows]), *inp1.shape)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Matmul: where the time goes
+
+
+def _matmul(out, inp, weight, finish):
+    """out (N, out) = inp (N, in) @ weight (in, out), then finish(rows, columns) on every tile still warm."""
+
+    def body(rows, columns):
+        np.matmul(inp[rows], weight[:, columns], out=out[rows, columns])
+        for block in pieces(rows.stop - rows.start, GRAIN // (columns.stop - columns.start)):
+            finish(slice(rows.start + block.start, rows.start + block.stop), columns)
+
+    by_tiles(body, *out.shape)
+
+
+def matmul_forward(out, inp, weight, bias):
+    """out (..., out) = inp (..., in) @ weight (in, out) + bias (out,) or None."""
+    out, inp = flat(out), flat(inp)
+
+    def finish(rows, columns):
+        if bias is not None:
+            out[rows, columns] += bias[columns]
+
+    _matmul(out, inp, weight, finish)
+
+
+def matmul_gelu_forward(out, pre, inp, weight, bias):
+    """pre (..., out) = inp (..., in) @ weight + bias, which backward needs, and out = gelu(pre)."""
+    out, pre, inp = flat(out), flat(pre), flat(inp)
+
+    def finish(rows, columns):
+        pre[rows, columns] += bias[columns]
+        _gelu(out[rows, columns], pre[rows, columns])
+
+    _matmul(pre, inp, weight, finish)
+
+
+def matmul_residual_forward(out, inp, weight, bias, residual):
+    """out (..., out) = residual (..., out) + inp (..., in) @ weight + bias. out must not be residual."""
+    out, inp, residual = flat(out), flat(inp), flat(residual)
+
+    def finish(rows, columns):
+        out[rows, columns] += bias[columns]
+        out[rows, columns] += residual[rows, columns]
+
+    _matmul(out, inp, weight, finish)
+
+
+def matmul_backward(dinp, dweight, dbias, dout, inp, weight):
+    """The gradients of out = inp @ weight + bias.
+
+    dinp (..., in) = dout (..., out) @ weight.T is overwritten; dweight (in, out) += inp.T @ dout; dbias
+    (out,) += the sum of dout over the rows. dinp and dbias may be None.
+    """
+    dout, inp = flat(dout), flat(inp)
+    if dinp is not None:
+        _matmul(flat(dinp), dout, weight.T, lambda rows, columns: None)
+    if dbias is not None:
+        by_rows(
+            lambda columns: np.add(dbias[columns], dout[:, columns].sum(0), out=dbias[columns]), *dout.T.shape
+        )
+    if not dweight.flags.c_contiguous:  # the classifier's weight is wte.T: the transposed product then
+        dweight, inp, dout = dweight.T, dout, inp
+
+    def body(rows, columns):
+        dweight[rows, columns] += inp[:, rows].T @ dout[:, columns]
+
+    by_tiles(body, *dweight.shape)
+
+
+def matmul_gelu_backward(dpre, dweight, dbias, dout, act, weight, pre):
+    """The gradients of out = act @ weight + bias with act = gelu(pre), down to pre.
+
+    dpre (..., in) = (dout @ weight.T) * gelu'(pre) is overwritten; dweight and dbias as in matmul_backward.
+    """
+    matmul_backward(None, dweight, dbias, dout, act, weight)
+    dout, dpre, pre = flat(dout), flat(dpre), flat(pre)
+
+    def finish(rows, columns):
+        dpre[rows, columns] *= _gelu_derivative(pre[rows, columns])
+
+    _matmul(dpre, dout, weight.T, finish)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Attention: softmax(q k^T / sqrt(HS)) v for every head, each position looking back only
+
+
+def _heads(packed, n, n_head):
+    """View packed (B, T, n C) as n arrays (B, NH, T, HS): the heads are read and written where they are."""
+    B, T, width = packed.shape
+    return packed.reshape(B, T, n, n_head, width // (n * n_head)).transpose(2, 0, 3, 1, 4)
+
+
+def _shares(B, NH, area):
+    """Cut B rows and NH heads into (row slice, head slice) pairs with about SCORES scores of `area` each."""
+    heads = min(NH, max(1, SCORES // area))
+    rows = max(1, SCORES // (area * heads))
+    return [(b, h) for b in pieces(B, min(rows, -(-B // THREADS))) for h in pieces(NH, heads)]
+
+
+CAUSAL = np.triu(np.full((BLOCK, BLOCK), -np.inf, np.float32), 1)  # added to the scores of a diagonal block
+
+
+def attention_forward(out, lse, qkv, n_head):
+    """out (B, T, C) = softmax(q k^T / sqrt(HS), no later positions) v, from packed qkv (B, T, 3C).
+
+    Online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022): walk the keys in blocks
+    with a running maximum m and a running sum l, and rescale what has been added up whenever m grows. All
+    that backward needs is lse (B, NH, T) = m + log(l): then softmax is exp(score - lse). The blocks above
+    the diagonal are skipped.
+    """
+    B, T, C = out.shape
+    q, k, v = _heads(qkv, 3, n_head)  # (B, NH, T, HS) each
+    (out,) = _heads(out, 1, n_head)
+    scale = (C // n_head) ** -0.5
+
+    def body(b, h):
+        for i in pieces(T, BLOCK):  # queries i, n of them
+            qi = q[b, h, i] * scale  # (b, h, n, HS)
+            m = np.full((*qi.shape[:3], 1), -np.inf, qi.dtype)
+            total, mixed = np.zeros_like(m), np.zeros_like(qi)  # l, and the values added up so far
+            for j in pieces(i.stop, BLOCK):  # keys j, at or before i
+                s = qi @ k[b, h, j].swapaxes(2, 3)  # (b, h, n, keys)
+                if j == i:
+                    s += CAUSAL[: s.shape[2], : s.shape[3]]
+                higher = np.maximum(m, s.max(axis=3, keepdims=True))
+                s -= higher
+                np.exp(s, out=s)
+                m -= higher
+                shrink = np.exp(m, out=m)  # 0 at first
+                total *= shrink
+                total += s.sum(axis=3, keepdims=True)
+                mixed *= shrink
+                mixed += s @ v[b, h, j]
+                m = higher
+            np.divide(mixed, total, out=out[b, h, i])
+            np.log(total, out=total)
+            np.add(m[..., 0], total[..., 0], out=lse[b, h, i])
+
+    parallel(body, _shares(B, n_head, min(T, BLOCK) ** 2))
+
+
+def attention_backward(dqkv, dout, out, lse, qkv, n_head):
+    """dqkv (B, T, 3C), overwritten, from dout (B, T, C) and what attention_forward left.
+
+    With p = softmax(s), s = q k^T / sqrt(HS), out = p v:  dv = p^T dout,  dp = dout v^T, ds = p * (dp -
+    rowsum(dp * p)), and rowsum(dp * p) = rowsum(dout * out);  dq = ds k,  dk = ds^T q, both scaled.
+    """
+    B, T, C = out.shape
+    q, k, v = _heads(qkv, 3, n_head)  # (B, NH, T, HS) each
+    dq, dk, dv = _heads(dqkv, 3, n_head)
+    (out,), (dout,) = _heads(out, 1, n_head), _heads(dout, 1, n_head)
+    scale = (C // n_head) ** -0.5
+
+    def body(b, h):
+        qs = q[b, h] * scale  # (b, h, T, HS)
+        do = np.ascontiguousarray(dout[b, h])  # (b, h, T, HS)
+        rowsum = np.einsum("bhtc,bhtc->bht", do, out[b, h])[..., None]  # (b, h, T, 1)
+        dqs = np.zeros_like(qs)
+        for j in pieces(T, BLOCK):  # keys j
+            kj, vj = k[b, h, j], v[b, h, j]  # (b, h, n, HS)
+            dkj, dvj = np.zeros(kj.shape, kj.dtype), np.zeros(vj.shape, vj.dtype)
+            for i in pieces(T, BLOCK)[j.start // BLOCK :]:  # queries i, at or after j
+                p = qs[:, :, i] @ kj.swapaxes(2, 3)  # (b, h, queries, keys)
+                if j == i:
+                    p += CAUSAL[: p.shape[2], : p.shape[3]]
+                p -= lse[b, h, i, None]
+                np.exp(p, out=p)
+                dvj += p.swapaxes(2, 3) @ do[:, :, i]
+                ds = do[:, :, i] @ vj.swapaxes(2, 3)  # dp, then ds
+                ds -= rowsum[:, :, i]
+                ds *= p
+                dqs[:, :, i] += ds @ kj
+                dkj += ds.swapaxes(2, 3) @ qs[:, :, i]
+            dk[b, h, j], dv[b, h, j] = dkj, dvj
+        np.multiply(dqs, scale, out=dq[b, h])
+
+    parallel(body, _shares(B, n_head, min(T, BLOCK) ** 2))
+
+
+def attention_decode(out, qkv, keys, values, lengths):
+    """Attention of T new tokens a row, out (B, T, C) from qkv (B, T, 3C), to a cache of earlier ones.
+
+    Row b has lengths[b] tokens in keys and values (B, NH, Tmax, HS). The new keys and values are written
+    behind them, and query t sees positions 0 .. lengths[b] + t. Rows may have different lengths.
+    """
+    B, T, C = out.shape
+    NH, Tmax = keys.shape[1:3]
+    assert lengths.max() + T <= Tmax
+    q, k, v = _heads(qkv, 3, NH)  # (B, NH, T, HS) each
+    (out,) = _heads(out, 1, NH)
+    last = lengths[:, None] + np.arange(T)  # (B, T): the position of every new token
+    keys[np.arange(B)[:, None], :, last] = k.swapaxes(1, 2)
+    values[np.arange(B)[:, None], :, last] = v.swapaxes(1, 2)
+    scale = (C // NH) ** -0.5
+
+    def body(b, h):
+        for i in pieces(T, BLOCK):
+            seen = last[b, i].max() + 1  # keys that any of these queries sees
+            s = (q[b, h, i] * scale) @ keys[b, h, :seen].swapaxes(2, 3)  # (b, h, n, seen)
+            hidden = np.arange(seen) > last[b, i, None]  # (b, n, seen)
+            if hidden.any():
+                np.copyto(s, -np.inf, where=hidden[:, None])
+            s -= s.max(axis=3, keepdims=True)
+            np.exp(s, out=s)
+            s /= s.sum(axis=3, keepdims=True)
+            np.matmul(s, values[b, h, :seen], out=out[b, h, i])
+
+    parallel(body, _shares(B, NH, min(T, BLOCK) * int(lengths.max() + T)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Classifier: the one loss of all three stages
+
+
+def cross_entropy(losses, logits, targets, vocab_size):
+    """losses (N,) = -log softmax(logits (N, Vp))[targets (N,)] over the first vocab_size columns. Spoils logits."""
+
+    def body(rows):
+        z = logits[rows, :vocab_size]  # (n, V)
+        picked = np.arange(len(z)), targets[rows]
+        z -= z.max(axis=1, keepdims=True)
+        target = z[picked]
+        np.exp(z, out=z)
+        losses[rows] = np.log(z.sum(axis=1)) - target
+
+    by_rows(body, *logits.shape)
+
+
+def classifier(losses, logits, targets, weights, vocab_size):
+    """cross_entropy, and logits (N, Vp) become the gradient of sum(weights * losses) in place.
+
+    d loss / d logits = softmax(logits) - onehot(target). The padding columns never get probability or
+    gradient.
+    """
+
+    def body(rows):
+        z = logits[rows, :vocab_size]  # (n, V)
+        picked = np.arange(len(z)), targets[rows]
+        z -= z.max(axis=1, keepdims=True)
+        target = z[picked]
+        np.exp(z, out=z)
+        total = z.sum(axis=1)
+        losses[rows] = np.log(total) - target
+        z *= (weights[rows] / total)[:, None]
+        z[picked] -= weights[rows]
+        logits[rows, vocab_size:] = 0
+
+    by_rows(body, *logits.shape)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Optimizer: over the flat buffers that hold all parameters
+
+
+def global_norm(norm, grads):
+    """norm (1,) = sqrt(sum of squares) of the flat gradients, block sums added up in order in float64."""
+    blocks = pieces(len(grads), TILE)
+    squares = np.empty(len(blocks))
+
+    def body(i, block):
+        squares[i] = np.dot(grads[block], grads[block])
+
+    parallel(body, enumerate(blocks))
+    norm[0] = np.sqrt(squares.sum())
+
+
+def clip_scale(scale, norm, max_norm, limit):
+    """scale (1,) = what clips the gradients to max_norm; -1, "leave this step out", if norm > limit or not finite."""
+    scale[0] = min(1, max_norm / max(norm[0], 1e-30)) if norm[0] <= limit else -1
+
+
+def adamw(params, grads, m, v, scale, lr, beta1, beta2, eps, weight_decay, step):
+    """One AdamW step (Loshchilov and Hutter 2019) over flat arrays; then the gradients are cleared.
+
+    g = scale * grads;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
+    params -= lr * (m / (1 - b1^step) / (sqrt(v / (1 - b2^step)) + eps) + weight_decay * params)
+    A negative scale leaves params, m and v as they are. step counts from 1.
+    """
+    clip, root = float(scale[0]), (1 - beta2**step) ** 0.5
+
+    def body(block):
+        p, g, m1, v1 = params[block], grads[block], m[block], v[block]
+        if clip >= 0:
+            g *= clip * (1 - beta1)  # (1 - b1) g
+            m1 *= beta1
+            m1 += g
+            g *= g
+            g *= (1 - beta2) / (1 - beta1) ** 2  # (1 - b2) g^2
+            v1 *= beta2
+            v1 += g
+            np.sqrt(v1, out=g)
+            g += eps * root
+            np.divide(m1, g, out=g)
+            g *= lr * root / (1 - beta1**step)
+            p *= 1 - lr * weight_decay
+            p -= g
+        g.fill(0)
+
+    by_rows(body, len(params), 1)
