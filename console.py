@@ -35,17 +35,23 @@ def run(main):
 
 
 def _complain(message):
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}")
     return 2
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action):
+        silent = action.default in (None, False, "", argparse.SUPPRESS) or action.default == []
+        return action.help if silent else f"{action.help or ''} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with the house's manners: defaults in --help, no abbreviations, errors in one line."""
 
     def __init__(self, **settings):
-        super().__init__(
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **settings
-        )
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **settings)
 
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -74,6 +80,11 @@ def number(kind, low=None, high=None, above=None):
         return value
 
     return parse
+
+
+def say(text):
+    """Tell the person something that is not the answer: on standard error."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def count(n):

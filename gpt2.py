@@ -11,7 +11,6 @@ come from there.
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +20,7 @@ import safetensors.numpy
 
 import kernels
 from console import UserError
+from files import write_whole
 
 # ------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -71,8 +71,9 @@ class GPT2Config:
         return sum(int(np.prod(shape)) for shape in self.shapes().values())
 
     def flops_per_token(self, T):
-        """Of forward and backward at context T: six for each parameter that multiplies (all but wpe), and causal
-        attention's two products, 2 T C / 2 multiplications each and layer, forward once and backward twice."""
+        """Of forward and backward at context T: six for each parameter that multiplies (not wpe's), and in
+        every layer attention's two products, 2 T C operations each, of which causality leaves half, once
+        forward and twice backward."""
         return 6 * (self.n_params() - self.n_positions * self.n_embd) + 6 * self.n_layer * self.n_embd * T
 
     def memory(self, B, T, itemsize=4):
@@ -127,7 +128,7 @@ def activation_shapes(config, B, T, layers, backward):
 
 
 def chunk_rows(config, rows):
-    """How many of the N = B * T rows of logits exist at once: the whole (N, V) would dwarf everything else."""
+    """How many of the N = B * T rows of logits exist at once: all (N, V) would dwarf everything else."""
     return min(rows, max(256, (1 << 22) // config.padded_vocab_size))
 
 
@@ -182,7 +183,7 @@ class GPT2:
             self.params[name][...] = self.ops.to_device(value.astype(self.type))
 
     def _activations(self, purpose, B, T, layers, backward=False):
-        """The arrays of a pass of this shape, a.name and a.layers[i].name, cut from one buffer that only grows."""
+        """The arrays of a pass of this shape, a.name and a.layers[i].name, in a buffer that only grows."""
         buffer, a, shape = self.buffers.get(purpose, (None, None, None))
         if shape != (B, T):
             shapes = activation_shapes(self.config, B, T, layers, backward)
@@ -219,7 +220,7 @@ class GPT2:
         return self.params[name + ".weight"], self.grads[name + ".weight"], self.grads[name + ".bias"]
 
     def _blocks(self, a, tokens, attention, offsets=None):
-        """The transformer itself: tokens (B, T) -> a.ln_f (B, T, C). attention(i, s) makes s.att from s.qkv."""
+        """The transformer: tokens (B, T) -> a.ln_f (B, T, C). attention(i, s) makes s.att from s.qkv."""
         ops, x = self.ops, a.embedded  # x (B, T, C) is the residual stream
         ops.encoder_forward(x, tokens, self.wte, self.params["wpe.weight"], offsets)
         for i, s in enumerate(a.layers):
@@ -252,7 +253,7 @@ class GPT2:
         logits exist only for a chunk of rows at a time: each chunk becomes losses and gradients before the
         next.
         """
-        ops, V, C = self.ops, self.config.vocab_size, self.config.n_embd
+        ops, C = self.ops, self.config.n_embd
         tokens, targets = self._checked(tokens), self._checked(targets)
         B, T = tokens.shape
         if weights is None:
@@ -278,7 +279,7 @@ class GPT2:
         return losses.reshape(B, T)
 
     def backward(self):
-        """Add the gradients of the last forward pass to grads: forward, read from its end to its beginning."""
+        """Add the gradients of the last forward pass to grads: forward, read from end to beginning."""
         if self.pending is None:
             raise RuntimeError("backward() follows one forward(tokens, targets)")
         tokens, self.pending = self.pending, None
@@ -344,7 +345,7 @@ class GPT2:
         tokens = self._checked(tokens)
         B, T = tokens.shape
         lengths = np.full(B, T, np.int32) if lengths is None else np.asarray(lengths, np.int32)
-        if B != len(cache.lengths) or lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > T:
+        if len(cache.lengths) != B or lengths.shape != (B,) or not 1 <= lengths.min() <= lengths.max() <= T:
             raise ValueError(
                 f"{B} rows of {T} tokens, lengths {lengths}, a cache of {len(cache.lengths)} rows"
             )
@@ -405,10 +406,9 @@ class GPT2:
             shape = config.shapes()[target]
             if value.shape != shape:
                 raise UserError(f"{directory}: {name} has shape {value.shape}; config.json asks for {shape}")
-            value = value.astype(model.type, copy=False)
             if target not in missing and not np.array_equal(value, model.ops.to_host(model.params[target])):
                 raise UserError(f"{directory}: lm_head.weight differs from wte.weight; GPT-2's are one")
-            model.params[target][...] = model.ops.to_device(value)
+            model.params[target][...] = model.ops.to_device(value.astype(model.type))
             missing.discard(target)
         if missing:
             raise UserError(
@@ -437,7 +437,7 @@ class Cache:
 
 
 class AdamW:
-    """AdamW (Loshchilov and Hutter 2019) over the model's flat buffers; decay for matrices and embeddings only."""
+    """AdamW (Loshchilov and Hutter 2019) over flat buffers; weight decay on matrices and embeddings only."""
 
     def __init__(self, model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
         self.model, self.betas, self.eps, self.weight_decay = model, betas, eps, weight_decay
@@ -446,7 +446,7 @@ class AdamW:
         self.steps = 0
 
     def step(self, lr, max_norm=1.0, limit=np.inf):
-        """Update the parameters, clear the gradients, and return the gradients' norm before clipping to max_norm.
+        """Update the parameters, clear the gradients, return the gradients' norm before clipping to max_norm.
 
         If the norm is not finite or exceeds `limit`, parameters and moments stay as they are.
         """
@@ -478,30 +478,6 @@ class AdamW:
 
 # ------------------------------------------------------------------------------------------------------------
 # Files
-
-
-def write_whole(path, content):
-    """Write bytes to path so that it is whole or not there: beside its place, flushed to disk, then renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def newest_checkpoint(directory):
-    """The directory itself if it is a checkpoint; of a run's directory, its step_* with the highest step."""
-    directory = Path(directory)
-    if (directory / "config.json").is_file():
-        return directory
-    steps = [d for d in directory.glob("step_*") if d.name[5:].isdecimal() and (d / "config.json").is_file()]
-    if not steps:
-        raise UserError(f"{directory} is no checkpoint and has none; name a run or a step_* directory in it")
-    return max(steps, key=lambda d: int(d.name[5:]))
 
 
 def read_config(directory):

@@ -32,7 +32,7 @@ threadpool_limits(
 
 xp = np  # the array library; cupy in cuda.py
 DTYPES = {"float32": np.float32, "float64": np.float64}
-GRAIN = 1 << 15  # elements of a block of rows: 128 KB in float32, so that a few such arrays fit the L2 cache
+GRAIN = 1 << 17  # elements of a block of rows: 128 KB in float32, so that a few such arrays fit the L2 cache
 TILE = 1 << 20  # elements of a tile of a matrix product
 SCORES = 1 << 17  # elements of a block of attention scores
 BLOCK = 128  # rows and columns of a block of attention scores
@@ -63,7 +63,7 @@ def synchronize():
 
 
 def thread_count():
-    """OMP_NUM_THREADS if it is set, as for other numeric programs; else the cores that this process may use."""
+    """OMP_NUM_THREADS if set, as for other numeric programs; else the cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     return int(wanted) if wanted.isdecimal() and int(wanted) > 0 else cores
@@ -121,13 +121,34 @@ def by_rows(body, rows, width):
     parallel(body, [(block,) for block in pieces(rows, GRAIN // width)])
 
 
-def by_tiles(body, rows, columns):
-    """Call body(row slice, column slice) for tiles of a matrix, cut along its longer side."""
-    tiles = max(THREADS, rows * columns // TILE) if rows * columns >= GRAIN else 1
+def tiles(rows, columns):
+    """(row slice, column slice) of the tiles of a matrix, cut along its longer side."""
+    n = max(THREADS, rows * columns // TILE) if rows * columns >= GRAIN else 1
     if columns >= rows:
-        parallel(body, [(slice(0, rows), block) for block in pieces(columns, -(-columns // tiles))])
-    else:
-        parallel(body, [(block, slice(0, columns)) for block in pieces(rows, -(-rows // tiles))])
+        return [(slice(0, rows), block) for block in pieces(columns, -(-columns // n))]
+    return [(block, slice(0, columns)) for block in pieces(rows, -(-rows // n))]
+
+
+_local = threading.local()
+
+
+def scratch(i, shape, dtype):
+    """Array i of this thread's own scratch memory: fresh memory for every block would cost as much as it."""
+    arrays = _local.__dict__.setdefault("arrays", {})
+    needed = int(np.prod(shape))
+    if (i, dtype) not in arrays or arrays[i, dtype].size < needed:
+        arrays[i, dtype] = np.empty(needed, dtype)
+    return arrays[i, dtype][:needed].reshape(shape)
+
+
+def row_sums(x):
+    """(n, C) -> (n,), by the BLAS library's matrix times vector, which is faster than np.sum."""
+    return x @ np.ones(x.shape[1], x.dtype)
+
+
+def column_sums(x):
+    """(n, C) -> (C,)."""
+    return np.ones(len(x), x.dtype) @ x
 
 
 def flat(array):
@@ -180,7 +201,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 
     def body(rows):
         y = out[rows]  # (n, C), also the scratch space
-        np.mean(inp[rows], axis=-1, out=mean[rows])
+        mean[rows] = row_sums(inp[rows]) / C
         np.subtract(inp[rows], mean[rows, None], out=y)
         variance = np.einsum("nc,nc->n", y, y) / C  # (n,)
         rstd[rows] = 1 / np.sqrt(variance + EPSILON)
@@ -210,14 +231,16 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     dbiases = np.empty((len(blocks), C), dbias.dtype)
 
     def body(i, rows):
-        norm = (inp[rows] - mean[rows, None]) * rstd[rows, None]  # (n, C), as in the forward pass
-        dnorm = dout[rows] * norm  # (n, C), for now without weight
-        np.sum(dnorm, axis=0, out=dweights[i])
-        np.sum(dout[rows], axis=0, out=dbiases[i])
-        np.multiply(dout[rows], weight, out=dnorm)
-        norm *= (np.einsum("nc,nc->n", dnorm, norm) / C)[:, None]
+        do = dout[rows]  # (n, C)
+        norm = np.subtract(inp[rows], mean[rows, None], out=scratch(0, do.shape, do.dtype))  # as in forward
+        norm *= rstd[rows, None]
+        dnorm = np.multiply(do, norm, out=scratch(1, do.shape, do.dtype))  # for now without weight
+        dweights[i], dbiases[i] = column_sums(dnorm), column_sums(do)
+        shared = (dnorm @ weight) / C  # (n,) mean(dnorm * norm)
+        np.multiply(do, weight, out=dnorm)  # (n, C)
+        norm *= shared[:, None]
         dnorm -= norm
-        dnorm -= np.einsum("nc,c->n", dout[rows], weight)[:, None] / C  # mean(dnorm)
+        dnorm -= ((do @ weight) / C)[:, None]  # mean(dnorm)
         dnorm *= rstd[rows, None]
         dinp[rows] += dnorm
 
@@ -244,23 +267,26 @@ def _gelu(out, x):
     out *= 0.5
 
 
-def _gelu_derivative(x):
-    """gelu'(x) = (1 + t)/2 + x/2 (1 - t^2) k (1 + 3 a x^2), with t the tanh of the forward pass."""
-    square = x * x
-    t = square * (K * A)
+def _times_gelu_derivative(out, dout, x):
+    """out = dout * gelu'(x), a block at a time, with t the tanh of the forward pass:
+
+    gelu'(x) = (1 + t)/2 + x/2 (1 - t^2) k (1 + 3 a x^2) = 1/2 (1 + t) (1 + (1 - t) x k (1 + 3 a x^2))
+    """
+    t, slope = scratch(0, x.shape, x.dtype), scratch(1, x.shape, x.dtype)
+    np.multiply(x, x, out=slope)
+    np.multiply(slope, K * A, out=t)
     t += K
     t *= x
     np.tanh(t, out=t)
-    square *= 3 * A * K
-    square += K
-    square *= x  # x k (1 + 3 a x^2)
-    slope = t * t
-    np.subtract(1, slope, out=slope)
-    slope *= square
-    slope += t
+    slope *= 3 * A * K
+    slope += K
+    slope *= x  # x k (1 + 3 a x^2)
+    t += 1  # 1 + t
+    slope *= np.subtract(2, t, out=scratch(2, x.shape, x.dtype))  # times 1 - t
     slope += 1
+    slope *= t
     slope *= 0.5
-    return slope
+    np.multiply(dout, slope, out=out)
 
 
 def gelu_forward(out, inp):
@@ -272,11 +298,11 @@ def gelu_forward(out, inp):
 def gelu_backward(dinp, dout, inp):
     """dinp (..., C) = dout * gelu'(inp), where out = gelu(inp)."""
     dinp, dout, inp = flat(dinp), flat(dout), flat(inp)
-    by_rows(lambda rows: np.multiply(dout[rows], _gelu_derivative(inp[rows]), out=dinp[rows]), *inp.shape)
+    by_rows(lambda rows: _times_gelu_derivative(dinp[rows], dout[rows], inp[rows]), *inp.shape)
 
 
 def residual_forward(out, inp1, inp2):
-    """out = inp1 + inp2, all (..., C). Backward, both get dout as it is: the residual stream costs nothing."""
+    """out = inp1 + inp2, all (..., C). Backward, both get dout as it is, so there is no function for it."""
     out, inp1, inp2 = flat(out), flat(inp1), flat(inp2)
     by_rows(lambda rows: np.add(inp1[rows], inp2[rows], out=out[rows]), *inp1.shape)
 
@@ -285,15 +311,23 @@ def residual_forward(out, inp1, inp2):
 # Matmul: where the time goes
 
 
-def _matmul(out, inp, weight, finish):
-    """out (N, out) = inp (N, in) @ weight (in, out), then finish(rows, columns) on every tile still warm."""
+def _product(out, inp, weight, finish=None):
+    """Work for `parallel`, [(body, row slice, column slice)]: out (N, out) = inp (N, in) @ weight (in, out).
+
+    finish(rows, columns) is called on every tile, in blocks still warm.
+    """
 
     def body(rows, columns):
         np.matmul(inp[rows], weight[:, columns], out=out[rows, columns])
-        for block in pieces(rows.stop - rows.start, GRAIN // (columns.stop - columns.start)):
-            finish(slice(rows.start + block.start, rows.start + block.stop), columns)
+        if finish:
+            for block in pieces(rows.stop - rows.start, GRAIN // (columns.stop - columns.start)):
+                finish(slice(rows.start + block.start, rows.start + block.stop), columns)
 
-    by_tiles(body, *out.shape)
+    return [(body, *tile) for tile in tiles(*out.shape)]
+
+
+def _run(work):
+    parallel(lambda body, rows, columns: body(rows, columns), work)
 
 
 def matmul_forward(out, inp, weight, bias):
@@ -304,7 +338,7 @@ def matmul_forward(out, inp, weight, bias):
         if bias is not None:
             out[rows, columns] += bias[columns]
 
-    _matmul(out, inp, weight, finish)
+    _run(_product(out, inp, weight, finish))
 
 
 def matmul_gelu_forward(out, pre, inp, weight, bias):
@@ -315,7 +349,7 @@ def matmul_gelu_forward(out, pre, inp, weight, bias):
         pre[rows, columns] += bias[columns]
         _gelu(out[rows, columns], pre[rows, columns])
 
-    _matmul(pre, inp, weight, finish)
+    _run(_product(pre, inp, weight, finish))
 
 
 def matmul_residual_forward(out, inp, weight, bias, residual):
@@ -326,7 +360,7 @@ def matmul_residual_forward(out, inp, weight, bias, residual):
         out[rows, columns] += bias[columns]
         out[rows, columns] += residual[rows, columns]
 
-    _matmul(out, inp, weight, finish)
+    _run(_product(out, inp, weight, finish))
 
 
 def matmul_backward(dinp, dweight, dbias, dout, inp, weight):
@@ -335,20 +369,23 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight):
     dinp (..., in) = dout (..., out) @ weight.T is overwritten; dweight (in, out) += inp.T @ dout; dbias
     (out,) += the sum of dout over the rows. dinp and dbias may be None.
     """
-    dout, inp = flat(dout), flat(inp)
-    if dinp is not None:
-        _matmul(flat(dinp), dout, weight.T, lambda rows, columns: None)
-    if dbias is not None:
-        by_rows(
-            lambda columns: np.add(dbias[columns], dout[:, columns].sum(0), out=dbias[columns]), *dout.T.shape
-        )
+    dx = [] if dinp is None else _product(flat(dinp), flat(dout), weight.T)
+    _run(dx + _parameter_gradients(dweight, dbias, flat(dout), flat(inp)))
+
+
+def _parameter_gradients(dweight, dbias, dout, inp):
+    """What `parallel` is to do for dweight += inp.T @ dout and dbias += the column sums of dout."""
     if not dweight.flags.c_contiguous:  # the classifier's weight is wte.T: the transposed product then
         dweight, inp, dout = dweight.T, dout, inp
 
     def body(rows, columns):
-        dweight[rows, columns] += inp[:, rows].T @ dout[:, columns]
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        product = scratch(0, shape, dweight.dtype)
+        dweight[rows, columns] += np.matmul(inp[:, rows].T, dout[:, columns], out=product)
+        if dbias is not None and rows.start == 0:
+            dbias[columns] += column_sums(dout[:, columns])
 
-    by_tiles(body, *dweight.shape)
+    return [(body, *tile) for tile in tiles(*dweight.shape)]
 
 
 def matmul_gelu_backward(dpre, dweight, dbias, dout, act, weight, pre):
@@ -356,13 +393,13 @@ def matmul_gelu_backward(dpre, dweight, dbias, dout, act, weight, pre):
 
     dpre (..., in) = (dout @ weight.T) * gelu'(pre) is overwritten; dweight and dbias as in matmul_backward.
     """
-    matmul_backward(None, dweight, dbias, dout, act, weight)
-    dout, dpre, pre = flat(dout), flat(dpre), flat(pre)
+    dpre, dout, pre = flat(dpre), flat(dout), flat(pre)
 
     def finish(rows, columns):
-        dpre[rows, columns] *= _gelu_derivative(pre[rows, columns])
+        d = dpre[rows, columns]
+        _times_gelu_derivative(d, d, pre[rows, columns])
 
-    _matmul(dpre, dout, weight.T, finish)
+    _run(_product(dpre, dout, weight.T, finish) + _parameter_gradients(dweight, dbias, dout, flat(act)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -398,28 +435,32 @@ def attention_forward(out, lse, qkv, n_head):
     (out,) = _heads(out, 1, n_head)
     scale = (C // n_head) ** -0.5
 
+    def scores(qi, b, h, j):
+        keys = k[b, h, j]
+        shape = (*qi.shape[:3], keys.shape[2])
+        return np.matmul(qi, keys.swapaxes(2, 3), out=scratch(0, shape, qi.dtype))  # (b, h, n, keys)
+
     def body(b, h):
-        for i in pieces(T, BLOCK):  # queries i, n of them
+        for i in pieces(T, BLOCK):  # queries i, n of them; their own block of keys first
             qi = q[b, h, i] * scale  # (b, h, n, HS)
-            m = np.full((*qi.shape[:3], 1), -np.inf, qi.dtype)
-            total, mixed = np.zeros_like(m), np.zeros_like(qi)  # l, and the values added up so far
-            for j in pieces(i.stop, BLOCK):  # keys j, at or before i
-                s = qi @ k[b, h, j].swapaxes(2, 3)  # (b, h, n, keys)
-                if j == i:
-                    s += CAUSAL[: s.shape[2], : s.shape[3]]
+            s = scores(qi, b, h, i)
+            s += CAUSAL[: s.shape[2], : s.shape[3]]
+            m = s.max(axis=3, keepdims=True)  # (b, h, n, 1)
+            s -= m
+            total = np.exp(s, out=s).sum(axis=3, keepdims=True)  # l
+            mixed = s @ v[b, h, i]  # (b, h, n, HS), the values added up so far
+            for j in pieces(i.start, BLOCK):  # then the blocks of keys before it
+                s = scores(qi, b, h, j)
                 higher = np.maximum(m, s.max(axis=3, keepdims=True))
                 s -= higher
                 np.exp(s, out=s)
-                m -= higher
-                shrink = np.exp(m, out=m)  # 0 at first
-                total *= shrink
-                total += s.sum(axis=3, keepdims=True)
+                shrink = np.exp(m - higher)
+                total = total * shrink + s.sum(axis=3, keepdims=True)
                 mixed *= shrink
                 mixed += s @ v[b, h, j]
                 m = higher
             np.divide(mixed, total, out=out[b, h, i])
-            np.log(total, out=total)
-            np.add(m[..., 0], total[..., 0], out=lse[b, h, i])
+            lse[b, h, i] = (m + np.log(total))[..., 0]
 
     parallel(body, _shares(B, n_head, min(T, BLOCK) ** 2))
 
@@ -445,17 +486,19 @@ def attention_backward(dqkv, dout, out, lse, qkv, n_head):
             kj, vj = k[b, h, j], v[b, h, j]  # (b, h, n, HS)
             dkj, dvj = np.zeros(kj.shape, kj.dtype), np.zeros(vj.shape, vj.dtype)
             for i in pieces(T, BLOCK)[j.start // BLOCK :]:  # queries i, at or after j
-                p = qs[:, :, i] @ kj.swapaxes(2, 3)  # (b, h, queries, keys)
+                qi, di = qs[:, :, i], do[:, :, i]
+                shape = (*qi.shape[:3], kj.shape[2])  # (b, h, queries, keys)
+                p = np.matmul(qi, kj.swapaxes(2, 3), out=scratch(0, shape, qi.dtype))
                 if j == i:
-                    p += CAUSAL[: p.shape[2], : p.shape[3]]
+                    p += CAUSAL[: shape[2], : shape[3]]
                 p -= lse[b, h, i, None]
                 np.exp(p, out=p)
-                dvj += p.swapaxes(2, 3) @ do[:, :, i]
-                ds = do[:, :, i] @ vj.swapaxes(2, 3)  # dp, then ds
+                dvj += p.swapaxes(2, 3) @ di
+                ds = np.matmul(di, vj.swapaxes(2, 3), out=scratch(1, shape, qi.dtype))  # dp, then ds
                 ds -= rowsum[:, :, i]
                 ds *= p
                 dqs[:, :, i] += ds @ kj
-                dkj += ds.swapaxes(2, 3) @ qs[:, :, i]
+                dkj += ds.swapaxes(2, 3) @ qi
             dk[b, h, j], dv[b, h, j] = dkj, dvj
         np.multiply(dqs, scale, out=dq[b, h])
 
@@ -498,7 +541,7 @@ def attention_decode(out, qkv, keys, values, lengths):
 
 
 def cross_entropy(losses, logits, targets, vocab_size):
-    """losses (N,) = -log softmax(logits (N, Vp))[targets (N,)] over the first vocab_size columns. Spoils logits."""
+    """losses (N,) = -log softmax(logits (N, Vp))[targets (N,)], over vocab_size columns. Spoils logits."""
 
     def body(rows):
         z = logits[rows, :vocab_size]  # (n, V)
@@ -550,7 +593,7 @@ def global_norm(norm, grads):
 
 
 def clip_scale(scale, norm, max_norm, limit):
-    """scale (1,) = what clips the gradients to max_norm; -1, "leave this step out", if norm > limit or not finite."""
+    """scale (1,) = what clips the gradients to max_norm; -1 (skip this step) if norm is not <= limit."""
     scale[0] = min(1, max_norm / max(norm[0], 1e-30)) if norm[0] <= limit else -1
 
 

@@ -75,7 +75,9 @@ def filtered_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.
     return weights
 
 
-def sample(out, logits, seed, streams, counters, temperature, top_k, top_p, min_p, logprobs=None):
+def sample(
+    out, logits, seed, streams, counters, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, logprobs=None
+):
     """Draw out (B,) int32 from logits (B, V): the first token whose running sum passes a uniform number.
 
     logprobs (2, B) float64, if given: the log-probabilities of the drawn tokens, [0] under exactly the

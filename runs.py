@@ -1,0 +1,104 @@
+"""A run's directory: log.jsonl, one object an event, and step_000500/, the model and all it takes to go on.
+
+train.py, sft.py and rl.py write it, sample.py reads it. Read train.py first.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import files
+from console import UserError, say
+
+
+class Log:
+    """log.jsonl. Events after `step`, of a run that was cut off, are dropped: they will come again."""
+
+    def __init__(self, run, step=0):
+        path = Path(run) / "log.jsonl"
+        if path.exists():
+            kept = [json.dumps(event) + "\n" for event in read_log(run) if event.get("step", 0) <= step]
+            files.write_whole(path, "".join(kept).encode())
+        self.file = open(path, "a", encoding="utf-8", buffering=1)  # every line is on its way at once
+
+    def write(self, event, **values):
+        """Append an event; a number that is none (NaN, infinity) becomes null, as JSON has no word for it."""
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                values[name] = None
+        self.file.write(json.dumps({"event": event, **values}) + "\n")
+
+
+def read_log(run):
+    """The events of a run; a line that was cut off is left out."""
+    try:
+        lines = (Path(run) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise UserError(f"{run} has no log.jsonl; name a run's directory") from None
+    events = []
+    for line in lines:
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events
+
+
+def checkpoints(run):
+    """The checkpoints of a run, oldest first."""
+    found = [d for d in Path(run).glob("step_*") if d.name[5:].isdecimal() and (d / "config.json").is_file()]
+    return sorted(found, key=lambda d: int(d.name[5:]))
+
+
+def newest_checkpoint(directory):
+    """The directory itself if it is a checkpoint, else the newest of the run; UserError if there is none."""
+    directory = Path(directory)
+    if (directory / "config.json").is_file():
+        return directory
+    if not checkpoints(directory):
+        raise UserError(f"{directory} is no checkpoint and has none; name a run or a step_* directory in it")
+    return checkpoints(directory)[-1]
+
+
+def save_checkpoint(run, step, model, tokenizer, optimizer, keep, **state):
+    """Write run/step_000500, whole or not at all; then remove all but the newest `keep`. Return its path."""
+    place = Path(run) / f"step_{step:06d}"
+    with files.whole_directory(place) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save(beside)
+        optimizer.save(beside / "optimizer.safetensors")
+        files.write_whole(beside / "state.json", json.dumps({"step": step, **state}, indent=1).encode())
+    for old in checkpoints(run)[:-keep]:
+        gone = old.with_name(f".{old.name}.{os.getpid()}.part")  # not half there if we are stopped now
+        os.replace(old, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    return place
+
+
+def read_state(checkpoint):
+    """state.json of a checkpoint: the step, and what else the run put there."""
+    try:
+        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint} cannot be resumed: {error}") from None
+
+
+class Interrupt:
+    """Ctrl-C sets `asked`, for the loop to finish its step; a second one stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        self.before = {name: signal.signal(name, self._ask) for name in (signal.SIGINT, signal.SIGTERM)}
+
+    def _ask(self, name, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        say("\nfinishing this step; once more to stop at once")
+
+    def restore(self):
+        for name, handler in self.before.items():
+            signal.signal(name, handler)

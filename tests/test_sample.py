@@ -1,0 +1,616 @@
+"""Sampling held to its definitions, and generate() to what it promises: with a model whose probabilities we
+choose, where everything is exact; with a small GPT-2; and from the command line."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import gpt2
+import kernels
+import sample
+from console import UserError
+from kernels import sampling
+from sample import Completion, generate, release
+from tokenizer import Tokenizer
+
+PLAIN = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+
+
+def draw(logits, seed=1, streams=None, counters=None, **filters):
+    """Token and both log-probabilities for every row of logits (B, V)."""
+    B = len(logits)
+    out, logprobs = np.empty(B, np.int32), np.empty((2, B))
+    streams = np.arange(B) if streams is None else streams
+    counters = np.zeros(B, np.int64) if counters is None else counters
+    sampling.sample(out, logits, seed, streams, counters, **{**PLAIN, **filters}, logprobs=logprobs)
+    return out, logprobs
+
+
+def chi_square(drawn, probabilities):
+    """The statistic of drawn tokens (n,) against probabilities (V,), and what chance exceeds once in 1000."""
+    possible = probabilities > 0
+    counts = np.bincount(drawn, minlength=len(probabilities))
+    assert counts[~possible].sum() == 0, "a token of probability 0 was drawn"
+    expected = probabilities[possible] * len(drawn)
+    df = possible.sum() - 1
+    limit = df * (1 - 2 / (9 * df) + 3.0902 * math.sqrt(2 / (9 * df))) ** 3  # Wilson and Hilferty, 1931
+    return ((counts[possible] - expected) ** 2 / expected).sum(), limit
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The coin
+
+
+@pytest.mark.parametrize(
+    "counter_and_key, words",
+    [  # the known answers of Random123, kat_vectors, philox4x32 with 10 rounds
+        ("00000000 00000000 00000000 00000000 00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344 a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_known_answers(counter_and_key, words):
+    numbers = [np.array([int(word, 16)], np.uint64) for word in counter_and_key.split()]
+    assert [f"{int(word[0]):08x}" for word in sampling.philox(*numbers)] == words.split()
+
+
+def test_uniform_is_a_function_of_seed_stream_and_counter():
+    n = 20_000
+    u = sampling.uniform(7, np.arange(n), np.zeros(n, np.int64))
+    assert u.min() >= 0 and u.max() < 1 and len(np.unique(u)) > 0.999 * n
+    statistic, limit = chi_square((u * 50).astype(int), np.full(50, 1 / 50))
+    assert statistic < limit
+    along = sampling.uniform(7, 3, np.arange(n))  # one stream, position after position
+    statistic, limit = chi_square((along * 50).astype(int), np.full(50, 1 / 50))
+    assert statistic < limit
+    assert abs(np.corrcoef(along[1:], along[:-1])[0, 1]) < 0.03
+    assert sampling.uniform(7, [5], [0]) == u[5]
+    different = [(7, 5, 1), (8, 5, 0), (7, 5 + 2**32, 0), (7 + 2**32, 5, 0), (7, 5, 2**32), (2**63, 5, 0)]
+    assert len({float(sampling.uniform(*key)) for key in different} | {u[5]}) == len(different) + 1
+
+
+@pytest.mark.parametrize("u, token", [(0.0, 1), (0.499, 1), (0.5, 3), (1 - 2.0**-32, 3)])
+def test_the_ends_of_the_coin_draw_no_impossible_token(monkeypatch, u, token):
+    monkeypatch.setattr(sampling, "uniform", lambda *_: np.array([u]))
+    assert draw(np.array([[-np.inf, 1, -np.inf, 1, -np.inf]]))[0] == token
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The distribution
+
+
+@pytest.mark.parametrize(
+    "temperature, expected", [(1, [0.27, 0.73]), (0.5, [0.12, 0.88]), (0.1, [0, 1]), (0, [0, 1])]
+)
+def test_temperature_on_the_worked_example(temperature, expected):
+    probabilities = sampling.filtered_probabilities(np.array([[1, 2]], np.float32), temperature)
+    np.testing.assert_allclose(probabilities, [expected], atol=0.005)
+
+
+def test_extreme_temperatures():
+    logits = np.array([[1, 3, 3, 2]], np.float32)
+    np.testing.assert_array_equal(sampling.filtered_probabilities(logits, 0), [[0, 1, 0, 0]])  # lowest id
+    np.testing.assert_array_equal(sampling.filtered_probabilities(logits, 1e-300), [[0, 0.5, 0.5, 0]])
+    np.testing.assert_allclose(sampling.filtered_probabilities(logits, 1e6), [[0.25] * 4], atol=1e-5)
+    np.testing.assert_allclose(
+        sampling.filtered_probabilities(logits + 1e4), sampling.filtered_probabilities(logits)
+    )
+
+
+@pytest.mark.parametrize(
+    "filters, kept",
+    [  # probabilities .4 .2 .2 .1 .1
+        (dict(top_k=1), [0]),
+        (dict(top_k=2), [0, 1, 2]),  # the second and the third are equals: both stay
+        (dict(top_k=99), [0, 1, 2, 3, 4]),
+        (dict(top_p=0.39), [0]),
+        (dict(top_p=0.41), [0, 1, 2]),
+        (dict(top_p=0.85), [0, 1, 2, 3, 4]),
+        (dict(min_p=0.49), [0, 1, 2]),
+        (dict(min_p=0.51), [0]),
+        (dict(min_p=1), [0]),
+        (dict(top_k=3, top_p=0.49), [0]),  # top-p counts what top-k has left: .5 .25 .25
+        (dict(top_k=3, top_p=0.51), [0, 1, 2]),
+        (dict(temperature=2, top_p=0.39), [0, 1, 2]),  # .28 .2 .2 .14 .14 (temperature comes first)
+    ],
+)
+def test_filters_on_an_example_with_ties(filters, kept):
+    p = np.array([0.4, 0.2, 0.2, 0.1, 0.1])
+    probabilities = sampling.filtered_probabilities(np.log(p)[None].astype(np.float32), **filters)[0]
+    assert np.flatnonzero(probabilities).tolist() == kept
+    shares = p ** (1 / filters.get("temperature", 1))
+    np.testing.assert_allclose(probabilities[kept], shares[kept] / shares[kept].sum(), rtol=1e-6)
+
+
+def by_definition(logits, temperature, top_k, top_p, min_p):
+    """The four definitions, word for word and slowly; and how close a token came to a threshold."""
+    weights = [math.exp((x - max(logits)) / temperature) for x in logits]
+    kept = [i for i in range(len(logits)) if top_k == 0 or sum(x > logits[i] for x in logits) < top_k]
+    total = math.fsum(weights[i] for i in kept)
+    above = {i: math.fsum(weights[j] for j in kept if weights[j] > weights[i]) / total for i in kept}
+    close = [abs(above[i] - top_p) for i in kept]
+    if top_p < 1:
+        kept = [i for i in kept if above[i] < top_p]
+    close += [abs(weights[i] - min_p) for i in kept]
+    kept = [i for i in kept if weights[i] >= min_p]
+    total = math.fsum(weights[i] for i in kept)
+    return [weights[i] / total if i in kept else 0.0 for i in range(len(logits))], min(close)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.integers(-12, 12).map(lambda n: n / 4), min_size=1, max_size=12),  # a coarse grid makes ties
+    st.floats(0.05, 5),
+    st.integers(0, 14),
+    st.floats(0.01, 1),
+    st.floats(0, 1),
+)
+def test_filters_against_their_definitions(logits, temperature, top_k, top_p, min_p):
+    expected, close = by_definition(logits, temperature, top_k, top_p, min_p)
+    assume(close > 1e-9)
+    rows = np.array([logits, logits[::-1]], np.float32)  # (2, V): a row does not depend on its neighbours
+    probabilities = sampling.filtered_probabilities(rows, temperature, top_k, top_p, min_p)
+    np.testing.assert_allclose(probabilities, [expected, expected[::-1]], rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {},
+        dict(temperature=0.6),
+        dict(top_k=5),
+        dict(top_p=0.7),
+        dict(min_p=0.2),
+        dict(temperature=1.5, top_k=9, top_p=0.9),
+    ],
+)
+def test_frequencies_are_the_probabilities(filters):
+    logits = np.random.default_rng(0).normal(size=(1, 12)).astype(np.float32) * 1.5
+    probabilities = sampling.filtered_probabilities(logits, **filters)[0]
+    drawn, logprobs = draw(np.repeat(logits, 20_000, axis=0), seed=3, **filters)
+    statistic, limit = chi_square(drawn, probabilities)
+    assert statistic < limit
+    np.testing.assert_allclose(np.exp(logprobs[0]), probabilities[drawn], rtol=1e-12)
+    full = np.exp(logits[0].astype(np.float64)) / np.exp(logits[0].astype(np.float64)).sum()
+    np.testing.assert_allclose(np.exp(logprobs[1]), full[drawn], rtol=1e-12)
+
+
+def test_an_improbable_token_has_a_finite_log_probability():
+    _, logprobs = draw(np.array([[0, -2000]] * 50, np.float32), temperature=1e6)
+    assert np.isfinite(logprobs).all() and logprobs[1].min() == -2000
+
+
+# ------------------------------------------------------------------------------------------------------------
+# generate(), with a model that says what we want
+
+
+class Fake:
+    """A model whose logits are any function of the tokens so far; exactly the same in every batch."""
+
+    ops = kernels.load("cpu")
+
+    def __init__(self, logits, vocab_size=266, n_positions=64):
+        self.function = logits
+        self.config = gpt2.GPT2Config(vocab_size=vocab_size, n_positions=n_positions)
+        self.calls = []  # the shape of the tokens in every call of decode
+
+    def new_cache(self, batch, length):
+        self.cache = FakeCache([[] for _ in range(batch)], length)
+        return self.cache
+
+    def decode(self, tokens, cache, lengths=None):
+        self.calls.append(np.shape(tokens))
+        for i, (text, row) in enumerate(zip(cache.rows, tokens, strict=True)):
+            text.extend(int(token) for token in (row if lengths is None else row[: lengths[i]]))
+            assert len(text) <= cache.length
+        return np.array([self.function(text) for text in cache.rows], np.float32)
+
+
+class FakeCache:
+    def __init__(self, rows, length):
+        self.rows, self.length = rows, length
+
+    def select(self, rows):
+        self.rows = [list(self.rows[i]) for i in rows]
+
+
+def hashed(text):
+    """Logits that depend on every token of the text, over 11 tokens."""
+    return np.random.default_rng(text).normal(size=11) * 2
+
+
+def reciting(ids, prompt_length=1, vocab_size=266):
+    """A function for Fake that says ids, one after the other, then 0 for ever."""
+
+    def logits(text):
+        at = len(text) - prompt_length
+        return np.where(np.arange(vocab_size) == (ids[at] if at < len(ids) else 0), 50.0, 0.0)
+
+    return logits
+
+
+def test_probability_of_a_sentence():
+    """P("I love food") = .2 * .1 * .3 = .006, and a third of the logarithm to compare with other lengths."""
+    START, I, LOVE, FOOD = 3, 0, 1, 2
+    after = {(START,): [0.2, 0.3, 0.5], (START, I): [0.4, 0.1, 0.5], (START, I, LOVE): [0.3, 0.4, 0.3]}
+    model = Fake(lambda text: np.log([*after.get(tuple(text), [1 / 3] * 3), 1e-30]), vocab_size=4)
+    rows = generate(model, [[START]] * 20_000, 3, seed=5)
+    found = [row for row in rows if row.ids == [I, LOVE, FOOD]]
+    assert len(found) == pytest.approx(0.006 * 20_000, abs=3.3 * math.sqrt(0.006 * 20_000))
+    assert math.exp(sum(found[0].logprobs)) == pytest.approx(0.006)
+    assert found[0].mean_logprob == pytest.approx(math.log(0.006) / 3)
+
+
+def test_mean_log_probability_is_fair_to_long_texts():
+    short, long = Completion(0, [0], 0, None), Completion(1, [0], 1, None)
+    short.full_logprobs, long.full_logprobs = [math.log(0.1)], [math.log(0.5)] * 6
+    assert sum(short.full_logprobs) > sum(long.full_logprobs)
+    assert short.mean_logprob < long.mean_logprob
+
+
+def test_finished_rows_leave_the_batch_and_nobody_else_notices():
+    prompts = [[1], [1, 2, 3], [4, 5], [1], [6] * 9, [4, 5]]
+    model = Fake(hashed, vocab_size=11)
+    together = generate(model, prompts, 30, seed=9, stop_tokens={0, 7})
+    alone = [
+        generate(Fake(hashed, vocab_size=11), [prompt], 30, seed=9, stop_tokens={0, 7}, streams=[i])[0]
+        for i, prompt in enumerate(prompts)
+    ]
+    assert [row.ids for row in together] == [row.ids for row in alone]
+    assert [row.logprobs for row in together] == [row.logprobs for row in alone]
+    assert [row.finish for row in together] == [row.finish for row in alone]
+    assert together[0].ids != together[3].ids, "equal prompts have streams of their own"
+    assert model.calls[0] == (4, 9), "each different prompt is read once, padded to the longest"
+    lengths = [len(row.ids) for row in together]
+    assert len(set(lengths)) > 2
+    assert model.calls[1:] == [(sum(n > step for n in lengths), 1) for step in range(1, max(lengths))]
+    backwards = generate(model, prompts[::-1], 30, seed=9, stop_tokens={0, 7}, streams=range(5, -1, -1))
+    assert [row.ids for row in backwards[::-1]] == [row.ids for row in together]
+
+
+def test_a_text_interrupted_and_taken_up_again_goes_on_as_if_nothing_had_been():
+    (whole,) = generate(Fake(hashed, 11), [[1, 2]], 20, seed=3, streams=[8])
+    (rest,) = generate(Fake(hashed, 11), [[1, 2, *whole.ids[:7]]], 13, seed=3, streams=[8])
+    assert rest.ids == whole.ids[7:]
+
+
+def test_the_seed_repeats_the_text_and_another_seed_does_not():
+    one, same, other = (generate(Fake(hashed, 11), [[1], [2]], 20, seed=seed) for seed in (1, 1, 2))
+    assert [row.ids for row in one] == [row.ids for row in same] != [row.ids for row in other]
+
+
+def test_log_probabilities_are_of_the_two_distributions():
+    filters = dict(temperature=0.7, top_k=6, top_p=0.9, min_p=0.05)
+    for row in generate(Fake(hashed, 11), [[1], [2, 3]], 15, **filters, seed=3):
+        text = list(row.prompt)
+        for token, logprob, full in zip(row.ids, row.logprobs, row.full_logprobs, strict=True):
+            logits = hashed(text)[None].astype(np.float32)
+            assert math.exp(logprob) == pytest.approx(
+                sampling.filtered_probabilities(logits, **filters)[0, token]
+            )
+            assert math.exp(full) == pytest.approx(sampling.filtered_probabilities(logits)[0, token])
+            text.append(token)
+
+
+@pytest.mark.parametrize(
+    "prompt_length, max_tokens, finish, n, capacity",
+    [
+        (3, 4, "length", 4, 6),  # the last token drawn is never read, so it needs no place in the cache
+        (3, 1, "length", 1, 3),
+        (3, 8, "length", 8, 10),
+        (3, 9, "context", 8, 10),
+        (10, 5, "context", 1, 10),  # a full context still predicts one token
+        (10, 1, "length", 1, 10),
+    ],
+)
+def test_length_and_context(prompt_length, max_tokens, finish, n, capacity):
+    model = Fake(hashed, 11, n_positions=10)
+    (row,) = generate(model, [[1] * prompt_length], max_tokens)
+    assert (row.finish, len(row.ids), model.cache.length) == (finish, n, capacity)
+
+
+def test_rows_of_different_lengths_reach_the_context_each_in_its_time():
+    rows = generate(Fake(hashed, 11, n_positions=10), [[1] * 3, [1] * 10, [2] * 7], 20)
+    assert [(row.finish, len(row.ids)) for row in rows] == [("context", 8), ("context", 1), ("context", 4)]
+
+
+def test_a_prompt_longer_than_the_context_is_refused():
+    with pytest.raises(UserError, match=r"11 tokens.*at most 10.*shorten"):
+        generate(Fake(hashed, 11, n_positions=10), [[1], [1] * 11], 5)
+
+
+def test_outputs_that_are_no_numbers_are_refused():
+    for bad in (np.nan, np.inf):
+        for temperature in (0, 1):
+            with pytest.raises(UserError, match="diverged"):
+                generate(
+                    Fake(lambda _, bad=bad: np.array([0, bad, 1.0]), 3), [[1]], 5, temperature=temperature
+                )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Text: stop rules and whole characters
+
+BYTES = Tokenizer.bytes()
+
+
+def recite(text, **rules):
+    """generate() on a model that says this text byte by byte; (row, the pieces that were shown)."""
+    ids = text if isinstance(text, list) else BYTES.encode(text)
+    pieces = []
+    rules = dict(max_tokens=len(ids), temperature=0) | rules
+    on_token = lambda row, shown, logits: pieces.append(shown)
+    (row,) = generate(Fake(reciting(ids)), [[BYTES.eot]], tokenizer=BYTES, on_token=on_token, **rules)
+    assert "".join(pieces) == row.text
+    return row, pieces
+
+
+def test_stop_token_ends_the_text_and_is_the_last_of_the_ids():
+    row, _ = recite([*b"Yes.", BYTES.eot, *b"No."], stop_tokens={BYTES.eot})
+    assert (row.text, row.finish, row.ids) == ("Yes.", "stop", [*b"Yes.", BYTES.eot])
+    assert len(row.logprobs) == len(row.full_logprobs) == 5
+
+
+def test_stop_text_across_tokens_is_never_shown_in_part():
+    row, pieces = recite("One.\n\nUser: two", stop_texts=["\n\nUser:"])
+    assert (row.text, row.finish) == ("One.", "stop")
+    assert bytes(row.ids) == b"One.\n\nUser:"
+    assert pieces == ["O", "n", "e", "."] + [""] * 7
+
+
+def test_a_stop_text_that_does_not_come_is_shown_after_all():
+    row, pieces = recite("a ##b ###c #", stop_texts=["####"])
+    assert (row.text, row.finish) == ("a ##b ###c #", "length")
+    assert pieces == ["a", " ", "", "", "##b", " ", "", "", "", "###c", " ", "#"]
+
+
+def test_a_stop_token_lets_go_of_the_text_that_was_held_back():
+    row, _ = recite([*b"one #", BYTES.eot], stop_tokens={BYTES.eot}, stop_texts=["##"])
+    assert (row.text, row.finish) == ("one #", "stop")
+
+
+def test_characters_come_whole():
+    text = "Zürich 🙂!"
+    row, pieces = recite(text)
+    assert row.text == text
+    assert [piece for piece in pieces if piece] == list(text)
+    row, pieces = recite(BYTES.encode(text)[:-2])  # the last character stays broken
+    assert row.text == "Zürich \ufffd" == BYTES.decode(row.ids)
+
+
+pieces_of_text = st.lists(st.text("ab\n", max_size=4), max_size=8)
+stop_lists = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
+
+
+@settings(max_examples=300, deadline=None)
+@given(pieces_of_text, stop_lists)
+def test_stop_texts_do_not_depend_on_the_pieces(pieces, stops):
+    shown, held, stopped = "", "", False
+    for i, piece in enumerate([*pieces, ""]):
+        new, held, stopped = release(held + piece, stops, last=i == len(pieces))
+        shown += new
+        if stopped:
+            break
+    text = "".join(pieces)
+    ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
+    assert stopped == bool(ends)
+    if not stopped:
+        assert shown == text
+    else:  # it ends where the stop text that is complete first begins (of two such, the longer one)
+        assert text.startswith(shown) and not any(stop in shown for stop in stops)
+        assert len(shown) == min(ends) - max(len(s) for s in stops if text[: min(ends)].endswith(s))
+
+
+def test_without_a_tokenizer_there_is_no_text():
+    (row,) = generate(Fake(hashed, 11), [[1]], 3)
+    assert row.text == "" and len(row.ids) == 3
+    with pytest.raises(ValueError, match="tokenizer"):
+        generate(Fake(hashed, 11), [[1]], 3, stop_texts=["x"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A real GPT-2, small and random
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = gpt2.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=48, vocab_size=BYTES.vocab_size)
+    model = gpt2.GPT2(config, seed=1)
+    for name in model.params:  # wilder than at the start of training, so that the context matters
+        if name.endswith(".weight") and "ln" not in name:
+            model.params[name][...] *= 6
+    return model
+
+
+def test_gpt2_rows_of_different_lengths_against_the_full_forward_pass(model):
+    prompts = [BYTES.encode(text) for text in ("The", "The capital of", "A", "The", "Who are you?")]
+    rows = generate(model, prompts, 20, seed=4, stop_tokens=set(range(0, 266, 12)))
+    assert len({len(row.ids) for row in rows}) > 2
+    for row in rows:
+        text = row.prompt + row.ids
+        logits = model.logits(np.array([text[:-1]]))[0].astype(np.float64)  # (T, V)
+        full = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        expected = [full[len(row.prompt) - 1 + n, token] for n, token in enumerate(row.ids)]
+        np.testing.assert_allclose(row.full_logprobs, expected, atol=1e-4)
+        np.testing.assert_allclose(row.logprobs, expected, atol=1e-4)
+
+
+def test_gpt2_alone_and_in_a_batch_says_the_same(model):
+    prompts = [BYTES.encode(text) for text in ("The", "The capital of", "A", "The", "Who are you?")]
+    stop = set(range(0, 266, 12))
+    together = generate(model, prompts, 40, temperature=0.9, top_p=0.95, seed=4, stop_tokens=stop)
+    for i, row in enumerate(together):
+        (alone,) = generate(
+            model, [row.prompt], 40, temperature=0.9, top_p=0.95, seed=4, stop_tokens=stop, streams=[i]
+        )
+        assert (alone.ids, alone.finish) == (row.ids, row.finish)
+        np.testing.assert_allclose(alone.logprobs, row.logprobs, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    directory = run / "step_000010"
+    model.save_pretrained(directory)
+    BYTES.save(directory)
+    return directory
+
+
+def cli(capsys, *arguments):
+    sample.main([str(argument) for argument in arguments])
+    return capsys.readouterr()
+
+
+def test_cli_shows_prompt_and_text_and_repeats_itself(checkpoint, capsys):
+    first = cli(capsys, checkpoint, "--prompt", "The", "--max-tokens", 20).out
+    assert first.startswith("The") and len(first) > 10
+    assert (
+        cli(capsys, checkpoint.parent, "--prompt", "The", "--max-tokens", 20).out == first
+    )  # the run's newest
+    assert cli(capsys, checkpoint, "--prompt", "The", "--max-tokens", 20, "--seed", 1).out != first
+
+
+def test_cli_json(checkpoint, capsys):
+    answer = json.loads(
+        cli(
+            capsys, checkpoint, "--json", "--num-samples", 3, "--max-tokens", 9, "--show-probs", "--top-k", 4
+        ).out
+    )
+    assert answer["settings"]["seed"] == sample.SEED and answer["prompt"] == ""
+    assert len(answer["samples"]) == 3
+    for one in answer["samples"]:
+        assert one["finish"] in ("length", "stop")
+        assert BYTES.decode([id for id in one["ids"] if id != BYTES.eot]) == one["text"]
+        assert one["mean_logprob"] == pytest.approx(sum(one["full_logprobs"]) / len(one["ids"]))
+        for token, logprob, candidates in zip(one["ids"], one["logprobs"], one["candidates"], strict=True):
+            assert dict(candidates)[token] == pytest.approx(math.exp(logprob))
+            assert sum(p for _, p in candidates) == pytest.approx(1) and len(candidates) == 4
+    text = cli(capsys, checkpoint, "--max-tokens", 9, "--top-k", 4).out
+    assert text == answer["samples"][0]["text"] + "\n", "the first of several samples is the one made alone"
+
+
+def test_cli_best_of_keeps_the_most_probable(checkpoint, capsys):
+    flags = ["--max-tokens", 12, "--json", "--temperature", 1]
+    every = json.loads(cli(capsys, checkpoint, *flags, "--num-samples", 6).out)["samples"]
+    best = json.loads(cli(capsys, checkpoint, *flags, "--num-samples", 2, "--best-of", 3).out)["samples"]
+    assert best == [max(every[i : i + 3], key=lambda one: one["mean_logprob"]) for i in (0, 3)]
+    out = cli(capsys, checkpoint, "--max-tokens", 5, "--best-of", 3).out
+    assert "the best of 3" in out
+
+
+def test_cli_show_probs_marks_the_drawn_token(checkpoint, capsys):
+    out = cli(capsys, checkpoint, "--prompt", "A", "--max-tokens", 7, "--show-probs", "--temperature", 1).out
+    rows = [line for line in out.splitlines() if line[:4].strip().isdigit()]
+    assert len(rows) == 7
+    for line in rows:
+        assert line.count('*"') + line.count("*'") == 1
+        shares = [float(cell) for cell in line.split() if cell.startswith("0.") and len(cell) == 5]
+        assert len(shares) in (5, 6) and shares[:5] == sorted(shares[:5], reverse=True)
+
+
+def test_cli_show_probs_at_temperature_0_shows_the_model(checkpoint, capsys):
+    out = cli(capsys, checkpoint, "--json", "--max-tokens", 3, "--show-probs", "--temperature", 0).out
+    (one,) = json.loads(out)["samples"]
+    for token, full, candidates in zip(one["ids"], one["full_logprobs"], one["candidates"]):
+        assert len(candidates) == 5 and candidates[0] == [token, pytest.approx(math.exp(full))]
+    assert one["logprobs"] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "token, shown", [(b" the", '" the"'), (b"\n", r'"\n"'), (b"\xe2\x80", r"'\xe2\x80'")]
+)
+def test_tokens_are_visible(token, shown):
+    assert sample.visible(token) == shown
+
+
+def test_cli_prompt_from_a_file_and_from_standard_input(checkpoint, capsys, tmp_path, monkeypatch):
+    expected = cli(capsys, checkpoint, "--prompt", "Zürich\n is", "--max-tokens", 5).out
+    (tmp_path / "prompt").write_bytes("Zürich\n is\n".encode())
+    assert cli(capsys, checkpoint, "--prompt-file", tmp_path / "prompt", "--max-tokens", 5).out == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Zürich\n is\r\n".encode())))
+    assert cli(capsys, checkpoint, "--prompt-file", "-", "--max-tokens", 5).out == expected
+
+
+def test_cli_stop_text(checkpoint, capsys):
+    whole = cli(capsys, checkpoint, "--prompt", "The", "--max-tokens", 20).out[:-1]
+    assert (
+        cli(
+            capsys, checkpoint, "--prompt", "The", "--max-tokens", 20, "--stop", whole[6:8], "--stop", "@@"
+        ).out[:-1]
+        == whole[: whole.index(whole[6:8], 3)]
+    )
+
+
+def test_cli_says_that_the_context_is_full(checkpoint, capsys):
+    assert "context of 48 tokens" in cli(capsys, checkpoint, "--max-tokens", 500, "--temperature", 1).err
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--top-p", "2"], "--top-p: 2 must be at most 1"),
+        (["--top-p", "0"], "--top-p: 0 must be greater than 0"),
+        (["--temperature", "-1"], "--temperature: -1 must be at least 0"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--temperature", "warm"], "--temperature: 'warm' is not a number"),
+        (["--top-k", "-3"], "--top-k: -3 must be at least 0"),
+        (["--top-k", "2.5"], "--top-k: '2.5' is not a whole number"),
+        (["--min-p", "1.5"], "--min-p: 1.5 must be at most 1"),
+        (["--max-tokens", "0"], "--max-tokens: 0 must be at least 1"),
+        (["--num-samples", "0"], "--num-samples: 0 must be at least 1"),
+        (["--best-of", "0"], "--best-of: 0 must be at least 1"),
+        (["--seed", "-1"], "--seed: -1 must be at least 0"),
+        (["--stop", ""], "--stop needs a text"),
+        (["--prompt", "x" * 60], "61 tokens.*at most 48"),
+        (["--prompt", "a", "--prompt-file", "b"], "not allowed with"),
+        (["--prompt-file", "no/such/file"], "--prompt-file no/such/file: No such file"),
+    ],
+)
+def test_cli_bad_values_are_named(checkpoint, flags, words):
+    with pytest.raises(UserError, match=words) as caught:
+        sample.main([str(checkpoint), *flags])
+    assert "\n" not in str(caught.value)
+
+
+def test_cli_a_prompt_that_is_no_text(checkpoint, tmp_path):
+    (tmp_path / "prompt").write_bytes(b"ab\xff")
+    with pytest.raises(UserError, match="byte 2 is not UTF-8"):
+        sample.main([str(checkpoint), "--prompt-file", str(tmp_path / "prompt")])
+
+
+def test_cli_a_directory_that_is_no_checkpoint(tmp_path):
+    for directory in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=str(directory)):
+            sample.main([str(directory)])
+
+
+def test_cli_a_tokenizer_of_another_model(checkpoint, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    Tokenizer.train(["ab" * 50], 267).save(tmp_path)
+    with pytest.raises(UserError, match="267 tokens and the model 266"):
+        sample.main([str(tmp_path)])
+
+
+def test_a_script_ends_with_one_line_and_status_2(checkpoint):
+    script = Path(sample.__file__)
+    done = subprocess.run(
+        [sys.executable, script, checkpoint, "--top-p", "2"],
+        capture_output=True,
+        check=False,
+        text=True,
+        cwd=script.parent,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and "--top-p" in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,458 @@
+"""Pretraining: text becomes a model that continues text.
+
+    python train.py --data shards/factbook --out runs/factbook            what `make train` does
+    python train.py --data shards/factbook --out runs/factbook --resume   go on after Ctrl-C, bit for bit
+    python plot.py runs/factbook                                          draw its loss and learning rate
+
+Read gpt2.py first: the model; data.py made the shards. main() tells the story: forward, backward, update,
+and a line to watch. sft.py and rl.py use the schedule, the log and the checkpoints of this file.
+"""
+
+import math
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+
+import console
+import data
+import gpt2
+import kernels
+import runs
+from console import UserError, count, duration, number
+from tokenizer import Tokenizer
+
+# ------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+class Windows:
+    """Batches of windows of T + 1 tokens, a pure function of seed and step: nothing to save, nothing to lose.
+
+    Each epoch cuts every shard into windows from another offset and shuffles them. A step takes the next
+    `rows` of them; how many processes share the step, and in what micro-batches, changes nothing.
+    """
+
+    def __init__(self, shards, T, rows, seed):
+        self.shards, self.T, self.rows, self.seed = [s for s in shards if len(s) > T], T, rows, seed
+        if not self.shards:
+            longest = max((len(s) for s in shards), default=0)
+            raise UserError(
+                f"the text has {longest} tokens, --seq-len {T} needs {T + 1}; add text or lower it"
+            )
+        self.counts = [max(1, len(s) // T - 1) for s in self.shards]  # windows, leaving room for the offset
+        self.n_windows, self.n_tokens = sum(self.counts), sum(len(s) for s in self.shards)
+        self.epoch = None
+
+    def _begin(self, epoch):
+        if self.epoch == epoch:
+            return
+        rng = np.random.default_rng([self.seed, epoch])
+        offsets = [rng.integers(len(s) - n * self.T) for s, n in zip(self.shards, self.counts)]
+        self.order, self.offsets, self.epoch = rng.permutation(self.n_windows), offsets, epoch
+
+    def _window(self, i):
+        """Window i since the beginning of training: (T + 1,) tokens."""
+        self._begin(i // self.n_windows)
+        i = self.order[i % self.n_windows]
+        for shard, n, offset in zip(self.shards, self.counts, self.offsets):
+            if i < n:
+                start = offset + i * self.T
+                return shard[start : start + self.T + 1]
+            i -= n
+        raise IndexError(i)
+
+    def batch(self, step, first=0, rows=None):
+        """tokens and targets (rows, T) int32: rows first.. of the step's global batch."""
+        begin = step * self.rows + first
+        windows = np.stack([self._window(begin + i) for i in range(rows or self.rows)]).astype(np.int32)
+        return windows[:, :-1], windows[:, 1:]
+
+
+def evaluation_batches(shards, T, rows, max_tokens):
+    """tokens and targets (up to `rows`, T) from the beginning of the validation text, in order."""
+    windows = [s[i : i + T + 1] for s in shards for i in range(0, len(s) - T, T)]
+    if not windows:
+        raise UserError(f"the validation text is shorter than --seq-len {T} + 1 tokens; add text or lower it")
+    windows = windows[: max(1, max_tokens // T)]
+    for i in range(0, len(windows), rows):
+        block = np.stack(windows[i : i + rows]).astype(np.int32)
+        yield block[:, :-1], block[:, 1:]
+
+
+def evaluate(model, batches, token_lengths):
+    """(mean loss in nats a token, bits per byte of text) over batches of tokens and targets."""
+    nats = tokens = n_bytes = 0
+    for inputs, targets in batches:
+        nats += float(model.ops.to_host(model.losses(inputs, targets)).sum(dtype=np.float64))
+        tokens += targets.size
+        n_bytes += int(token_lengths[targets].sum())
+    return nats / tokens, nats / math.log(2) / max(n_bytes, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The learning rate, and steps to leave out
+
+
+def learning_rate(step, steps, lr, warmup_steps, final):
+    """Of update `step` (from 0): up in a line, down in half a cosine to `final` * lr (GPT-3, appendix B)."""
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return lr * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+class Outliers:
+    """z-scores against the last values; what is not finite or too far up is an outlier and stays outside."""
+
+    def __init__(self, threshold, values=(), window=128, least=32):
+        self.threshold, self.values, self.least = threshold, deque(values, maxlen=window), least
+
+    def limit(self):
+        """The largest value that is no outlier; infinite until there is enough to compare with."""
+        if len(self.values) < self.least or not self.threshold:
+            return math.inf
+        return float(np.mean(self.values) + self.threshold * max(np.std(self.values), 1e-6))
+
+    def z(self, value):
+        if len(self.values) < self.least:
+            return 0.0
+        return float((value - np.mean(self.values)) / max(np.std(self.values), 1e-6))
+
+    def accepts(self, value):
+        """Take the value into the window if it is finite and no outlier; say whether."""
+        if not math.isfinite(value) or value > self.limit():
+            return False
+        self.values.append(value)
+        return True
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Before the run
+
+
+def measured_peak(ops, dtype, n=1024):
+    """FLOP/s of a matrix product of n x n: what this machine can do, and utilization is a share of."""
+    a, b, c = (
+        ops.to_device(np.random.default_rng(i).standard_normal((n, n)).astype(dtype)) for i in range(3)
+    )
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        ops.matmul_forward(c, a, b, None)
+        ops.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def available_memory():
+    """Bytes that programs can still have, or None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None
+
+
+def fit(rows, T, config, itemsize, free):
+    """The largest micro-batch that divides `rows`, has at most 8,192 tokens, and fits in half the memory."""
+    for B in range(rows, 1, -1):
+        if (
+            rows % B == 0
+            and B * T <= 8192
+            and sum(config.memory(B, T, itemsize).values()) < (free or 8e9) / 2
+        ):
+            return B
+    return 1
+
+
+def plan(flags, config, batches, tokens_per_step, step_seconds, peak):
+    """What the run will take, said before it takes it."""
+    tokens, n = flags.steps * tokens_per_step, config.n_params()
+    flops = float(tokens * config.flops_per_token(flags.seq_len))
+    memory = config.memory(flags.batch_size, flags.seq_len)
+    split = ", ".join(f"{what} {console.size(n_bytes)}" for what, n_bytes in memory.items())
+    epochs = flags.steps * batches.rows / batches.n_windows
+    seconds = flags.steps * step_seconds
+    cost = f", ${seconds / 3600 * flags.dollars_per_hour:.2f}" if flags.dollars_per_hour else ""
+    share = flops / seconds / peak
+    for what, text in (
+        (
+            "model",
+            f"{count(n)} parameters: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide;",
+        ),
+        ("", f"a vocabulary of {config.vocab_size}, a context of {config.n_positions}"),
+        ("data", f"{count(batches.n_tokens)} tokens in {flags.data}, seen {epochs:.3g} times"),
+        ("training", f"{count(tokens)} tokens in {flags.steps} steps of {tokens_per_step};"),
+        ("", f"{count(20 * n)} tokens would be compute-optimal (20 a parameter)"),
+        ("compute", f"{count(flops)}FLOP (6 N D, and attention); a matmul runs at {count(peak)}FLOP/s here"),
+        ("memory", f"{console.size(sum(memory.values()))}: {split}"),
+        ("time", f"{duration(seconds)}{cost}: {step_seconds * 1e3:.0f} ms a step, {share:.0%} utilization"),
+    ):
+        print(f"{what:10}{text}")
+
+
+def continuation(model, tokenizer, n, seed, temperature=0.8):
+    """A document of up to n tokens by the model, from nothing."""
+    n = min(n, model.config.n_positions)
+    cache, ids, token = model.new_cache(1, n), [], np.empty(1, np.int32)
+    logits = model.decode([[tokenizer.eot]], cache)
+    for i in range(n - 1):
+        model.ops.sample(token, logits, seed, np.zeros(1, int), np.full(1, i), temperature)
+        if token[0] == tokenizer.eot:
+            break
+        ids.append(int(token[0]))
+        logits = model.decode([ids[-1:]], cache)
+    return tokenizer.decode(ids)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+RECIPES = {  # what flags default to, by --model; d12 to d48 are llm.c's and the GPT-3 paper's settings
+    "tiny": dict(lr=2e-3, steps=1200, total_batch_tokens=4096, seq_len=256, warmup_steps=50),
+    "d12": dict(lr=6e-4, steps=18865, total_batch_tokens=524288, seq_len=1024, warmup_steps=700),
+    "d24": dict(lr=3e-4, steps=18865, total_batch_tokens=524288, seq_len=1024, warmup_steps=700),
+    "d36": dict(lr=2.5e-4, steps=18865, total_batch_tokens=524288, seq_len=1024, warmup_steps=700),
+    "d48": dict(lr=6e-4, steps=32000, total_batch_tokens=1048576, seq_len=1024, warmup_steps=700),
+}
+
+
+def parser():
+    flags = console.Parser(prog="train.py", description=__doc__)
+    whole, some, share = number(int, low=1), number(float, above=0), number(float, low=0)
+    group = flags.add_argument_group("data and output")
+    group.add_argument("--data", default="shards/factbook", metavar="DIR", help="shards that data.py made")
+    group.add_argument("--out", default="runs/factbook", metavar="RUN", help="the run's directory, a new one")
+    group.add_argument(
+        "--resume", action="store_true", help="go on from RUN's newest checkpoint, with its flags"
+    )
+    group.add_argument("--init-from", metavar="DIR", help="begin with the weights of a checkpoint")
+    group = flags.add_argument_group("model")
+    group.add_argument("--model", choices=gpt2.PRESETS, default="tiny", help="a preset; d12 is GPT-2 small")
+    for name, what in (("layer", "layers"), ("head", "heads"), ("embd", "channels")):
+        group.add_argument(f"--n-{name}", type=whole, metavar="N", help=f"{what}, instead of the preset's")
+    group.add_argument("--n-positions", type=whole, metavar="N", help="context; 1024, or --seq-len for tiny")
+    group = flags.add_argument_group("optimisation (defaults depend on --model)")
+    group.add_argument("--steps", type=whole, metavar="N", help="updates")
+    group.add_argument(
+        "--batch-size", type=whole, metavar="B", help="rows of a micro-batch; what memory allows"
+    )
+    group.add_argument("--seq-len", type=whole, metavar="T", help="tokens in a row")
+    group.add_argument("--total-batch-tokens", type=whole, metavar="N", help="tokens in an update")
+    group.add_argument("--lr", type=some, metavar="X", help="highest learning rate")
+    group.add_argument("--warmup-steps", type=number(int, low=0), metavar="N", help="steps up to it")
+    group.add_argument(
+        "--final-lr", type=number(float, 0, 1), default=0.0, metavar="X", help="at the end, times --lr"
+    )
+    group.add_argument(
+        "--weight-decay", type=share, default=0.1, metavar="X", help="on matrices and embeddings"
+    )
+    group.add_argument(
+        "--beta2", type=number(float, 0, 0.99999), default=0.95, metavar="X", help="AdamW's second"
+    )
+    group.add_argument(
+        "--grad-clip", type=some, default=1.0, metavar="X", help="largest norm of the gradient"
+    )
+    group.add_argument(
+        "--outlier-z", type=share, default=7.0, metavar="Z", help="leave out steps this far up; 0: none"
+    )
+    group = flags.add_argument_group("evaluation, samples, checkpoints (in steps; 0: never)")
+    every = number(int, low=0)
+    group.add_argument("--eval-every", type=every, default=200, metavar="N", help="evaluate, and at the end")
+    group.add_argument(
+        "--eval-tokens", type=whole, default=65536, metavar="N", help="validation tokens for that"
+    )
+    group.add_argument(
+        "--sample-every", type=every, default=200, metavar="N", help="show a sample, and at the end"
+    )
+    group.add_argument("--sample-tokens", type=whole, default=100, metavar="N", help="its length")
+    group.add_argument(
+        "--save-every", type=every, default=200, metavar="N", help="write a checkpoint, and at the end"
+    )
+    group.add_argument("--keep", type=whole, default=2, metavar="N", help="checkpoints to keep, the newest")
+    group = flags.add_argument_group("machine")
+    group.add_argument(
+        "--seed", type=number(int, 0, 2**63), default=42, metavar="N", help="weights and data order"
+    )
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    group.add_argument(
+        "--dtype", choices=("float32", "float64", "bfloat16"), default="float32", help="of numbers"
+    )
+    group.add_argument(
+        "--dollars-per-hour", type=share, metavar="X", help="price of the machine, to show the cost"
+    )
+    group = flags.add_argument_group("instead of a run")
+    group.add_argument(
+        "--overfit-batch", action="store_true", help="train on one batch: its loss must go to 0"
+    )
+    group.add_argument(
+        "--plot", nargs="+", metavar="RUN", help="draw loss and learning rate of runs to a PNG"
+    )
+    group.add_argument("--plot-out", metavar="PNG", help="where; loss.png in the first run if not given")
+    return flags
+
+
+def parse(argv):
+    """The flags; with --resume those of the run's newest checkpoint, unless given anew."""
+    flags, checkpoint = parser().parse_args(argv), None
+    run = Path(flags.out)
+    if flags.resume:
+        if not runs.checkpoints(run):
+            raise UserError(f"nothing to resume: {run} has no checkpoint; start without --resume")
+        checkpoint = runs.checkpoints(run)[-1]
+        again = parser()
+        again.set_defaults(**runs.read_state(checkpoint)["flags"])
+        flags = again.parse_args(argv)
+    elif run.exists() and any(run.iterdir()):
+        raise UserError(f"{run} exists; go on with --resume, or choose another --out")
+    for name, value in RECIPES[flags.model].items():
+        if getattr(flags, name) is None:
+            setattr(flags, name, value)
+    rows, rest = divmod(flags.total_batch_tokens, flags.seq_len)
+    if rest:
+        raise UserError(
+            f"--total-batch-tokens {flags.total_batch_tokens} is no multiple of --seq-len {flags.seq_len}"
+        )
+    if flags.batch_size and rows % flags.batch_size:
+        raise UserError(f"--batch-size {flags.batch_size} does not divide the {rows} rows of an update")
+    return flags, checkpoint
+
+
+def make_model(flags, tokenizer, checkpoint):
+    """A fresh model, or the one of --init-from or of the checkpoint to resume."""
+    device = kernels.choose(flags.device)
+    if checkpoint or flags.init_from:
+        source = checkpoint or runs.newest_checkpoint(flags.init_from)
+        model = gpt2.GPT2.from_pretrained(source, device, flags.dtype)
+    else:
+        sizes = gpt2.PRESETS[flags.model]
+        sizes |= {n: getattr(flags, n) for n in ("n_layer", "n_head", "n_embd") if getattr(flags, n)}
+        positions = flags.n_positions or (flags.seq_len if flags.model == "tiny" else 1024)
+        config = gpt2.GPT2Config(**sizes, n_positions=positions, vocab_size=tokenizer.vocab_size)
+        model = gpt2.GPT2(config, device, flags.dtype, flags.seed)
+    config = model.config
+    if config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"the model has {config.vocab_size} tokens, {flags.data} {tokenizer.vocab_size}: wrong data?"
+        )
+    if flags.seq_len > config.n_positions:
+        raise UserError(f"--seq-len {flags.seq_len} is more than the model's context of {config.n_positions}")
+    return model
+
+
+def check_tokens(shards, vocab_size, at_most=1 << 28):
+    """Refuse text of another tokenizer before the run; of very large data only the beginning is read."""
+    for shard in shards:
+        if at_most > 0 and shard.max() >= vocab_size:
+            raise UserError(
+                f"{shard.filename} has token {shard.max()}, but the vocabulary ends at {vocab_size - 1}"
+            )
+        at_most -= len(shard)
+
+
+def main(argv=None):
+    flags, checkpoint = parse(argv)
+    run, T = Path(flags.out), flags.seq_len
+    rows, start, state = flags.total_batch_tokens // T, 0, {}
+
+    train_shards, val_shards = data.shards(flags.data, "train"), data.shards(flags.data, "val")
+    tokenizer = Tokenizer.load(flags.data)
+    check_tokens(train_shards + val_shards, tokenizer.vocab_size)
+    batches = Windows(train_shards, T, rows, flags.seed)
+    model = make_model(flags, tokenizer, checkpoint)
+    free, itemsize = available_memory(), np.dtype(model.type).itemsize
+    flags.batch_size = B = flags.batch_size or fit(rows, T, model.config, itemsize, free)
+    needed = sum(model.config.memory(B, T, itemsize).values())
+    if free and needed > free:
+        what = f"training takes {console.size(needed)}, and {console.size(free)} are free"
+        raise UserError(f"{what}; lower --batch-size {B} or choose a smaller --model")
+    optimizer = gpt2.AdamW(model, betas=(0.9, flags.beta2), weight_decay=flags.weight_decay)
+    if checkpoint:
+        state = runs.read_state(checkpoint)
+        start = state["step"]
+        if start >= flags.steps:
+            raise UserError(
+                f"{run} has all its {flags.steps} steps; give more --steps, or see sample.py {run}"
+            )
+        optimizer.load(checkpoint / "optimizer.safetensors")
+    losses, norms = (Outliers(flags.outlier_z, state.get(name, ())) for name in ("losses", "norms"))
+    validation = list(evaluation_batches(val_shards, T, B, flags.eval_tokens))
+    weights = np.full((B, T), 1 / (rows * T))
+
+    def gradients(step):
+        """Forward and backward over the step's micro-batches; return its loss."""
+        loss = 0.0
+        for first in range(0, rows, B):
+            tokens, targets = batches.batch(0 if flags.overfit_batch else step, first, B)
+            loss += float(np.vdot(model.ops.to_host(model.forward(tokens, targets, weights)), weights))
+            model.backward()
+        return loss
+
+    peak = measured_peak(model.ops, model.type)
+    for _ in range(2):  # the second is warm
+        began = time.perf_counter()
+        gradients(start)
+        step_seconds = time.perf_counter() - began
+    model.flat_grads.fill(0)
+    plan(flags, model.config, batches, rows * T, step_seconds, peak)
+
+    run.mkdir(parents=True, exist_ok=True)
+    log, line, interrupt = runs.Log(run, start), console.Line(every=0), runs.Interrupt()
+    log.write("start", step=start, parameters=model.config.n_params(), peak_flops=peak, flags=vars(flags))
+
+    skipped, skipped_in_a_row = state.get("skipped", 0), 0
+    for step in range(start, flags.steps):
+        began = time.perf_counter()
+        lr = learning_rate(step, flags.steps, flags.lr, flags.warmup_steps, flags.final_lr)
+        loss = gradients(step)
+        loss_z, sound = losses.z(loss), losses.accepts(loss)
+        norm = optimizer.step(lr, flags.grad_clip, norms.limit() if sound else -1)  # -1: leave the update out
+        norm_z, sound = norms.z(norm), norms.accepts(norm) and sound
+        skipped, skipped_in_a_row = skipped + (not sound), 0 if sound else skipped_in_a_row + 1
+
+        seconds, done = time.perf_counter() - began, step + 1
+        speed = rows * T / seconds
+        utilization = speed * model.config.flops_per_token(T) / peak
+        step_seconds += (seconds - step_seconds) / min(done - start, 50)
+        left = duration(step_seconds * (flags.steps - done))
+        line.show(
+            f"step {done}/{flags.steps} | loss {loss:.4f} (z {loss_z:+.1f}) | "
+            f"norm {norm:.3f} (z {norm_z:+.1f}) | "
+            f"lr {lr:.2e} | {seconds * 1e3:.0f} ms | {count(speed)} tok/s | {utilization:.0%} of peak | "
+            f"{left} left" + ("" if sound else " | SKIPPED")
+        )
+        values = dict(loss=loss, loss_z=loss_z, norm=norm, norm_z=norm_z, lr=lr, seconds=seconds)
+        log.write("step", step=done, **values, speed=speed, utilization=utilization, skipped=not sound)
+        if skipped_in_a_row == 10:
+            raise UserError(
+                f"10 steps in a row had a loss or gradient that is no number or far out, last {loss:.4g} and "
+                f"{norm:.4g}; nothing was updated with them. Lower --lr and --resume, or start anew"
+            )
+        last = done == flags.steps or interrupt.asked
+        if last or (flags.save_every and done % flags.save_every == 0):
+            state = dict(
+                skipped=skipped, losses=list(losses.values), norms=list(norms.values), flags=vars(flags)
+            )
+            place = runs.save_checkpoint(run, done, model, tokenizer, optimizer, flags.keep, **state)
+            log.write("checkpoint", step=done, path=place.name)
+        if interrupt.asked:
+            line.clear()
+            console.say(f"stopped after step {done}; go on with: python train.py --out {run} --resume")
+            raise SystemExit(130)
+        if last or (flags.eval_every and done % flags.eval_every == 0):
+            val_loss, bits = evaluate(model, validation, tokenizer.token_lengths)
+            line.clear(f"step {done}: validation loss {val_loss:.4f}, {bits:.4f} bits per byte")
+            log.write("eval", step=done, loss=val_loss, bits_per_byte=bits)
+        if last or (flags.sample_every and done % flags.sample_every == 0):
+            text = continuation(model, tokenizer, flags.sample_tokens, seed=done)
+            line.clear(f"step {done}, a sample:\n{text}\n")
+            log.write("sample", step=done, text=text)
+    line.clear(f"done: {place}, {skipped} steps left out; talk to it: python sample.py {run} --prompt 'The'")
+
+
+if __name__ == "__main__":
+    console.run(main)
