@@ -6,8 +6,12 @@ Read it last, or never; every script uses these few functions and nothing else f
 import argparse
 import errno
 import math
+import os
 import sys
 import time
+
+# What the system says where a file cannot be: forbidden, read-only, below a file, name too long, too large.
+NO_PLACE = ["EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "EFBIG"]
 
 
 class UserError(Exception):
@@ -27,10 +31,11 @@ def run(main):
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and errno.errorcode.get(error.errno) not in NO_PLACE:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"
+        remedy = "free some space" if full else "choose another place"
         sys.exit(_complain(f"{error.strerror}{where}; {remedy} and run the same command again"))
 
 
@@ -43,7 +48,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     """Shows the defaults that say something."""
 
     def _get_help_string(self, action):
-        silent = action.default in (None, False, "", argparse.SUPPRESS) or action.default == []
+        silent = action.default is False or action.default in (None, "", argparse.SUPPRESS, [])
         return action.help if silent else f"{action.help or ''} (default: %(default)s)"
 
 
@@ -58,11 +63,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low=None, high=None, above=None):
-    """An argparse type: an int or a float in [low, high], or greater than `above`; NaN is refused."""
+    """An argparse type: an int or a float in [low, high], or greater than `above`; always finite."""
 
     def parse(text):
         try:
-            value = kind(float(text)) if kind is int and "e" in text.lower() else kind(text.replace("_", ""))
+            value = float(text)  # also 1_000
+            if kind is int:  # also 1e6, but not 1.5e0
+                value = int(value) if "e" in text.lower() and value.is_integer() else int(text)
+            if not math.isfinite(value):
+                raise ValueError
         except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not {'a whole' if kind is int else 'a'} number"
@@ -75,8 +84,6 @@ def number(kind, low=None, high=None, above=None):
         for bound, words, holds in bounds:
             if bound is not None and not holds():
                 raise argparse.ArgumentTypeError(f"{text} must be {words}")
-        if math.isnan(value):
-            raise argparse.ArgumentTypeError("NaN is no setting")
         return value
 
     return parse
@@ -127,7 +134,10 @@ class Line:
         if now - self.shown < (0.1 if self.redraw else self.every):
             return
         self.shown = now
-        self.stream.write(f"\r\033[K{text}" if self.redraw else text + "\n")
+        if self.redraw:  # a line that wraps could not be drawn over
+            width = os.get_terminal_size(self.stream.fileno()).columns or 80
+            text = f"\r\033[K{text[: width - 1]}"
+        self.stream.write(text if self.redraw else text + "\n")
         self.stream.flush()
 
     def clear(self, text=None):

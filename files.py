@@ -44,10 +44,12 @@ def whole_directory(place):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         _sync(beside)
+        before = beside.with_suffix(".before.part")
         if place.exists():
-            shutil.rmtree(place)
+            os.replace(place, before)  # a moment without, but never with half of one
         os.replace(beside, place)
         _sync(place.parent)
+        shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -76,15 +76,19 @@ class GPT2Config:
         forward and twice backward."""
         return 6 * (self.n_params() - self.n_positions * self.n_embd) + 6 * self.n_layer * self.n_embd * T
 
-    def memory(self, B, T, itemsize=4):
-        """Bytes that training takes: {what: bytes} for a micro-batch of B rows of T tokens."""
-        n = self.n_params()
-        head = self.padded_vocab_size * self.n_embd * itemsize
-        activations = (
-            sum(int(np.prod(s)) for _, s in activation_shapes(self, B, T, self.n_layer, True)) * itemsize
-        )
-        return {"parameters": n * itemsize, "gradients": n * itemsize + head, "moments": 2 * n * itemsize} | {
-            "activations": activations + chunk_rows(self, B * T) * self.padded_vocab_size * itemsize
+    def memory(self, B, T, itemsize=4, recompute=False):
+        """Bytes that training takes, {what: bytes}, for a micro-batch of B rows of T tokens.
+
+        itemsize is that of parameters and activations; with 2 (bfloat16) there is a float32 master copy.
+        """
+        n, exact = self.n_params(), max(itemsize, 4)
+        stored, statistics = activation_shapes(self, B, T, self.n_layer, True, recompute)
+        logits = chunk_rows(self, B * T) * self.padded_vocab_size
+        return {
+            "parameters": n * itemsize + (n * exact if itemsize < exact else 0),
+            "gradients": (n + self.padded_vocab_size * self.n_embd) * exact,
+            "moments": 2 * n * exact,
+            "activations": (length(stored) + logits) * itemsize + length(statistics) * exact,
         }
 
 
@@ -101,35 +105,53 @@ PRESETS = {  # GPT-2's four sizes by their depth, and one that a laptop trains i
 # Buffers
 
 
+ALIGNMENT = 64  # elements: every view begins at a multiple, where a GPU reads 16 bytes at once
+
+
+def length(shapes):
+    """Elements of a flat buffer for [(name, shape)]."""
+    return sum(-(-int(np.prod(shape)) // ALIGNMENT) * ALIGNMENT for _, shape in shapes)
+
+
 def carve(buffer, shapes):
     """Cut {name: view} out of a flat buffer, one view behind the other. shapes: [(name, shape)]."""
     views, start = {}, 0
     for name, shape in shapes:
-        length = int(np.prod(shape))
-        views[name] = buffer[start : start + length].reshape(shape)
-        start += length
+        views[name] = buffer[start : start + int(np.prod(shape))].reshape(shape)
+        start += length([(name, shape)])
     return views
 
 
-def activation_shapes(config, B, T, layers, backward):
-    """[(name, shape)] of what a forward pass of `layers` layers keeps, and of what backward needs besides."""
+def activation_shapes(config, B, T, layers, backward=False, recompute=False):
+    """What a forward pass of `layers` layers keeps, and what backward needs besides.
+
+    Two lists of (name, shape): activations, and statistics that stay float32. "3.att" belongs to layer 3,
+    "all.att" to every layer: with `recompute`, backward makes layernorm's and GELU's outputs anew.
+    """
     C, NH = config.n_embd, config.n_head
-    shapes = [("embedded", (B, T, C))]
+    stored, statistics = (
+        [("embedded", (B, T, C)), ("ln_f", (B, T, C))],
+        [("mean_f", (B, T)), ("rstd_f", (B, T))],
+    )
+    again = dict(ln_1=C, ln_2=C, act=4 * C)
+    kept = dict(qkv=3 * C, att=C, mid=C, pre=4 * C, out=C)
+    if recompute:
+        stored += [(f"all.{name}", (B, T, width)) for name, width in again.items()]
+    else:
+        kept |= again
     for i in range(layers):
-        widths = dict(ln_1=C, qkv=3 * C, att=C, mid=C, ln_2=C, pre=4 * C, act=4 * C, out=C)
-        shapes += [(f"{i}.{name}", (B, T, width)) for name, width in widths.items()]
-        shapes += [(f"{i}.{name}", (B, T)) for name in ("mean_1", "rstd_1", "mean_2", "rstd_2")]
-        shapes.append((f"{i}.lse", (B, NH, T)))
-    shapes += [("ln_f", (B, T, C)), ("mean_f", (B, T)), ("rstd_f", (B, T))]
+        stored += [(f"{i}.{name}", (B, T, width)) for name, width in kept.items()]
+        statistics += [(f"{i}.{name}", (B, T)) for name in ("mean_1", "rstd_1", "mean_2", "rstd_2")]
+        statistics.append((f"{i}.lse", (B, NH, T)))
     if backward:
         widths = dict(dx=C, dln=C, datt=C, dqkv=3 * C, dpre=4 * C, dln_f=C)
-        shapes += [(name, (B, T, width)) for name, width in widths.items()]
-    return shapes
+        stored += [(name, (B, T, width)) for name, width in widths.items()]
+    return stored, statistics
 
 
-def chunk_rows(config, rows):
+def chunk_rows(config, rows, elements=1 << 22):
     """How many of the N = B * T rows of logits exist at once: all (N, V) would dwarf everything else."""
-    return min(rows, max(256, (1 << 22) // config.padded_vocab_size))
+    return min(rows, max(256, elements // config.padded_vocab_size))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -139,30 +161,29 @@ def chunk_rows(config, rows):
 class GPT2:
     """A GPT-2 on one device. params and grads are {name: view} into one flat buffer each.
 
-    Raises UserError for settings that do not exist.
+    dtype is that of parameters and activations; gradients, statistics and losses are float32 at least, and
+    with bfloat16 the optimizer works on a float32 master copy. recompute saves a third of the activations
+    for a few percent of time. UserError for settings that do not exist.
     """
 
-    def __init__(self, config, device="cpu", dtype="float32", seed=42):
-        self.config, self.device, self.dtype = config, device, dtype
-        self.ops = kernels.load(device)
-        if dtype not in self.ops.DTYPES:
-            raise UserError(
-                f"dtype {dtype} does not exist on {device}; there is {', '.join(self.ops.DTYPES)}"
-            )
-        self.type = self.ops.DTYPES[dtype]
+    def __init__(self, config, device="cpu", dtype="float32", seed=42, recompute=False):
+        self.config, self.device, self.dtype, self.recompute = config, device, dtype, recompute
+        self.ops = ops = kernels.load(device)
+        if dtype not in ops.DTYPES:
+            raise UserError(f"dtype {dtype} does not exist on {device}; there is {', '.join(ops.DTYPES)}")
+        self.type = ops.DTYPES[dtype]
+        self.exact = ops.DTYPES["float64" if dtype == "float64" else "float32"]
         # Matrices come first in the flat buffers: weight decay is for them alone (n_decayed elements).
-        Vp, C = config.padded_vocab_size, config.n_embd
-        padded = config.shapes() | {"wte.weight": (Vp, C)}
-        self.layout = sorted(padded.items(), key=lambda item: len(item[1]) == 1)
-        n = sum(int(np.prod(shape)) for _, shape in self.layout)
-        self.n_decayed = sum(int(np.prod(shape)) for _, shape in self.layout if len(shape) == 2)
-        self.flat_params, self.flat_grads = self.ops.zeros(n, self.type), self.ops.zeros(n, self.type)
-        self.params, self.grads = carve(self.flat_params, self.layout), carve(self.flat_grads, self.layout)
+        padded = config.shapes() | {"wte.weight": (config.padded_vocab_size, config.n_embd)}
+        layout = sorted(padded.items(), key=lambda item: len(item[1]) == 1)
+        self.n_decayed, n = length([item for item in layout if len(item[1]) == 2]), length(layout)
+        self.flat_params, self.flat_grads = ops.zeros(n, self.type), ops.zeros(n, self.exact)
+        self.flat_master = self.flat_params if self.type == self.exact else ops.zeros(n, self.exact)
+        self.params, self.grads = carve(self.flat_params, layout), carve(self.flat_grads, layout)
+        self.master = carve(self.flat_master, layout)
         self.wte, self.dwte = self.params["wte.weight"], self.grads["wte.weight"]  # (Vp, C), with the padding
-        self.params["wte.weight"], self.grads["wte.weight"] = (
-            self.wte[: config.vocab_size],
-            self.dwte[: config.vocab_size],
-        )
+        for views in (self.params, self.grads, self.master):
+            views["wte.weight"] = views["wte.weight"][: config.vocab_size]
         self.dwte_head = None  # (Vp, C): the classifier's share of dwte between forward and backward
         self.buffers = {}  # activations, by what they are for
         self.pending = None  # tokens of the forward pass that backward belongs to
@@ -176,27 +197,36 @@ class GPT2:
             if name.endswith(".bias"):
                 continue  # zero
             if len(shape) == 1:
-                value = np.ones(shape, np.float32)
+                self.set(name, np.ones(shape, np.float32))
             else:
                 value = rng.standard_normal(shape, np.float32)
                 value *= 0.02 / (2 * self.config.n_layer) ** (0.5 if name.endswith("c_proj.weight") else 0)
-            self.params[name][...] = self.ops.to_device(value.astype(self.type))
+                self.set(name, value)
+
+    def set(self, name, value):
+        """Give a parameter the values of a NumPy array of its shape."""
+        self.master[name][...] = self.ops.to_device(value.astype(self.exact))
+        self.params[name][...] = self.ops.to_device(value.astype(self.type))
 
     def _activations(self, purpose, B, T, layers, backward=False):
-        """The arrays of a pass of this shape, a.name and a.layers[i].name, in a buffer that only grows."""
-        buffer, a, shape = self.buffers.get(purpose, (None, None, None))
+        """The arrays of a pass of this shape, a.name and a.layers[i].name, in buffers that only grow."""
+        buffers, a, shape = self.buffers.get(purpose, ([None, None], None, None))
         if shape != (B, T):
-            shapes = activation_shapes(self.config, B, T, layers, backward)
-            needed = sum(int(np.prod(s)) for _, s in shapes)
-            if buffer is None or len(buffer) < needed:
-                buffer = self.ops.empty(needed, self.type)
-            views = carve(buffer, shapes)
+            views = {}
+            lists = activation_shapes(self.config, B, T, layers, backward, self.recompute)
+            for k, (shapes, dtype) in enumerate(zip(lists, (self.type, self.exact))):
+                if buffers[k] is None or len(buffers[k]) < length(shapes):
+                    buffers[k] = self.ops.empty(length(shapes), dtype)
+                views |= carve(buffers[k], shapes)
+
+            def namespace(*prefixes):
+                found = {n.rpartition(".")[2]: view for n, view in views.items() if n.startswith(prefixes)}
+                return SimpleNamespace(**found)
+
             a = SimpleNamespace(**{name: view for name, view in views.items() if "." not in name})
-            a.layers = [
-                SimpleNamespace(**{n[len(k) :]: view for n, view in views.items() if n.startswith(k)})
-                for k in (f"{i}." for i in range(layers))
-            ] * (self.config.n_layer // layers)  # with one layer kept, all layers write the same arrays
-            self.buffers[purpose] = buffer, a, (B, T)
+            a.layers = [namespace(f"{i}.", "all.") for i in range(layers)]
+            a.layers *= self.config.n_layer // layers  # with one layer kept, all layers write the same arrays
+            self.buffers[purpose] = buffers, a, (B, T)
         return a
 
     def _checked(self, tokens, limit=None):
@@ -239,7 +269,7 @@ class GPT2:
 
     def _chunks(self, rows):
         """Buffers for logits (n, Vp), and the rows of N = B * T that each is for."""
-        n = chunk_rows(self.config, rows)
+        n = chunk_rows(self.config, rows, self.ops.LOGITS)
         buffer = self.buffers.get("logits")
         if buffer is None or len(buffer) < n:
             buffer = self.buffers["logits"] = self.ops.empty((n, self.config.padded_vocab_size), self.type)
@@ -260,14 +290,14 @@ class GPT2:
             weights = np.full((B, T), 1 / (B * T))
         if targets.shape != (B, T) or np.shape(weights) != (B, T):
             raise ValueError(f"tokens {(B, T)}, targets {targets.shape}, weights {np.shape(weights)} differ")
-        weights = ops.to_device(np.asarray(weights, self.type).reshape(-1))  # (N,)
+        weights = ops.to_device(np.asarray(weights, self.exact).reshape(-1))  # (N,)
         self.pending = None
         a = self._activations("training", B, T, self.config.n_layer, backward=True)
         self._blocks(a, tokens, self._causal)
         if self.dwte_head is None:
-            self.dwte_head = ops.empty(self.wte.shape, self.type)
+            self.dwte_head = ops.empty(self.wte.shape, self.exact)
         self.dwte_head.fill(0)
-        losses, targets = ops.empty(B * T, self.type), targets.reshape(-1)
+        losses, targets = ops.empty(B * T, self.exact), targets.reshape(-1)
         x, dx = a.ln_f.reshape(-1, C), a.dln_f.reshape(-1, C)
         for z, rows in self._chunks(B * T):
             ops.matmul_forward(z, x[rows], self.wte.T, None)  # (n, Vp) logits
@@ -290,6 +320,9 @@ class GPT2:
         w, dw, db = self._gradients("ln_f")
         ops.layernorm_backward(a.dx, dw, db, a.dln_f, inputs[-1], w, a.mean_f, a.rstd_f)
         for i, s in reversed(list(enumerate(a.layers))):
+            if self.recompute:
+                ops.layernorm_forward(s.ln_2, s.mean_2, s.rstd_2, s.mid, *self._parameters(f"h.{i}.ln_2"))
+                ops.gelu_forward(s.act, s.pre)
             w, dw, db = self._gradients(f"h.{i}.mlp.c_proj")
             ops.matmul_gelu_backward(a.dpre, dw, db, a.dx, s.act, w, s.pre)  # (B, T, 4C)
             w, dw, db = self._gradients(f"h.{i}.mlp.c_fc")
@@ -299,6 +332,8 @@ class GPT2:
             w, dw, db = self._gradients(f"h.{i}.attn.c_proj")
             ops.matmul_backward(a.datt, dw, db, a.dx, s.att, w)  # (B, T, C)
             ops.attention_backward(a.dqkv, a.datt, s.att, s.lse, s.qkv, self.config.n_head)  # (B, T, 3C)
+            if self.recompute:
+                ops.layernorm_forward(s.ln_1, s.mean_1, s.rstd_1, inputs[i], *self._parameters(f"h.{i}.ln_1"))
             w, dw, db = self._gradients(f"h.{i}.attn.c_attn")
             ops.matmul_backward(a.dln, dw, db, a.dqkv, s.ln_1, w)  # (B, T, C)
             w, dw, db = self._gradients(f"h.{i}.ln_1")
@@ -315,7 +350,7 @@ class GPT2:
         a = self._activations("evaluation", *tokens.shape, 1)
         self._blocks(a, tokens, self._causal)
         x, targets = a.ln_f.reshape(-1, self.config.n_embd), targets.reshape(-1)
-        losses = self.ops.empty(tokens.size, self.type)
+        losses = self.ops.empty(tokens.size, self.exact)
         for z, rows in self._chunks(tokens.size):
             self.ops.matmul_forward(z, x[rows], self.wte.T, None)
             self.ops.cross_entropy(losses[rows], z, targets[rows], self.config.vocab_size)
@@ -380,7 +415,7 @@ class GPT2:
         config |= {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "torch_dtype": "float32"}
         config |= dataclasses.asdict(self.config) | {"n_ctx": self.config.n_positions}
         tensors = {
-            "transformer." + name: np.ascontiguousarray(self.ops.to_host(self.params[name]), np.float32)
+            "transformer." + name: np.ascontiguousarray(self.ops.to_host(self.master[name]), np.float32)
             for name in self.config.shapes()
         }
         write_whole(directory / "model.safetensors", safetensors.numpy.save(tensors, {"format": "pt"}))
@@ -406,9 +441,9 @@ class GPT2:
             shape = config.shapes()[target]
             if value.shape != shape:
                 raise UserError(f"{directory}: {name} has shape {value.shape}; config.json asks for {shape}")
-            if target not in missing and not np.array_equal(value, model.ops.to_host(model.params[target])):
+            if target not in missing and not np.array_equal(value, model.ops.to_host(model.master[target])):
                 raise UserError(f"{directory}: lm_head.weight differs from wte.weight; GPT-2's are one")
-            model.params[target][...] = model.ops.to_device(value.astype(model.type))
+            model.set(target, value)
             missing.discard(target)
         if missing:
             raise UserError(
@@ -441,8 +476,8 @@ class AdamW:
 
     def __init__(self, model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
         self.model, self.betas, self.eps, self.weight_decay = model, betas, eps, weight_decay
-        self.m, self.v = (model.ops.zeros(len(model.flat_grads), model.type) for _ in range(2))
-        self.norm, self.scale = model.ops.zeros(1, model.type), model.ops.zeros(1, model.type)
+        self.m, self.v = (model.ops.zeros(len(model.flat_grads), model.exact) for _ in range(2))
+        self.norm, self.scale = (model.ops.zeros(1, model.exact) for _ in range(2))
         self.steps = 0
 
     def step(self, lr, max_norm=1.0, limit=np.inf):
@@ -455,8 +490,9 @@ class AdamW:
         ops.global_norm(self.norm, model.flat_grads)
         ops.clip_scale(self.scale, self.norm, max_norm, min(limit, np.finfo(np.float32).max))
         for part, decay in ((slice(0, n), self.weight_decay), (slice(n, None), 0.0)):
-            flat = (array[part] for array in (model.flat_params, model.flat_grads, self.m, self.v))
-            ops.adamw(*flat, self.scale, lr, *self.betas, self.eps, decay, self.steps)
+            flat = (array[part] for array in (model.flat_master, model.flat_grads, self.m, self.v))
+            copy = None if model.flat_master is model.flat_params else model.flat_params[part]
+            ops.adamw(*flat, self.scale, lr, *self.betas, self.eps, decay, self.steps, copy)
         return float(ops.to_host(self.norm)[0])
 
     def save(self, path):

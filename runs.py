@@ -22,14 +22,14 @@ class Log:
         if path.exists():
             kept = [json.dumps(event) + "\n" for event in read_log(run) if event.get("step", 0) <= step]
             files.write_whole(path, "".join(kept).encode())
-        self.file = open(path, "a", encoding="utf-8", buffering=1)  # every line is on its way at once
+        self.file = open(path, "ab", buffering=0)  # every line is on its way at once
 
     def write(self, event, **values):
         """Append an event; a number that is none (NaN, infinity) becomes null, as JSON has no word for it."""
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 values[name] = None
-        self.file.write(json.dumps({"event": event, **values}) + "\n")
+        self.file.write(json.dumps({"event": event, **values}).encode() + b"\n")
 
 
 def read_log(run):
@@ -66,6 +66,8 @@ def newest_checkpoint(directory):
 def save_checkpoint(run, step, model, tokenizer, optimizer, keep, **state):
     """Write run/step_000500, whole or not at all; then remove all but the newest `keep`. Return its path."""
     place = Path(run) / f"step_{step:06d}"
+    for left_over in Path(run).glob(".step_*.part"):  # by a process that was killed, at any step
+        shutil.rmtree(left_over, ignore_errors=True)
     with files.whole_directory(place) as beside:
         model.save_pretrained(beside)
         tokenizer.save(beside)

@@ -9,6 +9,7 @@ and a line to watch. sft.py and rl.py use the schedule, the log and the checkpoi
 """
 
 import math
+import shlex
 import time
 from collections import deque
 from pathlib import Path
@@ -236,7 +237,9 @@ def parser():
     for name, what in (("layer", "layers"), ("head", "heads"), ("embd", "channels")):
         group.add_argument(f"--n-{name}", type=whole, metavar="N", help=f"{what}, instead of the preset's")
     group.add_argument("--n-positions", type=whole, metavar="N", help="context; 1024, or --seq-len for tiny")
-    group = flags.add_argument_group("optimisation (defaults depend on --model)")
+    lines = (" ".join(f"--{k.replace('_', '-')} {v}" for k, v in r.items()) for r in RECIPES.values())
+    recipes = "\n".join(f"{name:5} {line}" for name, line in zip(RECIPES, lines))
+    group = flags.add_argument_group("optimisation; by default", recipes)
     group.add_argument("--steps", type=whole, metavar="N", help="updates")
     group.add_argument(
         "--batch-size", type=whole, metavar="B", help="rows of a micro-batch; what memory allows"
@@ -285,14 +288,10 @@ def parser():
     group.add_argument(
         "--dollars-per-hour", type=share, metavar="X", help="price of the machine, to show the cost"
     )
-    group = flags.add_argument_group("instead of a run")
+    group = flags.add_argument_group("a test of the machinery")
     group.add_argument(
         "--overfit-batch", action="store_true", help="train on one batch: its loss must go to 0"
     )
-    group.add_argument(
-        "--plot", nargs="+", metavar="RUN", help="draw loss and learning rate of runs to a PNG"
-    )
-    group.add_argument("--plot-out", metavar="PNG", help="where; loss.png in the first run if not given")
     return flags
 
 
@@ -302,13 +301,17 @@ def parse(argv):
     run = Path(flags.out)
     if flags.resume:
         if not runs.checkpoints(run):
-            raise UserError(f"nothing to resume: {run} has no checkpoint; start without --resume")
+            raise UserError(f"nothing to resume: {run} has no checkpoint; start anew, without --resume")
         checkpoint = runs.checkpoints(run)[-1]
         again = parser()
-        again.set_defaults(**runs.read_state(checkpoint)["flags"])
+        before = runs.read_state(checkpoint)["flags"] | {"out": flags.out}  # the run may have moved
+        again.set_defaults(**before)
         flags = again.parse_args(argv)
-    elif run.exists() and any(run.iterdir()):
-        raise UserError(f"{run} exists; go on with --resume, or choose another --out")
+        if flags.model != before["model"]:
+            raise UserError(f"{run} is a run of --model {before['model']}; leave out --model {flags.model}")
+    elif run.exists() and not (run.is_dir() and not any(run.iterdir())):
+        remedy = "go on with --resume" if runs.checkpoints(run) else "it has no checkpoint: delete it"
+        raise UserError(f"{run} exists; {remedy}, or choose another --out")
     for name, value in RECIPES[flags.model].items():
         if getattr(flags, name) is None:
             setattr(flags, name, value)
@@ -322,26 +325,25 @@ def parse(argv):
     return flags, checkpoint
 
 
-def make_model(flags, tokenizer, checkpoint):
-    """A fresh model, or the one of --init-from or of the checkpoint to resume."""
-    device = kernels.choose(flags.device)
-    if checkpoint or flags.init_from:
-        source = checkpoint or runs.newest_checkpoint(flags.init_from)
-        model = gpt2.GPT2.from_pretrained(source, device, flags.dtype)
+def model_config(flags, tokenizer, source):
+    """The sizes of the model: those of the checkpoint `source` if there is one, else what the flags say."""
+    names = ("n_layer", "n_head", "n_embd", "n_positions")
+    wanted = {name: getattr(flags, name) for name in names if getattr(flags, name)}
+    if source:
+        config = gpt2.read_config(source)
+        for name, value in wanted.items():
+            if value != getattr(config, name):
+                flag = f"--{name.replace('_', '-')} {value}"
+                raise UserError(f"{source} has {name} {getattr(config, name)}; leave out {flag}")
     else:
-        sizes = gpt2.PRESETS[flags.model]
-        sizes |= {n: getattr(flags, n) for n in ("n_layer", "n_head", "n_embd") if getattr(flags, n)}
-        positions = flags.n_positions or (flags.seq_len if flags.model == "tiny" else 1024)
-        config = gpt2.GPT2Config(**sizes, n_positions=positions, vocab_size=tokenizer.vocab_size)
-        model = gpt2.GPT2(config, device, flags.dtype, flags.seed)
-    config = model.config
-    if config.vocab_size < tokenizer.vocab_size:
-        raise UserError(
-            f"the model has {config.vocab_size} tokens, {flags.data} {tokenizer.vocab_size}: wrong data?"
-        )
-    if flags.seq_len > config.n_positions:
-        raise UserError(f"--seq-len {flags.seq_len} is more than the model's context of {config.n_positions}")
-    return model
+        usual = gpt2.PRESETS[flags.model] | {"n_positions": flags.seq_len if flags.model == "tiny" else 1024}
+        config = gpt2.GPT2Config(**usual | wanted, vocab_size=tokenizer.vocab_size)
+    P, V, n = config.n_positions, config.vocab_size, tokenizer.vocab_size
+    if n != V:
+        raise UserError(f"the model has {V} tokens, {flags.data} {n}; give the --data it was made for")
+    if flags.seq_len > P:
+        raise UserError(f"--seq-len {flags.seq_len} is more than the model's context of {P}; lower it")
+    return config
 
 
 def check_tokens(shards, vocab_size, at_most=1 << 28):
@@ -363,13 +365,19 @@ def main(argv=None):
     tokenizer = Tokenizer.load(flags.data)
     check_tokens(train_shards + val_shards, tokenizer.vocab_size)
     batches = Windows(train_shards, T, rows, flags.seed)
-    model = make_model(flags, tokenizer, checkpoint)
-    free, itemsize = available_memory(), np.dtype(model.type).itemsize
-    flags.batch_size = B = flags.batch_size or fit(rows, T, model.config, itemsize, free)
-    needed = sum(model.config.memory(B, T, itemsize).values())
+    source = checkpoint or (flags.init_from and runs.newest_checkpoint(flags.init_from))
+    config = model_config(flags, tokenizer, source)
+    free, itemsize = available_memory(), {"bfloat16": 2, "float32": 4, "float64": 8}[flags.dtype]
+    flags.batch_size = B = flags.batch_size or fit(rows, T, config, itemsize, free)
+    needed = sum(config.memory(B, T, itemsize).values())
     if free and needed > free:
         what = f"training takes {console.size(needed)}, and {console.size(free)} are free"
         raise UserError(f"{what}; lower --batch-size {B} or choose a smaller --model")
+    device = kernels.choose(flags.device)
+    if source:
+        model = gpt2.GPT2.from_pretrained(source, device, flags.dtype)
+    else:
+        model = gpt2.GPT2(config, device, flags.dtype, flags.seed)
     optimizer = gpt2.AdamW(model, betas=(0.9, flags.beta2), weight_decay=flags.weight_decay)
     if checkpoint:
         state = runs.read_state(checkpoint)
@@ -432,16 +440,18 @@ def main(argv=None):
                 f"10 steps in a row had a loss or gradient that is no number or far out, last {loss:.4g} and "
                 f"{norm:.4g}; nothing was updated with them. Lower --lr and --resume, or start anew"
             )
-        last = done == flags.steps or interrupt.asked
-        if last or (flags.save_every and done % flags.save_every == 0):
+        last = done == flags.steps
+        stopping = interrupt.asked and not last  # asked once: Ctrl-C may come between two questions
+        if last or stopping or (flags.save_every and done % flags.save_every == 0):
             state = dict(
                 skipped=skipped, losses=list(losses.values), norms=list(norms.values), flags=vars(flags)
             )
             place = runs.save_checkpoint(run, done, model, tokenizer, optimizer, flags.keep, **state)
             log.write("checkpoint", step=done, path=place.name)
-        if interrupt.asked:
+        if stopping:
             line.clear()
-            console.say(f"stopped after step {done}; go on with: python train.py --out {run} --resume")
+            place = shlex.quote(str(run))
+            console.say(f"stopped after step {done}; go on with: python train.py --out {place} --resume")
             raise SystemExit(130)
         if last or (flags.eval_every and done % flags.eval_every == 0):
             val_loss, bits = evaluate(model, validation, tokenizer.token_lengths)

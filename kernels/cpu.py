@@ -17,8 +17,10 @@ when its bias and its GELU are added. Blocks are cut by size alone, so sums do n
 there are.
 """
 
+import ctypes
 import os
 import queue
+import sys
 import threading
 
 import numpy as np
@@ -26,14 +28,17 @@ from threadpoolctl import threadpool_limits
 
 from kernels.sampling import sample  # noqa: F401  one of the operations
 
-threadpool_limits(
-    1, user_api="blas"
-)  # one thread for each BLAS call: `parallel` makes the calls side by side
+threadpool_limits(1, user_api="blas")  # a BLAS call uses one thread: `parallel` makes calls side by side
+if sys.platform == "linux":  # keep freed memory: giving it back and taking it anew cost 10% of a small step
+    for parameter, n_bytes in ((-1, 1 << 30), (-3, 1 << 25)):  # glibc's M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(parameter, n_bytes)
 
 xp = np  # the array library; cupy in cuda.py
 DTYPES = {"float32": np.float32, "float64": np.float64}
-GRAIN = 1 << 17  # elements of a block of rows: 128 KB in float32, so that a few such arrays fit the L2 cache
+LOGITS = 1 << 22  # elements of a chunk of logits
+GRAIN = 1 << 17  # elements of a block of rows: 512 KB in float32, about what an L2 cache holds
 TILE = 1 << 20  # elements of a tile of a matrix product
+SMALLEST = 1 << 13  # elements of a matrix product that is worth cutting
 SCORES = 1 << 17  # elements of a block of attention scores
 BLOCK = 128  # rows and columns of a block of attention scores
 
@@ -117,13 +122,14 @@ def pieces(n, length):
 
 
 def by_rows(body, rows, width):
-    """Call body(slice) for blocks of rows of `width` elements that fit the cache."""
-    parallel(body, [(block,) for block in pieces(rows, GRAIN // width)])
+    """Call body(slice) for blocks of rows of `width` elements; what is too little to share stays whole."""
+    block = min(GRAIN // width, -(-rows // 2)) if rows * width > GRAIN else rows
+    parallel(body, [(rows,) for rows in pieces(rows, block)])
 
 
 def tiles(rows, columns):
-    """(row slice, column slice) of the tiles of a matrix, cut along its longer side."""
-    n = max(THREADS, rows * columns // TILE) if rows * columns >= GRAIN else 1
+    """(row slice, column slice) of the tiles of a matrix product, cut along its longer side."""
+    n = max(THREADS, rows * columns // TILE) if rows * columns >= SMALLEST else 1
     if columns >= rows:
         return [(slice(0, rows), block) for block in pieces(columns, -(-columns // n))]
     return [(block, slice(0, columns)) for block in pieces(rows, -(-rows // n))]
@@ -419,7 +425,16 @@ def _shares(B, NH, area):
     return [(b, h) for b in pieces(B, min(rows, -(-B // THREADS))) for h in pieces(NH, heads)]
 
 
-CAUSAL = np.triu(np.full((BLOCK, BLOCK), -np.inf, np.float32), 1)  # added to the scores of a diagonal block
+CAUSAL = np.tril(np.full((BLOCK, BLOCK), -np.inf, np.float32), -1)  # (keys, queries), added on the diagonal
+
+
+def _scores(queries, keys, diagonal):
+    """Keys (b, h, m, HS) times queries (b, h, n, HS) -> (b, h, m, n): NumPy sums faster down than across."""
+    shape = (*keys.shape[:3], queries.shape[2])
+    s = np.matmul(keys, queries.swapaxes(2, 3), out=scratch(0, shape, queries.dtype))
+    if diagonal:
+        s += CAUSAL[: shape[2], : shape[3]]
+    return s
 
 
 def attention_forward(out, lse, qkv, n_head):
@@ -435,32 +450,26 @@ def attention_forward(out, lse, qkv, n_head):
     (out,) = _heads(out, 1, n_head)
     scale = (C // n_head) ** -0.5
 
-    def scores(qi, b, h, j):
-        keys = k[b, h, j]
-        shape = (*qi.shape[:3], keys.shape[2])
-        return np.matmul(qi, keys.swapaxes(2, 3), out=scratch(0, shape, qi.dtype))  # (b, h, n, keys)
-
     def body(b, h):
         for i in pieces(T, BLOCK):  # queries i, n of them; their own block of keys first
             qi = q[b, h, i] * scale  # (b, h, n, HS)
-            s = scores(qi, b, h, i)
-            s += CAUSAL[: s.shape[2], : s.shape[3]]
-            m = s.max(axis=3, keepdims=True)  # (b, h, n, 1)
+            s = _scores(qi, k[b, h, i], diagonal=True)  # (b, h, m, n)
+            m = s.max(axis=2, keepdims=True)  # (b, h, 1, n)
             s -= m
-            total = np.exp(s, out=s).sum(axis=3, keepdims=True)  # l
-            mixed = s @ v[b, h, i]  # (b, h, n, HS), the values added up so far
+            total = np.exp(s, out=s).sum(axis=2, keepdims=True)  # l, (b, h, 1, n)
+            mixed = s.swapaxes(2, 3) @ v[b, h, i]  # (b, h, n, HS), the values added up so far
             for j in pieces(i.start, BLOCK):  # then the blocks of keys before it
-                s = scores(qi, b, h, j)
-                higher = np.maximum(m, s.max(axis=3, keepdims=True))
+                s = _scores(qi, k[b, h, j], diagonal=False)
+                higher = np.maximum(m, s.max(axis=2, keepdims=True))
                 s -= higher
                 np.exp(s, out=s)
                 shrink = np.exp(m - higher)
-                total = total * shrink + s.sum(axis=3, keepdims=True)
-                mixed *= shrink
-                mixed += s @ v[b, h, j]
+                total = total * shrink + s.sum(axis=2, keepdims=True)
+                mixed *= shrink.swapaxes(2, 3)
+                mixed += s.swapaxes(2, 3) @ v[b, h, j]
                 m = higher
-            np.divide(mixed, total, out=out[b, h, i])
-            lse[b, h, i] = (m + np.log(total))[..., 0]
+            np.divide(mixed, total.swapaxes(2, 3), out=out[b, h, i])
+            lse[b, h, i] = (m + np.log(total))[:, :, 0]
 
     parallel(body, _shares(B, n_head, min(T, BLOCK) ** 2))
 
@@ -468,8 +477,9 @@ def attention_forward(out, lse, qkv, n_head):
 def attention_backward(dqkv, dout, out, lse, qkv, n_head):
     """dqkv (B, T, 3C), overwritten, from dout (B, T, C) and what attention_forward left.
 
-    With p = softmax(s), s = q k^T / sqrt(HS), out = p v:  dv = p^T dout,  dp = dout v^T, ds = p * (dp -
-    rowsum(dp * p)), and rowsum(dp * p) = rowsum(dout * out);  dq = ds k,  dk = ds^T q, both scaled.
+    With p = softmax(s), s = q k^T / sqrt(HS), out = p v:  dv = p^T dout,  dp = dout v^T,
+    ds = p * (dp - rowsum(dp * p)), and rowsum(dp * p) = rowsum(dout * out);
+    dq = ds k,  dk = ds^T q, both scaled.
     """
     B, T, C = out.shape
     q, k, v = _heads(qkv, 3, n_head)  # (B, NH, T, HS) each
@@ -480,25 +490,22 @@ def attention_backward(dqkv, dout, out, lse, qkv, n_head):
     def body(b, h):
         qs = q[b, h] * scale  # (b, h, T, HS)
         do = np.ascontiguousarray(dout[b, h])  # (b, h, T, HS)
-        rowsum = np.einsum("bhtc,bhtc->bht", do, out[b, h])[..., None]  # (b, h, T, 1)
+        rowsum = np.einsum("bhtc,bhtc->bht", do, out[b, h])  # (b, h, T)
         dqs = np.zeros_like(qs)
-        for j in pieces(T, BLOCK):  # keys j
-            kj, vj = k[b, h, j], v[b, h, j]  # (b, h, n, HS)
+        for j in pieces(T, BLOCK):  # keys j, m of them
+            kj, vj = k[b, h, j], v[b, h, j]  # (b, h, m, HS)
             dkj, dvj = np.zeros(kj.shape, kj.dtype), np.zeros(vj.shape, vj.dtype)
-            for i in pieces(T, BLOCK)[j.start // BLOCK :]:  # queries i, at or after j
-                qi, di = qs[:, :, i], do[:, :, i]
-                shape = (*qi.shape[:3], kj.shape[2])  # (b, h, queries, keys)
-                p = np.matmul(qi, kj.swapaxes(2, 3), out=scratch(0, shape, qi.dtype))
-                if j == i:
-                    p += CAUSAL[: shape[2], : shape[3]]
-                p -= lse[b, h, i, None]
+            for i in pieces(T, BLOCK)[j.start // BLOCK :]:  # queries i, at or after j, n of them
+                qi, di = qs[:, :, i], do[:, :, i]  # (b, h, n, HS)
+                p = _scores(qi, kj, diagonal=j == i)  # (b, h, m, n), as all here: p^T, ds^T
+                p -= lse[b, h, None, i]
                 np.exp(p, out=p)
-                dvj += p.swapaxes(2, 3) @ di
-                ds = np.matmul(di, vj.swapaxes(2, 3), out=scratch(1, shape, qi.dtype))  # dp, then ds
-                ds -= rowsum[:, :, i]
+                dvj += p @ di
+                ds = np.matmul(vj, di.swapaxes(2, 3), out=scratch(1, p.shape, p.dtype))  # dp, then ds
+                ds -= rowsum[:, :, None, i]
                 ds *= p
-                dqs[:, :, i] += ds @ kj
-                dkj += ds.swapaxes(2, 3) @ qi
+                dqs[:, :, i] += ds.swapaxes(2, 3) @ kj
+                dkj += ds @ qi
             dk[b, h, j], dv[b, h, j] = dkj, dvj
         np.multiply(dqs, scale, out=dq[b, h])
 
@@ -597,12 +604,13 @@ def clip_scale(scale, norm, max_norm, limit):
     scale[0] = min(1, max_norm / max(norm[0], 1e-30)) if norm[0] <= limit else -1
 
 
-def adamw(params, grads, m, v, scale, lr, beta1, beta2, eps, weight_decay, step):
+def adamw(params, grads, m, v, scale, lr, beta1, beta2, eps, weight_decay, step, copy=None):
     """One AdamW step (Loshchilov and Hutter 2019) over flat arrays; then the gradients are cleared.
 
     g = scale * grads;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
     params -= lr * (m / (1 - b1^step) / (sqrt(v / (1 - b2^step)) + eps) + weight_decay * params)
-    A negative scale leaves params, m and v as they are. step counts from 1.
+    A negative scale leaves params, m and v as they are. step counts from 1. copy, if given, gets the new
+    params in its own type.
     """
     clip, root = float(scale[0]), (1 - beta2**step) ** 0.5
 
@@ -623,5 +631,7 @@ def adamw(params, grads, m, v, scale, lr, beta1, beta2, eps, weight_decay, step)
             p *= 1 - lr * weight_decay
             p -= g
         g.fill(0)
+        if copy is not None:
+            copy[block] = p
 
     by_rows(body, len(params), 1)
