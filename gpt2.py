@@ -76,14 +76,15 @@ class GPT2Config:
         forward and twice backward."""
         return 6 * (self.n_params() - self.n_positions * self.n_embd) + 6 * self.n_layer * self.n_embd * T
 
-    def memory(self, B, T, itemsize=4, recompute=False):
+    def memory(self, B, T, itemsize=4, recompute=False, logits=1 << 22):
         """Bytes that training takes, {what: bytes}, for a micro-batch of B rows of T tokens.
 
         itemsize is that of parameters and activations; with 2 (bfloat16) there is a float32 master copy.
+        logits is how many elements of logits exist at once, the device's LOGITS.
         """
         n, exact = self.n_params(), max(itemsize, 4)
         stored, statistics = activation_shapes(self, B, T, self.n_layer, True, recompute)
-        logits = chunk_rows(self, B * T) * self.padded_vocab_size
+        logits = chunk_rows(self, B * T, logits) * self.padded_vocab_size
         return {
             "parameters": n * itemsize + (n * exact if itemsize < exact else 0),
             "gradients": (n + self.padded_vocab_size * self.n_embd) * exact,
@@ -149,7 +150,7 @@ def activation_shapes(config, B, T, layers, backward=False, recompute=False):
     return stored, statistics
 
 
-def chunk_rows(config, rows, elements=1 << 22):
+def chunk_rows(config, rows, elements):
     """How many of the N = B * T rows of logits exist at once: all (N, V) would dwarf everything else."""
     return min(rows, max(256, elements // config.padded_vocab_size))
 
@@ -229,17 +230,26 @@ class GPT2:
             self.buffers[purpose] = buffers, a, (B, T)
         return a
 
-    def _checked(self, tokens, limit=None):
-        """tokens as an int32 array (B, T) on the device, all of them in the vocabulary."""
+    def _checked(self, tokens):
+        """tokens as an int32 array (B, T), all of them in the vocabulary."""
         tokens = np.ascontiguousarray(tokens, np.int32)
         if tokens.ndim != 2 or tokens.size == 0:
             raise ValueError(f"tokens are (B, T), not {tokens.shape}")
-        if tokens.shape[1] > (limit or self.config.n_positions):
+        if tokens.shape[1] > self.config.n_positions:
             raise UserError(f"{tokens.shape[1]} tokens do not fit the context of {self.config.n_positions}")
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
             bad = tokens.max() if tokens.max() >= self.config.vocab_size else tokens.min()
             raise UserError(f"token {bad} is not in the model's vocabulary of {self.config.vocab_size}")
-        return self.ops.to_device(tokens)
+        return tokens
+
+    def _on_device(self, tokens):
+        """tokens (B, T), checked, on the device. What does not lie on the host came from prefetch."""
+        on_host = isinstance(tokens, (np.ndarray, list, tuple))
+        return self.ops.to_device(self._checked(tokens)) if on_host else tokens
+
+    def prefetch(self, batches):
+        """Yield each (tokens, targets) on the device, for forward; on a GPU the next is on its way already."""
+        return self.ops.prefetch(tuple(map(self._checked, batch)) for batch in batches)
 
     # -- forward and backward ------------------------------------------------------------------------------
 
@@ -284,13 +294,15 @@ class GPT2:
         next.
         """
         ops, C = self.ops, self.config.n_embd
-        tokens, targets = self._checked(tokens), self._checked(targets)
+        tokens, targets = self._on_device(tokens), self._on_device(targets)
         B, T = tokens.shape
         if weights is None:
             weights = np.full((B, T), 1 / (B * T))
-        if targets.shape != (B, T) or np.shape(weights) != (B, T):
-            raise ValueError(f"tokens {(B, T)}, targets {targets.shape}, weights {np.shape(weights)} differ")
-        weights = ops.to_device(np.asarray(weights, self.exact).reshape(-1))  # (N,)
+        if isinstance(weights, (np.ndarray, list, tuple)):
+            weights = ops.to_device(np.asarray(weights, self.exact))
+        if targets.shape != (B, T) or weights.shape != (B, T):
+            raise ValueError(f"tokens {(B, T)}, targets {targets.shape}, weights {weights.shape} differ")
+        weights = weights.reshape(-1)  # (N,)
         self.pending = None
         a = self._activations("training", B, T, self.config.n_layer, backward=True)
         self._blocks(a, tokens, self._causal)
@@ -344,7 +356,7 @@ class GPT2:
 
     def losses(self, tokens, targets):
         """The loss of every token, (B, T) float32, for evaluation: nothing is kept for backward."""
-        tokens, targets = self._checked(tokens), self._checked(targets)
+        tokens, targets = self._on_device(tokens), self._on_device(targets)
         if tokens.shape != targets.shape:
             raise ValueError(f"tokens {tokens.shape} and targets {targets.shape} differ")
         a = self._activations("evaluation", *tokens.shape, 1)
@@ -358,10 +370,10 @@ class GPT2:
 
     def logits(self, tokens):
         """Logits (B, T, V) float32 at every position of tokens (B, T), to look at and to test with."""
-        tokens = self._checked(tokens)
+        tokens = self._on_device(tokens)
         a = self._activations("evaluation", *tokens.shape, 1)
         self._blocks(a, tokens, self._causal)
-        out = self.ops.empty((*tokens.shape, len(self.wte)), self.type)
+        out = self.ops.empty((*tokens.shape, len(self.wte)), self.exact)
         self.ops.matmul_forward(out, a.ln_f, self.wte.T, None)
         return out[..., : self.config.vocab_size]
 
@@ -377,7 +389,7 @@ class GPT2:
         T is 1 for a step and more for a prompt. lengths (B,) says how many tokens of a row are real, if rows
         differ: the rest is padding on the right, which leaves no trace. UserError where the context ends.
         """
-        tokens = self._checked(tokens)
+        ops, tokens = self.ops, self._checked(tokens)
         B, T = tokens.shape
         lengths = np.full(B, T, np.int32) if lengths is None else np.asarray(lengths, np.int32)
         if len(cache.lengths) != B or lengths.shape != (B,) or not 1 <= lengths.min() <= lengths.max() <= T:
@@ -389,17 +401,39 @@ class GPT2:
                 f"{cache.lengths.max()} + {T} tokens do not fit the room for {cache.length}; "
                 f"the model's context is {self.config.n_positions}"
             )
-        a, offsets = self._activations("decoding", B, T, 1), self.ops.to_device(cache.lengths)
+        if T == 1:  # the same again and again: cache.step keeps its arrays, and on a GPU a recording of it
+            cache.step = step = cache.step or self._reader(cache, B, 1)
+        else:
+            step = self._reader(cache, B, T)
+        last = np.arange(B) * T + lengths - 1  # (B,) rows of the B T
+        step.inputs[...] = ops.to_device(
+            np.concatenate([tokens.reshape(-1), cache.lengths, last], dtype=np.int32)
+        )
+        step.run()
+        cache.lengths = cache.lengths + lengths
+        return step.logits.copy()[:, : self.config.vocab_size]
+
+    def _reader(self, cache, B, T):
+        """What appends B rows of T tokens to the cache: step.run() makes step.logits from step.inputs."""
+        ops, config = self.ops, self.config
+        a = self._activations("decoding", B, T, 1)
+        step = SimpleNamespace(inputs=ops.empty(B * (T + 2), np.int32))
+        tokens, offsets, last = (
+            step.inputs[i:j] for i, j in ((0, B * T), (B * T, B * T + B), (B * T + B, None))
+        )
+        x = ops.empty((B, config.n_embd), self.type)
+        step.logits = ops.empty((B, len(self.wte)), self.exact)
 
         def attention(i, s):
-            self.ops.attention_decode(s.att, s.qkv, cache.keys[i], cache.values[i], offsets)
+            ops.attention_decode(s.att, s.qkv, cache.keys[i], cache.values[i], offsets)
 
-        self._blocks(a, tokens, attention, offsets)
-        cache.lengths = cache.lengths + lengths
-        last = a.ln_f[np.arange(B), lengths - 1]  # (B, C)
-        logits = self.ops.empty((B, len(self.wte)), self.type)
-        self.ops.matmul_forward(logits, last, self.wte.T, None)
-        return logits[:, : self.config.vocab_size]
+        def run():
+            self._blocks(a, tokens.reshape(B, T), attention, offsets)
+            ops.take_rows(x, a.ln_f.reshape(B * T, -1), last)
+            ops.matmul_forward(step.logits, x, self.wte.T, None)
+
+        step.run = ops.captured(run)
+        return step
 
     # -- loading and saving ----------------------------------------------------------------------------------
 
@@ -422,7 +456,7 @@ class GPT2:
         write_whole(directory / "config.json", json.dumps(config, indent=2).encode())
 
     @classmethod
-    def from_pretrained(cls, directory, device="cpu", dtype="float32"):
+    def from_pretrained(cls, directory, device="cpu", dtype="float32", recompute=False):
         """Load a directory in Hugging Face's format: ours, OpenAI's GPT-2, one file or several.
 
         Names may begin with "transformer."; a lm_head.weight must be wte, as GPT-2's is. UserError names
@@ -430,7 +464,7 @@ class GPT2:
         """
         directory = Path(directory)
         config = read_config(directory)
-        model = cls(config, device, dtype, seed=None)
+        model = cls(config, device, dtype, seed=None, recompute=recompute)
         missing = set(config.shapes())
         for name, value in read_tensors(directory):
             if name.endswith((".attn.bias", ".attn.masked_bias")):  # OpenAI's files hold the causal mask
@@ -458,13 +492,21 @@ class Cache:
     def __init__(self, model, batch, length):
         NH, HS = model.config.n_head, model.config.n_embd // model.config.n_head
         shape = (model.config.n_layer, batch, NH, length, HS)
+        self.ops, self.step = model.ops, None  # step: see GPT2.decode
         self.keys, self.values = model.ops.zeros(shape, model.type), model.ops.zeros(shape, model.type)
         self.lengths, self.length = np.zeros(batch, np.int32), length
 
     def select(self, rows):
         """Keep these rows, in this order; a row named twice is copied: drop what is done, share a prompt."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.lengths = self.lengths[rows]
+        picked = self.ops.to_device(np.asarray(rows, np.int32))
+        self.keys, self.values = (self._taken(array, picked) for array in (self.keys, self.values))
+        self.lengths, self.step = self.lengths[rows], None
+
+    def _taken(self, array, rows):
+        out = self.ops.empty((len(array), len(rows), *array.shape[2:]), array.dtype)
+        for layer in range(len(array)):
+            self.ops.take_rows(out[layer], array[layer], rows)
+        return out
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import gpt2
+import kernels
 import runs
 from console import Parser, UserError, number, run
 from kernels.sampling import filtered_probabilities
@@ -128,11 +129,12 @@ def generate(
     if len(different) < len(rows):
         copies = [place[tuple(prompt)] for prompt in prompts]
         cache.select(copies)
-        logits = logits[copies]  # (B, V)
+        shared, logits = logits, ops.empty((len(rows), logits.shape[1]), logits.dtype)
+        ops.take_rows(logits, shared, ops.to_device(np.array(copies, np.int32)))  # (B, V)
 
     active = rows
     while True:
-        drawn, logprobs = ops.empty(len(active), np.int32), ops.empty((2, len(active)), np.float64)
+        drawn, logprobs = ops.empty(len(active), np.int32), ops.empty((2, len(active)), model.exact)
         at = np.array([(row.stream, row.position) for row in active], np.int64).T  # (2, B)
         ops.sample(drawn, logits, seed, *ops.to_device(at), temperature, top_k, top_p, min_p, logprobs)
         drawn, logprobs = ops.to_host(drawn), ops.to_host(logprobs)  # (B,), (2, B)
@@ -215,8 +217,7 @@ def main(argv=None):
     prompt = flags.prompt if flags.prompt_file is None else read_prompt(flags.prompt_file)
     checkpoint = runs.newest_checkpoint(flags.directory)
     tokenizer = Tokenizer.load(checkpoint)
-    device = "cpu" if flags.device == "auto" else flags.device
-    model = gpt2.GPT2.from_pretrained(checkpoint, device, flags.dtype)
+    model = gpt2.GPT2.from_pretrained(checkpoint, *kernels.choose(flags.device, flags.dtype))
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
             f"{checkpoint}: tokenizer.json has {tokenizer.vocab_size} tokens and the model "

@@ -8,6 +8,7 @@ Read gpt2.py first: the model; data.py made the shards. main() tells the story: 
 and a line to watch. sft.py and rl.py use the schedule, the log and the checkpoints of this file.
 """
 
+import itertools
 import math
 import shlex
 import time
@@ -133,8 +134,11 @@ class Outliers:
 # Before the run
 
 
-def measured_peak(ops, dtype, n=1024):
-    """FLOP/s of a matrix product of n x n: what this machine can do, and utilization is a share of."""
+def measured_peak(ops, dtype, n=128):
+    """FLOP/s of a matrix product of n x n: what this machine can do, and utilization is a share of.
+
+    n doubles until a product takes long enough for its beginning and end not to count.
+    """
     a, b, c = (
         ops.to_device(np.random.default_rng(i).standard_normal((n, n)).astype(dtype)) for i in range(3)
     )
@@ -144,37 +148,19 @@ def measured_peak(ops, dtype, n=1024):
         ops.matmul_forward(c, a, b, None)
         ops.synchronize()
         best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    return 2 * n**3 / best if best > 2e-3 or n == 8192 else measured_peak(ops, dtype, 2 * n)
 
 
-def available_memory():
-    """Bytes that programs can still have, or None where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        return None
-    return None
+def fit(rows, needed, most, free):
+    """The largest micro-batch B that divides `rows`, is at most `most`, and takes needed(B) <= free bytes."""
+    fitting = (B for B in range(min(rows, most), 1, -1) if rows % B == 0 and needed(B) <= free)
+    return next(fitting, 1)
 
 
-def fit(rows, T, config, itemsize, free):
-    """The largest micro-batch that divides `rows`, has at most 8,192 tokens, and fits in half the memory."""
-    for B in range(rows, 1, -1):
-        if (
-            rows % B == 0
-            and B * T <= 8192
-            and sum(config.memory(B, T, itemsize).values()) < (free or 8e9) / 2
-        ):
-            return B
-    return 1
-
-
-def plan(flags, config, batches, tokens_per_step, step_seconds, peak):
+def plan(flags, config, batches, tokens_per_step, memory, step_seconds, peak):
     """What the run will take, said before it takes it."""
     tokens, n = flags.steps * tokens_per_step, config.n_params()
     flops = float(tokens * config.flops_per_token(flags.seq_len))
-    memory = config.memory(flags.batch_size, flags.seq_len)
     split = ", ".join(f"{what} {console.size(n_bytes)}" for what, n_bytes in memory.items())
     epochs = flags.steps * batches.rows / batches.n_windows
     seconds = flags.steps * step_seconds
@@ -199,13 +185,15 @@ def plan(flags, config, batches, tokens_per_step, step_seconds, peak):
 def continuation(model, tokenizer, n, seed, temperature=0.8):
     """A document of up to n tokens by the model, from nothing."""
     n = min(n, model.config.n_positions)
-    cache, ids, token = model.new_cache(1, n), [], np.empty(1, np.int32)
+    cache, ids, ops = model.new_cache(1, n), [], model.ops
+    drawn, stream = ops.empty(1, np.int32), ops.zeros(1, np.int64)
     logits = model.decode([[tokenizer.eot]], cache)
     for i in range(n - 1):
-        model.ops.sample(token, logits, seed, np.zeros(1, int), np.full(1, i), temperature)
-        if token[0] == tokenizer.eot:
+        ops.sample(drawn, logits, seed, stream, ops.to_device(np.array([i])), temperature)
+        token = int(ops.to_host(drawn)[0])
+        if token == tokenizer.eot:
             break
-        ids.append(int(token[0]))
+        ids.append(token)
         logits = model.decode([ids[-1:]], cache)
     return tokenizer.decode(ids)
 
@@ -284,6 +272,9 @@ def parser():
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     group.add_argument(
         "--dtype", choices=("float32", "float64", "bfloat16"), default="float32", help="of numbers"
+    )
+    group.add_argument(
+        "--recompute", action="store_true", help="compute some activations twice: less memory, more time"
     )
     group.add_argument(
         "--dollars-per-hour", type=share, metavar="X", help="price of the machine, to show the cost"
@@ -367,17 +358,25 @@ def main(argv=None):
     batches = Windows(train_shards, T, rows, flags.seed)
     source = checkpoint or (flags.init_from and runs.newest_checkpoint(flags.init_from))
     config = model_config(flags, tokenizer, source)
-    free, itemsize = available_memory(), {"bfloat16": 2, "float32": 4, "float64": 8}[flags.dtype]
-    flags.batch_size = B = flags.batch_size or fit(rows, T, config, itemsize, free)
-    needed = sum(config.memory(B, T, itemsize).values())
-    if free and needed > free:
-        what = f"training takes {console.size(needed)}, and {console.size(free)} are free"
-        raise UserError(f"{what}; lower --batch-size {B} or choose a smaller --model")
-    device = kernels.choose(flags.device)
+    device, flags.dtype = kernels.choose(flags.device, flags.dtype)
+    ops, itemsize = kernels.load(device), {"bfloat16": 2, "float32": 4, "float64": 8}[flags.dtype]
+
+    def memory(B):
+        return config.memory(B, T, itemsize, flags.recompute, ops.LOGITS)
+
+    def needed(B):
+        return sum(memory(B).values())
+
+    free = ops.free_memory() or 8e9
+    most = max(1, ops.BATCH_TOKENS // T)
+    flags.batch_size = B = flags.batch_size or fit(rows, needed, most, ops.SHARE * free)
+    if needed(B) > free:
+        what = f"training takes {console.size(needed(B))}, and {console.size(free)} are free"
+        raise UserError(f"{what}; lower --batch-size {B}, use --recompute, or choose a smaller --model")
     if source:
-        model = gpt2.GPT2.from_pretrained(source, device, flags.dtype)
+        model = gpt2.GPT2.from_pretrained(source, device, flags.dtype, flags.recompute)
     else:
-        model = gpt2.GPT2(config, device, flags.dtype, flags.seed)
+        model = gpt2.GPT2(config, device, flags.dtype, flags.seed, flags.recompute)
     optimizer = gpt2.AdamW(model, betas=(0.9, flags.beta2), weight_decay=flags.weight_decay)
     if checkpoint:
         state = runs.read_state(checkpoint)
@@ -389,34 +388,44 @@ def main(argv=None):
         optimizer.load(checkpoint / "optimizer.safetensors")
     losses, norms = (Outliers(flags.outlier_z, state.get(name, ())) for name in ("losses", "norms"))
     validation = list(evaluation_batches(val_shards, T, B, flags.eval_tokens))
-    weights = np.full((B, T), 1 / (rows * T))
+    weights = ops.to_device(np.full((B, T), 1 / (rows * T), model.exact))
 
-    def gradients(step):
-        """Forward and backward over the step's micro-batches; return its loss."""
-        loss = 0.0
-        for first in range(0, rows, B):
-            tokens, targets = batches.batch(0 if flags.overfit_batch else step, first, B)
-            loss += float(np.vdot(model.ops.to_host(model.forward(tokens, targets, weights)), weights))
-            model.backward()
+    def micro_batches():
+        for step in itertools.count(start):
+            for first in range(0, rows, B):
+                yield batches.batch(0 if flags.overfit_batch else step, first, B)
+
+    def gradients(ready):
+        """Forward and backward over the step's micro-batches; return its loss. It is read when a GPU has only
+        the last backward pass left to do."""
+        losses = []
+        for i in range(rows // B):
+            losses.append(model.forward(*next(ready), weights))
+            if i < rows // B - 1:
+                model.backward()
+        loss = sum(float(ops.to_host(some).sum(dtype=np.float64)) for some in losses) / (rows * T)
+        model.backward()
         return loss
 
-    peak = measured_peak(model.ops, model.type)
+    peak = measured_peak(ops, model.type)
     for _ in range(2):  # the second is warm
         began = time.perf_counter()
-        gradients(start)
+        gradients(model.prefetch(micro_batches()))
+        ops.synchronize()
         step_seconds = time.perf_counter() - began
     model.flat_grads.fill(0)
-    plan(flags, model.config, batches, rows * T, step_seconds, peak)
+    plan(flags, model.config, batches, rows * T, memory(B), step_seconds, peak)
 
     run.mkdir(parents=True, exist_ok=True)
     log, line, interrupt = runs.Log(run, start), console.Line(every=0), runs.Interrupt()
     log.write("start", step=start, parameters=model.config.n_params(), peak_flops=peak, flags=vars(flags))
 
+    ready = model.prefetch(micro_batches())
     skipped, skipped_in_a_row = state.get("skipped", 0), 0
     for step in range(start, flags.steps):
         began = time.perf_counter()
         lr = learning_rate(step, flags.steps, flags.lr, flags.warmup_steps, flags.final_lr)
-        loss = gradients(step)
+        loss = gradients(ready)
         loss_z, sound = losses.z(loss), losses.accepts(loss)
         norm = optimizer.step(lr, flags.grad_clip, norms.limit() if sound else -1)  # -1: leave the update out
         norm_z, sound = norms.z(norm), norms.accepts(norm) and sound

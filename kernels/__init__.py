@@ -5,7 +5,7 @@ Both modules define the same functions with the same arguments, so the model is 
 
 import importlib
 
-from console import UserError
+from console import UserError, say
 
 
 def load(device):
@@ -15,14 +15,20 @@ def load(device):
     return importlib.import_module(f"kernels.{device}")
 
 
-def choose(device):
-    """--device: "auto" is the GPU if there is one that can be used; UserError if "cuda" cannot be."""
+def choose(device, dtype):
+    """--device and --dtype as this machine has them: "auto" is the GPU if there is one that can be used.
+
+    UserError if "cuda" cannot be; float32, with a notice, for bfloat16 on a GPU that has no such arithmetic.
+    """
     if device == "cpu":
-        return device
+        return device, dtype
     try:
-        load("cuda")
-        return "cuda"
+        ops = load("cuda")
     except ImportError as error:
         if device == "cuda":
             raise UserError(f"--device cuda cannot be used ({error}); use --device cpu") from None
-        return "cpu"
+        return "cpu", dtype
+    if dtype == "bfloat16" and dtype not in ops.DTYPES:
+        say("this GPU has no bfloat16 arithmetic (it came with sm_80): computing in float32")
+        return "cuda", "float32"
+    return "cuda", dtype

@@ -36,6 +36,7 @@ if sys.platform == "linux":  # keep freed memory: giving it back and taking it a
 xp = np  # the array library; cupy in cuda.py
 DTYPES = {"float32": np.float32, "float64": np.float64}
 LOGITS = 1 << 22  # elements of a chunk of logits
+BATCH_TOKENS, SHARE = 8192, 0.5  # a micro-batch by default: at most these tokens, this part of the memory
 GRAIN = 1 << 17  # elements of a block of rows: 512 KB in float32, about what an L2 cache holds
 TILE = 1 << 20  # elements of a tile of a matrix product
 SMALLEST = 1 << 13  # elements of a matrix product that is worth cutting
@@ -61,6 +62,25 @@ def to_host(array):
 
 def synchronize():
     """Wait until everything asked for has been computed. Here it always has."""
+
+
+def free_memory():
+    """Bytes that programs can still have, or None where the system does not say."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+
+
+def prefetch(batches):
+    """Yield tuples of host arrays as tuples of device arrays. A GPU would fetch the next in the meantime."""
+    return batches
+
+
+def captured(function):
+    """`function`, which uses the same arrays every time. A GPU would record it, and play the recording."""
+    return function
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -192,6 +212,11 @@ def encoder_backward(dwte, dwpe, dout, tokens):
     unique, starts = np.unique(ids[order], return_index=True)
     dwte[unique] += np.add.reduceat(flat(dout)[order], starts, axis=0)
     dwpe[: tokens.shape[1]] += dout.sum(axis=0)
+
+
+def take_rows(out, inp, rows):
+    """out (n, ...) = inp (N, ...)[rows (n,)]."""
+    np.take(inp, rows, axis=0, out=out, mode="clip")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,648 @@
+"""The operations of cpu.py, same names, same arguments, on an NVIDIA GPU: our kernels, launched by CuPy.
+
+Read cpu.py first: it says what every operation computes. Read the .cu file beside the function that launches
+it: its table has each kernel's grid, block and workspace, and this file follows the tables. CuPy brings
+memory, streams and the compiler (NVRTC, when a kernel is first used; ~/.cupy keeps the result); it computes
+nothing.
+
+A kernel believes its arguments, so every operation holds them to their types, shapes and layout before it
+launches: a wrong one is an error, not a corruption. Which of a file's rungs runs, and with what tile, is
+decided here, by size and by what the card has.
+
+  letters as in cpu.py; S is the storage type, "float" or "bf16", that all arrays marked with it share
+"""
+
+import functools
+import math
+import re
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+
+from console import UserError, size
+
+try:
+    import cupy as xp
+
+    xp.cuda.runtime.getDeviceCount()
+except ImportError:
+    raise ImportError("CuPy is not installed; python -m pip install -r requirements-cuda.txt") from None
+except RuntimeError as error:
+    raise ImportError(f"no NVIDIA GPU, or its driver is older than CUDA 13 needs, 580: {error}") from None
+
+HERE = Path(__file__).parent
+DEVICE = xp.cuda.Device()
+CAPABILITY = int(DEVICE.compute_capability)  # 80: A100, 86: RTX 30, 89: RTX 40, L4, 90: H100, H200
+SMS = DEVICE.attributes["MultiProcessorCount"]  # each runs blocks of its own
+SHARED = DEVICE.attributes["MaxSharedMemoryPerBlockOptin"]  # bytes: 227 KB on sm_90, 163 on sm_80, else 99
+if CAPABILITY < 75:
+    raise ImportError(f"the GPU is of compute capability {CAPABILITY / 10}, CUDA 13 begins at 7.5")
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+if CAPABILITY < 80:
+    del DTYPES["bfloat16"]  # its tensor cores came with sm_80
+LOGITS = 1 << 28  # elements of a chunk of logits: half a gigabyte of bf16
+BATCH_TOKENS, SHARE = 1 << 17, 0.9  # a micro-batch by default: at most these tokens, this part of the memory
+RUNGS = {}  # what a benchmark or a test wants instead: "matmul": a tile, "slices", "attention": "flash" ..
+
+
+def cdiv(a, b):
+    return -(-a // b)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def _allocate(make, shape, dtype):
+    try:
+        return make(shape, dtype)
+    except MemoryError:
+        wanted, (free, total) = int(np.prod(shape)) * np.dtype(dtype).itemsize, DEVICE.mem_info
+        raise UserError(
+            f"the GPU's memory is full: {size(wanted)} more are needed, {size(free)} of {size(total)} are "
+            "free; lower --batch-size, use --recompute or --dtype bfloat16, or choose a smaller --model"
+        ) from None
+
+
+def zeros(shape, dtype=np.float32):
+    return _allocate(xp.zeros, shape, dtype)
+
+
+def empty(shape, dtype=np.float32):
+    return _allocate(xp.empty, shape, dtype)
+
+
+def to_device(array):
+    """A copy on the GPU of a NumPy array; what is there already stays as it is."""
+    if isinstance(array, xp.ndarray):
+        return array
+    array = np.ascontiguousarray(array)
+    out = empty(array.shape, array.dtype)
+    out.set(array)
+    return out
+
+
+def to_host(array):
+    """A NumPy array, once everything that was asked for before has been computed."""
+    return xp.asnumpy(array)
+
+
+def synchronize():
+    """Wait until everything asked for has been computed."""
+    DEVICE.synchronize()
+
+
+def free_memory():
+    """Bytes that can still be allocated: the card's, and what CuPy keeps for later."""
+    return DEVICE.mem_info[0] + xp.get_default_memory_pool().free_bytes()
+
+
+_scratch = SimpleNamespace(buffer=None, counts=None)
+
+
+def scratch(*wanted):
+    """Working memory, an array for each (elements, type): valid until the next operation asks for some.
+
+    One buffer serves all, because operations follow each other on one stream. It grows to the largest demand.
+    """
+    sizes = [cdiv(n * np.dtype(dtype).itemsize, 256) * 256 for n, dtype in wanted]
+    if _scratch.buffer is None or _scratch.buffer.size < sum(sizes):
+        _scratch.buffer = None
+        _scratch.buffer = empty(sum(sizes), np.uint8)
+    arrays, start = [], 0
+    for (n, dtype), n_bytes in zip(wanted, sizes):
+        end = start + n * np.dtype(dtype).itemsize
+        arrays.append(_scratch.buffer[start:end].view(dtype))
+        start += n_bytes
+    return arrays
+
+
+def prefetch(batches):
+    """Yield tuples of host arrays as tuples of device arrays, valid until the next; the next is on its way.
+
+    A side stream copies it from pinned memory while the GPU computes. Two sets of buffers take turns, and one
+    is filled again only when everything that was asked for with its last contents has been computed.
+    """
+    stream, slots, arrived = xp.cuda.Stream(non_blocking=True), {}, None
+    for number, batch in enumerate(batches):
+        arrays = [np.ascontiguousarray(array) for array in batch]
+        key = number % 2, *((array.shape, array.dtype) for array in arrays)
+        if key not in slots:
+            pinned = [xp.cuda.alloc_pinned_memory(array.nbytes) for array in arrays]
+            host = [np.frombuffer(p, a.dtype, a.size).reshape(a.shape) for p, a in zip(pinned, arrays)]
+            device = [empty(array.shape, array.dtype) for array in arrays]
+            slots[key] = host, device, xp.cuda.Event(), xp.cuda.Event()
+        host, device, copied, used = slots[key]
+        copied.synchronize()  # long ago
+        stream.wait_event(used)
+        for on_host, on_device, array in zip(host, device, arrays):
+            on_host[...] = array
+            on_device.set(on_host, stream)
+        copied.record(stream)
+        if arrived:
+            yield from _handed_over(*arrived)
+        arrived = device, copied, used
+    if arrived:
+        yield from _handed_over(*arrived)
+
+
+def _handed_over(device, copied, used):
+    xp.cuda.get_current_stream().wait_event(copied)
+    yield tuple(device)
+    used.record()
+
+
+def captured(function):
+    """`function`, which must use the same arrays every time, as a CUDA graph: one launch instead of hundreds.
+
+    The first call runs it, so that kernels are compiled and scratch memory has its size; the second records
+    it; from then on the recording is played. Python's share of a decoding step vanishes.
+    """
+    state = SimpleNamespace(calls=0, graph=None, scratch=None)
+
+    def call():
+        state.calls += 1
+        if state.calls == 1:
+            return function()
+        if state.graph is None:
+            stream = xp.cuda.Stream(non_blocking=True)
+            with stream:
+                stream.begin_capture()
+                try:
+                    function()
+                finally:
+                    state.graph = stream.end_capture()
+            state.scratch = _scratch.buffer  # the recording writes there, also when others have a larger one
+        state.graph.launch()
+
+    return call
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Launching
+
+NAMES = {np.dtype(np.float32): "float", np.dtype(np.int32): "int", np.dtype(np.int64): "long"}
+NAMES[np.dtype(ml_dtypes.bfloat16)] = "bf16"
+WIDTH = {"float": 4, "bf16": 8}  # elements in 16 bytes, the most that a thread reads at once
+
+
+@functools.cache
+def _parsed(what):
+    operation, _, arrays = what.partition(": ")
+    entries = []
+    for entry in arrays.split(", "):
+        name, kind, *dims = entry.split()
+        dims = [re.fullmatch(r"(\d*)(\w?)", dim).groups() for dim in dims]
+        dims = [(int(factor or 1), letter) for factor, letter in dims]
+        entries.append((name.rstrip("?~"), name, kind, dims))
+    return operation, entries
+
+
+def check(what, *arrays):
+    """Hold arrays to "operation: name type sizes, ..." and return the sizes, and S, by their letters.
+
+    A letter means the same number everywhere, 3C three times C, and N as the first of an array's sizes is all
+    its leading dimensions together. A type is S, W (S or float), float, bf16, int or long. name? may be None;
+    the rows of name~ may lie further apart than they are long.
+    """
+    operation, entries = _parsed(what)
+    found = {}
+    for (name, marks, kind, dims), array in zip(entries, arrays, strict=True):
+        if array is None and "?" in marks:
+            continue
+        if not isinstance(array, xp.ndarray):
+            raise TypeError(f"{operation}: {name} is {type(array).__name__}, not an array on the GPU")
+        element, shape, fits = NAMES.get(array.dtype), array.shape, array.device.id == DEVICE.id
+        if kind == "S":
+            fits &= element in WIDTH and found.setdefault("S", element) == element
+        else:
+            fits &= element == kind or (kind == "W" and element in ("float", found["S"]))
+        if dims[0][1] == "N" and len(shape) >= len(dims) - 1:
+            leading = len(shape) - len(dims) + 1
+            shape = math.prod(shape[:leading]), *shape[leading:]
+        fits &= len(shape) == len(dims) and 0 not in shape
+        fits &= (array[0] if "~" in marks and array.ndim else array).flags.c_contiguous
+        for (factor, letter), length in zip(dims, shape):
+            size_of_letter = found.setdefault(letter, length // factor) if letter else 1
+            fits &= length == factor * size_of_letter
+        if not fits:
+            wanted = ", ".join(f"{f if f > 1 or not x else ''}{x}" for f, x in dims)
+            known = ", ".join(f"{letter} = {value}" for letter, value in found.items())
+            layout = "" if array.flags.c_contiguous else ", not contiguous,"
+            is_a = f"{array.dtype} {array.shape}{layout} on GPU {array.device.id}"
+            must_be = f"{kind} ({wanted}) on GPU {DEVICE.id}, with {known}"
+            raise ValueError(f"{operation}: {name} is {is_a}; it must be {must_be}")
+    return SimpleNamespace(**found)
+
+
+def aligned(*arrays):
+    return all(array is None or array.data.ptr % 16 == 0 for array in arrays)
+
+
+@functools.cache
+def _options():
+    """CuPy's cache looks at the .cu file and at these, so what the file includes must be among them."""
+    headers = b"".join(path.read_bytes() for path in sorted(HERE.glob("*.cuh")))
+    return "-std=c++17", f"-I{HERE}", f"-DHEADERS={zlib.crc32(headers)}"
+
+
+@functools.cache
+def load(file, kernel, shared=0):
+    """A kernel of a .cu file, compiled for this card, allowed so many bytes of dynamic shared memory."""
+    try:
+        code = (HERE / f"{file}.cu").read_text()
+        module = xp.RawModule(code=code, options=_options(), name_expressions=[kernel])
+        function = module.get_function(kernel)
+    except xp.cuda.compiler.CompileException as error:
+        what = f"kernels/{file}.cu does not compile ({kernel}, sm_{CAPABILITY})"
+        raise UserError(f"{what}; this is a bug, please report it with the log:\n{error}") from None
+    except (ImportError, OSError, RuntimeError) as error:
+        remedy = "NVRTC may be missing: python -m pip install -r requirements-cuda.txt"
+        raise UserError(f"kernels/{file}.cu cannot be compiled or loaded ({error}); {remedy}") from None
+    if shared > 48 * 1024:
+        function.max_dynamic_shared_size_bytes = shared
+    return function
+
+
+def launch(file, kernel, grid, block, *arguments, shared=0):
+    """Run a kernel. grid and block are numbers or tuples; Python's numbers go as int and float."""
+    grid, block = (shape if isinstance(shape, tuple) else (shape,) for shape in (grid, block))
+    plain = {int: np.int32, float: np.float32}
+    arguments = tuple(plain.get(type(argument), lambda x: x)(argument) for argument in arguments)
+    load(file, kernel, shared)(grid, block, arguments, shared_mem=shared)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Encoder
+
+
+def encoder_forward(out, tokens, wte, wpe, offsets=None):
+    what = "encoder_forward: out S B T C, tokens int B T, wte S V C, wpe S P C, offsets? int B"
+    n = check(what, out, tokens, wte, wpe, offsets)
+    N, packs = n.B * n.T, cdiv(n.C, WIDTH[n.S])
+    arguments = out, tokens, wte, wpe, offsets, N, n.T, n.C, n.P
+    launch("encoder", f"encoder_forward<{n.S}>", cdiv(N * packs, 256), 256, *arguments)
+
+
+def encoder_backward(dwte, dwpe, dout, tokens):
+    what = "encoder_backward: dout S B T C, dwte float V C, dwpe float P C, tokens int B T"
+    n = check(what, dout, dwte, dwpe, tokens)
+    N, packs, strips = n.B * n.T, cdiv(n.C, WIDTH[n.S]), cdiv(n.C, 32 * WIDTH[n.S])
+    if n.T > n.P:
+        raise ValueError(f"encoder_backward: dwpe has {n.P} positions, dout {n.T}")
+    if _scratch.counts is None or len(_scratch.counts) < n.V:
+        _scratch.counts = zeros(n.V, np.int32)  # the kernels leave it zero
+    ints = [(n.V + 1, np.int32), (N, np.int32), (N, np.int32), (N, np.int32)]
+    starts, place, grouped, order, partials = scratch(*ints, (cdiv(N, 32) * n.C, np.float32))
+    rows, S = cdiv(N, 256), n.S
+    launch("encoder", f"encoder_backward_wpe<{S}>", cdiv(n.T * packs, 256), 256, dwpe, dout, n.B, n.T, n.C)
+    launch("encoder", "token_count", rows, 256, place, _scratch.counts, tokens, N)
+    launch("encoder", "token_starts", 1, 1024, starts, _scratch.counts, n.V)
+    launch("encoder", "token_scatter", rows, 256, grouped, starts, place, tokens, N)
+    launch("encoder", "token_order", rows, 256, order, starts, grouped, tokens, N)
+    arguments = dwte, partials, dout, tokens, starts, order, N, n.C
+    launch("encoder", f"encoder_backward_wte<{S}>", (cdiv(N, 8), strips), 256, *arguments)
+    arguments = dwte, partials, tokens, starts, order, N, n.C
+    launch("encoder", f"encoder_backward_join<{S}>", (rows, strips), 256, *arguments)
+
+
+def take_rows(out, inp, rows):
+    n = check("take_rows: out S R C, inp~ S N C, rows int R", *(_rows(x) for x in (out, inp)), rows)
+    stride = inp.strides[0] // inp.itemsize
+    grid = cdiv(n.C, 256 * WIDTH[n.S]), n.R
+    launch("gather", f"take_rows<{n.S}>", grid, 256, out, inp, rows, n.C, stride)
+
+
+def _rows(array):
+    """(n, ...) as (n, m): everything behind the first dimension is a row."""
+    return array if array.ndim == 2 else array.reshape(len(array), -1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Layernorm, GELU, residual
+
+
+def layernorm_forward(out, mean, rstd, inp, weight, bias):
+    what = "layernorm_forward: out S N C, mean float N, rstd float N, inp S N C, weight S C, bias S C"
+    n = check(what, out, mean, rstd, inp, weight, bias)
+    kernel = _vectors("layernorm_forward", n, {"bf16": 7, "float": 13})
+    launch("layernorm", kernel, cdiv(n.N, 4), 128, out, mean, rstd, inp, weight, bias, n.N, n.C)
+
+
+def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, weight, bias):
+    what = (
+        "residual_layernorm_forward: residual S N C, out S N C, mean float N, rstd float N, "
+        "inp1 S N C, inp2 S N C, weight S C, bias S C"
+    )
+    n = check(what, residual, out, mean, rstd, inp1, inp2, weight, bias)
+    kernel = _vectors("residual_layernorm_forward", n, {"bf16": 7, "float": 13})
+    if kernel.endswith(f"rows<{n.S}>"):  # too wide for the fused kernel
+        residual_forward(residual, inp1, inp2)
+        return layernorm_forward(out, mean, rstd, residual, weight, bias)
+    arguments = residual, out, mean, rstd, inp1, inp2, weight, bias, n.N, n.C
+    launch("layernorm", kernel, cdiv(n.N, 4), 128, *arguments)
+
+
+def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
+    what = (
+        "layernorm_backward: dinp S N C, dweight float C, dbias float C, dout S N C, inp S N C, weight S C, "
+        "mean float N, rstd float N"
+    )
+    n = check(what, dinp, dweight, dbias, dout, inp, weight, mean, rstd)
+    blocks = min(3 * SMS, cdiv(n.N, 4))
+    (partials,) = scratch((blocks * 2 * n.C, np.float32))
+    kernel = _vectors("layernorm_backward", n, {"bf16": 7, "float": 10})
+    arguments = dinp, partials, dout, inp, weight, mean, rstd, n.N, n.C
+    launch("layernorm", kernel, blocks, 128, *arguments, shared=0 if "rows" in kernel else 8 * n.C)
+    arguments = dweight, dbias, partials, blocks, n.C
+    launch("layernorm", "layernorm_backward_reduce", cdiv(2 * n.C, 32), 1024, *arguments)
+
+
+def _vectors(kernel, n, most):
+    """The variant that holds a row of C in registers, if there are enough; else the one for any C."""
+    vectors = cdiv(n.C, 32 * WIDTH[n.S])
+    return f"{kernel}<{n.S}, {vectors}>" if vectors <= most[n.S] else f"{kernel}_rows<{n.S}>"
+
+
+def _elementwise(kernel, n, *arrays):
+    launch("gelu", f"{kernel}<{n.S}>", cdiv(n.N * n.C, 512 * WIDTH[n.S]), 256, *arrays, n.N * n.C)
+
+
+def gelu_forward(out, inp):
+    n = check("gelu_forward: out S N C, inp S N C", out, inp)
+    _elementwise("gelu_forward", n, out, inp)
+
+
+def gelu_backward(dinp, dout, inp):
+    n = check("gelu_backward: dinp S N C, dout S N C, inp S N C", dinp, dout, inp)
+    _elementwise("gelu_backward", n, dinp, dout, inp)
+
+
+def residual_forward(out, inp1, inp2):
+    n = check("residual_forward: out S N C, inp1 S N C, inp2 S N C", out, inp1, inp2)
+    _elementwise("residual_forward", n, out, inp1, inp2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Matmul: matmul.cu says what the tiles are; which one wins where is a guess until it is measured
+
+
+def _tile(S, M, N, K, packed, split):
+    """BM, BN, BK and how a block shares them out. split: K is long, and slices of it are further blocks."""
+    if "matmul" in RUNGS:
+        return RUNGS["matmul"]
+    blocks = cdiv(M, 128) * cdiv(N, 128) * (cdiv(K, 512) if split else 1)
+    if S == "float":
+        return (128, 128, 8, 8, 8) if blocks >= SMS else (64, 64, 16, 4, 4)
+    if not packed:
+        return 64, 64, 32, 32, 32, 3
+    if M <= 16:
+        return 16, 32, 64, 16, 16, 6  # decoding
+    if blocks < SMS:
+        return 64, 64, 64, 32, 32, 3
+    if SHARED >= 200 * 1024:  # sm_90
+        return (128, 256, 64, 64, 64, 3) if K >= 2048 and N > 128 else (128, 128, 64, 64, 64, 3)
+    return (128, 128, 32, 64, 64, 4) if SHARED >= 160 * 1024 else (128, 128, 32, 64, 64, 3)
+
+
+def _slices(tile, M, N, K, shared):
+    """In how many pieces to cut K: full waves of blocks, weighed against the traffic of the partial sums."""
+    if "slices" in RUNGS:
+        return RUNGS["slices"]
+    BM, BN, BK = tile[:3]
+    tiles, at_once = cdiv(M, BM) * cdiv(N, BN), SMS * (1 if shared > SHARED // 2 else 2)
+
+    def seconds(slices, flops=5e14, bandwidth=3e12):  # an H100's; only the ratio counts
+        computing = cdiv(tiles * slices, at_once) * at_once * 2 * BM * BN * cdiv(K, slices) / flops
+        return computing + (2 * slices * M * N * 4 / bandwidth if slices > 1 else 0)
+
+    return min(range(1, max(1, min(64, K // (8 * BK))) + 1), key=seconds)
+
+
+def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None):
+    """out (M, N) = a (M, K) @ b (K, N) and the epilogue; a_t: a lies as (K, M), b_t: b lies as (N, K)."""
+    S, O = NAMES[a.dtype], NAMES[out.dtype]
+    rows = N, M if a_t else K, K if b_t else N
+    packed = aligned(out, a, b, extra, bias) and all(length % WIDTH[S] == 0 for length in rows)
+    tile = _tile(S, M, N, K, packed, split=epilogue == "ACCUMULATE")
+    BM, BN, BK, WM, WN, *stages = tile
+    shared = stages[0] * (BM + BN) * BK * 2 if stages else 0
+    threads = BM * BN // (WM * WN) * (32 if stages else 1)
+    slices = _slices(tile, M, N, K, shared) if epilogue == "ACCUMULATE" else 1
+    k_slice = cdiv(cdiv(K, slices), BK) * BK
+    slices, target = cdiv(K, k_slice), out
+    if slices > 1:
+        epilogue, (target,) = "STORE", scratch((slices * M * N, np.float32))
+    flags = ", ".join(str(flag).lower() for flag in (a_t, b_t, packed))
+    variant = f"{epilogue}, {flags}, {', '.join(map(str, tile))}"
+    kernel = f"matmul_bf16<{O}, {variant}>" if stages else f"matmul_float<{variant}>"
+    grid = cdiv(M, BM) * cdiv(N, BN), 1, slices
+    launch("matmul", kernel, grid, threads, target, extra, bias, a, b, M, N, K, k_slice, shared=shared)
+    if slices > 1:
+        launch("matmul", "add_partials", cdiv(M * N, 256), 256, out, target, np.uint64(M * N), slices)
+
+
+def _stored(weight):
+    """weight as it lies in memory, and whether that is transposed: (in, out), or wte's (V, C) for wte.T."""
+    return (weight, False) if weight.flags.c_contiguous else (weight.T, True)
+
+
+def matmul_forward(out, inp, weight, bias):
+    weight, transposed = _stored(weight)
+    shape = "O I" if transposed else "I O"
+    what = f"matmul_forward: inp S N I, weight S {shape}, bias? S O, out {'W' if bias is None else 'S'} N O"
+    n = check(what, inp, weight, bias, out)
+    epilogue = "STORE" if bias is None else "BIAS"
+    _product(out, inp, weight, False, transposed, epilogue, n.N, n.O, n.I, bias=bias)
+
+
+def matmul_gelu_forward(out, pre, inp, weight, bias):
+    what = "matmul_gelu_forward: out S N O, pre S N O, inp S N I, weight S I O, bias S O"
+    n = check(what, out, pre, inp, weight, bias)
+    _product(out, inp, weight, False, False, "BIAS_GELU", n.N, n.O, n.I, pre, bias)
+
+
+def matmul_residual_forward(out, inp, weight, bias, residual):
+    what = "matmul_residual_forward: out S N O, inp S N I, weight S I O, bias S O, residual S N O"
+    n = check(what, out, inp, weight, bias, residual)
+    _product(out, inp, weight, False, False, "BIAS_RESIDUAL", n.N, n.O, n.I, residual, bias)
+
+
+def matmul_backward(dinp, dweight, dbias, dout, inp, weight):
+    (weight, transposed), (dweight, same) = _stored(weight), _stored(dweight)
+    if same != transposed:
+        raise ValueError("matmul_backward: weight and dweight must lie in memory the same way")
+    shape = "O I" if transposed else "I O"
+    what = (
+        f"matmul_backward: dout S N O, inp S N I, dinp? S N I, dweight float {shape}, dbias? float O, "
+        f"weight S {shape}"
+    )
+    n = check(what, dout, inp, dinp, dweight, dbias, weight)
+    if dinp is not None:
+        _product(dinp, dout, weight, False, not transposed, "STORE", n.N, n.I, n.O)
+    if transposed:
+        _product(dweight, dout, inp, True, False, "ACCUMULATE", n.O, n.I, n.N)
+    else:
+        _product(dweight, inp, dout, True, False, "ACCUMULATE", n.I, n.O, n.N)
+    if dbias is not None:
+        _bias_gradient(dbias, dout, n)
+
+
+def matmul_gelu_backward(dpre, dweight, dbias, dout, act, weight, pre):
+    what = (
+        "matmul_gelu_backward: dpre S N I, dweight float I O, dbias float O, dout S N O, act S N I, "
+        "weight S I O, pre S N I"
+    )
+    n = check(what, dpre, dweight, dbias, dout, act, weight, pre)
+    _product(dpre, dout, weight, False, True, "GELU_GRAD", n.N, n.I, n.O, pre)
+    _product(dweight, act, dout, True, False, "ACCUMULATE", n.I, n.O, n.N)
+    _bias_gradient(dbias, dout, n)
+
+
+def _bias_gradient(dbias, dout, n):
+    blocks = cdiv(n.O, 32 * WIDTH[n.S])
+    slices = max(1, min(cdiv(4 * SMS, blocks), n.N // 64))
+    (partials,) = scratch((slices * n.O, np.float32))
+    packed = str(aligned(dout) and n.O % WIDTH[n.S] == 0).lower()
+    arguments = partials, dout, n.N, n.O, cdiv(n.N, slices)
+    launch("matmul", f"column_partials<{n.S}, {packed}>", (blocks, slices), 256, *arguments)
+    launch("matmul", "add_partials", cdiv(n.O, 256), 256, dbias, partials, np.uint64(n.O), slices)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def _attention_rung(n, *arrays):
+    """(head size, the size that kernels are made for, whether on tensor cores)"""
+    if n.C % n.H:
+        raise ValueError(f"attention: {n.C} channels cannot be shared by {n.H} heads")
+    HS = n.C // n.H
+    if HS > 128:
+        raise UserError(f"heads of {HS} channels are too wide for the GPU's kernels, at most 128; add heads")
+    tensor = n.S == "bf16" and HS in (64, 128) and aligned(*arrays)
+    return HS, 64 if HS <= 64 else 128, tensor and RUNGS.get("attention") != "flash"
+
+
+def attention_forward(out, lse, qkv, n_head):
+    n = check("attention_forward: out S B T C, lse float B H T, qkv S B T 3C", out, lse, qkv)
+    HS, HP, tensor = _attention_rung(n, out, qkv)
+    if n_head != n.H:
+        raise ValueError(f"attention_forward: lse is for {n.H} heads, not {n_head}")
+    if tensor:
+        queries, shared = (128, 49152) if HS == 64 else (64, 81920)
+        grid, kernel = (n.H, cdiv(n.T, queries), n.B), f"attention_forward_tensor<{HS}>"
+        return launch("attention", kernel, grid, 128, out, lse, qkv, n.T, n.H, shared=shared)
+    queries, shared = (64, 69632) if HP == 64 else (32, 55296)
+    grid, kernel = (n.H, cdiv(n.T, queries), n.B), f"attention_forward_flash<{n.S}, {HP}>"
+    launch("attention", kernel, grid, 256, out, lse, qkv, n.T, n.H, HS, shared=shared)
+
+
+def attention_backward(dqkv, dout, out, lse, qkv, n_head):
+    what = "attention_backward: dqkv S B T 3C, dout S B T C, out S B T C, lse float B H T, qkv S B T 3C"
+    n = check(what, dqkv, dout, out, lse, qkv)
+    HS, HP, tensor = _attention_rung(n, dqkv, dout, out, qkv)
+    if n_head != n.H:
+        raise ValueError(f"attention_backward: lse is for {n.H} heads, not {n_head}")
+    rows_per_head = cdiv(n.T, 64) * 64
+    (rows,) = scratch((n.B * n.H * rows_per_head * 2, np.float32))  # float2: lse and D of every query
+    rows, file = rows.view(np.complex64), "attention_backward"
+    arguments = rows, dout, out, lse, n.B, n.T, n.H, HS
+    grid = cdiv(n.B * rows_per_head * n.H, 32)
+    launch(file, f"attention_backward_prepare<{n.S}>", grid, 256, *arguments)
+    arguments = dqkv, dout, qkv, rows, n.T, n.H
+    for owner, tensor_shared in (("keys", {64: 50176, 128: 49408}), ("queries", {64: 49152, 128: 65536})):
+        if tensor:
+            kernel, grid = f"attention_backward_{owner}_tensor<{HS}>", (n.H, cdiv(n.T, 64), n.B)
+            launch(file, kernel, grid, 128, *arguments, shared=tensor_shared[HS])
+        else:
+            kernel = f"attention_backward_{owner}_flash<{n.S}, {HP}>"
+            grid, shared = (n.H, cdiv(n.T, 4096 // HP), n.B), {64: 87040, 128: 72192}[HP]
+            launch(file, kernel, grid, 256, *arguments, HS, shared=shared)
+
+
+def attention_decode(out, qkv, keys, values, lengths):
+    what = "attention_decode: out S B T C, qkv S B T 3C, keys S B H M D, values S B H M D, lengths int B"
+    n = check(what, out, qkv, keys, values, lengths)
+    HS, HP, _ = _attention_rung(n)
+    if HS != n.D:
+        raise ValueError(f"attention_decode: {n.H} heads of {n.D} channels are not {n.C}")
+    width = WIDTH[n.S] if HS % WIDTH[n.S] == 0 and aligned(out, qkv, keys, values) else 1
+    blocks = n.B * n.T * n.H
+    splits = 1 if blocks >= SMS else min(cdiv(2 * SMS, blocks), cdiv(n.M, 64))
+    partial = scratch((blocks * splits * (HS + 2), np.float32))[0] if splits > 1 else None
+    arguments = keys, values, qkv, lengths, n.T, n.H, HS, n.M
+    launch("decode", f"attention_append<{n.S}>", (cdiv(n.C, 256), n.T, n.B), 256, *arguments)
+    arguments = out, partial, qkv, keys, values, lengths, n.T, n.H, HS, n.M, splits
+    launch("decode", f"attention_decode<{n.S}, {HP}, {width}>", (n.H * splits, n.T, n.B), 128, *arguments)
+    if splits > 1:
+        arguments = out, partial, blocks, HS, splits
+        launch("decode", f"attention_decode_combine<{n.S}>", cdiv(blocks, 4), 128, *arguments)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Classifier
+
+
+def _threads(n, most):
+    """A block for a row of Vp logits: a thread for every 16 bytes, whole warps, not more than `most`."""
+    return min(most, cdiv(n.P, 32 * WIDTH[n.S]) * 32)
+
+
+def cross_entropy(losses, logits, targets, vocab_size):
+    n = check("cross_entropy: losses float N, logits S N P, targets int N", losses, logits, targets)
+    arguments = losses, logits, targets, min(vocab_size, n.P), n.P
+    launch("classifier", f"cross_entropy<{n.S}>", n.N, _threads(n, 1024), *arguments)
+
+
+def classifier(losses, logits, targets, weights, vocab_size):
+    what = "classifier: losses float N, logits S N P, targets int N, weights float N"
+    n = check(what, losses, logits, targets, weights)
+    arguments, row = (losses, logits, targets, weights, min(vocab_size, n.P), n.P), n.P * logits.itemsize
+    if CAPABILITY >= 80 and row <= SHARED - 2048 and aligned(logits) and n.P % WIDTH[n.S] == 0:
+        launch("classifier", f"classifier<{n.S}>", n.N, _threads(n, 768), *arguments, shared=row)
+    else:
+        launch("classifier", f"classifier_twice<{n.S}>", n.N, _threads(n, 1024), *arguments)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Optimizer
+
+
+def global_norm(norm, grads):
+    n = check("global_norm: norm float 1, grads float N", norm, grads)
+    (partials,) = scratch((1024, np.float32))
+    launch("norm", "square_sums", 1024, 256, partials, grads, n.N)
+    launch("norm", "global_norm_finish", 1, 1024, norm, partials, 1024)
+
+
+def clip_scale(scale, norm, max_norm, limit):
+    check("clip_scale: scale float 1, norm float 1", scale, norm)
+    launch("norm", "clip_scale", 1, 32, scale, norm, float(max_norm), float(limit))
+
+
+def adamw(params, grads, m, v, scale, lr, beta1, beta2, eps, weight_decay, step, copy=None):
+    what = "adamw: params float N, grads float N, m float N, v float N, scale float 1, copy? bf16 N"
+    n = check(what, params, grads, m, v, scale, copy)
+    root = math.sqrt(1 - beta2**step)
+    numbers = beta1, beta2, 1 - lr * weight_decay, lr * root / (1 - beta1**step), eps * root
+    arguments = params, grads, m, v, copy, scale, *map(float, numbers), n.N
+    launch("adamw", "adamw", cdiv(n.N, 2048), 256, *arguments)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def sample(
+    out, logits, seed, streams, counters, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, logprobs=None
+):
+    what = "sample: out int B, logits~ S B V, streams long B, counters long B, logprobs? float 2 B"
+    n = check(what, out, logits, streams, counters, logprobs)
+    filters = float(temperature), min(int(top_k), n.V), float(top_p), float(min_p)
+    arguments = out, logprobs, logits, np.uint64(seed), streams, counters, *filters, n.V
+    launch("sample", f"sample<{n.S}>", n.B, 1024, *arguments, logits.strides[0] // logits.itemsize)

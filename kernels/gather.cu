@@ -1,0 +1,22 @@
+// Rows of an array, picked by number: the last token of every prompt, a cache whose finished rows are dropped.
+// Read common.cuh before.
+//
+//   out (R, C) of S = inp[rows]    inp (N, .) of S, its rows `stride` elements apart    rows (R,) int32, below N
+//
+//   kernel        grid                                    block  shared  workspace
+//   take_rows<S>  (ceil(C / (256 * 16/sizeof(S))), R)     256    0       none
+
+#include "common.cuh"
+
+// 16 bytes per thread, or element by element where rows are not aligned.
+template <typename S>
+__global__ void __launch_bounds__(256)
+take_rows(S* out, const S* inp, const int* rows, int C, int stride) {
+    constexpr int SIZE = Pack<S>::size;
+    const int c = (blockIdx.x * blockDim.x + threadIdx.x) * SIZE;
+    if (c >= C) return;
+    const S* from = inp + size_t(rows[blockIdx.y]) * stride + c;
+    S* to = out + size_t(blockIdx.y) * C + c;
+    if (aligned(out, C) && aligned(inp, stride)) store_pack(to, load_pack(from));
+    else for (int i = 0; i < min(SIZE, C - c); i++) to[i] = from[i];
+}
