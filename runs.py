@@ -35,7 +35,7 @@ class Log:
 def read_log(run):
     """The events of a run; a line that was cut off is left out."""
     try:
-        lines = (Path(run) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (Path(run) / "log.jsonl").read_bytes().splitlines()
     except OSError:
         raise UserError(f"{run} has no log.jsonl; name a run's directory") from None
     events = []
