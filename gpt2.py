@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import ml_dtypes  # noqa: F401  gives NumPy the type bfloat16, for files that hold it
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -231,7 +232,7 @@ class GPT2:
 
     def _checked(self, tokens, limit=None):
         """tokens as an int32 array (B, T) on the device, all of them in the vocabulary."""
-        tokens = np.ascontiguousarray(tokens, np.int32)
+        tokens = np.asarray(tokens)
         if tokens.ndim != 2 or tokens.size == 0:
             raise ValueError(f"tokens are (B, T), not {tokens.shape}")
         if tokens.shape[1] > (limit or self.config.n_positions):
@@ -239,7 +240,7 @@ class GPT2:
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
             bad = tokens.max() if tokens.max() >= self.config.vocab_size else tokens.min()
             raise UserError(f"token {bad} is not in the model's vocabulary of {self.config.vocab_size}")
-        return self.ops.to_device(tokens)
+        return self.ops.to_device(np.ascontiguousarray(tokens, np.int32))
 
     # -- forward and backward ------------------------------------------------------------------------------
 
@@ -459,11 +460,11 @@ class Cache:
         NH, HS = model.config.n_head, model.config.n_embd // model.config.n_head
         shape = (model.config.n_layer, batch, NH, length, HS)
         self.keys, self.values = model.ops.zeros(shape, model.type), model.ops.zeros(shape, model.type)
-        self.lengths, self.length = np.zeros(batch, np.int32), length
+        self.model, self.lengths, self.length = model, np.zeros(batch, np.int32), length
 
     def select(self, rows):
         """Keep these rows, in this order; a row named twice is copied: drop what is done, share a prompt."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.keys, self.values = (self.model.ops.xp.take(a, rows, axis=1) for a in (self.keys, self.values))
         self.lengths = self.lengths[rows]
 
 
@@ -488,12 +489,14 @@ class AdamW:
         model, ops, n = self.model, self.model.ops, self.model.n_decayed
         self.steps += 1
         ops.global_norm(self.norm, model.flat_grads)
-        ops.clip_scale(self.scale, self.norm, max_norm, min(limit, np.finfo(np.float32).max))
+        ops.clip_scale(self.scale, self.norm, max_norm, limit)
         for part, decay in ((slice(0, n), self.weight_decay), (slice(n, None), 0.0)):
             flat = (array[part] for array in (model.flat_master, model.flat_grads, self.m, self.v))
             copy = None if model.flat_master is model.flat_params else model.flat_params[part]
             ops.adamw(*flat, self.scale, lr, *self.betas, self.eps, decay, self.steps, copy)
-        return float(ops.to_host(self.norm)[0])
+        norm = float(ops.to_host(self.norm)[0])
+        self.steps -= not norm <= limit or not np.isfinite(norm)  # left out: the bias correction waits too
+        return norm
 
     def save(self, path):
         """Write moments and step count to a safetensors file."""
@@ -553,7 +556,10 @@ def read_tensors(directory):
     index = directory / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (directory / names[0]).exists() and index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f"{index} is damaged; fetch or save the checkpoint again") from None
     for name in names:
         with open_tensors(directory / name) as file:
             for key in file.keys():  # noqa: SIM118  (the file is no dict)

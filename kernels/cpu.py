@@ -117,14 +117,14 @@ def parallel(body, blocks):
 
 
 def pieces(n, length):
-    """Slices of at most `length` that cover range(n)."""
-    return [slice(i, min(i + length, n)) for i in range(0, n, max(1, length))]
+    """Slices of at most `length`, which is at least 1, that cover range(n)."""
+    return [slice(i, min(i + length, n)) for i in range(0, n, length)]
 
 
 def by_rows(body, rows, width):
     """Call body(slice) for blocks of rows of `width` elements; what is too little to share stays whole."""
-    block = min(GRAIN // width, -(-rows // 2)) if rows * width > GRAIN else rows
-    parallel(body, [(rows,) for rows in pieces(rows, block)])
+    block = min(max(1, GRAIN // width), -(-rows // 2)) if rows * width > GRAIN else rows
+    parallel(body, [(rows,) for rows in pieces(rows, max(1, block))])
 
 
 def tiles(rows, columns):
@@ -232,7 +232,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     """
     C = inp.shape[-1]
     dinp, dout, inp, mean, rstd = flat(dinp), flat(dout), flat(inp), mean.reshape(-1), rstd.reshape(-1)
-    blocks = pieces(len(inp), GRAIN // C)
+    blocks = pieces(len(inp), max(1, GRAIN // C))
     dweights = np.empty((len(blocks), C), dweight.dtype)  # each block's share, to be added up in order
     dbiases = np.empty((len(blocks), C), dbias.dtype)
 
@@ -326,7 +326,7 @@ def _product(out, inp, weight, finish=None):
     def body(rows, columns):
         np.matmul(inp[rows], weight[:, columns], out=out[rows, columns])
         if finish:
-            for block in pieces(rows.stop - rows.start, GRAIN // (columns.stop - columns.start)):
+            for block in pieces(rows.stop - rows.start, max(1, GRAIN // (columns.stop - columns.start))):
                 finish(slice(rows.start + block.start, rows.start + block.stop), columns)
 
     return [(body, *tile) for tile in tiles(*out.shape)]
@@ -381,17 +381,21 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight):
 
 def _parameter_gradients(dweight, dbias, dout, inp):
     """What `parallel` is to do for dweight += inp.T @ dout and dbias += the column sums of dout."""
+    left, right = inp, dout
     if not dweight.flags.c_contiguous:  # the classifier's weight is wte.T: the transposed product then
-        dweight, inp, dout = dweight.T, dout, inp
+        dweight, left, right = dweight.T, dout, inp
 
     def body(rows, columns):
         shape = rows.stop - rows.start, columns.stop - columns.start
         product = scratch(0, shape, dweight.dtype)
-        dweight[rows, columns] += np.matmul(inp[:, rows].T, dout[:, columns], out=product)
-        if dbias is not None and rows.start == 0:
-            dbias[columns] += column_sums(dout[:, columns])
+        dweight[rows, columns] += np.matmul(left[:, rows].T, right[:, columns], out=product)
 
-    return [(body, *tile) for tile in tiles(*dweight.shape)]
+    def bias(rows, columns):
+        dbias[columns] += dout[rows, columns].sum(axis=0)
+
+    everywhere = slice(0, len(dout)), slice(0, dout.shape[1])
+    biases = [] if dbias is None else [(bias, *everywhere)]
+    return biases + [(body, *tile) for tile in tiles(*dweight.shape)]
 
 
 def matmul_gelu_backward(dpre, dweight, dbias, dout, act, weight, pre):
@@ -601,7 +605,7 @@ def global_norm(norm, grads):
 
 def clip_scale(scale, norm, max_norm, limit):
     """scale (1,) = what clips the gradients to max_norm; -1 (skip this step) if norm is not <= limit."""
-    scale[0] = min(1, max_norm / max(norm[0], 1e-30)) if norm[0] <= limit else -1
+    scale[0] = min(1, max_norm / max(norm[0], 1e-30)) if norm[0] <= limit and np.isfinite(norm[0]) else -1
 
 
 def adamw(params, grads, m, v, scale, lr, beta1, beta2, eps, weight_decay, step, copy=None):
