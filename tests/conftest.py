@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import settings
 
-from kernels import cpu
+from kernels import threads as pool
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
@@ -11,7 +11,7 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True)
 def _threads():
-    """A test may set cpu.THREADS; the next one finds what was there."""
-    before = cpu.THREADS
+    """A test may set pool.THREADS; the next one finds what was there."""
+    before = pool.THREADS
     yield
-    cpu.THREADS = before
+    pool.THREADS = before
