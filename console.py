@@ -10,8 +10,9 @@ import os
 import sys
 import time
 
-# What the system says where a file cannot be: forbidden, read-only, below a file, name too long, too large.
-NO_PLACE = ["EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "EFBIG"]
+# What the system says where a file cannot be: forbidden, read-only, below another file or in its place, name
+# too long, too large. Not ENOENT: a script says itself what is missing, and elsewhere that is our bug.
+NO_PLACE = ["EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG", "EFBIG"]
 
 
 class UserError(Exception):

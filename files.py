@@ -1,6 +1,7 @@
 """Files that are whole or not there, and pinned packages, fetched once. Not about language models."""
 
 import contextlib
+import glob
 import hashlib
 import os
 import shutil
@@ -35,8 +36,9 @@ def whole_directory(place):
     """
     place = Path(place)
     beside = place.with_name(f".{place.name}.{os.getpid()}.part")
-    for left_over in place.parent.glob(f".{place.name}.*.part"):  # by a process that was killed
-        shutil.rmtree(left_over, ignore_errors=True)
+    for left_over in place.parent.glob(f".{glob.escape(place.name)}.*.part"):
+        if not _alive(left_over.name.removeprefix(f".{place.name}.").partition(".")[0]):
+            shutil.rmtree(left_over, ignore_errors=True)  # its process was killed
     beside.mkdir(parents=True)
     try:
         yield beside
@@ -54,6 +56,17 @@ def whole_directory(place):
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def _alive(pid):
+    """Whether a process, not this one, has this number; yes where we may not ask."""
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except OSError:
+        return True
+    return int(pid) != os.getpid()
+
+
 def _sync(directory):
     """Flush a directory's entries to disk, where the system knows how to."""
     if hasattr(os, "O_DIRECTORY"):
@@ -67,11 +80,13 @@ def cache():
     return Path(os.environ.get("HANDMADE_CACHE") or Path(__file__).resolve().parent / "cache")
 
 
-def sha256(path):
+def sha256(*paths):
+    """The digest of the files' contents, one behind the other."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 

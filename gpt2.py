@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import ml_dtypes  # noqa: F401  gives NumPy the type bfloat16, for files that hold it
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -232,7 +233,7 @@ class GPT2:
 
     def _checked(self, tokens):
         """tokens as an int32 array (B, T), all of them in the vocabulary."""
-        tokens = np.ascontiguousarray(tokens, np.int32)
+        tokens = np.asarray(tokens)
         if tokens.ndim != 2 or tokens.size == 0:
             raise ValueError(f"tokens are (B, T), not {tokens.shape}")
         if tokens.shape[1] > self.config.n_positions:
@@ -240,7 +241,7 @@ class GPT2:
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
             bad = tokens.max() if tokens.max() >= self.config.vocab_size else tokens.min()
             raise UserError(f"token {bad} is not in the model's vocabulary of {self.config.vocab_size}")
-        return tokens
+        return np.ascontiguousarray(tokens, np.int32)
 
     def _on_device(self, tokens):
         """tokens (B, T), checked, on the device. What does not lie on the host came from prefetch."""
@@ -248,7 +249,7 @@ class GPT2:
         return self.ops.to_device(self._checked(tokens)) if on_host else tokens
 
     def prefetch(self, batches):
-        """Yield each (tokens, targets) on the device, for forward; on a GPU the next is on its way already."""
+        """Yield each (tokens, targets) on the device, for forward; a GPU has the next on its way already."""
         return self.ops.prefetch(tuple(map(self._checked, batch)) for batch in batches)
 
     # -- forward and backward ------------------------------------------------------------------------------
@@ -414,26 +415,23 @@ class GPT2:
         return step.logits.copy()[:, : self.config.vocab_size]
 
     def _reader(self, cache, B, T):
-        """What appends B rows of T tokens to the cache: step.run() makes step.logits from step.inputs."""
-        ops, config = self.ops, self.config
-        a = self._activations("decoding", B, T, 1)
-        step = SimpleNamespace(inputs=ops.empty(B * (T + 2), np.int32))
-        tokens, offsets, last = (
-            step.inputs[i:j] for i, j in ((0, B * T), (B * T, B * T + B), (B * T + B, None))
-        )
-        x = ops.empty((B, config.n_embd), self.type)
-        step.logits = ops.empty((B, len(self.wte)), self.exact)
+        """What appends B rows of T tokens to the cache: .run() makes .logits (B, Vp) from .inputs, which are
+        the tokens (B, T), the rows' lengths (B,), and which of the B T tokens is the last of each row (B,)."""
+        ops, keys, values, N = self.ops, cache.keys, cache.values, B * T
+        a, inputs = self._activations("decoding", B, T, 1), ops.empty(N + 2 * B, np.int32)
+        tokens, offsets, last = inputs[:N].reshape(B, T), inputs[N : N + B], inputs[N + B :]
+        x = ops.empty((B, self.config.n_embd), self.type)
+        logits = ops.empty((B, len(self.wte)), self.exact)
 
         def attention(i, s):
-            ops.attention_decode(s.att, s.qkv, cache.keys[i], cache.values[i], offsets)
+            ops.attention_decode(s.att, s.qkv, keys[i], values[i], offsets)
 
         def run():
-            self._blocks(a, tokens.reshape(B, T), attention, offsets)
-            ops.take_rows(x, a.ln_f.reshape(B * T, -1), last)
-            ops.matmul_forward(step.logits, x, self.wte.T, None)
+            self._blocks(a, tokens, attention, offsets)
+            ops.take_rows(x, a.ln_f.reshape(N, -1), last)
+            ops.matmul_forward(logits, x, self.wte.T, None)
 
-        step.run = ops.captured(run)
-        return step
+        return SimpleNamespace(inputs=inputs, logits=logits, run=ops.captured(run))
 
     # -- loading and saving ----------------------------------------------------------------------------------
 
@@ -492,21 +490,20 @@ class Cache:
     def __init__(self, model, batch, length):
         NH, HS = model.config.n_head, model.config.n_embd // model.config.n_head
         shape = (model.config.n_layer, batch, NH, length, HS)
-        self.ops, self.step = model.ops, None  # step: see GPT2.decode
         self.keys, self.values = model.ops.zeros(shape, model.type), model.ops.zeros(shape, model.type)
-        self.lengths, self.length = np.zeros(batch, np.int32), length
+        self.model, self.lengths, self.length = model, np.zeros(batch, np.int32), length
+        self.step = None  # see GPT2.decode
 
     def select(self, rows):
         """Keep these rows, in this order; a row named twice is copied: drop what is done, share a prompt."""
-        picked = self.ops.to_device(np.asarray(rows, np.int32))
-        self.keys, self.values = (self._taken(array, picked) for array in (self.keys, self.values))
-        self.lengths, self.step = self.lengths[rows], None
-
-    def _taken(self, array, rows):
-        out = self.ops.empty((len(array), len(rows), *array.shape[2:]), array.dtype)
-        for layer in range(len(array)):
-            self.ops.take_rows(out[layer], array[layer], rows)
-        return out
+        picked, ops = np.asarray(rows, np.int32), self.model.ops
+        for name in ("keys", "values"):
+            before = getattr(self, name)  # (L, B, NH, length, HS)
+            after = ops.empty((len(before), len(picked), *before.shape[2:]), before.dtype)
+            for i in range(len(before)):
+                ops.take_rows(after[i], before[i], ops.to_device(picked))
+            setattr(self, name, after)
+        self.lengths, self.step = self.lengths[picked], None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -530,12 +527,14 @@ class AdamW:
         model, ops, n = self.model, self.model.ops, self.model.n_decayed
         self.steps += 1
         ops.global_norm(self.norm, model.flat_grads)
-        ops.clip_scale(self.scale, self.norm, max_norm, min(limit, np.finfo(np.float32).max))
+        ops.clip_scale(self.scale, self.norm, max_norm, limit)
         for part, decay in ((slice(0, n), self.weight_decay), (slice(n, None), 0.0)):
             flat = (array[part] for array in (model.flat_master, model.flat_grads, self.m, self.v))
             copy = None if model.flat_master is model.flat_params else model.flat_params[part]
             ops.adamw(*flat, self.scale, lr, *self.betas, self.eps, decay, self.steps, copy)
-        return float(ops.to_host(self.norm)[0])
+        norm = float(ops.to_host(self.norm)[0])
+        self.steps -= not norm <= limit or not np.isfinite(norm)  # left out: the bias correction waits too
+        return norm
 
     def save(self, path):
         """Write moments and step count to a safetensors file."""
@@ -595,7 +594,10 @@ def read_tensors(directory):
     index = directory / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (directory / names[0]).exists() and index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f"{index} is damaged; fetch or save the checkpoint again") from None
     for name in names:
         with open_tensors(directory / name) as file:
             for key in file.keys():  # noqa: SIM118  (the file is no dict)

@@ -19,6 +19,8 @@ class Log:
 
     def __init__(self, run, step=0):
         path = Path(run) / "log.jsonl"
+        for left_over in path.parent.glob(".*.part"):  # by a process that was killed while it saved
+            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
         if path.exists():
             kept = [json.dumps(event) + "\n" for event in read_log(run) if event.get("step", 0) <= step]
             files.write_whole(path, "".join(kept).encode())
@@ -35,7 +37,7 @@ class Log:
 def read_log(run):
     """The events of a run; a line that was cut off is left out."""
     try:
-        lines = (Path(run) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (Path(run) / "log.jsonl").read_bytes().splitlines()
     except OSError:
         raise UserError(f"{run} has no log.jsonl; name a run's directory") from None
     events = []
@@ -66,8 +68,6 @@ def newest_checkpoint(directory):
 def save_checkpoint(run, step, model, tokenizer, optimizer, keep, **state):
     """Write run/step_000500, whole or not at all; then remove all but the newest `keep`. Return its path."""
     place = Path(run) / f"step_{step:06d}"
-    for left_over in Path(run).glob(".step_*.part"):  # by a process that was killed, at any step
-        shutil.rmtree(left_over, ignore_errors=True)
     with files.whole_directory(place) as beside:
         model.save_pretrained(beside)
         tokenizer.save(beside)
@@ -84,8 +84,9 @@ def read_state(checkpoint):
     """state.json of a checkpoint: the step, and what else the run put there."""
     try:
         return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint} cannot be resumed: {error}") from None
+    except (OSError, ValueError):
+        remedy = "delete this checkpoint to go on from an older one"
+        raise UserError(f"{checkpoint / 'state.json'} is missing or damaged; {remedy}") from None
 
 
 class Interrupt:

@@ -386,7 +386,8 @@ def main(argv=None):
                 f"{run} has all its {flags.steps} steps; give more --steps, or see sample.py {run}"
             )
         optimizer.load(checkpoint / "optimizer.safetensors")
-    losses, norms = (Outliers(flags.outlier_z, state.get(name, ())) for name in ("losses", "norms"))
+    z = 0 if flags.overfit_batch else flags.outlier_z  # the same batch again would be as far out again
+    losses, norms = (Outliers(z, state.get(name, ())) for name in ("losses", "norms"))
     validation = list(evaluation_batches(val_shards, T, B, flags.eval_tokens))
     weights = ops.to_device(np.full((B, T), 1 / (rows * T), model.exact))
 

@@ -9,37 +9,18 @@ gradients, and restates the line that it differentiates. Outputs come first and 
 
 Gradients of parameters accumulate (+=), so that a large batch can be walked in pieces. Gradients of
 activations are overwritten, except in layernorm_backward, which adds to the gradient of the residual stream.
-
-How it gets fast: NumPy's matmul is the BLAS library's, held to one thread; `parallel` cuts an operation's
-rows (or tiles) into blocks that fit the cache and shares them out over our own threads. NumPy lets go of the
-interpreter lock while it computes, so the threads really run side by side, and a block is still in the cache
-when its bias and its GELU are added. Blocks are cut by size alone, so sums do not depend on how many threads
-there are.
 """
 
-import ctypes
-import os
-import queue
-import sys
-import threading
-
 import numpy as np
-from threadpoolctl import threadpool_limits
 
+from kernels import threads
 from kernels.sampling import sample  # noqa: F401  one of the operations
-
-threadpool_limits(1, user_api="blas")  # a BLAS call uses one thread: `parallel` makes calls side by side
-if sys.platform == "linux":  # keep freed memory: giving it back and taking it anew cost 10% of a small step
-    for parameter, n_bytes in ((-1, 1 << 30), (-3, 1 << 25)):  # glibc's M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(parameter, n_bytes)
+from kernels.threads import by_rows, parallel, pieces, scratch, tiles
 
 xp = np  # the array library; cupy in cuda.py
 DTYPES = {"float32": np.float32, "float64": np.float64}
 LOGITS = 1 << 22  # elements of a chunk of logits
 BATCH_TOKENS, SHARE = 8192, 0.5  # a micro-batch by default: at most these tokens, this part of the memory
-GRAIN = 1 << 17  # elements of a block of rows: 512 KB in float32, about what an L2 cache holds
-TILE = 1 << 20  # elements of a tile of a matrix product
-SMALLEST = 1 << 13  # elements of a matrix product that is worth cutting
 SCORES = 1 << 17  # elements of a block of attention scores
 BLOCK = 128  # rows and columns of a block of attention scores
 
@@ -83,90 +64,6 @@ def captured(function):
     return function
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Threads
-
-
-def thread_count():
-    """OMP_NUM_THREADS if set, as for other numeric programs; else the cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return int(wanted) if wanted.isdecimal() and int(wanted) > 0 else cores
-
-
-THREADS = thread_count()
-_work = queue.SimpleQueue()
-_workers = []
-
-
-def _worker():
-    while True:
-        task, done = _work.get()
-        try:
-            done.put(task())
-        except BaseException as error:
-            done.put(error)
-
-
-def parallel(body, blocks):
-    """Call body(*block) for every block, shared out over the threads; return when all are done."""
-    blocks = list(blocks)
-    helpers = min(THREADS, len(blocks)) - 1
-    if helpers <= 0:
-        for block in blocks:
-            body(*block)
-        return
-    while len(_workers) < helpers:
-        _workers.append(threading.Thread(target=_worker, daemon=True))
-        _workers[-1].start()
-    remaining = iter(blocks)  # next() on it is atomic: whoever is free takes the next block
-
-    def task():
-        for block in remaining:
-            body(*block)
-
-    done = queue.SimpleQueue()
-    for _ in range(helpers):
-        _work.put((task, done))
-    try:
-        task()
-    finally:
-        errors = [done.get() for _ in range(helpers)]
-    for error in filter(None, errors):
-        raise error
-
-
-def pieces(n, length):
-    """Slices of at most `length` that cover range(n)."""
-    return [slice(i, min(i + length, n)) for i in range(0, n, max(1, length))]
-
-
-def by_rows(body, rows, width):
-    """Call body(slice) for blocks of rows of `width` elements; what is too little to share stays whole."""
-    block = min(GRAIN // width, -(-rows // 2)) if rows * width > GRAIN else rows
-    parallel(body, [(rows,) for rows in pieces(rows, block)])
-
-
-def tiles(rows, columns):
-    """(row slice, column slice) of the tiles of a matrix product, cut along its longer side."""
-    n = max(THREADS, rows * columns // TILE) if rows * columns >= SMALLEST else 1
-    if columns >= rows:
-        return [(slice(0, rows), block) for block in pieces(columns, -(-columns // n))]
-    return [(block, slice(0, columns)) for block in pieces(rows, -(-rows // n))]
-
-
-_local = threading.local()
-
-
-def scratch(i, shape, dtype):
-    """Array i of this thread's own scratch memory: fresh memory for every block would cost as much as it."""
-    arrays = _local.__dict__.setdefault("arrays", {})
-    needed = int(np.prod(shape))
-    if (i, dtype) not in arrays or arrays[i, dtype].size < needed:
-        arrays[i, dtype] = np.empty(needed, dtype)
-    return arrays[i, dtype][:needed].reshape(shape)
-
-
 def row_sums(x):
     """(n, C) -> (n,), by the BLAS library's matrix times vector, which is faster than np.sum."""
     return x @ np.ones(x.shape[1], x.dtype)
@@ -179,9 +76,8 @@ def column_sums(x):
 
 def flat(array):
     """(..., C) as rows (N, C); never a copy, because what is written there must arrive."""
-    view = array.reshape(-1, array.shape[-1])
-    assert np.shares_memory(view, array) or array.size == 0
-    return view
+    assert array.flags.c_contiguous
+    return array.reshape(-1, array.shape[-1])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -257,7 +153,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     """
     C = inp.shape[-1]
     dinp, dout, inp, mean, rstd = flat(dinp), flat(dout), flat(inp), mean.reshape(-1), rstd.reshape(-1)
-    blocks = pieces(len(inp), GRAIN // C)
+    blocks = pieces(len(inp), max(1, threads.GRAIN // C))
     dweights = np.empty((len(blocks), C), dweight.dtype)  # each block's share, to be added up in order
     dbiases = np.empty((len(blocks), C), dbias.dtype)
 
@@ -351,7 +247,9 @@ def _product(out, inp, weight, finish=None):
     def body(rows, columns):
         np.matmul(inp[rows], weight[:, columns], out=out[rows, columns])
         if finish:
-            for block in pieces(rows.stop - rows.start, GRAIN // (columns.stop - columns.start)):
+            for block in pieces(
+                rows.stop - rows.start, max(1, threads.GRAIN // (columns.stop - columns.start))
+            ):
                 finish(slice(rows.start + block.start, rows.start + block.stop), columns)
 
     return [(body, *tile) for tile in tiles(*out.shape)]
@@ -406,17 +304,21 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight):
 
 def _parameter_gradients(dweight, dbias, dout, inp):
     """What `parallel` is to do for dweight += inp.T @ dout and dbias += the column sums of dout."""
+    left, right = inp, dout
     if not dweight.flags.c_contiguous:  # the classifier's weight is wte.T: the transposed product then
-        dweight, inp, dout = dweight.T, dout, inp
+        dweight, left, right = dweight.T, dout, inp
 
     def body(rows, columns):
         shape = rows.stop - rows.start, columns.stop - columns.start
         product = scratch(0, shape, dweight.dtype)
-        dweight[rows, columns] += np.matmul(inp[:, rows].T, dout[:, columns], out=product)
-        if dbias is not None and rows.start == 0:
-            dbias[columns] += column_sums(dout[:, columns])
+        dweight[rows, columns] += np.matmul(left[:, rows].T, right[:, columns], out=product)
 
-    return [(body, *tile) for tile in tiles(*dweight.shape)]
+    def bias(rows, columns):
+        dbias[columns] += dout[rows, columns].sum(axis=0)
+
+    everywhere = slice(0, len(dout)), slice(0, dout.shape[1])
+    biases = [] if dbias is None else [(bias, *everywhere)]
+    return biases + [(body, *tile) for tile in tiles(*dweight.shape)]
 
 
 def matmul_gelu_backward(dpre, dweight, dbias, dout, act, weight, pre):
@@ -447,7 +349,7 @@ def _shares(B, NH, area):
     """Cut B rows and NH heads into (row slice, head slice) pairs with about SCORES scores of `area` each."""
     heads = min(NH, max(1, SCORES // area))
     rows = max(1, SCORES // (area * heads))
-    return [(b, h) for b in pieces(B, min(rows, -(-B // THREADS))) for h in pieces(NH, heads)]
+    return [(b, h) for b in pieces(B, min(rows, -(-B // threads.THREADS))) for h in pieces(NH, heads)]
 
 
 CAUSAL = np.tril(np.full((BLOCK, BLOCK), -np.inf, np.float32), -1)  # (keys, queries), added on the diagonal
@@ -614,7 +516,7 @@ def classifier(losses, logits, targets, weights, vocab_size):
 
 def global_norm(norm, grads):
     """norm (1,) = sqrt(sum of squares) of the flat gradients, block sums added up in order in float64."""
-    blocks = pieces(len(grads), TILE)
+    blocks = pieces(len(grads), threads.TILE)
     squares = np.empty(len(blocks))
 
     def body(i, block):
@@ -626,7 +528,7 @@ def global_norm(norm, grads):
 
 def clip_scale(scale, norm, max_norm, limit):
     """scale (1,) = what clips the gradients to max_norm; -1 (skip this step) if norm is not <= limit."""
-    scale[0] = min(1, max_norm / max(norm[0], 1e-30)) if norm[0] <= limit else -1
+    scale[0] = min(1, max_norm / max(norm[0], 1e-30)) if norm[0] <= limit and np.isfinite(norm[0]) else -1
 
 
 def adamw(params, grads, m, v, scale, lr, beta1, beta2, eps, weight_decay, step, copy=None):

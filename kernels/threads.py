@@ -1,0 +1,106 @@
+"""NumPy on all cores: blocks of an operation, shared out over threads. Nothing here is about GPT-2.
+
+NumPy's matmul is the BLAS library's, held here to one thread; `parallel` cuts an operation's rows (or the
+tiles of a product) into blocks that fit the cache, and our own threads take them in turn. NumPy lets go of
+the interpreter lock while it computes, so they really run side by side, and a block is still in the cache
+when its bias and its GELU are added. Sums over blocks are cut by size alone: they do not depend on the
+number of threads.
+"""
+
+import ctypes
+import os
+import queue
+import sys
+import threading
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+threadpool_limits(1, user_api="blas")  # a BLAS call uses one thread: `parallel` makes calls side by side
+if sys.platform == "linux":  # keep freed memory: giving it back and taking it anew cost 10% of a small step
+    for parameter, n_bytes in ((-1, 1 << 30), (-3, 1 << 25)):  # glibc's M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(parameter, n_bytes)
+
+GRAIN = 1 << 17  # elements of a block of rows: 512 KB in float32, about what an L2 cache holds
+TILE = 1 << 20  # elements of a tile of a matrix product
+SMALLEST = 1 << 13  # elements of a matrix product that is worth cutting
+
+
+def thread_count():
+    """OMP_NUM_THREADS if set, as for other numeric programs; else the cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdecimal() and int(wanted) > 0 else cores
+
+
+THREADS = thread_count()
+_work = queue.SimpleQueue()
+_workers = []
+
+
+def _worker():
+    while True:
+        task, done = _work.get()
+        try:
+            done.put(task())
+        except BaseException as error:
+            done.put(error)
+
+
+def parallel(body, blocks):
+    """Call body(*block) for every block, shared out over the threads; return when all are done."""
+    blocks = list(blocks)
+    helpers = min(THREADS, len(blocks)) - 1
+    if helpers <= 0:
+        for block in blocks:
+            body(*block)
+        return
+    while len(_workers) < helpers:
+        _workers.append(threading.Thread(target=_worker, daemon=True))
+        _workers[-1].start()
+    remaining = iter(blocks)  # next() on it is atomic: whoever is free takes the next block
+
+    def task():
+        for block in remaining:
+            body(*block)
+
+    done = queue.SimpleQueue()
+    for _ in range(helpers):
+        _work.put((task, done))
+    try:
+        task()
+    finally:
+        errors = [done.get() for _ in range(helpers)]
+    for error in filter(None, errors):
+        raise error
+
+
+def pieces(n, length):
+    """Slices of at most `length`, which is at least 1, that cover range(n)."""
+    return [slice(i, min(i + length, n)) for i in range(0, n, length)]
+
+
+def by_rows(body, rows, width):
+    """Call body(slice) for blocks of rows of `width` elements; what is too little to share stays whole."""
+    block = min(max(1, GRAIN // width), -(-rows // 2)) if rows * width > GRAIN else rows
+    parallel(body, [(rows,) for rows in pieces(rows, max(1, block))])
+
+
+def tiles(rows, columns):
+    """(row slice, column slice) of the tiles of a matrix product, cut along its longer side."""
+    n = max(THREADS, rows * columns // TILE) if rows * columns >= SMALLEST else 1
+    if columns >= rows:
+        return [(slice(0, rows), block) for block in pieces(columns, -(-columns // n))]
+    return [(block, slice(0, columns)) for block in pieces(rows, -(-rows // n))]
+
+
+_local = threading.local()
+
+
+def scratch(i, shape, dtype):
+    """Array i of this thread's own scratch memory: fresh memory for every block would cost as much as it."""
+    arrays = _local.__dict__.setdefault("arrays", {})
+    needed = int(np.prod(shape))
+    if (i, dtype) not in arrays or arrays[i, dtype].size < needed:
+        arrays[i, dtype] = np.empty(needed, dtype)
+    return arrays[i, dtype][:needed].reshape(shape)

@@ -1,0 +1,727 @@
+"""Every operation of the model, forward and backward, held to its definition. Read beside kernels/cpu.py.
+
+An operation under test is a small function of (ops, new, x): the module that computes it, a maker of outputs,
+and its inputs. It calls the forward function and returns what came out, the differentiated array first, and
+`backward(d, dout)`, which calls the backward function and leaves the gradients in d. Everything goes through
+the fixture `memory`, so that the same cases hold for every device and every type of numbers.
+
+  - forward: each operation against its textbook definition, written below it in two or three lines
+  - backward: each operation against the slope of its own forward pass, in float64
+  - every array lies between two guard bands, which no operation may touch; outputs hold NaN before the call
+
+  B batch   T time   C channels   NH heads   HS head size   V vocabulary   Vp padded V   N = B * T rows
+"""
+
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import kernels
+from kernels import cpu
+from kernels import threads as pool
+
+GUARD = 64  # elements before and behind every array: 16-byte alignment survives
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2}  # of the largest element
+
+
+class Memory:
+    """The arrays of one call, on one device, cut out of buffers full of NaN (or of impossible integers)."""
+
+    def __init__(self, device, dtype):
+        self.ops = kernels.load(device)
+        self.dtype, self.tolerance = self.ops.DTYPES[dtype], TOLERANCE[dtype]
+        self.wide = self.dtype if dtype == "float64" else np.float32  # what sums are kept in
+        self.buffers = []
+
+    def new(self, *shape, wide=False):
+        """An output: nothing but NaN."""
+        return self.put(np.full(shape, np.nan), wide)
+
+    def put(self, values, wide=False):
+        """An input: a copy of `values`."""
+        is_integer = values.dtype.kind in "iu"
+        dtype, junk = (values.dtype, 2**30) if is_integer else (self.wide if wide else self.dtype, np.nan)
+        buffer = self.ops.to_device(np.full(values.size + 2 * GUARD, junk, dtype))
+        view = buffer[GUARD : GUARD + values.size].reshape(values.shape)
+        view[...] = self.ops.to_device(values.astype(dtype))
+        self.buffers.append((buffer, is_integer))
+        return view
+
+    def get(self, array):
+        """A copy on the host, in float64."""
+        return self.ops.to_host(array).astype(np.float64)
+
+    def assert_guards(self):
+        for buffer, is_integer in self.buffers:
+            bands = self.get(buffer)[np.r_[:GUARD, -GUARD:0]]
+            assert (bands == 2**30 if is_integer else np.isnan(bands)).all(), "written beside an array"
+
+
+@pytest.fixture(params=[("cpu", "float32"), ("cpu", "float64")], ids="-".join)
+def memory(request):
+    """The devices and types under test."""
+    return Memory(*request.param)
+
+
+def normal(rng, *shape):
+    """N(0, 1) in float64, of values that every type holds exactly, bfloat16 too."""
+    values = rng.standard_normal(shape).astype(np.float32)
+    return (values.view(np.uint32) & 0xFFFF0000).view(np.float32).astype(np.float64)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The operations
+
+
+def encoder(ops, new, x):
+    out = new(*x.tokens.shape, x.wte.shape[1])
+    ops.encoder_forward(out, x.tokens, x.wte, x.wpe)
+    return {"out": out}, lambda d, dout: ops.encoder_backward(d.wte, d.wpe, dout, x.tokens)
+
+
+def encoder_definition(x):
+    return {"out": x.wte[x.tokens] + x.wpe[: x.tokens.shape[1]]}
+
+
+def layernorm(ops, new, x):
+    rows = x.inp.shape[:-1]
+    out, mean, rstd = new(*x.inp.shape), new(*rows, wide=True), new(*rows, wide=True)
+    ops.layernorm_forward(out, mean, rstd, x.inp, x.weight, x.bias)
+
+    def backward(d, dout):
+        ops.layernorm_backward(d.inp, d.weight, d.bias, dout, x.inp, x.weight, mean, rstd)
+
+    return {"out": out, "mean": mean, "rstd": rstd}, backward
+
+
+def layernorm_definition(x):
+    mean = x.inp.mean(-1)
+    rstd = (x.inp.var(-1) + 1e-5) ** -0.5
+    norm = (x.inp - mean[..., None]) * rstd[..., None]
+    return {"out": norm * x.weight + x.bias, "mean": mean, "rstd": rstd}
+
+
+def residual_layernorm(ops, new, x):
+    rows, residual = x.inp.shape[:-1], new(*x.inp.shape)
+    out, mean, rstd = new(*x.inp.shape), new(*rows, wide=True), new(*rows, wide=True)
+    ops.residual_layernorm_forward(residual, out, mean, rstd, x.inp, x.branch, x.weight, x.bias)
+
+    def backward(d, dout):
+        d.branch.fill(0)  # what flows into the sum flows on to both that were added
+        ops.layernorm_backward(d.branch, d.weight, d.bias, dout, residual, x.weight, mean, rstd)
+        ops.residual_forward(d.inp, d.inp, d.branch)
+
+    return {"out": out, "residual": residual, "mean": mean, "rstd": rstd}, backward
+
+
+def residual_layernorm_definition(x):
+    residual = x.inp + x.branch
+    return {"residual": residual, **layernorm_definition(SimpleNamespace(**{**vars(x), "inp": residual}))}
+
+
+def gelu(ops, new, x):
+    out = new(*x.inp.shape)
+    ops.gelu_forward(out, x.inp)
+    return {"out": out}, lambda d, dout: ops.gelu_backward(d.inp, dout, x.inp)
+
+
+def gelu_definition(x):
+    return {"out": 0.5 * x.inp * (1 + np.tanh(np.sqrt(2 / np.pi) * (x.inp + 0.044715 * x.inp**3)))}
+
+
+def residual(ops, new, x):
+    out = new(*x.inp.shape)
+    ops.residual_forward(out, x.inp, x.branch)
+
+    def backward(d, dout):
+        d.inp[...] = d.branch[...] = dout
+
+    return {"out": out}, backward
+
+
+def residual_definition(x):
+    return {"out": x.inp + x.branch}
+
+
+def matmul(ops, new, x):
+    out = new(*x.inp.shape[:-1], x.weight.shape[1])
+    ops.matmul_forward(out, x.inp, x.weight, x.bias)
+    return {"out": out}, lambda d, dout: ops.matmul_backward(d.inp, d.weight, d.bias, dout, x.inp, x.weight)
+
+
+def matmul_definition(x):
+    return {"out": x.inp @ x.weight + x.bias}
+
+
+def matmul_transposed(ops, new, x):
+    """As the classifier does it: wte (V, C) is the weight from the other side, and there is no bias."""
+    out = new(*x.inp.shape[:-1], x.wte.shape[0])
+    ops.matmul_forward(out, x.inp, x.wte.T, None)
+    return {"out": out}, lambda d, dout: ops.matmul_backward(d.inp, d.wte.T, None, dout, x.inp, x.wte.T)
+
+
+def matmul_transposed_definition(x):
+    return {"out": x.inp @ x.wte.T}
+
+
+def matmul_gelu(ops, new, x):
+    shape = (*x.inp.shape[:-1], x.weight.shape[1])
+    out, pre, dpre = new(*shape), new(*shape), new(*shape)
+    ops.matmul_gelu_forward(out, pre, x.inp, x.weight, x.bias)
+
+    def backward(d, dout):
+        ops.gelu_backward(dpre, dout, pre)
+        ops.matmul_backward(d.inp, d.weight, d.bias, dpre, x.inp, x.weight)
+
+    return {"out": out, "pre": pre}, backward
+
+
+def matmul_gelu_definition(x):
+    pre = x.inp @ x.weight + x.bias
+    return gelu_definition(SimpleNamespace(inp=pre)) | {"pre": pre}
+
+
+def matmul_of_gelu(ops, new, x):
+    """The MLP's second half: out = gelu(inp) @ weight + bias, whose backward goes down to inp at once."""
+    act, out = new(*x.inp.shape), new(*x.inp.shape[:-1], x.weight.shape[1])
+    ops.gelu_forward(act, x.inp)
+    ops.matmul_forward(out, act, x.weight, x.bias)
+
+    def backward(d, dout):
+        ops.matmul_gelu_backward(d.inp, d.weight, d.bias, dout, act, x.weight, x.inp)
+
+    return {"out": out}, backward
+
+
+def matmul_of_gelu_definition(x):
+    return {"out": gelu_definition(x)["out"] @ x.weight + x.bias}
+
+
+def matmul_residual(ops, new, x):
+    out = new(*x.branch.shape)
+    ops.matmul_residual_forward(out, x.inp, x.weight, x.bias, x.branch)
+
+    def backward(d, dout):
+        ops.matmul_backward(d.inp, d.weight, d.bias, dout, x.inp, x.weight)
+        d.branch[...] = dout
+
+    return {"out": out}, backward
+
+
+def matmul_residual_definition(x):
+    return {"out": x.branch + x.inp @ x.weight + x.bias}
+
+
+def attention(ops, new, x):
+    B, T, C = x.qkv.shape[0], x.qkv.shape[1], x.qkv.shape[2] // 3
+    out, lse = new(B, T, C), new(B, x.n_head, T, wide=True)
+    ops.attention_forward(out, lse, x.qkv, x.n_head)
+
+    def backward(d, dout):
+        ops.attention_backward(d.qkv, dout, out, lse, x.qkv, x.n_head)
+
+    return {"out": out, "lse": lse}, backward
+
+
+def attention_definition(x):
+    """The naive form, with the T x T matrix that no kernel may have."""
+    B, T, width = x.qkv.shape
+    HS = width // (3 * x.n_head)
+    q, k, v = x.qkv.reshape(B, T, 3, x.n_head, HS).transpose(2, 0, 3, 1, 4)  # (B, NH, T, HS) each
+    scores = q @ k.swapaxes(2, 3) / np.sqrt(HS)  # (B, NH, T, T)
+    scores = np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf)
+    highest = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - highest)
+    total = weights.sum(-1, keepdims=True)
+    out = (weights / total @ v).transpose(0, 2, 1, 3).reshape(B, T, width // 3)
+    return {"out": out, "lse": (highest + np.log(total))[..., 0]}
+
+
+def classifier(ops, new, x):
+    """cross_entropy forward; classifier backward, whose weights are the losses' gradients."""
+    losses, again, logits = new(len(x.logits), wide=True), new(len(x.logits), wide=True), new(*x.logits.shape)
+    logits[...] = x.logits
+    ops.cross_entropy(losses, logits, x.targets, x.vocab_size)
+
+    def backward(d, weights):
+        d.logits[...] = x.logits
+        ops.classifier(again, d.logits, x.targets, weights, x.vocab_size)
+        np.testing.assert_allclose(ops.to_host(again), ops.to_host(losses), rtol=1e-4, atol=1e-5)
+
+    return {"out": losses}, backward
+
+
+def classifier_definition(x):
+    z = x.logits[:, : x.vocab_size]  # (N, V)
+    z = z - z.max(1, keepdims=True)
+    return {"out": np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), x.targets]}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The cases: an operation at one size. Gradients named in `adds` accumulate, the others are overwritten.
+
+
+def case(operation, adds="", at="", **inputs):
+    """Shapes become random arrays; anything else is taken as it is."""
+    definition = globals()[operation.__name__ + "_definition"]
+    one = SimpleNamespace(operation=operation, definition=definition, adds=adds.split(), inputs=inputs)
+    return pytest.param(one, id=f"{operation.__name__}-{at}")
+
+
+def tokens(B, T, V, seed=1):
+    return np.random.default_rng(seed).integers(0, V, (B, T)).astype(np.int32)
+
+
+def rows_cases():
+    """Operations on rows of C channels. The last size is more than one block of rows."""
+    for shape in [(1, 1, 1), (1, 1, 5), (2, 3, 1), (2, 3, 7), (1, 129, 33), (3, 200, 129), (3, 200, 513)]:
+        at, C = "x".join(map(str, shape)), shape[-1:]
+        yield case(layernorm, "inp weight bias", at, inp=shape, weight=C, bias=C)
+        yield case(residual_layernorm, "inp weight bias", at, inp=shape, branch=shape, weight=C, bias=C)
+        yield case(gelu, "", at, inp=shape)
+        yield case(residual, "", at, inp=shape, branch=shape)
+
+
+def matmul_cases():
+    """Products (..., in) @ (in, out). The last three are more than one tile, of the output or the weight."""
+    small = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 129, 17, 33), (1, 200, 33, 3)]
+    for B, T, I, O in [*small, (3, 211, 3, 517), (1, 2, 513, 599), (1, 64, 64, 4097)]:
+        sizes = dict(inp=(B, T, I), weight=(I, O), bias=(O,))
+        at = f"{B}x{T}x{I}x{O}"
+        yield case(matmul, "weight bias", at, **sizes)
+        yield case(matmul_transposed, "wte", at, inp=(B, T, I), wte=(O, I))
+        yield case(matmul_gelu, "weight bias", at, **sizes)
+        yield case(matmul_of_gelu, "weight bias", at, **sizes)
+        yield case(matmul_residual, "weight bias", at, **sizes, branch=(B, T, O))
+
+
+def encoder_cases():
+    for B, T, C, V, P in [(1, 1, 1, 1, 1), (2, 3, 5, 4, 3), (1, 129, 7, 3, 200), (3, 200, 65, 500, 200)]:
+        yield case(encoder, "wte wpe", f"{B}x{T}x{C}", tokens=tokens(B, T, V), wte=(V, C), wpe=(P, C))
+
+
+def attention_cases():
+    """Around the edges of blocks of 128 positions."""
+    short = [(1, 1, 1, 1), (2, 3, 3, 5), (1, 127, 1, 3), (1, 128, 2, 4)]
+    for B, T, NH, HS in [*short, (2, 129, 3, 4), (5, 200, 2, 7), (1, 385, 1, 8)]:
+        yield case(attention, "", f"{B}x{T}x{NH}x{HS}", qkv=(B, T, 3 * NH * HS), n_head=NH)
+
+
+def classifier_cases():
+    for N, V, Vp in [(1, 1, 1), (1, 5, 8), (3, 128, 128), (129, 97, 128), (700, 377, 384)]:
+        at = f"{N}x{V}"
+        yield case(classifier, "", at, logits=(N, Vp), targets=tokens(1, N, V)[0], vocab_size=V)
+
+
+CASES = [*encoder_cases(), *rows_cases(), *matmul_cases(), *attention_cases(), *classifier_cases()]
+SEVERAL_BLOCKS = "3x200x513", "3x200x65", "3x211", "513x599", "64x4097", "5x200", "700x377"
+BIG = [case for case in CASES if any(size in case.id for size in SEVERAL_BLOCKS)]
+
+
+def drawn(case, rng):
+    """The inputs of a case, on the host."""
+    draw = lambda value: normal(rng, *value) if isinstance(value, tuple) else value
+    return SimpleNamespace(**{name: draw(value) for name, value in case.inputs.items()})
+
+
+def forward(case, memory, x):
+    """Run an operation's forward on inputs x from the host. Returns its outputs and its backward."""
+    arrays = {name: value for name, value in vars(x).items() if isinstance(value, np.ndarray)}
+    there = {name: memory.put(value) for name, value in arrays.items()}
+    outputs, backward = case.operation(memory.ops, memory.new, SimpleNamespace(**{**vars(x), **there}))
+    memory.assert_guards()
+    for name, value in arrays.items():
+        assert np.array_equal(memory.get(there[name]), value.astype(memory.dtype)), f"{name} was changed"
+    return outputs, backward
+
+
+def gradients(case, memory, x, dout, backward, rng):
+    """{name: gradient} for every float input. What accumulates starts at random values, the rest at NaN."""
+    starts, d = {}, SimpleNamespace()
+    for name, value in vars(x).items():
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            adds = name in case.adds
+            starts[name] = normal(rng, *value.shape) if adds else np.full(value.shape, np.nan)
+            setattr(d, name, memory.put(starts[name], wide=adds and name != "inp"))
+    backward(d, memory.put(dout, wide=case.operation is classifier))  # there dout are the weights
+    memory.assert_guards()
+    gained = {name: memory.get(getattr(d, name)) for name in starts}
+    return {name: end - starts[name] if name in case.adds else end for name, end in gained.items()}
+
+
+def assert_near(actual, wanted, tolerance, what):
+    """Every element within `tolerance` of the largest one: that is what rounding promises."""
+    assert np.isfinite(actual).all(), f"{what} is not finite"
+    error, largest = np.abs(actual - wanted).max(), np.abs(wanted).max()
+    assert error <= tolerance * max(largest, 1e-3), f"{what}: off by {error:.3g}, of {largest:.3g}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Forward against the definition, backward against the slope
+
+
+@pytest.fixture(params=["one thread", "three threads", "small blocks"])
+def cut(request, monkeypatch):
+    """How the work is cut: on one thread, on three, and in blocks so small that every size has many."""
+    monkeypatch.setattr(pool, "THREADS", 1 if request.param == "one thread" else 3)
+    if request.param == "small blocks":
+        monkeypatch.setattr(cpu, "SCORES", 100)
+        for name, elements in dict(GRAIN=500, TILE=5000, SMALLEST=50).items():
+            monkeypatch.setattr(pool, name, elements)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_is_the_definition(memory, case):
+    x = drawn(case, np.random.default_rng(2))
+    outputs, _ = forward(case, memory, x)
+    wanted = case.definition(x)
+    assert outputs.keys() == wanted.keys()
+    for name in wanted:
+        assert_near(memory.get(outputs[name]), wanted[name], memory.tolerance, name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_backward_is_the_slope(cut, case):
+    """Walk along a random direction of one input: sum(dout * out) must rise as the gradient says."""
+    rng, memory = np.random.default_rng(3), Memory("cpu", "float64")
+    x = drawn(case, rng)
+    outputs, backward = forward(case, memory, x)
+    assert_near(outputs["out"], case.definition(x)["out"], memory.tolerance, "out")
+    dout = normal(rng, *outputs["out"].shape)
+    for name, gradient in gradients(case, memory, x, dout, backward, rng).items():
+        value, direction = getattr(x, name), normal(rng, *gradient.shape)
+
+        def along(h, name=name, value=value, direction=direction):
+            moved = SimpleNamespace(**{**vars(x), name: value + h * direction})
+            return (forward(case, Memory("cpu", "float64"), moved)[0]["out"] * dout).sum()
+
+        h = 1e-3
+        slope = (8 * (along(h) - along(-h)) - (along(2 * h) - along(-2 * h))) / (12 * h)
+        error = abs(slope - (gradient * direction).sum())
+        assert error <= 1e-6 * np.linalg.norm(gradient) + 1e-9, f"d{name}: slope {slope}, off by {error}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_backward_is_near_the_one_in_float64(memory, case):
+    x, results = drawn(case, np.random.default_rng(4)), []
+    for place in (memory, Memory("cpu", "float64")):
+        rng = np.random.default_rng(5)
+        outputs, backward = forward(case, place, x)
+        dout = normal(rng, *outputs["out"].shape)
+        results.append(gradients(case, place, x, dout, backward, rng))
+    for name, wanted in results[1].items():
+        assert_near(results[0][name], wanted, 5 * memory.tolerance, f"d{name}")
+
+
+@pytest.mark.parametrize("case", BIG)
+def test_same_bits_every_time_and_on_any_number_of_threads(case):
+    x, results = drawn(case, np.random.default_rng(6)), []
+    for threads in (1, 1, 2, 3):
+        pool.THREADS = threads
+        rng, memory = np.random.default_rng(7), Memory("cpu", "float32")
+        outputs, backward = forward(case, memory, x)
+        dout = normal(rng, *outputs["out"].shape)
+        gained = gradients(case, memory, x, dout, backward, rng)
+        results.append({**outputs, **{"d" + name: gradient for name, gradient in gained.items()}})
+    for name in results[0]:
+        for threads, other in zip((1, 2, 3), results[1:]):
+            assert np.array_equal(results[0][name], other[name]), f"{name} differs, {threads} threads"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the cases above leave out
+
+
+def test_outputs_that_are_inputs():
+    rng = np.random.default_rng(8)
+    a, b, weight, bias = (rng.standard_normal(s) for s in [(2, 3, 7), (2, 3, 7), (7,), (7,)])
+    wanted = residual_layernorm_definition(SimpleNamespace(inp=a, branch=b, weight=weight, bias=bias))
+    residual, out, mean, rstd = a.copy(), np.empty((2, 3, 7)), np.empty((2, 3)), np.empty((2, 3))
+    cpu.residual_layernorm_forward(residual, out, mean, rstd, residual, b, weight, bias)
+    assert_near(residual, wanted["residual"], 1e-12, "residual")
+    assert_near(out, wanted["out"], 1e-12, "out")
+    total = a.copy()
+    cpu.residual_forward(total, total, b)
+    assert_near(total, a + b, 1e-12, "total")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matmul_with_and_without_what_may_be_none(memory, transposed):
+    """Bias, its gradient and the gradient of inp are optional, for weights that lie in memory either way."""
+    rng, ops, put = np.random.default_rng(9), memory.ops, memory.put
+    inp, weight, bias, dout = (normal(rng, *s) for s in [(2, 5, 3), (3, 7), (7,), (2, 5, 7)])
+    turn = (lambda a: a.T) if transposed else (lambda a: a)
+    near = lambda array, wanted, what: assert_near(memory.get(array), wanted, memory.tolerance, what)
+    w, out = turn(put(turn(weight).copy())), memory.new(2, 5, 7)
+    ops.matmul_forward(out, put(inp), w, None)
+    near(out, inp @ weight, "without bias")
+    ops.matmul_forward(out, put(inp), w, put(bias))
+    near(out, inp @ weight + bias, "with bias")
+
+    dw, db = turn(put(turn(np.ones((3, 7))).copy(), wide=True)), put(np.ones(7), wide=True)
+    ops.matmul_backward(None, dw, db, put(dout), put(inp), w)
+    wanted = np.einsum("bti,bto->io", inp, dout)
+    near(dw, 1 + wanted, "dweight")
+    near(db, 1 + dout.sum((0, 1)), "dbias")
+    ops.matmul_backward(None, dw, None, put(dout), put(inp), w)
+    near(dw, 1 + 2 * wanted, "dweight, added once more")
+    memory.assert_guards()
+
+
+def test_encoder_at_an_offset(memory):
+    """While decoding, rows stand at different positions; padding that runs over the end does no harm."""
+    rng = np.random.default_rng(10)
+    ids, wte, wpe = tokens(3, 4, 11), normal(rng, 11, 5), normal(rng, 9, 5)
+    offsets, out = np.array([0, 5, 7], np.int32), memory.new(3, 4, 5)
+    memory.ops.encoder_forward(out, *map(memory.put, (ids, wte, wpe, offsets)))
+    for b, t in np.ndindex(3, 4):
+        if offsets[b] + t < 9:
+            wanted = wte[ids[b, t]] + wpe[offsets[b] + t]
+            assert_near(memory.get(out)[b, t], wanted, memory.tolerance, f"{b}, {t}")
+    assert np.isfinite(memory.get(out)).all()
+    memory.assert_guards()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30, 1e4])
+def test_attention_with_scores_of_any_size(memory, scale):
+    """exp(1e8) would be infinite. The first position sees only itself, whatever its score."""
+    rng = np.random.default_rng(11)
+    qkv = normal(rng, 1, 300, 3 * 8)
+    qkv[..., :16] = np.float64(memory.dtype(scale)) * qkv[..., :16]
+    qkv = qkv.astype(memory.dtype).astype(np.float64)
+    there = SimpleNamespace(qkv=memory.put(qkv), n_head=2)
+    outputs, backward = attention(memory.ops, memory.new, there)
+    wanted = attention_definition(SimpleNamespace(qkv=qkv, n_head=2))
+    np.testing.assert_array_equal(memory.get(outputs["out"])[:, 0], qkv[:, 0, 16:])
+    assert_near(memory.get(outputs["lse"]), wanted["lse"], memory.tolerance, "lse")
+    if scale < 1e4:  # there the largest score wins by less than float32 resolves
+        assert_near(memory.get(outputs["out"]), wanted["out"], 100 * memory.tolerance, "out")
+    d = SimpleNamespace(qkv=memory.new(*qkv.shape))
+    backward(d, memory.put(normal(rng, 1, 300, 8)))
+    assert np.isfinite(memory.get(d.qkv)).all()
+
+
+def test_attention_sees_nothing_later():
+    """Later positions may hold anything: not a bit of the earlier ones changes, forward or backward."""
+    rng = np.random.default_rng(12)
+    qkv, dout = rng.standard_normal((1, 270, 3 * 4)).astype(np.float32), np.zeros((1, 270, 4), np.float32)
+    dout[:, :150] = rng.standard_normal((150, 4))
+    seen = []
+    for later in (1, 100):
+        other = qkv.copy()
+        other[:, 150:] *= later
+        out, lse, dqkv = np.empty_like(dout), np.empty((1, 1, 270), np.float32), np.empty_like(qkv)
+        cpu.attention_forward(out, lse, other, 1)
+        cpu.attention_backward(dqkv, dout, out, lse, other, 1)
+        assert not dqkv[:, 150:].any()
+        seen.append((out[:, :150], lse[:, :, :150], dqkv[:, :150]))
+    for one, two in zip(*seen):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("cuts", [[1] * 6, [3, 4, 1], [1, 130, 2, 129]])
+def test_attention_decode_is_attention_in_pieces(memory, cuts):
+    """Rows that stand at different lengths get what attention over the whole sequence gives them."""
+    rng = np.random.default_rng(13)
+    lengths = np.array([0, 7, 133], np.int32)  # of what each row has in the cache already
+    B, NH, HS, T = 3, 3, 5, 133 + sum(cuts)
+    qkv = normal(rng, B, T, 3 * NH * HS)
+    wanted = attention_definition(SimpleNamespace(qkv=qkv, n_head=NH))["out"]  # (B, T, C)
+    k, v = qkv.reshape(B, T, 3, NH, HS).transpose(2, 0, 3, 1, 4)[1:]  # (B, NH, T, HS) each
+    junk = 100 * normal(rng, 2, B, NH, T + 9, HS)  # what others have left behind each row's end
+
+    def held(lengths):
+        """What keys and values (2, B, NH, Tmax, HS) hold when the rows have these lengths."""
+        both = junk.copy()
+        for b, n in enumerate(lengths):
+            both[:, b, :, :n] = k[b, :, :n], v[b, :, :n]
+        return both.astype(memory.dtype)
+
+    keys, values = map(memory.put, held(lengths).astype(float))
+    for n_new in cuts:
+        piece = np.stack([qkv[b, n : n + n_new] for b, n in enumerate(lengths)])  # (B, n_new, 3C)
+        out, there = memory.new(B, n_new, NH * HS), memory.put(lengths)
+        memory.ops.attention_decode(out, memory.put(piece), keys, values, there)
+        np.testing.assert_array_equal(memory.get(there), lengths)
+        for b, n in enumerate(lengths):
+            assert_near(memory.get(out)[b], wanted[b, n : n + n_new], memory.tolerance, f"row {b}")
+        lengths += n_new
+        for cache, whole in zip((keys, values), held(lengths)):
+            np.testing.assert_array_equal(memory.get(cache), whole)
+    memory.assert_guards()
+
+
+@pytest.mark.parametrize("V", [5, 97, 128])
+def test_classifier_weights_and_padding(memory, V):
+    """dlogits = weight * (softmax - onehot) in the vocabulary and 0 behind it, whatever stood there."""
+    rng, N = np.random.default_rng(14), 9
+    logits, targets, weights = 4 * normal(rng, N, 128), tokens(1, N, V)[0], normal(rng, N)
+    logits[:, V:] = 2.0**20  # would take all probability
+    weights[:3] = 0, 1, -2
+    losses, z = memory.new(N, wide=True), memory.put(logits)
+    memory.ops.classifier(losses, z, memory.put(targets), memory.put(weights, wide=True), V)
+    p = np.exp(logits[:, :V] - logits[:, :V].max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    assert_near(memory.get(losses), -np.log(p[np.arange(N), targets]), memory.tolerance, "losses")
+    p[np.arange(N), targets] -= 1
+    assert_near(memory.get(z)[:, :V], weights[:, None] * p, memory.tolerance, "dlogits")
+    assert not memory.get(z)[:, V:].any() and not memory.get(z)[0].any()
+    memory.assert_guards()
+
+
+def test_classifier_with_huge_logits(memory):
+    logits, targets = np.array([[1e4, -1e4, 0], [-1e30, -1e30, -1e30]]), np.array([1, 2], np.int32)
+    weights = [memory.put(np.ones(2), wide=True)]
+    for function, more in ((memory.ops.classifier, weights), (memory.ops.cross_entropy, [])):
+        losses = memory.new(2, wide=True)
+        function(losses, memory.put(logits), memory.put(targets), *more, 3)
+        np.testing.assert_allclose(memory.get(losses), [2e4, np.log(3)], rtol=memory.tolerance)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The optimizer's operations
+
+
+@pytest.mark.parametrize("n", [1, 3, 1000, 2**20 + 2**19 + 1])
+def test_global_norm(memory, n):
+    grads, norm = normal(np.random.default_rng(15), n), memory.new(1, wide=True)
+    there = memory.put(grads, wide=True)
+    memory.ops.global_norm(norm, there)
+    np.testing.assert_allclose(memory.get(norm)[0], np.linalg.norm(grads), rtol=memory.tolerance)
+    for bad in (np.nan, np.inf):
+        there[n // 2] = bad
+        memory.ops.global_norm(norm, there)
+        assert not np.isfinite(memory.get(norm)[0])
+
+
+@pytest.mark.parametrize(
+    "norm, max_norm, limit, wanted",
+    [
+        (0.5, 1, np.inf, 1),
+        (4, 1, np.inf, 0.25),
+        (0, 1, np.inf, 1),
+        (4, 1, 4, 0.25),
+        (4, np.inf, np.inf, 1),
+        (4, 1, 3.9, -1),
+        (np.nan, 1, np.inf, -1),
+        (np.inf, 1, 10, -1),
+    ],
+)
+def test_clip_scale(memory, norm, max_norm, limit, wanted):
+    scale = memory.new(1, wide=True)
+    memory.ops.clip_scale(scale, memory.put(np.array([norm]), wide=True), max_norm, limit)
+    np.testing.assert_allclose(memory.get(scale), [wanted], rtol=1e-6)
+
+
+def textbook_adamw(p, g, m, v, lr, beta1, beta2, eps, weight_decay, step):
+    """Algorithm 2 of Loshchilov and Hutter, one number at a time."""
+    p, m, v = p.copy(), m.copy(), v.copy()
+    for i in range(len(p)):
+        m[i] = beta1 * m[i] + (1 - beta1) * g[i]
+        v[i] = beta2 * v[i] + (1 - beta2) * g[i] ** 2
+        m_hat, v_hat = m[i] / (1 - beta1**step), v[i] / (1 - beta2**step)
+        p[i] -= lr * (m_hat / (v_hat**0.5 + eps) + weight_decay * p[i])
+    return p, m, v
+
+
+@pytest.mark.parametrize("weight_decay", [0, 0.1])
+@pytest.mark.parametrize("n", [1, 3, 1001])
+def test_adamw_is_the_textbook(memory, weight_decay, n):
+    """Twelve steps: the learning rate changes, steps are clipped, the third is skipped."""
+    rng = np.random.default_rng(16)
+    p, m, v = normal(rng, n), np.zeros(n), np.zeros(n)
+    params, grads, dm, dv = there = [memory.put(a, wide=True) for a in (p, np.zeros(n), m, v)]
+    copy = memory.new(n)  # of params, in the type of the activations
+    for step in range(1, 13):
+        lr, scale = 0.01 * step, -1 if step == 3 else rng.uniform(0, 1)
+        g = normal(rng, n) * 10.0 ** rng.integers(-6, 2, n)
+        g[1:2] = 0
+        grads[...] = memory.put(g, wide=True)
+        before = [memory.get(a) for a in (params, dm, dv)]
+        where = memory.put(np.array([scale]), wide=True)
+        memory.ops.adamw(*there, where, lr, 0.9, 0.95, 1e-8, weight_decay, step, copy)
+        np.testing.assert_array_equal(memory.get(copy), memory.get(params).astype(memory.dtype))
+        assert not memory.get(grads).any()
+        if scale > 0:
+            p, m, v = textbook_adamw(p, scale * g, m, v, lr, 0.9, 0.95, 1e-8, weight_decay, step)
+        else:
+            for a, b in zip((params, dm, dv), before):
+                np.testing.assert_array_equal(memory.get(a), b)
+    for a, wanted, what in ((params, p, "params"), (dm, m, "m"), (dv, v, "v")):
+        rtol = 100 * memory.tolerance  # of each element: those of small gradients count as well
+        np.testing.assert_allclose(memory.get(a), wanted, rtol=rtol, atol=rtol * 1e-3, err_msg=what)
+    memory.assert_guards()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_adamw_skips_what_is_not_finite(memory, bad):
+    params, grads, m, v = (memory.put(np.full(5, x), wide=True) for x in (1.0, bad, 2.0, 3.0))
+    scale = memory.put(np.array([-1.0]), wide=True)
+    memory.ops.adamw(params, grads, m, v, scale, 1.0, 0.9, 0.95, 1e-8, 0.1, 1)
+    for array, wanted in ((params, 1), (grads, 0), (m, 2), (v, 3)):
+        np.testing.assert_array_equal(memory.get(array), wanted)
+
+
+@pytest.mark.parametrize("function", ["global_norm", "adamw"])
+def test_the_optimizer_has_the_same_bits_on_any_number_of_threads(function):
+    rng, results = np.random.default_rng(17), []
+    n = 2**21 + 77
+    start = [rng.standard_normal(n).astype(np.float32) for _ in range(4)]
+    start[3] **= 2  # v
+    for threads in (1, 1, 2, 3):
+        pool.THREADS = threads
+        arrays, norm = [a.copy() for a in start], np.empty(1, np.float32)
+        if function == "adamw":
+            cpu.adamw(*arrays, np.ones(1), 0.1, 0.9, 0.95, 1e-8, 0.1, 5)
+        else:
+            cpu.global_norm(norm, arrays[0])
+        results.append([*arrays, norm] if function == "global_norm" else arrays)
+    for other in results[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(results[0], other))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Threads
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 100])
+def test_parallel_does_every_block_once(threads, n):
+    pool.THREADS, done = threads, np.zeros(n, int)
+
+    def body(i, by):
+        done[i] += by
+
+    pool.parallel(body, ((i, 2) for i in range(n)))
+    assert (done == 2).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("bad", [{0}, {57}, {99}, set(range(100))])
+def test_an_error_in_a_block_reaches_the_caller(threads, bad):
+    """Whichever thread has it, and the next call works."""
+    pool.THREADS = threads
+
+    def body(i):
+        if i in bad:
+            raise ZeroDivisionError(f"block {i}")
+
+    with pytest.raises(ZeroDivisionError, match="block"):
+        pool.parallel(body, [(i,) for i in range(100)])
+    test_parallel_does_every_block_once(threads, 100)
+
+
+def test_an_error_in_a_helper_reaches_the_caller():
+    """The blocks wait for each other, so every thread has one; only those of the helpers fail."""
+    pool.THREADS, together = 3, threading.Barrier(3, timeout=30)
+
+    def body(_):
+        together.wait()
+        if threading.current_thread() is not threading.main_thread():
+            raise ZeroDivisionError("in a helper")
+
+    with pytest.raises(ZeroDivisionError, match="in a helper"):
+        pool.parallel(body, [(i,) for i in range(3)])
+    test_parallel_does_every_block_once(3, 100)
