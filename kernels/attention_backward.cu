@@ -1,0 +1,314 @@
+// Causal self-attention, backward, without a (T, T) array and without atomics. Read attention.cu before.
+//
+// Forward, for one head:  S = Q Kᵀ / sqrt(HS),  P = exp(S - lse) below the diagonal, else 0,  out = P V.  So
+//
+//     dV = Pᵀ dOut     dP = dOut Vᵀ     dS = P ∘ (dP - D)     dQ = dS K / sqrt(HS)     dK = dSᵀ Q / sqrt(HS)
+//
+// with D = rowsum(P ∘ dP) = rowsum(out ∘ dOut), one number for each query. dK and dV are sums over queries,
+// dQ is a sum over keys. Whoever owns a tile of keys can add up dK and dV in registers but would have to
+// share dQ with the others; that needs atomics, whose order nobody fixes. So there are two passes, one that
+// owns keys and one that owns queries. Both compute S and dP: seven products instead of five, and the same
+// bits every time.
+//
+// kernel                                          grid                     block  dynamic shared bytes
+// attention_backward_prepare<Storage>             (ceil(B Tp NH / 32))     256    0
+// attention_backward_keys_flash<Storage, HP>      (NH, ceil(T/ROWS), B)    256    HP 64: 87,040; 128: 72,192
+// attention_backward_queries_flash<Storage, HP>   (NH, ceil(T/ROWS), B)    256    HP 64: 87,040; 128: 72,192
+// attention_backward_keys_tensor<HS>              (NH, ceil(T/64), B)      128    HS 64: 50,176; 128: 49,408
+// attention_backward_queries_tensor<HS>           (NH, ceil(T/64), B)      128    HS 64: 49,152; 128: 65,536
+//
+// Always all three: prepare, then keys and queries in any order. Storage, HP, HS and alignment as in
+// attention.cu; ROWS is 64 for HP 64 and 32 for HP 128. All of dqkv is overwritten.
+// Workspace: rows (B, NH, Tp) float2, aligned to 16 bytes, with Tp = T rounded up to a multiple of 64.
+
+#include "attention.cuh"
+
+// ---- What a query needs to know of itself: lse and D ------------------------------------------------------
+
+// rows[b, h, t] = {lse * LOG2E, D}; from T on {inf, 0}, for which P = exp2(S - inf) = 0: tails need no mask.
+// Eight lanes share a row: 8 lanes x 16 bytes are a head of 64 bf16.
+template <typename Storage>
+__global__ void attention_backward_prepare(float2* rows, const Storage* dout, const Storage* out,
+                                           const float* lse, int B, int T, int NH, int HS) {
+    const int Tp = ceil_div(T, 64) * 64, lane = threadIdx.x % 8;
+    const int index = blockIdx.x * (blockDim.x / 8) + threadIdx.x / 8;      // over (B, Tp, NH)
+    const int h = index % NH, t = index / NH % Tp, b = index / NH / Tp;
+    const bool real = b < B && t < T;
+    float D = 0.0f;
+    if (real) {
+        const size_t offset = (static_cast<size_t>(b) * T + t) * NH * HS + h * HS;
+        if (aligned(out, HS) && aligned(dout, HS)) {
+            for (int d = lane * Pack<Storage>::size; d < HS; d += 8 * Pack<Storage>::size) {
+                const Pack<Storage> x = load_pack(out + offset + d), dx = load_pack(dout + offset + d);
+                for (int i = 0; i < Pack<Storage>::size; i++) D += to_float(x[i]) * to_float(dx[i]);
+            }
+        } else {
+            for (int d = lane; d < HS; d += 8) D += to_float(out[offset + d]) * to_float(dout[offset + d]);
+        }
+    }
+    for (int offset = 4; offset > 0; offset /= 2) D += __shfl_xor_sync(ALL_LANES, D, offset);
+    if (lane == 0 && b < B) {
+        const size_t row = static_cast<size_t>(b) * NH + h;
+        rows[row * Tp + t] = make_float2(real ? lse[row * T + t] * LOG2E : -MINUS_INFINITY, D);
+    }
+}
+
+// ---- Rung 1: float arithmetic -----------------------------------------------------------------------------
+
+// A block owns ROWS keys and walks the queries from the diagonal on. Scores lie transposed, a row for each
+// key, ready to be multiplied by dOut and Q. The first blocks to start have most to do.
+template <typename Storage, int HP>
+__global__ void __launch_bounds__(256)
+attention_backward_keys_flash(Storage* dqkv, const Storage* dout, const Storage* qkv, const float2* rows,
+                              int T, int NH, int HS) {
+    using Tile = FloatTile<HP>;
+    extern __shared__ __align__(16) unsigned char shared_memory[];
+    float* k_tile = reinterpret_cast<float*>(shared_memory);                // (ROWS, PITCH)
+    float* v_tile = k_tile + Tile::SIZE;                                    // (ROWS, PITCH)
+    float* q_tile = v_tile + Tile::SIZE;                                    // (ROWS, PITCH)
+    float* dout_tile = q_tile + Tile::SIZE;                                 // (ROWS, PITCH)
+    float* scores = dout_tile + Tile::SIZE;                                 // (ROWS, SCORES_PITCH)
+    const int h = blockIdx.x, b = blockIdx.z, C = NH * HS, stride = 3 * C;
+    const int first_key = blockIdx.y * Tile::ROWS;
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    const size_t head = static_cast<size_t>(b) * T * stride + h * HS;
+    const Storage* q = qkv + head;                                          // (T, HS), rows stride apart
+    const Storage* head_dout = dout + static_cast<size_t>(b) * T * C + h * HS;  // (T, HS), rows C apart
+    const float2* head_rows = rows + (static_cast<size_t>(b) * NH + h) * (ceil_div(T, 64) * 64);
+    const float scale = softmax_scale(HS);
+
+    constexpr int E = Tile::EACH;
+    float dk[E][HP / 16] = {}, dv[E][HP / 16] = {};                         // E keys of this thread
+    load_tile<HP>(k_tile, q + C, stride, first_key, T, HS);
+    load_tile<HP>(v_tile, q + 2 * C, stride, first_key, T, HS);
+    for (int first_query = first_key; first_query < T; first_query += Tile::ROWS) {
+        __syncthreads();                                    // nobody reads the previous tile any more
+        load_tile<HP>(q_tile, q, stride, first_query, T, HS);
+        load_tile<HP>(dout_tile, head_dout, C, first_query, T, HS);
+        __syncthreads();
+        float p[E][E] = {}, ds[E][E] = {};                  // keys E ty + i, queries tx + 16 j
+        multiply_transposed<HP>(p, k_tile, q_tile);
+        multiply_transposed<HP>(ds, v_tile, dout_tile);
+#pragma unroll
+        for (int j = 0; j < E; j++) {
+            const int query = first_query + tx + 16 * j;
+            const float2 row = head_rows[query];
+#pragma unroll
+            for (int i = 0; i < E; i++) {
+                p[i][j] = first_key + E * ty + i <= query ? exp2f(p[i][j] * scale - row.x) : 0.0f;
+                ds[i][j] = p[i][j] * (ds[i][j] - row.y);
+            }
+        }
+        multiply<HP>(dv, scores, p, dout_tile);
+        multiply<HP>(dk, scores, ds, q_tile);
+    }
+    for (int i = 0; i < E; i++)
+        for (int j = 0; j < HP / 16; j++) dk[i][j] *= scale * LN2;
+    store_tile<HP>(dqkv + head + C, stride, first_key, T, HS, dk);
+    store_tile<HP>(dqkv + head + 2 * C, stride, first_key, T, HS, dv);
+}
+
+// A block owns ROWS queries and walks the keys up to the diagonal, longest rows first, as in forward.
+template <typename Storage, int HP>
+__global__ void __launch_bounds__(256)
+attention_backward_queries_flash(Storage* dqkv, const Storage* dout, const Storage* qkv, const float2* rows,
+                                 int T, int NH, int HS) {
+    using Tile = FloatTile<HP>;
+    extern __shared__ __align__(16) unsigned char shared_memory[];
+    float* q_tile = reinterpret_cast<float*>(shared_memory);                // (ROWS, PITCH)
+    float* dout_tile = q_tile + Tile::SIZE;                                 // (ROWS, PITCH)
+    float* k_tile = dout_tile + Tile::SIZE;                                 // (ROWS, PITCH)
+    float* v_tile = k_tile + Tile::SIZE;                                    // (ROWS, PITCH)
+    float* scores = v_tile + Tile::SIZE;                                    // (ROWS, SCORES_PITCH)
+    const int h = blockIdx.x, b = blockIdx.z, C = NH * HS, stride = 3 * C;
+    const int first_query = (gridDim.y - 1 - blockIdx.y) * Tile::ROWS;
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    const size_t head = static_cast<size_t>(b) * T * stride + h * HS;
+    const Storage* q = qkv + head;                                          // (T, HS), rows stride apart
+    const Storage* head_dout = dout + static_cast<size_t>(b) * T * C + h * HS;  // (T, HS), rows C apart
+    const float2* head_rows = rows + (static_cast<size_t>(b) * NH + h) * (ceil_div(T, 64) * 64);
+    const float scale = softmax_scale(HS);
+
+    constexpr int E = Tile::EACH;
+    float dq[E][HP / 16] = {};                                              // E queries of this thread
+    load_tile<HP>(q_tile, q, stride, first_query, T, HS);
+    load_tile<HP>(dout_tile, head_dout, C, first_query, T, HS);
+    for (int first_key = 0; first_key <= first_query; first_key += Tile::ROWS) {
+        __syncthreads();                                    // nobody reads the previous tile any more
+        load_tile<HP>(k_tile, q + C, stride, first_key, T, HS);
+        load_tile<HP>(v_tile, q + 2 * C, stride, first_key, T, HS);
+        __syncthreads();
+        float p[E][E] = {}, ds[E][E] = {};                  // queries E ty + i, keys tx + 16 j
+        multiply_transposed<HP>(p, q_tile, k_tile);
+        multiply_transposed<HP>(ds, dout_tile, v_tile);
+#pragma unroll
+        for (int i = 0; i < E; i++) {
+            const int query = first_query + E * ty + i;
+            const float2 row = head_rows[query];
+#pragma unroll
+            for (int j = 0; j < E; j++) {
+                p[i][j] = first_key + tx + 16 * j <= query ? exp2f(p[i][j] * scale - row.x) : 0.0f;
+                ds[i][j] = p[i][j] * (ds[i][j] - row.y);
+            }
+        }
+        multiply<HP>(dq, scores, ds, k_tile);
+    }
+    for (int i = 0; i < E; i++)
+        for (int j = 0; j < HP / 16; j++) dq[i][j] *= scale * LN2;
+    store_tile<HP>(dqkv + head, stride, first_query, T, HS, dq);
+}
+
+// ---- Rung 2: tensor cores, bf16. Won: not measured yet. ---------------------------------------------------
+
+// A block owns 64 keys, a warp 16 of them: dK and dV of these stay in its registers while the queries pass
+// by, from the diagonal on, each tile of Q, dOut and rows arriving by cp.async while the one before is
+// computed. The accumulators of dP start at -D instead of 0, which is the subtraction for nothing. (Tiles are
+// smaller for HS 128, where the accumulators of dK and dV alone take 128 registers.)
+template <int HS>
+__global__ void __launch_bounds__(TENSOR_THREADS, 2)
+attention_backward_keys_tensor(bf16* dqkv, const bf16* dout, const bf16* qkv, const float2* rows, int T,
+                               int NH) {
+    constexpr int KEYS = 64, QUERIES = HS == 64 ? 64 : 16, N = QUERIES / 8; // a warp's scores: (16, 8 N)
+    extern __shared__ __align__(16) unsigned char shared_memory[];
+    bf16* k_tile = reinterpret_cast<bf16*>(shared_memory);                  // (KEYS, HS)
+    bf16* v_tile = k_tile + KEYS * HS;                                      // (KEYS, HS)
+    bf16* q_tiles = v_tile + KEYS * HS;                                     // 2 x (QUERIES, HS)
+    bf16* dout_tiles = q_tiles + 2 * QUERIES * HS;                          // 2 x (QUERIES, HS)
+    float2* rows_tiles = reinterpret_cast<float2*>(dout_tiles + 2 * QUERIES * HS);  // 2 x (QUERIES,)
+    const int h = blockIdx.x, b = blockIdx.z, C = NH * HS, stride = 3 * C;
+    const int first_key = blockIdx.y * KEYS;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int warp_key = first_key + 16 * warp;             // this warp's first key
+    const size_t head = static_cast<size_t>(b) * T * stride + h * HS;
+    const bf16* q = qkv + head;                                             // (T, HS), rows stride apart
+    const bf16* head_dout = dout + static_cast<size_t>(b) * T * C + h * HS;  // (T, HS), rows C apart
+    const float2* head_rows = rows + (static_cast<size_t>(b) * NH + h) * (ceil_div(T, 64) * 64);
+    const float scale = softmax_scale(HS);
+
+    auto load_queries = [&](int first_query, int buffer) {
+        load_tile_async<QUERIES, HS>(q_tiles + buffer * QUERIES * HS, q, stride, first_query, T);
+        load_tile_async<QUERIES, HS>(dout_tiles + buffer * QUERIES * HS, head_dout, C, first_query, T);
+        const int pair = 2 * threadIdx.x;                   // two rows in 16 bytes
+        if (pair < QUERIES)
+            cp_async_16(rows_tiles + buffer * QUERIES + pair, head_rows + first_query + pair, 16);
+        cp_async_commit();
+    };
+    float dk[1][HS / 8][4] = {}, dv[1][HS / 8][4] = {};     // keys lane / 4 and lane / 4 + 8 of 16
+    load_tile_async<KEYS, HS>(k_tile, q + C, stride, first_key, T);
+    load_tile_async<KEYS, HS>(v_tile, q + 2 * C, stride, first_key, T);
+    load_queries(first_key, 0);
+    uint32_t k_left[1][HS / 16][4], v_left[1][HS / 16][4];
+    int buffer = 0;
+    for (int first_query = first_key; first_query < T; first_query += QUERIES, buffer ^= 1) {
+        cp_async_wait<0>();
+        __syncthreads();                                    // this tile is here, nobody reads the previous
+        if (first_query + QUERIES < T) load_queries(first_query + QUERIES, buffer ^ 1);
+        if (first_query + QUERIES - 1 < warp_key) continue; // all of it before this warp's keys
+        bf16* q_tile = q_tiles + buffer * QUERIES * HS;
+        bf16* dout_tile = dout_tiles + buffer * QUERIES * HS;
+        const float2* rows_tile = rows_tiles + buffer * QUERIES + lane % 4 * 2;  // queries 8 n + {0, 1}
+        const bool load = HS > 64 || first_query == first_key;  // K and V of HS 64 stay in registers
+        if (load) load_left<HS>(k_left, k_tile + 16 * warp * HS);
+        float p[1][N][4] = {}, ds[1][N][4];                 // (16 keys, 8 N queries)
+        multiply_transposed<HS>(p, k_left, q_tile);
+        const bool diagonal = first_query < warp_key + 15;
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int key = warp_key + lane / 4 + i / 2 * 8;
+                const int query = first_query + 8 * n + lane % 4 * 2 + i % 2;
+                const float lse = rows_tile[8 * n + i % 2].x;
+                p[0][n][i] = diagonal && query < key ? 0.0f : exp2f(p[0][n][i] * scale - lse);
+            }
+        multiply<HS>(dv, p, dout_tile);
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) ds[0][n][i] = -rows_tile[8 * n + i % 2].y;
+        if (load) load_left<HS>(v_left, v_tile + 16 * warp * HS);
+        multiply_transposed<HS>(ds, v_left, dout_tile);
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) ds[0][n][i] *= p[0][n][i];
+        multiply<HS>(dk, ds, q_tile);
+    }
+#pragma unroll
+    for (int n = 0; n < HS / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) dk[0][n][i] *= scale * LN2;
+    // Each warp leaves through the rows of k_tile that were its own.
+    store_rows<HS>(dqkv + head + C, stride, warp_key, T, dk, k_tile + 16 * warp * HS);
+    store_rows<HS>(dqkv + head + 2 * C, stride, warp_key, T, dv, k_tile + 16 * warp * HS);
+}
+
+// A block owns 64 queries, a warp 16 of them, and the keys pass by up to the diagonal.
+template <int HS>
+__global__ void __launch_bounds__(TENSOR_THREADS, 2)
+attention_backward_queries_tensor(bf16* dqkv, const bf16* dout, const bf16* qkv, const float2* rows, int T,
+                                  int NH) {
+    constexpr int QUERIES = 64, KEYS = HS == 64 ? 64 : 32, N = KEYS / 8;    // a warp's scores: (16, 8 N)
+    extern __shared__ __align__(16) unsigned char shared_memory[];
+    bf16* q_tile = reinterpret_cast<bf16*>(shared_memory);                  // (QUERIES, HS)
+    bf16* dout_tile = q_tile + QUERIES * HS;                                // (QUERIES, HS)
+    bf16* k_tiles = dout_tile + QUERIES * HS;                               // 2 x (KEYS, HS)
+    bf16* v_tiles = k_tiles + 2 * KEYS * HS;                                // 2 x (KEYS, HS)
+    const int h = blockIdx.x, b = blockIdx.z, C = NH * HS, stride = 3 * C;
+    const int first_query = (gridDim.y - 1 - blockIdx.y) * QUERIES;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int warp_query = first_query + 16 * warp;         // this warp's first query
+    const size_t head = static_cast<size_t>(b) * T * stride + h * HS;
+    const bf16* q = qkv + head;                                             // (T, HS), rows stride apart
+    const bf16* head_dout = dout + static_cast<size_t>(b) * T * C + h * HS; // (T, HS), rows C apart
+    const float2* head_rows = rows + (static_cast<size_t>(b) * NH + h) * (ceil_div(T, 64) * 64);
+    const float scale = softmax_scale(HS);
+
+    auto load_keys = [&](int first_key, int buffer) {
+        load_tile_async<KEYS, HS>(k_tiles + buffer * KEYS * HS, q + C, stride, first_key, T);
+        load_tile_async<KEYS, HS>(v_tiles + buffer * KEYS * HS, q + 2 * C, stride, first_key, T);
+        cp_async_commit();
+    };
+    float dq[1][HS / 8][4] = {};                            // queries lane / 4 and lane / 4 + 8 of 16
+    const float2 row[2] = {head_rows[warp_query + lane / 4], head_rows[warp_query + lane / 4 + 8]};
+    load_tile_async<QUERIES, HS>(q_tile, q, stride, first_query, T);
+    load_tile_async<QUERIES, HS>(dout_tile, head_dout, C, first_query, T);
+    load_keys(0, 0);
+    const int end = min(first_query + QUERIES, T);
+    uint32_t q_left[1][HS / 16][4], dout_left[1][HS / 16][4];
+    int buffer = 0;
+    for (int first_key = 0; first_key < end; first_key += KEYS, buffer ^= 1) {
+        cp_async_wait<0>();
+        __syncthreads();                                    // this tile is here, nobody reads the previous
+        if (first_key + KEYS < end) load_keys(first_key + KEYS, buffer ^ 1);
+        if (first_key > warp_query + 15) continue;          // all of it beyond this warp's queries
+        bf16* k_tile = k_tiles + buffer * KEYS * HS;
+        bf16* v_tile = v_tiles + buffer * KEYS * HS;
+        const bool load = HS > 64 || first_key == 0;        // Q and dOut of HS 64 stay in registers
+        if (load) load_left<HS>(q_left, q_tile + 16 * warp * HS);
+        float p[1][N][4] = {}, ds[1][N][4];                 // (16 queries, 8 N keys)
+        multiply_transposed<HS>(p, q_left, k_tile);
+        const bool diagonal = first_key + KEYS - 1 > warp_query;
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int query = warp_query + lane / 4 + i / 2 * 8;
+                const int key = first_key + 8 * n + lane % 4 * 2 + i % 2;
+                p[0][n][i] = diagonal && query < key ? 0.0f : exp2f(p[0][n][i] * scale - row[i / 2].x);
+                ds[0][n][i] = -row[i / 2].y;
+            }
+        if (load) load_left<HS>(dout_left, dout_tile + 16 * warp * HS);
+        multiply_transposed<HS>(ds, dout_left, v_tile);
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) ds[0][n][i] *= p[0][n][i];
+        multiply<HS>(dq, ds, k_tile);
+    }
+#pragma unroll
+    for (int n = 0; n < HS / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) dq[0][n][i] *= scale * LN2;
+    store_rows<HS>(dqkv + head, stride, warp_query, T, dq, q_tile + 16 * warp * HS);
+}

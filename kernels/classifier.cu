@@ -1,0 +1,187 @@
+// The classifier: softmax and cross entropy of every row of logits, and in the same launch the gradient of
+// sum(weights * losses), which takes the place of the logits. Read common.cuh and ptx.cuh before.
+//
+//   losses (N,) float32    logits (N, Vp) of T    targets (N,) int32    weights (N,) float32
+//
+//   kernel               grid           block  shared              workspace
+//   classifier_naive<T>  ceil(N / 128)  128    0                   none
+//   classifier_twice<T>  N              1024   0                   none
+//   classifier<T>        N              768    Vp * sizeof(T)      none
+//   cross_entropy<T>     N              1024   0                   none
+//
+// Columns V .. Vp - 1 are padding: they get no probability, and gradient 0. The block may be any multiple of
+// 32 that is large enough; for a small Vp, ceil(Vp / (16/sizeof(T))) threads are. `classifier` demands rows
+// aligned to 16 bytes and a row that fits the shared memory (bf16 and 50304 columns: 100,608 bytes, two
+// blocks on an H100); otherwise classifier_twice. A target outside 0 .. V - 1 reads nothing outside the row:
+// its loss is NaN, which every training log shows.
+
+#include "common.cuh"
+#include "ptx.cuh"
+
+constexpr float LOG2_E = 1.4426950408889634f;               // e^x = 2^(x log2(e)), and 2^x is one instruction
+constexpr float LOWEST = -3.4028234e38f;                    // finite, so that LOWEST - LOWEST is 0
+
+__device__ inline float not_a_number() { return __int_as_float(0x7fffffff); }
+
+// ---- Rung 1: one thread per row ---------------------------------------------------------------------------
+
+template <typename T>
+__global__ void classifier_naive(float* losses, T* logits, const int* targets, const float* weights, int N,
+                                 int V, int Vp) {
+    const int row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= N) return;
+    T* z = logits + size_t(row) * Vp;
+    const int target = targets[row];
+    float highest = LOWEST, sum = 0.0f;
+    for (int c = 0; c < V; c++) highest = fmaxf(highest, to_float(z[c]));
+    for (int c = 0; c < V; c++) sum += expf(to_float(z[c]) - highest);
+    losses[row] = target >= 0 && target < V ? logf(sum) - (to_float(z[target]) - highest) : not_a_number();
+    for (int c = 0; c < V; c++) {
+        const float probability = expf(to_float(z[c]) - highest) / sum;
+        z[c] = from_float<T>(weights[row] * (probability - (c == target ? 1.0f : 0.0f)));
+    }
+    for (int c = V; c < Vp; c++) z[c] = from_float<T>(0.0f);
+}
+
+// ---- Rung 2: one block per row, which finds maximum and sum in one read -----------------------------------
+//
+// Online softmax (Milakov and Gimelshein 2018): when the maximum grows, the sum so far shrinks to the new
+// scale. Every thread does so for its columns, then the block combines the threads. The row is read twice
+// instead of three times; the second time mostly from the L2 cache. Won: not measured yet.
+
+struct Softmax {
+    float highest, sum;                                     // max z, and sum of exp(z - highest)
+
+    __device__ void add(float z) {
+        if (z > highest) {
+            sum *= exp2f((highest - z) * LOG2_E);
+            highest = z;
+        }
+        sum += exp2f((z - highest) * LOG2_E);
+    }
+};
+
+// The maximum of a row's first V columns, and the sum of exp(z - maximum): every thread gets both.
+template <typename T> __device__ inline Softmax row_softmax(const T* z, int V, bool packed) {
+    constexpr int SIZE = Pack<T>::size;
+    Softmax own = {LOWEST, 0.0f};
+    const int whole = packed ? V / SIZE * SIZE : 0;         // columns read 16 bytes at a time
+#pragma unroll 4
+    for (int c = threadIdx.x * SIZE; c < whole; c += blockDim.x * SIZE) {
+        const Pack<T> pack = load_pack(z + c);
+        float highest = own.highest, sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < SIZE; i++) highest = fmaxf(highest, to_float(pack[i]));
+#pragma unroll
+        for (int i = 0; i < SIZE; i++) sum += exp2f((to_float(pack[i]) - highest) * LOG2_E);
+        own = {highest, own.sum * exp2f((own.highest - highest) * LOG2_E) + sum};
+    }
+    for (int c = whole + threadIdx.x; c < V; c += blockDim.x) own.add(to_float(z[c]));
+    const float highest = block_max(own.highest);
+    return {highest, block_sum(own.sum * exp2f((own.highest - highest) * LOG2_E))};
+}
+
+// What one thread of the block knows after the softmax: the loss of the row.
+__device__ inline float row_loss(Softmax row, float target_logit) {
+    return logf(row.sum) - (target_logit - row.highest);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(1024)
+classifier_twice(float* losses, T* logits, const int* targets, const float* weights, int V, int Vp) {
+    constexpr int SIZE = Pack<T>::size;
+    T* z = logits + size_t(blockIdx.x) * Vp;
+    const bool packed = aligned(logits, Vp);
+    const int target = targets[blockIdx.x];
+    const bool valid = target >= 0 && target < V;
+    const float target_logit = valid ? to_float(z[target]) : not_a_number();
+    const Softmax row = row_softmax(z, V, packed);          // its barriers divide reading from writing
+    const float weight = weights[blockIdx.x], scale = weight / row.sum;
+    if (threadIdx.x == 0) losses[blockIdx.x] = row_loss(row, target_logit);
+
+    const int whole = packed ? V / SIZE * SIZE : 0;
+#pragma unroll 4
+    for (int c = threadIdx.x * SIZE; c < whole; c += blockDim.x * SIZE) {
+        Pack<T> pack = load_pack(z + c);
+#pragma unroll
+        for (int i = 0; i < SIZE; i++)
+            pack[i] = from_float<T>(scale * exp2f((to_float(pack[i]) - row.highest) * LOG2_E));
+        store_pack(z + c, pack);
+    }
+    for (int c = whole + threadIdx.x; c < Vp; c += blockDim.x)
+        z[c] = from_float<T>(c < V ? scale * exp2f((to_float(z[c]) - row.highest) * LOG2_E) : 0.0f);
+    __syncthreads();
+    if (threadIdx.x == 0 && valid)                          // the one column where onehot is not 0
+        z[target] = from_float<T>(scale * exp2f((target_logit - row.highest) * LOG2_E) - weight);
+}
+
+// ---- Rung 3: the row stays in shared memory between the passes --------------------------------------------
+//
+// So it is read from memory once. cp.async brings all of it in, without registers; every thread then works on
+// the packs that it asked for itself. The padding becomes -inf there, which has probability and gradient 0
+// without another word. Two blocks on a multiprocessor: one computes while the other waits for memory. Won:
+// not measured yet.
+
+template <typename T>
+__global__ void __launch_bounds__(768, 2)
+classifier(float* losses, T* logits, const int* targets, const float* weights, int V, int Vp) {
+    constexpr int SIZE = Pack<T>::size;
+    extern __shared__ __align__(16) unsigned char shared_memory[];
+    T* z = reinterpret_cast<T*>(shared_memory);             // (Vp,)
+    T* out = logits + size_t(blockIdx.x) * Vp;
+    const int first = threadIdx.x * SIZE, step = blockDim.x * SIZE;
+    for (int c = first; c < Vp; c += step) cp_async_16(z + c, out + c, 16);
+    cp_async_commit();
+    const int target = targets[blockIdx.x];
+    const float weight = weights[blockIdx.x];
+    cp_async_wait<0>();
+
+    Softmax row = {LOWEST, 0.0f};
+    for (int c = first; c < Vp; c += step) {
+        Pack<T> pack = load_pack(z + c);
+        if (c + SIZE > V) {
+#pragma unroll
+            for (int i = 0; i < SIZE; i++)
+                if (c + i >= V) pack[i] = from_float<T>(MINUS_INFINITY);
+            store_pack(z + c, pack);
+        }
+#pragma unroll
+        for (int i = 0; i < SIZE; i++) row.highest = fmaxf(row.highest, to_float(pack[i]));
+    }
+    row.highest = block_max(row.highest);
+    for (int c = first; c < Vp; c += step) {
+        const Pack<T> pack = load_pack(z + c);
+#pragma unroll
+        for (int i = 0; i < SIZE; i++) row.sum += exp2f((to_float(pack[i]) - row.highest) * LOG2_E);
+    }
+    row.sum = block_sum(row.sum);
+
+    const bool valid = target >= 0 && target < V;
+    const float logit = valid ? to_float(z[target]) : not_a_number();
+    const float scale = weight / row.sum;
+    if (threadIdx.x == 0) losses[blockIdx.x] = row_loss(row, logit);
+    for (int c = first; c < Vp; c += step) {
+        Pack<T> pack = load_pack(z + c);
+#pragma unroll
+        for (int i = 0; i < SIZE; i++)
+            pack[i] = from_float<T>(scale * exp2f((to_float(pack[i]) - row.highest) * LOG2_E));
+        if (valid && target >= c && target < c + SIZE)      // the one column where onehot is not 0
+#pragma unroll
+            for (int i = 0; i < SIZE; i++)
+                if (c + i == target)
+                    pack[i] = from_float<T>(scale * exp2f((logit - row.highest) * LOG2_E) - weight);
+        store_pack(out + c, pack);
+    }
+}
+
+// ---- Evaluation: the losses alone, logits stay as they are ------------------------------------------------
+
+template <typename T>
+__global__ void __launch_bounds__(1024)
+cross_entropy(float* losses, const T* logits, const int* targets, int V, int Vp) {
+    const T* z = logits + size_t(blockIdx.x) * Vp;
+    const int target = targets[blockIdx.x];
+    const Softmax row = row_softmax(z, V, aligned(logits, Vp));
+    if (threadIdx.x == 0)
+        losses[blockIdx.x] = target >= 0 && target < V ? row_loss(row, to_float(z[target])) : not_a_number();
+}

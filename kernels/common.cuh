@@ -1,0 +1,114 @@
+// What every kernel file shares: 16-byte loads and stores, reductions over a warp and over a block,
+// conversions between storage type and float32, and GELU. Read this first; ptx.cuh holds the instructions C++
+// cannot say.
+//
+// House rules. Storage is `T`, float or bf16; arithmetic is float32. A kernel takes its sizes as int and
+// computes offsets in size_t where they may pass 2^31. Nothing is added atomically: every sum has a fixed
+// order, so that the same launch gives the same bits. Only cuda_bf16.h is included: NVRTC has no host
+// headers.
+
+#pragma once
+#include <cuda_bf16.h>
+
+using bf16 = __nv_bfloat16;
+using uint32_t = unsigned int;
+
+constexpr int WARP = 32;                  // threads per warp
+constexpr unsigned ALL_LANES = 0xffffffffu;
+#define MINUS_INFINITY __int_as_float(0xff800000)          // INFINITY is a host header's
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// ---- Storage and arithmetic -------------------------------------------------------------------------------
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
+
+template <typename T> __device__ inline T from_float(float x);
+template <> __device__ inline float from_float<float>(float x) { return x; }
+template <> __device__ inline bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+
+// ---- 16 bytes at a time: 4 floats or 8 bf16 ---------------------------------------------------------------
+
+// A warp that loads packs asks for 512 contiguous bytes in one instruction, which is what it takes to keep
+// the memory busy. The address must be a multiple of 16: `aligned` says whether rows of n elements may be
+// read this way.
+template <typename T> struct alignas(16) Pack {
+    static constexpr int size = 16 / sizeof(T);
+    T value[size];
+    __device__ T& operator[](int i) { return value[i]; }
+    __device__ const T& operator[](int i) const { return value[i]; }
+};
+
+template <typename T> __device__ inline Pack<T> load_pack(const T* address) {
+    union { int4 bits; Pack<T> pack; } u = {*reinterpret_cast<const int4*>(address)};
+    return u.pack;
+}
+template <typename T> __device__ inline void store_pack(T* address, const Pack<T>& pack) {
+    *reinterpret_cast<int4*>(address) = *reinterpret_cast<const int4*>(&pack);
+}
+// The streaming twins, for data that is touched once: first to leave the cache again.
+template <typename T> __device__ inline Pack<T> load_pack_streaming(const T* address) {
+    union { int4 bits; Pack<T> pack; } u = {__ldcs(reinterpret_cast<const int4*>(address))};
+    return u.pack;
+}
+template <typename T> __device__ inline void store_pack_streaming(T* address, const Pack<T>& pack) {
+    __stcs(reinterpret_cast<int4*>(address), *reinterpret_cast<const int4*>(&pack));
+}
+
+// True if every row of n elements of T that starts at `address` begins on a 16-byte boundary.
+template <typename T> __device__ inline bool aligned(const T* address, int n) {
+    return reinterpret_cast<size_t>(address) % 16 == 0 && n % Pack<T>::size == 0;
+}
+
+// ---- Reductions: every lane, or every thread, gets the result ---------------------------------------------
+
+__device__ inline float warp_sum(float x) {
+    for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(ALL_LANES, x, offset);
+    return x;
+}
+__device__ inline float warp_max(float x) {
+    for (int offset = WARP / 2; offset > 0; offset /= 2)
+        x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, offset));
+    return x;
+}
+
+// Over a block of one dimension, whose size is a multiple of 32: first inside each warp, then every warp
+// reduces the (at most 32) results of the warps. All threads of the block must call it.
+__device__ inline float block_sum(float x) {
+    __shared__ float partial[WARP];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    x = warp_sum(x);
+    __syncthreads();                                        // the previous call has been read
+    if (lane == 0) partial[warp] = x;
+    __syncthreads();
+    return warp_sum(lane < warps ? partial[lane] : 0.0f);
+}
+__device__ inline float block_max(float x) {
+    __shared__ float partial[WARP];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    x = warp_max(x);
+    __syncthreads();
+    if (lane == 0) partial[warp] = x;
+    __syncthreads();
+    return warp_max(lane < warps ? partial[lane] : MINUS_INFINITY);
+}
+
+// ---- GELU, the tanh form that GPT-2 was trained with ------------------------------------------------------
+
+// gelu(x) = 0.5 x (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3). Since 0.5 (1 + tanh(u)) =
+// sigmoid(2u), one exponential does it, and nothing cancels: gelu(x) = x / (1 + exp(-2u)). For u -> -inf the
+// quotient is 0, as it should.
+constexpr float GELU_SCALE = 0.7978845608028654f;           // sqrt(2 / pi)
+constexpr float GELU_CUBE = 0.044715f;
+
+__device__ inline float gelu(float x) {
+    const float u = GELU_SCALE * x * (1.0f + GELU_CUBE * x * x);
+    return x / (1.0f + __expf(-2.0f * u));
+}
+// d gelu / dx = s + x s (1 - s) 2 du/dx, with s = sigmoid(2u).
+__device__ inline float gelu_grad(float x) {
+    const float u = GELU_SCALE * x * (1.0f + GELU_CUBE * x * x);
+    const float s = 1.0f / (1.0f + __expf(-2.0f * u));
+    return s + x * s * (1.0f - s) * 2.0f * GELU_SCALE * (1.0f + 3.0f * GELU_CUBE * x * x);
+}

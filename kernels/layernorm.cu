@@ -1,0 +1,298 @@
+// Layernorm, forward and backward, and the sum of residual stream and branch fused in front of it. Read
+// layernorm_forward and layernorm_backward in kernels/cpu.py before, and common.cuh.
+//
+//   inp, out, dinp, dout, residual (N, C) of T     weight, bias (C,) of T       N = B * T rows
+//   mean, rstd (N,) float32                        dweight, dbias (C,) float32
+//
+//   kernel                                  grid              block  shared  workspace
+//   layernorm_forward_naive<T>              ceil(N / 128)     128    0       none
+//   layernorm_forward_rows<T>               ceil(N / 4)       128    0       none
+//   layernorm_forward<T, VECTORS>           ceil(N / 4)       128    0       none
+//   residual_layernorm_forward<T, VECTORS>  ceil(N / 4)       128    0       none
+//   layernorm_backward_rows<T>              G                 128    0       partials: G * 2 * C float32
+//   layernorm_backward<T, VECTORS>          G                 128    8 * C   partials: G * 2 * C float32
+//   layernorm_backward_reduce               ceil(2 * C / 32)  1024   0       reads them; its `count` is G
+//
+// VECTORS = ceil(C / (32 * 16/sizeof(T))) is the number of 16-byte packs per lane: at most 7 for bf16, enough
+// for the 1600 channels of the largest GPT-2; for float32 at most 13 forward, 10 backward. Beyond, more
+// registers would be needed than there are, and the _rows kernels take any C (after residual_forward, where a
+// branch is to be added). G = min(3 * SMs, ceil(N / 4)) blocks, though any number works. All handle
+// misaligned rows.
+
+#include "common.cuh"
+
+constexpr float EPSILON = 1e-5f;                            // GPT-2's
+
+// ---- out = (inp - mean) * rstd * weight + bias ------------------------------------------------------------
+
+// Rung 1: one thread per row.
+template <typename T>
+__global__ void layernorm_forward_naive(T* out, float* mean, float* rstd, const T* inp, const T* weight,
+                                        const T* bias, int N, int C) {
+    const int row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= N) return;
+    const T* x = inp + size_t(row) * C;
+    T* y = out + size_t(row) * C;
+    float sum = 0.0f, squares = 0.0f;
+    for (int c = 0; c < C; c++) sum += to_float(x[c]);
+    const float m = sum / C;
+    for (int c = 0; c < C; c++) squares += (to_float(x[c]) - m) * (to_float(x[c]) - m);
+    const float r = rsqrtf(squares / C + EPSILON);
+    for (int c = 0; c < C; c++)
+        y[c] = from_float<T>((to_float(x[c]) - m) * r * to_float(weight[c]) + to_float(bias[c]));
+    mean[row] = m;
+    rstd[row] = r;
+}
+
+// Rung 2: one warp per row, so that neighbouring lanes read neighbouring channels. Won: not measured yet.
+template <typename T>
+__device__ inline void row_forward(T* out, float* mean, float* rstd, const T* x, const T* weight,
+                                   const T* bias, int C) {
+    const int lane = threadIdx.x % WARP;
+    float sum = 0.0f, squares = 0.0f;
+    for (int c = lane; c < C; c += WARP) sum += to_float(x[c]);
+    const float m = warp_sum(sum) / C;
+    for (int c = lane; c < C; c += WARP) squares += (to_float(x[c]) - m) * (to_float(x[c]) - m);
+    const float r = rsqrtf(warp_sum(squares) / C + EPSILON);
+    for (int c = lane; c < C; c += WARP)
+        out[c] = from_float<T>((to_float(x[c]) - m) * r * to_float(weight[c]) + to_float(bias[c]));
+    if (lane == 0) *mean = m, *rstd = r;
+}
+template <typename T>
+__global__ void __launch_bounds__(128)
+layernorm_forward_rows(T* out, float* mean, float* rstd, const T* inp, const T* weight, const T* bias, int N,
+                       int C) {
+    const int row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
+    const size_t start = size_t(row) * C;
+    if (row < N) row_forward(out + start, mean + row, rstd + row, inp + start, weight, bias, C);
+}
+
+// Rung 3: the row stays in registers between the passes, so `inp` is read once instead of three times, and 16
+// bytes at a time. Won: not measured yet.
+//
+// A lane's pack k holds the channels column<T>(k) and following. The last packs may lie beyond C: they are
+// loaded from inside the row all the same, because loads that depend on nothing are all under way at once,
+// and left out of the sums.
+template <typename T> __device__ inline int column(int k) {
+    return (k * WARP + threadIdx.x % WARP) * Pack<T>::size;
+}
+
+template <typename T> __device__ inline Pack<T> load_column(const T* row, int k, int C) {
+    return load_pack(row + min(column<T>(k), C - Pack<T>::size));
+}
+
+template <typename T, int VECTORS>
+__device__ inline void normalise(T* out, float* mean, float* rstd, const Pack<T> (&x)[VECTORS],
+                                 const T* __restrict__ weight, const T* __restrict__ bias, int C) {
+    constexpr int SIZE = Pack<T>::size;
+    float sum = 0.0f, squares = 0.0f;
+#pragma unroll
+    for (int k = 0; k < VECTORS; k++) {
+        float part = 0.0f;
+#pragma unroll
+        for (int i = 0; i < SIZE; i++) part += to_float(x[k][i]);
+        sum += column<T>(k) < C ? part : 0.0f;
+    }
+    const float m = warp_sum(sum) / C;
+#pragma unroll
+    for (int k = 0; k < VECTORS; k++) {
+        float part = 0.0f;
+#pragma unroll
+        for (int i = 0; i < SIZE; i++) part += (to_float(x[k][i]) - m) * (to_float(x[k][i]) - m);
+        squares += column<T>(k) < C ? part : 0.0f;
+    }
+    const float r = rsqrtf(warp_sum(squares) / C + EPSILON);
+#pragma unroll
+    for (int k = 0; k < VECTORS; k++) {
+        const Pack<T> w = load_column(weight, k, C), b = load_column(bias, k, C);
+        Pack<T> y;
+#pragma unroll
+        for (int i = 0; i < SIZE; i++)
+            y[i] = from_float<T>((to_float(x[k][i]) - m) * r * to_float(w[i]) + to_float(b[i]));
+        if (column<T>(k) < C) store_pack(out + column<T>(k), y);
+    }
+    if (threadIdx.x % WARP == 0) *mean = m, *rstd = r;
+}
+
+template <typename T, int VECTORS>
+__global__ void __launch_bounds__(128, 3)
+layernorm_forward(T* out, float* mean, float* rstd, const T* inp, const T* weight, const T* bias, int N,
+                  int C) {
+    const int row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
+    const size_t start = size_t(row) * C;
+    if (row >= N) return;
+    if (!aligned(out, C) || !aligned(inp, C) || !aligned(weight, C) || !aligned(bias, C))
+        return row_forward(out + start, mean + row, rstd + row, inp + start, weight, bias, C);
+    Pack<T> x[VECTORS];
+#pragma unroll
+    for (int k = 0; k < VECTORS; k++) x[k] = load_column(inp + start, k, C);
+    normalise(out + start, mean + row, rstd + row, x, weight, bias, C);
+}
+
+// ---- residual = inp1 + inp2, out = layernorm(residual); residual may be inp1 ------------------------------
+
+// The sum is normalised as it is stored, rounded to T, because that is what backward will read. Misaligned
+// rows are stored by the lanes that read them again: row_forward's channels are those of the loop before it.
+template <typename T, int VECTORS>
+__global__ void __launch_bounds__(128, 3)
+residual_layernorm_forward(T* residual, T* out, float* mean, float* rstd, const T* inp1, const T* inp2,
+                           const T* weight, const T* bias, int N, int C) {
+    const int row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
+    const size_t start = size_t(row) * C;
+    if (row >= N) return;
+    if (!aligned(residual, C) || !aligned(out, C) || !aligned(inp1, C) || !aligned(inp2, C) ||
+        !aligned(weight, C) || !aligned(bias, C)) {
+        for (size_t i = start + threadIdx.x % WARP; i < start + C; i += WARP)
+            residual[i] = from_float<T>(to_float(inp1[i]) + to_float(inp2[i]));
+        return row_forward(out + start, mean + row, rstd + row, residual + start, weight, bias, C);
+    }
+    Pack<T> x[VECTORS], y[VECTORS];
+#pragma unroll
+    for (int k = 0; k < VECTORS; k++) {
+        x[k] = load_column(inp1 + start, k, C);
+        y[k] = load_column(inp2 + start, k, C);
+    }
+#pragma unroll
+    for (int k = 0; k < VECTORS; k++) {
+#pragma unroll
+        for (int i = 0; i < Pack<T>::size; i++)
+            x[k][i] = from_float<T>(to_float(x[k][i]) + to_float(y[k][i]));
+        if (column<T>(k) < C) store_pack(residual + start + column<T>(k), x[k]);
+    }
+    normalise(out + start, mean + row, rstd + row, x, weight, bias, C);
+}
+
+// ---- Backward ---------------------------------------------------------------------------------------------
+//
+// With norm = (inp - mean) * rstd and dnorm = dout * weight:
+//   dinp    += rstd * (dnorm - mean(dnorm) - norm * mean(dnorm * norm))      along the row
+//   dweight += sum of dout * norm,  dbias += sum of dout                     down the columns
+//
+// A block owns rows: those of its warps, each `warps of the grid` further on than the one before. It leaves
+// the sums of its rows in partials (grid, 2, C); layernorm_backward_reduce adds up the blocks, in their
+// order.
+
+// Rung 1: a warp per row for dinp, then, over the same rows again, a thread per column for the sums.
+template <typename T>
+__device__ inline void rows_backward(T* dinp, float* partials, const T* dout, const T* inp, const T* weight,
+                                     const float* mean, const float* rstd, int N, int C) {
+    const int warps = blockDim.x / WARP, first = blockIdx.x * warps, step = gridDim.x * warps;
+    for (int row = first + threadIdx.x / WARP; row < N; row += step) {
+        const T *dy = dout + size_t(row) * C, *x = inp + size_t(row) * C;
+        T* dx = dinp + size_t(row) * C;
+        const float m = mean[row], r = rstd[row];
+        float sum = 0.0f, sum_norm = 0.0f;
+        for (int c = threadIdx.x % WARP; c < C; c += WARP) {
+            const float dnorm = to_float(dy[c]) * to_float(weight[c]);
+            sum += dnorm;
+            sum_norm += dnorm * (to_float(x[c]) - m) * r;
+        }
+        sum = warp_sum(sum) / C;
+        sum_norm = warp_sum(sum_norm) / C;
+        for (int c = threadIdx.x % WARP; c < C; c += WARP) {
+            const float norm = (to_float(x[c]) - m) * r, dnorm = to_float(dy[c]) * to_float(weight[c]);
+            dx[c] = from_float<T>(to_float(dx[c]) + r * (dnorm - sum - norm * sum_norm));
+        }
+    }
+    for (int c = threadIdx.x; c < C; c += blockDim.x) {
+        float dw = 0.0f, db = 0.0f;
+        for (int block_row = first; block_row < N; block_row += step)
+            for (int row = block_row; row < min(block_row + warps, N); row++) {
+                const float dy = to_float(dout[size_t(row) * C + c]);
+                dw += dy * (to_float(inp[size_t(row) * C + c]) - mean[row]) * rstd[row];
+                db += dy;
+            }
+        partials[size_t(blockIdx.x) * 2 * C + c] = dw;
+        partials[size_t(blockIdx.x) * 2 * C + C + c] = db;
+    }
+}
+template <typename T>
+__global__ void __launch_bounds__(128)
+layernorm_backward_rows(T* dinp, float* partials, const T* dout, const T* inp, const T* weight,
+                        const float* mean, const float* rstd, int N, int C) {
+    rows_backward(dinp, partials, dout, inp, weight, mean, rstd, N, C);
+}
+
+// Rung 2: everything is read once. A warp holds its row in registers, and in further registers the column
+// sums of the channels that its lanes see in every row. At the end the warps of the block add theirs up in
+// shared memory, one after the other. Won: not measured yet.
+template <typename T, int VECTORS>
+__global__ void __launch_bounds__(128, VECTORS * Pack<T>::size <= 24 ? 3 : 2)
+layernorm_backward(T* dinp, float* partials, const T* dout, const T* inp, const T* __restrict__ weight,
+                   const float* mean, const float* rstd, int N, int C) {
+    if (!aligned(dinp, C) || !aligned(dout, C) || !aligned(inp, C) || !aligned(weight, C))
+        return rows_backward(dinp, partials, dout, inp, weight, mean, rstd, N, C);
+    constexpr int SIZE = Pack<T>::size;
+    const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    const float share = 1.0f / C;
+    float dw[VECTORS][SIZE] = {}, db[VECTORS][SIZE] = {};
+    for (int row = blockIdx.x * warps + warp; row < N; row += gridDim.x * warps) {
+        const size_t start = size_t(row) * C;
+        Pack<T> dy[VECTORS], x[VECTORS], dx[VECTORS];
+#pragma unroll
+        for (int k = 0; k < VECTORS; k++) {
+            dy[k] = load_column(dout + start, k, C);
+            x[k] = load_column(inp + start, k, C);
+            dx[k] = load_column(dinp + start, k, C);
+        }
+        const float m = mean[row], r = rstd[row];
+        float sum = 0.0f, sum_norm = 0.0f;
+#pragma unroll
+        for (int k = 0; k < VECTORS; k++) {
+            const Pack<T> w = load_column(weight, k, C);
+            if (column<T>(k) >= C) continue;                // a pack beyond the row
+#pragma unroll
+            for (int i = 0; i < SIZE; i++) {
+                const float norm = (to_float(x[k][i]) - m) * r, dnorm = to_float(dy[k][i]) * to_float(w[i]);
+                sum += dnorm;
+                sum_norm += dnorm * norm;
+                dw[k][i] += to_float(dy[k][i]) * norm;
+                db[k][i] += to_float(dy[k][i]);
+            }
+        }
+        sum = warp_sum(sum) * share;
+        sum_norm = warp_sum(sum_norm) * share;
+#pragma unroll
+        for (int k = 0; k < VECTORS; k++) {
+            const Pack<T> w = load_column(weight, k, C);
+#pragma unroll
+            for (int i = 0; i < SIZE; i++) {
+                const float norm = (to_float(x[k][i]) - m) * r, dnorm = to_float(dy[k][i]) * to_float(w[i]);
+                dx[k][i] = from_float<T>(to_float(dx[k][i]) + r * (dnorm - sum - norm * sum_norm));
+            }
+            if (column<T>(k) < C) store_pack(dinp + start + column<T>(k), dx[k]);
+        }
+    }
+    extern __shared__ __align__(16) unsigned char shared_memory[];
+    float* total = reinterpret_cast<float*>(shared_memory); // (2, C): dweight, dbias
+    for (int turn = 0; turn < warps; turn++) {
+        if (warp == turn)
+#pragma unroll
+            for (int k = 0; k < VECTORS; k++)
+#pragma unroll
+                for (int i = 0; i < SIZE; i++)
+                    if (const int c = column<T>(k) + i; c < C) {
+                        total[c] = turn == 0 ? dw[k][i] : total[c] + dw[k][i];
+                        total[C + c] = turn == 0 ? db[k][i] : total[C + c] + db[k][i];
+                    }
+        __syncthreads();
+    }
+    for (int c = threadIdx.x; c < 2 * C; c += blockDim.x) partials[size_t(blockIdx.x) * 2 * C + c] = total[c];
+}
+
+// The second stage. A warp reads 32 neighbouring columns of one block's partial sums; warp w takes the blocks
+// w, w + 32, ..., and the first warp adds up the 32 shares.
+__global__ void __launch_bounds__(1024)
+layernorm_backward_reduce(float* dweight, float* dbias, const float* partials, int count, int C) {
+    __shared__ float shares[WARP][WARP];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, c = blockIdx.x * WARP + lane;
+    float sum = 0.0f;
+    if (c < 2 * C)
+        for (int block = warp; block < count; block += WARP) sum += partials[size_t(block) * 2 * C + c];
+    shares[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || c >= 2 * C) return;
+    for (int i = 1; i < WARP; i++) sum += shares[i][lane];
+    if (c < C) dweight[c] += sum;
+    else dbias[c - C] += sum;
+}

@@ -1,0 +1,400 @@
+// Matrix multiplication, nine tenths of a training step. Read cpu.py's matmul_forward and matmul_backward,
+// common.cuh and ptx.cuh before; attention.cu after. cuda.py launches what is here.
+//
+// Everything is out (M, N) = A (M, K) @ B (K, N), and the three products of a layer differ only in how A and
+// B lie in memory. A_T says that A is stored transposed, as (K, M); B_T that B is stored as (N, K):
+//
+//   forward      out = inp @ weight           A = inp              B = weight (in, out)
+//   tied head    logits = inp @ wte.T         A = inp              B = wte, B_T
+//   dinp         dinp = dout @ weight.T       A = dout             B = weight, B_T;  the head: B = wte
+//   dweight      dweight += inp.T @ dout      A = inp, A_T         B = dout;     the head: dout, A_T, and inp
+//
+// What happens to a finished tile on its way to memory is the EPILOGUE: see finish() below.
+//
+//   launch             grid x, y, z                      block               dynamic shared bytes
+//   matmul_naive       ceil(N / 32), ceil(M / 8), 1      32, 8               0
+//   matmul_float       ceil(M / BM) ceil(N / BN), 1, S   (BM/TM) (BN/TN)     0
+//   matmul_bf16        ceil(M / BM) ceil(N / BN), 1, S   (BM/WM) (BN/WN) 32  STAGES (BM + BN) BK 2
+//   add_partials       ceil(size / 256), 1, 1            256                 0
+//   column_partials    ceil(N / (512 / sizeof T)), S, 1  256                 0
+//
+//   matmul_naive<T, A_T, B_T>(T* out, T* a, T* b, T* bias or null, int M, int N, int K)
+//   matmul_float<EPILOGUE, A_T, B_T, ALIGNED, BM, BN, BK, TM, TN> and
+//   matmul_bf16<O, EPILOGUE, A_T, B_T, ALIGNED, BM, BN, BK, WM, WN, STAGES>
+//       (O* out, O* extra, O* bias, T* a, T* b, int M, int N, int K, int k_slice)     T = float = O; T = bf16
+//   add_partials(float* out, float* partials, size_t size, int slices)
+//   column_partials<T, ALIGNED>(float* partials, T* dout, int rows, int N, int rows_per_slice)
+//
+//   tiles of matmul_float    128, 128, 8, 8, 8         256 threads, TM x TN outputs each
+//                            64, 64, 16, 4, 4          256 threads, for small outputs
+//   tiles of matmul_bf16     128, 256, 64, 64, 64, 3   256 threads, 147456 bytes: one block per SM
+//     (WM x WN outputs       128, 128, 64, 64, 64, 3   128 threads,  98304 bytes: two blocks per SM on sm_90
+//      per warp)             128, 128, 32, 64, 64, 4   128 threads,  65536 bytes: two blocks per SM on sm_80
+//                            128, 128, 32, 64, 64, 3   128 threads,  49152 bytes: two on sm_86 and sm_89
+//                            64, 64, 64, 32, 32, 3     128 threads,  49152 bytes: small outputs
+//                            64, 64, 32, 32, 32, 3     128 threads,  24576 bytes: whatever is not ALIGNED
+//                            16, 32, 64, 16, 16, 6      64 threads,  36864 bytes: M <= 16, decoding
+//
+// ALIGNED: every pointer is a multiple of 16 bytes, and N and the row lengths of A and B as they are stored
+// are multiples of 8 (bf16) or 4 (float). Otherwise elements are moved one by one: any size works, slower.
+//
+// S slices share the inner dimension, k_slice to each: a multiple of BK with S k_slice >= K. Forward and dinp
+// have S = 1. dweight has few tiles and a long K, all the tokens: with S = 1 its EPILOGUE is ACCUMULATE, with
+// S > 1 STORE to partials (S, M, N), which add_partials then adds to dweight in their order. A good S fills
+// whole waves: the smallest ceil(tiles S / blocks the GPU holds at once) / S, as long as the 2 S M N 4 bytes
+// of the partials cost little beside it.
+//
+// The floor is 2 M N K FLOP at the tensor cores' rate: 989 TFLOP/s on an H100 (datasheet), of which mma.sync
+// reaches 62-65% (arXiv 2402.13499). A block reads (BM + BN) 2 bytes per k for 2 BM BN FLOP: 64 FLOP/byte at
+// 128 x 128, 85 at 128 x 256. At 450 TFLOP/s that is 7 or 5.3 TB/s, more than memory has (3.35) and as much
+// as the L2 cache gives: hence large tiles, and the order of tile_of().
+
+#include "common.cuh"
+#include "ptx.cuh"
+
+enum Epilogue { STORE, BIAS, BIAS_GELU, BIAS_RESIDUAL, GELU_GRAD, ACCUMULATE };
+
+// ---- Rung 1: one thread per output ------------------------------------------------------------------------
+
+// The definition. Every element of A is read N times and every element of B M times, mostly from the caches.
+// Won: the right answer, which the other rungs are tested against. Speed not measured yet.
+template <typename T, bool A_T, bool B_T>
+__global__ void matmul_naive(T* out, const T* a, const T* b, const T* bias, int M, int N, int K) {
+    const int m = blockIdx.y * blockDim.y + threadIdx.y, n = blockIdx.x * blockDim.x + threadIdx.x;
+    if (m >= M || n >= N) return;
+    float sum = bias ? to_float(bias[n]) : 0.0f;
+    for (int k = 0; k < K; k++)
+        sum += to_float(A_T ? a[(size_t)k * M + m] : a[(size_t)m * K + k]) *
+               to_float(B_T ? b[(size_t)n * K + k] : b[(size_t)k * N + n]);
+    out[(size_t)m * N + n] = from_float<T>(sum);
+}
+
+// ---- What the faster rungs share --------------------------------------------------------------------------
+
+// 16 bytes, of which the first `count` elements exist. ALIGNED promises that they all do, and the alignment.
+template <bool ALIGNED, typename T>
+__device__ inline Pack<T> load_part(const T* address, int count) {
+    Pack<T> pack;
+    if constexpr (ALIGNED) pack = load_pack(address);
+    else for (int i = 0; i < Pack<T>::size; i++) pack[i] = i < count ? address[i] : from_float<T>(0.0f);
+    return pack;
+}
+template <bool ALIGNED, typename T>
+__device__ inline void store_part(T* address, const Pack<T>& pack, int count) {
+    if constexpr (ALIGNED) store_pack(address, pack);
+    else for (int i = 0; i < Pack<T>::size; i++) if (i < count) address[i] = pack[i];
+}
+
+// Which tile a block computes. Blocks start in the order of their numbers, so neighbours in number should
+// share rows of A and columns of B in the L2 cache: 16 tiles down, then one column to the right.
+struct Tile { int m, n; };
+template <int BM, int BN>
+__device__ inline Tile tile_of(int block, int M, int N) {
+    constexpr int DOWN = 16;
+    const int band_size = DOWN * ceil_div(N, BN), band = block / band_size, inside = block % band_size;
+    const int height = min(DOWN, ceil_div(M, BM) - band * DOWN);
+    return {(band * DOWN + inside % height) * BM, inside / height * BN};
+}
+
+// 16 bytes of outputs, x, at (row, col) go to memory. `extra` (M, N) is the pre-activation that BIAS_GELU
+// writes and GELU_GRAD reads, or the residual that BIAS_RESIDUAL reads.
+template <Epilogue EPILOGUE, bool ALIGNED, typename O>
+__device__ inline void finish(O* out, O* extra, const O* bias, float (&x)[Pack<O>::size], int row, int col,
+                              int N) {
+    constexpr int SIZE = Pack<O>::size;
+    const size_t at = (size_t)row * N + col;
+    const int count = N - col;
+    if constexpr (EPILOGUE == BIAS || EPILOGUE == BIAS_GELU || EPILOGUE == BIAS_RESIDUAL) {
+        const Pack<O> b = load_part<ALIGNED>(bias + col, count);
+        for (int i = 0; i < SIZE; i++) x[i] += to_float(b[i]);
+    }
+    if constexpr (EPILOGUE == BIAS_GELU) {          // out = gelu(pre) of pre as it is stored, so that
+        Pack<O> pre;                                // recomputing it gives the same bits
+        for (int i = 0; i < SIZE; i++) pre[i] = from_float<O>(x[i]);
+        store_part<ALIGNED>(extra + at, pre, count);
+        for (int i = 0; i < SIZE; i++) x[i] = gelu(to_float(pre[i]));
+    }
+    if constexpr (EPILOGUE == BIAS_RESIDUAL) {      // out = residual + inp @ weight + bias
+        const Pack<O> residual = load_part<ALIGNED>(extra + at, count);
+        for (int i = 0; i < SIZE; i++) x[i] += to_float(residual[i]);
+    }
+    if constexpr (EPILOGUE == GELU_GRAD) {          // dpre = (dout @ weight.T) * gelu'(pre)
+        const Pack<O> pre = load_part<ALIGNED>(extra + at, count);
+        for (int i = 0; i < SIZE; i++) x[i] *= gelu_grad(to_float(pre[i]));
+    }
+    if constexpr (EPILOGUE == ACCUMULATE) {         // dweight += inp.T @ dout
+        const Pack<O> before = load_part<ALIGNED>(out + at, count);
+        for (int i = 0; i < SIZE; i++) x[i] += to_float(before[i]);
+    }
+    Pack<O> result;
+    for (int i = 0; i < SIZE; i++) result[i] = from_float<O>(x[i]);
+    store_part<ALIGNED>(out + at, result, count);
+}
+
+// ---- Rung 2, float32: tiles in shared memory, 8 x 8 outputs in the registers of a thread ------------------
+
+// A block brings BM x BK of A and BK x BN of B to shared memory, once for its BM x BN outputs; a thread reads
+// TM + TN values from there for TM TN multiplications. Both tiles lie as [k][m or n], so that a thread reads
+// 4 neighbours at once; an operand stored along k is transposed on the way in. The next tile travels from
+// global memory to registers while the present one is multiplied. Won: not measured yet.
+
+// A thread's share of the tile that begins at (mn0, k0). K_MAJOR: stored (mn_size, K), else (K, mn_size).
+template <bool K_MAJOR, bool ALIGNED, int SIDE, int BK, int THREADS, int PACKS>
+__device__ inline void fetch(Pack<float> (&packs)[PACKS], const float* matrix, int mn0, int k0, int mn_size,
+                             int K) {
+    for (int p = 0; p < PACKS; p++) {
+        const int i = (threadIdx.x + p * THREADS) * 4;
+        const int row = K_MAJOR ? mn0 + i / BK : k0 + i / SIDE, rows = K_MAJOR ? mn_size : K;
+        const int col = K_MAJOR ? k0 + i % BK : mn0 + i % SIDE, cols = K_MAJOR ? K : mn_size;
+        packs[p] = {};
+        if (row < rows && col < cols)
+            packs[p] = load_part<ALIGNED>(matrix + (size_t)row * cols + col, cols - col);
+    }
+}
+// The padding of 4 lets the transposing stores of a warp fall into different banks.
+template <bool K_MAJOR, int SIDE, int BK, int THREADS, int PACKS>
+__device__ inline void put(float (&tile)[BK][SIDE + 4], const Pack<float> (&packs)[PACKS]) {
+    for (int p = 0; p < PACKS; p++) {
+        const int i = (threadIdx.x + p * THREADS) * 4;
+        if constexpr (!K_MAJOR) store_pack(&tile[i / SIDE][i % SIDE], packs[p]);
+        else for (int j = 0; j < 4; j++) tile[i % BK + j][i / BK] = packs[p][j];
+    }
+}
+
+template <Epilogue EPILOGUE, bool A_T, bool B_T, bool ALIGNED, int BM, int BN, int BK, int TM, int TN>
+__global__ void __launch_bounds__(BM / TM * (BN / TN), 2)       // two blocks per SM: at most 128 registers
+matmul_float(float* out, float* extra, const float* bias, const float* a, const float* b, int M, int N, int K,
+             int k_slice) {
+    constexpr int THREADS = BM / TM * (BN / TN);
+    constexpr int A_PACKS = BM * BK / 4 / THREADS, B_PACKS = BN * BK / 4 / THREADS;
+    static_assert(BM * BK % (4 * THREADS) == 0 && BN * BK % (4 * THREADS) == 0, "whole packs per thread");
+    __shared__ __align__(16) float a_tile[2][BK][BM + 4], b_tile[2][BK][BN + 4];
+
+    const Tile tile = tile_of<BM, BN>(blockIdx.x, M, N);
+    const int k_begin = blockIdx.z * k_slice, k_end = min(K, k_begin + k_slice);
+    out += (size_t)blockIdx.z * M * N;
+    // A thread's rows are TM / 4 groups of 4, ROW_GAP apart, its columns likewise: 16 lanes side by side read
+    // 256 bytes without a gap, and no two of them meet in a bank.
+    const int row = threadIdx.x / (BN / TN) * 4, col = threadIdx.x % (BN / TN) * 4;
+    constexpr int ROW_GAP = BM / (TM / 4), COL_GAP = BN / (TN / 4);
+    Pack<float> a_packs[A_PACKS], b_packs[B_PACKS];
+    float sums[TM][TN] = {};
+    fetch<!A_T, ALIGNED, BM, BK, THREADS>(a_packs, a, tile.m, k_begin, M, K);
+    fetch<B_T, ALIGNED, BN, BK, THREADS>(b_packs, b, tile.n, k_begin, N, K);
+    for (int k0 = k_begin, now = 0; k0 < k_end; k0 += BK, now ^= 1) {
+        put<!A_T, BM, BK, THREADS>(a_tile[now], a_packs);
+        put<B_T, BN, BK, THREADS>(b_tile[now], b_packs);
+        __syncthreads();                            // one barrier: the other buffer was read before it
+        fetch<!A_T, ALIGNED, BM, BK, THREADS>(a_packs, a, tile.m, k0 + BK, M, K);
+        fetch<B_T, ALIGNED, BN, BK, THREADS>(b_packs, b, tile.n, k0 + BK, N, K);
+#pragma unroll 2                                      // unrolled further, it would spill
+        for (int k = 0; k < BK; k++) {
+            Pack<float> x[TM / 4], y[TN / 4];
+            for (int i = 0; i < TM / 4; i++) x[i] = load_pack(&a_tile[now][k][row + i * ROW_GAP]);
+            for (int j = 0; j < TN / 4; j++) y[j] = load_pack(&b_tile[now][k][col + j * COL_GAP]);
+            for (int i = 0; i < TM; i++)
+                for (int j = 0; j < TN; j++) sums[i][j] += x[i / 4][i % 4] * y[j / 4][j % 4];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < TM; i++) {
+        const int m = tile.m + row + i / 4 * ROW_GAP + i % 4;
+#pragma unroll
+        for (int j = 0; j < TN; j += 4) {
+            const int n = tile.n + col + j / 4 * COL_GAP;
+            float x[4] = {sums[i][j], sums[i][j + 1], sums[i][j + 2], sums[i][j + 3]};
+            if (m < M && n < N) finish<EPILOGUE, ALIGNED>(out, extra, bias, x, m, n, N);
+        }
+    }
+}
+
+// ---- Rung 3, bf16: tensor cores ---------------------------------------------------------------------------
+
+// Two pipelines, one inside the other: cp.async fills the stages ahead while the tensor cores multiply the
+// present one; and while mma works on 16 of a stage's BK, ldmatrix brings the next 16 to registers. A tile
+// lies in shared memory as it lies in global memory; ldmatrix.trans turns what lies across, so that the three
+// products are one kernel. Won: not measured yet.
+
+// Where the 16-byte chunk `chunk` of row `row` lies in a tile with rows of COLS bf16. ldmatrix reads the same
+// chunk of 8 rows, which would all lie in the same banks: xor with the row number spreads them over all 32.
+// (At COLS = 32 two rows lie side by side in the banks, so every second row counts.)
+template <int COLS> __device__ inline int swizzle(int row, int chunk) {
+    return row * COLS + (COLS >= 64 ? chunk ^ row % 8 : chunk ^ row / (64 / COLS) % (COLS / 8)) * 8;
+}
+
+// Part `part` of `parts` of the tile that begins at (row0, col0) of matrix (rows, cols); what lies outside of
+// the matrix becomes zero. A thread stays in its column of chunks and goes down the tile in steps of a
+// multiple of 8 rows, after which the swizzle repeats: one address is computed, the others are a constant
+// away.
+template <bool ALIGNED, int ROWS, int COLS, int THREADS>
+__device__ inline void load_tile(bf16* tile, const bf16* matrix, int row0, int col0, int rows, int cols,
+                                 int part, int parts) {
+    constexpr int CHUNKS = COLS / 8, STEP = THREADS / CHUNKS;
+    static_assert(ROWS % STEP == 0 && STEP % 8 == 0, "whole steps");
+    const int row = threadIdx.x / CHUNKS, col = col0 + threadIdx.x % CHUNKS * 8;
+    const int count = max(0, min(8, cols - col)), rows_left = rows - row0 - row;
+    const bf16* from = matrix + (size_t)(row0 + row) * cols + col;  // read where count and rows_left are > 0
+    bf16* to = tile + swizzle<COLS>(row, threadIdx.x % CHUNKS);
+#pragma unroll
+    for (int down = 0; down < ROWS; down += STEP) {
+        if (down / STEP % parts != part) continue;
+        const int there = down < rows_left ? count : 0;
+        if constexpr (ALIGNED) cp_async_16(to + down * COLS, from + (size_t)down * cols, there * 2);
+        else store_pack(to + down * COLS, load_part<false>(from + (size_t)down * cols, there));
+    }
+}
+
+// Four 8 x 8 tiles, 16 (m or n) x 16 (k), from (mn, k) of a shared tile: one fragment of A, or two of B. A
+// wants the second tile 8 further in m (see mma in ptx.cuh), B 8 further in k.
+template <bool FOR_A, bool K_MAJOR, int SIDE, int BK>
+__device__ inline void load_fragment(uint32_t (&r)[4], const bf16* tile, int mn, int k) {
+    const int lane = threadIdx.x % WARP, second = lane / 8 % 2 * 8, third = lane / 16 * 8;
+    mn += FOR_A ? second : third;
+    k += FOR_A ? third : second;
+    if constexpr (K_MAJOR) ldmatrix_x4(r, tile + swizzle<BK>(mn + lane % 8, k / 8));
+    else ldmatrix_x4_trans(r, tile + swizzle<SIDE>(k + lane % 8, mn / 8));
+}
+
+template <typename O, Epilogue EPILOGUE, bool A_T, bool B_T, bool ALIGNED, int BM, int BN, int BK, int WM,
+          int WN, int STAGES>
+__global__ void __launch_bounds__(BM / WM * (BN / WN) * WARP)
+matmul_bf16(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int M, int N, int K, int k_slice) {
+    constexpr int THREADS = BM / WM * (BN / WN) * WARP, MI = WM / 16, NI = WN / 8, STEPS = BK / 16;
+    static_assert(WM % 16 == 0 && WN % 16 == 0 && BK % 32 == 0 && STAGES >= 2, "whole fragments");
+    static_assert(STAGES * (BM + BN) * BK * 2 >= THREADS / WARP * 16 * (WN + 8) * 4, "room for the strips");
+    extern __shared__ __align__(16) unsigned char shared_memory[];
+    bf16* const a_tiles = reinterpret_cast<bf16*>(shared_memory);   // STAGES x (BM, BK), or (BK, BM) if A_T
+    bf16* const b_tiles = a_tiles + STAGES * BM * BK;               // STAGES x (BK, BN), or (BN, BK) if B_T
+    const Tile tile = tile_of<BM, BN>(blockIdx.x, M, N);
+    const int k_begin = blockIdx.z * k_slice;
+    const int blocks = max(0, ceil_div(min(K - k_begin, k_slice), BK)); // along K, each BK long
+    out += (size_t)blockIdx.z * M * N;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int warp_m = warp / (BN / WN) * WM, warp_n = warp % (BN / WN) * WN;   // the warp's part of the tile
+
+    auto load_stage = [&](int block, int stage, int part, int parts) {
+        bf16* const a_tile = a_tiles + stage * BM * BK;
+        bf16* const b_tile = b_tiles + stage * BN * BK;
+        const int k = k_begin + block * BK;
+        if (block < blocks) {       // else an empty group: the count of groups stays the count of blocks
+            if constexpr (A_T) load_tile<ALIGNED, BK, BM, THREADS>(a_tile, a, k, tile.m, K, M, part, parts);
+            else load_tile<ALIGNED, BM, BK, THREADS>(a_tile, a, tile.m, k, M, K, part, parts);
+            if constexpr (B_T) load_tile<ALIGNED, BN, BK, THREADS>(b_tile, b, tile.n, k, N, K, part, parts);
+            else load_tile<ALIGNED, BK, BN, THREADS>(b_tile, b, k, tile.n, K, N, part, parts);
+        }
+        if (part == parts - 1) cp_async_commit();
+    };
+    // a_frags[i] is done with after its row of mma, and the next step's is loaded in its place; b_frags is
+    // used until the step ends, and needs two buffers.
+    uint32_t a_frags[MI][4], b_frags[2][NI][2];
+    auto load_a = [&](int stage, int step, int i) {
+        load_fragment<true, !A_T, BM, BK>(a_frags[i], a_tiles + stage * BM * BK, warp_m + i * 16, step * 16);
+    };
+    auto load_b = [&](int stage, int step) {
+#pragma unroll
+        for (int j = 0; j < NI; j += 2) {
+            uint32_t r[4];
+            load_fragment<false, B_T, BN, BK>(r, b_tiles + stage * BN * BK, warp_n + j * 8, step * 16);
+            for (int c = 0; c < 4; c++) b_frags[step % 2][j + c / 2][c % 2] = r[c];
+        }
+    };
+
+    float sums[MI][NI][4] = {};
+    for (int block = 0; block < STAGES - 1; block++) load_stage(block, block, 0, 1);
+    cp_async_wait<STAGES - 2>();                    // block 0 is there
+    __syncthreads();
+    for (int i = 0; i < MI; i++) load_a(0, 0, i);
+    load_b(0, 0);
+    int last = STAGES - 1, now = 0;                 // the stages of block - 1 and block
+    for (int block = 0; block < blocks; block++) {
+        const int next = now + 1 < STAGES ? now + 1 : 0;
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            if (step == STEPS - 1) {                // every fragment of this block is in registers
+                cp_async_wait<STAGES - 2>();        // the next block is there,
+                __syncthreads();                    // everybody's part of it, and nobody reads this one again
+            }
+            const int stage = step + 1 < STEPS ? now : next, ahead = (step + 1) % STEPS;    // the next step's
+            load_b(stage, ahead);
+            if (step < STEPS - 1) load_stage(block + STAGES - 1, last, step, STEPS - 1);
+#pragma unroll
+            for (int i = 0; i < MI; i++) {
+#pragma unroll
+                for (int j = 0; j < NI; j++) mma_m16n8k16(sums[i][j], a_frags[i], b_frags[step % 2][j]);
+                load_a(stage, ahead, i);
+            }
+        }
+        last = now, now = next;
+    }
+
+    // A lane holds 2 neighbours here and 2 there. Through its own strip of shared memory each warp turns 16
+    // rows at a time into whole lines, and every access to global memory is 16 bytes a lane. Two things keep
+    // the banks apart: rows of WN + 8 floats for the writes; for the reads, from column 32 on, neighbouring
+    // groups of 4 floats change places.
+    __syncthreads();                                // the stages are free, and no copy is under way
+    constexpr int SIZE = Pack<O>::size, PER_ROW = WN / SIZE;
+    float* const strip = reinterpret_cast<float*>(shared_memory) + warp * 16 * (WN + 8);
+    auto place = [&](int row, int col) { return strip + row * (WN + 8) + (col ^ (col & 32) / 8); };
+#pragma unroll
+    for (int i = 0; i < MI; i++) {
+        for (int j = 0; j < 2 * NI; j++) {          // mma by mma, row lane / 4 and then row lane / 4 + 8
+            const float* const pair = &sums[i][j / 2][j % 2 * 2];
+            float* const to = place(lane / 4 + j % 2 * 8, j / 2 * 8 + lane % 4 * 2);
+            *reinterpret_cast<float2*>(to) = make_float2(pair[0], pair[1]);
+        }
+        __syncwarp();
+        for (int p = lane; p < 16 * PER_ROW; p += WARP) {
+            const int row = p / PER_ROW, col = p % PER_ROW * SIZE;
+            float x[SIZE];
+            for (int c = 0; c < SIZE; c += 4) {
+                const Pack<float> four = load_pack<float>(place(row, col + c));
+                for (int e = 0; e < 4; e++) x[c + e] = four[e];
+            }
+            const int m = tile.m + warp_m + i * 16 + row, n = tile.n + warp_n + col;
+            if (m < M && n < N) finish<EPILOGUE, ALIGNED>(out, extra, bias, x, m, n, N);
+        }
+        __syncwarp();                               // the strip may be written again
+    }
+}
+
+// ---- Sums in a fixed order --------------------------------------------------------------------------------
+
+// out[i] += partials[0][i] + partials[1][i] + ...: the second half of the split dweight and of the bias
+// gradient. Bandwidth alone: (slices + 2) size 4 bytes.
+__global__ void add_partials(float* out, const float* partials, size_t size, int slices) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= size) return;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int s = 0; s < slices; s++) sum += partials[s * size + i];
+    out[i] += sum;
+}
+
+// partials (S, N): the column sums of each slice of the rows of dout (rows, N), for dbias. A lane owns 16
+// bytes of columns, so a warp reads 512 contiguous bytes of a row; the 8 warps of a block take rows in turn
+// and meet at the end. Bandwidth alone: dout is read once.
+template <typename T, bool ALIGNED>
+__global__ void __launch_bounds__(256)
+column_partials(float* partials, const T* dout, int rows, int N, int rows_per_slice) {
+    constexpr int SIZE = Pack<T>::size, COLS = WARP * SIZE, WARPS = 8;
+    __shared__ float sums[WARPS][COLS];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int col = blockIdx.x * COLS + lane * SIZE;
+    const int begin = blockIdx.y * rows_per_slice, end = min(rows, begin + rows_per_slice);
+    float sum[SIZE] = {};
+    if (col < N) {
+#pragma unroll 4
+        for (int row = begin + warp; row < end; row += WARPS) {
+            const Pack<T> pack = load_part<ALIGNED>(dout + (size_t)row * N + col, N - col);
+            for (int i = 0; i < SIZE; i++) sum[i] += to_float(pack[i]);
+        }
+    }
+    for (int i = 0; i < SIZE; i++) sums[warp][lane * SIZE + i] = sum[i];
+    __syncthreads();
+    const int mine = blockIdx.x * COLS + threadIdx.x;
+    if (threadIdx.x < COLS && mine < N) {
+        float total = 0.0f;
+        for (int w = 0; w < WARPS; w++) total += sums[w][threadIdx.x];
+        partials[(size_t)blockIdx.y * N + mine] = total;
+    }
+}
