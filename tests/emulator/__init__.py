@@ -1,0 +1,58 @@
+"""Runs the project's .cu files, unchanged, on the CPU: a CUDA emulator for tests, and a stand-in for CuPy.
+
+    import emulator
+    cupy = emulator.install()           # from now on `import cupy` gives the stand-in
+
+Read in this order: include/emulator.h (blocks, fibers, barriers, warp functions), include/ptx.cuh (ldmatrix,
+mma, cp.async), include/cuda_bf16.h, runtime.cpp (guarded memory, faults), compiler.py, launcher.py,
+fake_cupy.py.
+
+What it finds, each an error that names the kernel and, where there is one, block, thread and line:
+
+- a barrier that not all threads reach, or that they reach at different lines; a thread that has returned
+  while others wait; a warp function that not all lanes of its mask reach, or whose mask names absent lanes
+- access outside of an array: each ends where its memory ends, and the next page faults; the bytes left over
+  for alignment, and those in front, are NaN and are checked after every launch. Access outside of the dynamic
+  shared memory. An index outside of an array of known size (registers, static shared memory)
+- misaligned vectors, cp.async and ldmatrix; integer division by zero; a shift by too much; a stack overflow
+- uninitialised memory: arrays from `empty`, and all shared memory before each block, hold NaN (bytes 0xff)
+- cp.async that is not waited for: the data land at the wait, until then there is NaN
+- too much shared memory, too many threads, a grid over the limits
+- arguments of the wrong number, kind, size or element type
+- asynchrony of the host: work on any stream but the null stream runs when something waits for it, not earlier
+- races, in three ways. Threads and blocks run in a shuffled order, reversed after every barrier, so that a
+  missing barrier usually gives wrong numbers. EMULATOR_TWICE=1 runs each launch forwards and backwards and
+  compares the bits. EMULATOR_RACES=1 watches every access to shared memory, and names both lines
+
+What it cannot find: mistakes of memory order and proxy fences (every write is seen at once by all); races in
+global memory whose orders happen to agree; bank conflicts, uncoalesced access, registers and all else about
+speed; an endless loop (give pytest a timeout); access outside of a view that stays inside of the array behind
+it; variables of device functions in the limit of shared memory; differences in the GPU's fast mathematics
+(__expf is exact here, and tensor cores round a little differently).
+
+It runs on Linux, on x86-64 and (never tried) aarch64. Settings, environment variables all:
+    EMULATOR_ORDER      forward, reverse, or a seed for the shuffle (1)
+    EMULATOR_TWICE      1: compare two orders, see above
+    EMULATOR_RACES      1: watch shared memory, see above; ten times slower, and compiled anew
+    EMULATOR_THREADS    operating system threads for the blocks of one launch (all cores, 4 at most)
+    EMULATOR_EAGER      1: work on streams runs at once, so that an error's traceback shows the launch
+    EMULATOR_SANITIZE   1: compile with -fsanitize=address,undefined; from tests/, start Python with
+                        env EMULATOR_SANITIZE=1 $(python -m emulator) python -m pytest ...
+    CXX                 the compiler; by default g++, clang++, c++ or PyPI's ziglang wheel
+    HANDMADE_CACHE      compiled kernels are in $HANDMADE_CACHE/emulator, otherwise in tests/emulator/.cache
+"""
+
+import sys
+
+from . import fake_cupy
+from .compiler import CompileError
+from .launcher import KernelError
+
+__all__ = ["CompileError", "KernelError", "install"]
+
+
+def install(capability=90):
+    """Put the stand-in at the place of CuPy, as a card of this compute capability, and return it."""
+    fake_cupy.cuda.set_capability(capability)
+    sys.modules.update(fake_cupy.modules())
+    return fake_cupy

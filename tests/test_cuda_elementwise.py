@@ -1,0 +1,592 @@
+"""The kernels bound by memory, against NumPy: layernorm, gelu, encoder, classifier, norm, adamw, sample.
+
+The reference is kernels/cpu.py in float64, on operands rounded to their storage type. Every launch follows
+the table at the top of its .cu file. Outputs and workspaces hold NaN before a launch, sizes are odd on
+purpose, arrays come aligned and misaligned, and everything is computed twice and must give the same bits.
+"""
+
+import functools
+from pathlib import Path
+
+import emulator
+import ml_dtypes
+import numpy as np
+import pytest
+
+from kernels import cpu, sampling
+
+KERNELS = Path(__file__).parents[1] / "kernels"
+BF16 = np.dtype(ml_dtypes.bfloat16)
+F32 = np.dtype(np.float32)
+NAMES = {F32: "float", BF16: "bf16"}
+CHANNELS = [1, 7, 33, 48, 768, 1000]
+both_dtypes = pytest.mark.parametrize("dtype", [F32, BF16], ids=NAMES.get)
+both_alignments = pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "misaligned"])
+
+
+def cdiv(a, b):
+    return -(-a // b)
+
+
+@functools.cache
+def gpu():
+    return emulator.install()
+
+
+@functools.cache
+def kernel(file, name):
+    code, options = (KERNELS / file).read_text(), ("-std=c++17", f"-I{KERNELS}")
+    return gpu().RawModule(code=code, options=options, name_expressions=[name]).get_function(name)
+
+
+def launch(file, name, grid, block, *arguments, shared=0):
+    """Python's ints and floats go as C's int and float, arrays and None as pointers."""
+    function = kernel(file, name)
+    if shared > 48 * 1024:
+        function.max_dynamic_shared_size_bytes = shared
+    convert = {int: np.int32, float: np.float32}
+    arguments = tuple(convert.get(type(argument), lambda a: a)(argument) for argument in arguments)
+    function(grid if isinstance(grid, tuple) else (grid,), (block,), arguments, shared_mem=shared)
+
+
+def device(array, shift=0):
+    """The array in device memory, `shift` elements behind a 16-byte boundary."""
+    if shift == 0:
+        return gpu().asarray(np.ascontiguousarray(array))
+    flat = np.concatenate([np.zeros(shift, array.dtype), array.reshape(-1)])
+    return gpu().asarray(flat)[shift:].reshape(array.shape)
+
+
+def empty(shape, dtype, shift=0):
+    """Device memory full of NaN."""
+    return gpu().empty(int(np.prod(shape)) + shift, dtype)[shift:].reshape(shape)
+
+
+def random(seed, shape, dtype, scale=1.0, shift=0.0):
+    return (np.random.default_rng(seed).standard_normal(shape) * scale + shift).astype(dtype)
+
+
+def wide(*arrays):
+    return [np.array(array, np.float64) for array in arrays]
+
+
+def twice(compute):
+    """compute() returns device arrays; their bits must be the same each time. Returns them as host arrays."""
+    first, second = ([array.get() for array in compute()] for _ in range(2))
+    assert [array.tobytes() for array in first] == [array.tobytes() for array in second]
+    return first
+
+
+def check(result, expected, terms=0.0):
+    """Every element is right to twice the rounding of bf16, or to 1e-5, and to 1e-6 of the largest term.
+
+    Twice the rounding is stricter than HOPPER.md's twice the error of a naive bf16 implementation. `terms` is
+    the size of what cancels on the way, if that is larger than the results.
+    """
+    relative = 1e-5 if result.dtype == F32 else 2**-8
+    result = result.astype(np.float64)
+    assert result.shape == expected.shape
+    bound = relative * np.abs(expected) + 1e-6 * max(terms, np.abs(expected).max()) + 1e-30
+    np.testing.assert_array_less(np.abs(result - expected), bound)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# gelu.cu
+
+
+@both_dtypes
+@both_alignments
+@pytest.mark.parametrize("rung", ["_naive", ""])
+def test_gelu_and_residual(dtype, shift, rung):
+    for n in 1, 7, 4096, 9001:
+        x, y = random(1, n, dtype, 3), random(2, n, dtype)
+        block = cdiv(n, 256) if rung else cdiv(n, 256 * 2 * (16 // dtype.itemsize))
+
+        def compute(name, *inputs, n=n, grid=block):
+            def run():
+                out, arrays = empty(n, dtype, shift), [device(array, shift) for array in inputs]
+                launch("gelu.cu", f"{name}{rung}<{NAMES[dtype]}>", grid, 256, out, *arrays, n)
+                return [out]
+
+            return twice(run)[0]
+
+        x64, y64 = wide(x[None], y[None])
+        expected = np.empty((1, n))
+        cpu.gelu_forward(expected, x64)
+        check(compute("gelu_forward", x), expected[0])
+        cpu.gelu_backward(expected, y64, x64)
+        check(compute("gelu_backward", y, x), expected[0])
+        check(compute("residual_forward", x, y), (x64 + y64)[0])
+
+
+def test_gelu_far_out():
+    """gelu(x) is x far to the right and 0 far to the left, and its slope 1 and 0; nothing overflows."""
+    x = np.array([-1e4, -100, -20, 20, 100, 1e4], np.float32)
+    out, slope = empty(6, F32), empty(6, F32)
+    launch("gelu.cu", "gelu_forward<float>", 1, 256, out, device(x), 6)
+    launch("gelu.cu", "gelu_backward<float>", 1, 256, slope, device(np.ones_like(x)), device(x), 6)
+    np.testing.assert_array_equal(np.abs(out.get()), np.maximum(x, 0))
+    np.testing.assert_array_equal(np.abs(slope.get()), x > 0)
+
+
+def test_residual_in_place():
+    x, y = random(1, 5000, F32), random(2, 5000, F32)
+    out = device(x)
+    launch("gelu.cu", "residual_forward<float>", cdiv(5000, 2048), 256, out, out, device(y), 5000)
+    np.testing.assert_array_equal(out.get(), x + y)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# layernorm.cu
+
+
+def layernorm_operands(dtype, N, C):
+    """inp, weight, bias; the mean is not 0, so that a careless variance would show."""
+    return random(1, (N, C), dtype, 2, 5), random(2, C, dtype, 0.5, 1), random(3, C, dtype)
+
+
+def largest_term(inp, rstd):
+    """Of inp * rstd - mean * rstd, for a row of one channel 316 times what is left of it."""
+    return np.abs(inp.astype(np.float64)).max() * rstd.max()
+
+
+def vectors(C, dtype):
+    return cdiv(C, 32 * (16 // dtype.itemsize))
+
+
+def forward_reference(inp, weight, bias):
+    out, mean, rstd = np.empty(inp.shape), np.empty(len(inp)), np.empty(len(inp))
+    cpu.layernorm_forward(out, mean, rstd, *wide(inp, weight, bias))
+    return out, mean, rstd
+
+
+@both_dtypes
+@both_alignments
+@pytest.mark.parametrize("C", [*CHANNELS, 1600])
+def test_layernorm_forward(dtype, shift, C):
+    N, T = 13, NAMES[dtype]
+    operands = layernorm_operands(dtype, N, C)
+    expected = forward_reference(*operands)
+    rungs = [
+        (f"layernorm_forward_naive<{T}>", cdiv(N, 128)),
+        (f"layernorm_forward_rows<{T}>", cdiv(N, 4)),
+        (f"layernorm_forward<{T}, {vectors(C, dtype)}>", cdiv(N, 4)),
+    ]
+    for name, grid in rungs:
+
+        def compute(name=name, grid=grid):
+            out, mean, rstd = empty((N, C), dtype, shift), empty(N, F32), empty(N, F32)
+            inputs = [device(array, shift) for array in operands]
+            launch("layernorm.cu", name, grid, 128, out, mean, rstd, *inputs, N, C)
+            return out, mean, rstd
+
+        for result, reference in zip(twice(compute), expected):
+            check(result, reference, largest_term(operands[0], expected[2]))
+
+
+@both_dtypes
+@both_alignments
+@pytest.mark.parametrize("C", [*CHANNELS, 1600])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_residual_layernorm_forward(dtype, shift, C, in_place):
+    N = 13
+    inp1, weight, bias = layernorm_operands(dtype, N, C)
+    inp2 = random(4, (N, C), dtype)
+    summed = (inp1.astype(np.float32) + inp2.astype(np.float32)).astype(dtype)  # as it is stored
+    name = f"residual_layernorm_forward<{NAMES[dtype]}, {vectors(C, dtype)}>"
+
+    def compute():
+        out, mean, rstd = empty((N, C), dtype, shift), empty(N, F32), empty(N, F32)
+        inputs = [device(array, shift) for array in (inp1, inp2, weight, bias)]
+        residual = inputs[0] if in_place else empty((N, C), dtype, shift)
+        launch("layernorm.cu", name, cdiv(N, 4), 128, residual, out, mean, rstd, *inputs, N, C)
+        return residual, out, mean, rstd
+
+    residual, *results = twice(compute)
+    np.testing.assert_array_equal(residual, summed)
+    expected = forward_reference(summed, weight, bias)
+    for result, reference in zip(results, expected):
+        check(result, reference, largest_term(summed, expected[2]))
+
+
+@both_dtypes
+@both_alignments
+@pytest.mark.parametrize("C", [*CHANNELS, 1280])
+def test_layernorm_backward(dtype, shift, C):
+    N, T = 61, NAMES[dtype]
+    inp, weight, bias = layernorm_operands(dtype, N, C)
+    dout, dinp = random(5, (N, C), dtype), random(6, (N, C), dtype)
+    dweight, dbias = random(7, C, F32), random(8, C, F32)
+    _, mean, rstd = (array.astype(np.float32) for array in forward_reference(inp, weight, bias))
+    expected = wide(dinp, dweight, dbias)
+    cpu.layernorm_backward(*expected, *wide(dout, inp, weight, mean, rstd))
+
+    for name, shared in (f"_rows<{T}>", 0), (f"<{T}, {vectors(C, dtype)}>", 8 * C):
+        for grid in 1, 3, cdiv(N, 4):
+
+            def compute(name=name, shared=shared, grid=grid):
+                dx, dw, db = device(dinp, shift), device(dweight), device(dbias)
+                partials = empty((grid, 2, C), F32)
+                inputs = [device(array, shift) for array in (dout, inp, weight)] + [
+                    device(mean),
+                    device(rstd),
+                ]
+                rows = f"layernorm_backward{name}", grid, 128, dx, partials, *inputs, N, C
+                launch("layernorm.cu", *rows, shared=shared)
+                reduce = "layernorm_backward_reduce", cdiv(2 * C, 32), 1024, dw, db, partials, grid, C
+                launch("layernorm.cu", *reduce)
+                return dx, dw, db
+
+            for result, reference in zip(twice(compute), expected):
+                check(result, reference, largest_term(inp, rstd))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# encoder.cu
+
+
+@both_dtypes
+@both_alignments
+@pytest.mark.parametrize("C", CHANNELS)
+def test_encoder_forward(dtype, shift, C):
+    B, T, V, P = 3, 5, 50, 12
+    tokens = np.random.default_rng(1).integers(0, V, (B, T), np.int32)
+    wte, wpe = random(2, (V, C), dtype), random(3, (P, C), dtype)
+    for offsets in None, np.array([0, 4, 11], np.int32):  # the last row runs over the end of wpe
+        expected = np.empty((B, T, C))
+        cpu.encoder_forward(expected, tokens, *wide(wte, wpe), offsets)
+        for rung, threads in ("_naive", B * T * C), ("", B * T * cdiv(C, 16 // dtype.itemsize)):
+
+            def compute(rung=rung, threads=threads, offsets=offsets):
+                out = empty((B, T, C), dtype, shift)
+                name = f"encoder_forward{rung}<{NAMES[dtype]}>"
+                inputs = [device(tokens), device(wte, shift), device(wpe, shift)]
+                inputs += [None if offsets is None else device(offsets)]
+                launch("encoder.cu", name, cdiv(threads, 256), 256, out, *inputs, B * T, T, C, P)
+                return [out]
+
+            check(twice(compute)[0], expected)
+
+
+@both_dtypes
+@both_alignments
+@pytest.mark.parametrize("C", CHANNELS)
+def test_encoder_backward(dtype, shift, C):
+    """Groups of every kind: absent, 1, 31, 32, 63 (one chunk), 64, 65, 95, 96, 97 (two and three)."""
+    B, T, V, S = 4, 136, 57, NAMES[dtype]
+    lengths = {0: 1, 3: 31, 4: 32, 7: 63, 8: 64, 20: 65, 55: 95, 56: 96, 30: 97}
+    N = B * T
+    assert sum(lengths.values()) == N
+    tokens = np.repeat(list(lengths), list(lengths.values())).astype(np.int32)
+    tokens = np.random.default_rng(1).permutation(tokens).reshape(B, T)
+    dout, dwte, dwpe = random(2, (B, T, C), dtype), random(3, (V, C), F32), random(4, (T + 1, C), F32)
+    expected = wide(dwte, dwpe)
+    cpu.encoder_backward(*expected, wide(dout)[0], tokens)
+    size = 16 // dtype.itemsize
+    packs, strips = cdiv(C, size), cdiv(C, 32 * size)
+    ids, dy = device(tokens), device(dout, shift)
+
+    def naive():
+        total = device(dwte)
+        launch("encoder.cu", f"encoder_backward_naive<{S}>", (cdiv(C, 256), V), 256, total, dy, ids, N, C)
+        return [total]
+
+    def sort():
+        place, grouped, order, starts = (empty(n, np.int32) for n in (N, N, N, V + 1))
+        count = device(np.zeros(V, np.int32))
+        for _ in range(2):  # the second time shows that count was left zero
+            launch("encoder.cu", "token_count", cdiv(N, 256), 256, place, count, ids, N)
+            launch("encoder.cu", "token_starts", 1, 1024, starts, count, V)
+            launch("encoder.cu", "token_scatter", cdiv(N, 256), 256, grouped, starts, place, ids, N)
+            launch("encoder.cu", "token_order", cdiv(N, 256), 256, order, starts, grouped, ids, N)
+        return starts, order
+
+    def chunks():
+        total, partials = device(dwte, shift), empty((cdiv(N, 32), C), F32)
+        starts, order = sort()
+        arguments = (ids, starts, order, N, C)
+        grids = (cdiv(N, 8), strips), (cdiv(N, 256), strips)
+        launch("encoder.cu", f"encoder_backward_wte<{S}>", grids[0], 256, total, partials, dy, *arguments)
+        launch("encoder.cu", f"encoder_backward_join<{S}>", grids[1], 256, total, partials, *arguments)
+        return [total]
+
+    def positions():
+        total = device(dwpe, shift)
+        launch("encoder.cu", f"encoder_backward_wpe<{S}>", cdiv(T * packs, 256), 256, total, dy, B, T, C)
+        return [total]
+
+    starts, order = twice(sort)
+    np.testing.assert_array_equal(order, np.argsort(tokens.reshape(-1), kind="stable"))
+    np.testing.assert_array_equal(starts, np.searchsorted(np.sort(tokens.reshape(-1)), np.arange(V + 1)))
+    check(twice(naive)[0], expected[0])
+    check(twice(chunks)[0], expected[0])
+    check(twice(positions)[0], expected[1])
+
+
+def test_token_starts_of_a_large_vocabulary():
+    count = np.random.default_rng(1).integers(0, 9, 50257, np.int32)
+    starts, counter = empty(len(count) + 1, np.int32), device(count)
+    launch("encoder.cu", "token_starts", 1, 1024, starts, counter, len(count))
+    np.testing.assert_array_equal(starts.get(), np.concatenate([[0], count.cumsum()]))
+    assert not counter.get().any()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# classifier.cu
+
+
+@both_dtypes
+@pytest.mark.parametrize(
+    "V, Vp", [(50, 50), (50, 128), (257, 264), (257, 384), (1000, 1001), (1000, 1024), (1, 8)]
+)
+def test_classifier(dtype, V, Vp):
+    N, T = 5, NAMES[dtype]
+    logits = random(1, (N, Vp), dtype, 4)
+    logits[1] += 60  # far from 0, where exp alone would overflow
+    logits[2, : V // 2] = -np.inf  # masked tokens
+    targets = np.random.default_rng(2).integers(V // 2, V, N).astype(np.int32)
+    weights = np.array([0.2, 0, -1.5, 1e-5, 1], np.float32)  # an ignored token, a negative advantage
+    losses, dlogits = np.empty(N), wide(logits)[0]
+    cpu.classifier(losses, dlogits, targets, weights, V)
+    poisoned = logits.copy()
+    poisoned[:, V:] = 1e4  # what padding holds must not matter
+    inputs = device(targets), device(weights)
+
+    size = 16 // dtype.itemsize
+    rungs = [(f"classifier_naive<{T}>", cdiv(N, 128), 128, (N, V, Vp), 0)]
+    for block in 32, 768:
+        rungs.append((f"classifier_twice<{T}>", N, block, (V, Vp), 0))
+        if Vp % size == 0:
+            rungs.append((f"classifier<{T}>", N, block, (V, Vp), Vp * dtype.itemsize))
+    for name, grid, block, sizes, shared in rungs:
+
+        def compute(name=name, grid=grid, block=block, sizes=sizes, shared=shared):
+            result, z = empty(N, F32), device(poisoned)
+            launch("classifier.cu", name, grid, block, result, z, *inputs, *sizes, shared=shared)
+            return result, z
+
+        result, dz = twice(compute)
+        check(result, losses)
+        assert not dz[:, V:].any()
+        for row in range(N):
+            check(dz[row], dlogits[row])
+
+    def evaluate():
+        result, z = empty(N, F32), device(poisoned)
+        launch("classifier.cu", f"cross_entropy<{T}>", N, 1024, result, z, inputs[0], V, Vp)
+        return result, z
+
+    result, z = twice(evaluate)
+    check(result, losses)
+    np.testing.assert_array_equal(z, poisoned)
+
+
+def test_classifier_unaligned_rows():
+    """Rows of 128 columns that all begin 4 bytes behind a 16-byte boundary."""
+    logits, targets, weights = random(1, (3, 128), F32), np.int32([0, 99, 5]), np.ones(3, np.float32)
+    losses, dlogits = np.empty(3), wide(logits)[0]
+    cpu.classifier(losses, dlogits, targets, weights, 100)
+    result, z = empty(3, F32), device(logits, 1)
+    inputs = device(targets), device(weights), 100, 128
+    launch("classifier.cu", "classifier_twice<float>", 3, 64, result, z, *inputs)
+    check(result.get(), losses)
+    check(z.get(), dlogits)
+
+
+def test_target_outside_the_vocabulary():
+    targets, weights = device(np.array([-1, 50, 2**31 - 1, 3], np.int32)), device(np.ones(4, np.float32))
+    logits = random(1, (4, 64), F32)
+    for name, grid, sizes, shared in [
+        ("classifier_naive<float>", 1, (4, 50, 64), 0),
+        ("classifier_twice<float>", 4, (50, 64), 0),
+        ("classifier<float>", 4, (50, 64), 256),
+    ]:
+        losses = empty(4, F32)
+        inputs = device(logits), targets, weights, *sizes
+        launch("classifier.cu", name, grid, 128, losses, *inputs, shared=shared)
+        np.testing.assert_array_equal(np.isnan(losses.get()), [True, True, True, False])
+    losses = empty(4, F32)
+    launch("classifier.cu", "cross_entropy<float>", 4, 128, losses, device(logits), targets, 50, 64)
+    np.testing.assert_array_equal(np.isnan(losses.get()), [True, True, True, False])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# norm.cu
+
+
+@both_alignments
+@pytest.mark.parametrize("n", [1, 7, 1000, 100_003])
+def test_global_norm(shift, n):
+    grads = random(1, n, F32)
+
+    def naive():
+        norm = empty(1, F32)
+        launch("norm.cu", "global_norm_naive", 1, 1024, norm, device(grads, shift), n)
+        return [norm]
+
+    def staged(blocks=16):  # the table says 1024, which would be mostly idle here
+        norm, partials = empty(1, F32), empty(blocks, F32)
+        launch("norm.cu", "square_sums", blocks, 256, partials, device(grads, shift), n)
+        launch("norm.cu", "global_norm_finish", 1, 1024, norm, partials, blocks)
+        return [norm]
+
+    for compute in naive, staged:
+        check(twice(compute)[0], np.linalg.norm(wide(grads)[0])[None])
+
+
+def test_clip_scale():
+    for norm, limit, expected in [
+        (4, 1e9, 0.25),
+        (0.5, 1e9, 1),
+        (0, 1e9, 1),
+        (11, 10, -1),
+        (np.inf, np.inf, -1),
+        (np.nan, 1e9, -1),
+    ]:
+        scale = empty(1, F32)
+        launch("norm.cu", "clip_scale", 1, 32, scale, device(np.float32([norm])), 1.0, float(limit))
+        assert scale.get()[0] == expected
+
+
+# ------------------------------------------------------------------------------------------------------------
+# adamw.cu
+
+
+@both_alignments
+@pytest.mark.parametrize("n", [1, 7, 2048, 5003])
+@pytest.mark.parametrize("rung", ["_naive", ""])
+@pytest.mark.parametrize("with_copy", [False, True])
+def test_adamw(shift, n, rung, with_copy):
+    """Three steps, the last of which is left out; it fills the copy and clears the gradients all the same."""
+    lr, beta1, beta2, eps, weight_decay = 0.01, 0.9, 0.95, 1e-8, 0.1
+    params, grads = random(1, n, F32), [random(2 + step, n, F32, 0.1) for step in range(3)]
+    scales = [0.3, 1.0, -1.0]
+    expected = wide(params, np.zeros(n), np.zeros(n))
+    for step in range(3):
+        p, m, v = expected
+        settings = (lr, beta1, beta2, eps, weight_decay, step + 1)
+        cpu.adamw(p, wide(grads[step])[0], m, v, np.array([scales[step]]), *settings)
+
+    def compute():
+        p, m, v = device(params, shift), device(np.zeros(n, F32), shift), device(np.zeros(n, F32), shift)
+        for step in range(3):
+            copy = empty(n, BF16, shift) if with_copy else None
+            g, root = device(grads[step], shift), (1 - beta2 ** (step + 1)) ** 0.5
+            constants = beta1, beta2, 1 - lr * weight_decay, lr * root / (1 - beta1 ** (step + 1)), eps * root
+            grid = cdiv(n, 256 * (1 if rung else 8))
+            scale = device(np.float32([scales[step]]))
+            launch("adamw.cu", f"adamw{rung}", grid, 256, p, g, m, v, copy, scale, *constants, n)
+            assert not g.get().any()
+        return (p, m, v, copy) if with_copy else (p, m, v)
+
+    p, m, v, *copy = twice(compute)
+    for result, reference in zip((p, m, v), expected):
+        check(result, reference)
+    if with_copy:
+        np.testing.assert_array_equal(copy[0], p.astype(BF16))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# sample.cu
+
+FILTERS = [  # temperature, top_k, top_p, min_p
+    (1.0, 0, 1.0, 0.0),
+    (0.0, 0, 1.0, 0.0),
+    (0.7, 0, 1.0, 0.0),
+    (1.0, 1, 1.0, 0.0),
+    (1.0, 20, 1.0, 0.0),
+    (1.0, 5000, 1.0, 0.0),
+    (1.0, 0, 0.9, 0.0),
+    (1.0, 0, 0.0, 0.0),
+    (1.3, 0, 1.0, 0.05),
+    (0.8, 40, 0.8, 0.02),
+    (1e-30, 0, 1.0, 0.0),
+    (100.0, 3, 0.999, 0.0),
+]
+
+
+def draw(logits, V, filters, streams, counters, rung="", seed=42, block=64):
+    """Tokens and log-probabilities of the rows of logits (B, stride) from the device."""
+    B, stride = logits.shape
+    T = NAMES[logits.dtype]
+
+    def compute():
+        out, logprobs = empty(B, np.int32), empty((2, B), F32)
+        workspace = [empty((B, V), F32)] if rung else []
+        counts = device(np.int64(streams)), device(np.int64(counters))
+        arrays = out, logprobs, device(logits), *workspace, np.uint64(seed), *counts
+        launch("sample.cu", f"sample{rung}<{T}>", B, block, *arrays, *filters, V, stride)
+        return out, logprobs
+
+    return twice(compute)
+
+
+@both_dtypes
+@pytest.mark.parametrize("V, stride", [(1, 1), (50, 50), (257, 384), (1000, 1024)])
+@pytest.mark.parametrize("rung", ["_naive", ""])
+def test_sample_draws_what_the_cpu_draws(dtype, V, stride, rung):
+    """The same token from the same coin, or one whose step in the sum ends within rounding of the coin."""
+    B, seed = 8, 2**40 + 7
+    logits = random(1, (B, stride), dtype, 3)  # in bf16 many tie
+    logits[0, : V // 2] = -np.inf
+    logits[1, 0] = -0.0
+    logits[:, V:] = 1e4
+    streams, counters = np.arange(B) + 2**33, 1000 * np.arange(B)[::-1]
+    coin = sampling.uniform(seed, streams, counters)
+    for filters in FILTERS:
+        if filters[1] >= V > 1 and rung:
+            continue
+        tokens, logprobs = draw(logits, V, filters, streams, counters, rung, seed)
+        z = wide(logits[:, :V])[0]
+        probabilities = sampling.filtered_probabilities(z, *filters)
+        expected, expected_logprobs = np.empty(B, np.int32), np.empty((2, B))
+        sampling.sample(expected, z, seed, streams, counters, *filters, logprobs=expected_logprobs)
+        same = tokens == expected
+        for row in np.flatnonzero(~same):
+            assert probabilities[row, tokens[row]] > 0
+            border = probabilities[row, : min(tokens[row], expected[row]) + 1].sum()
+            assert abs(border - coin[row]) < 1e-5
+        assert same.sum() >= B - 1
+        np.testing.assert_allclose(logprobs[:, same], expected_logprobs[:, same], atol=2e-5, rtol=1e-5)
+
+
+def test_sample_thresholds():
+    """Where every filter cuts, exactly: ties at a threshold all stay, and what is cut is never drawn."""
+    logits = np.log(np.float32([0.4, 0.2, 0.2, 0.1, 0.05, 0.05]))
+    logits[2] = logits[1]
+    cases = [
+        ((1.0, 2, 1.0, 0.0), {0, 1, 2}),
+        ((1.0, 4, 1.0, 0.0), {0, 1, 2, 3}),
+        ((1.0, 0, 0.5, 0.0), {0, 1, 2}),
+        ((1.0, 0, 0.39, 0.0), {0}),
+        ((1.0, 0, 0.85, 0.0), {0, 1, 2, 3}),
+        ((1.0, 0, 1.0, 0.2), {0, 1, 2, 3}),
+        ((1.0, 3, 0.6, 0.0), {0, 1, 2}),  # after top-k the first holds half of what is left
+        ((1.0, 3, 0.45, 0.0), {0}),
+    ]
+    B = 64
+    for filters, kept in cases:
+        for rung in "", "_naive":
+            tokens, _ = draw(np.tile(logits, (B, 1)), 6, filters, np.arange(B), np.zeros(B), rung, block=32)
+            assert set(tokens.tolist()) == kept, (filters, rung)
+
+
+def test_sample_frequencies():
+    """4096 draws from a known distribution: chi-squared, 9 degrees of freedom, exceeds 30 once in 2000."""
+    logits, B = random(3, (1, 10), F32), 4096
+    tokens, _ = draw(np.tile(logits, (B, 1)), 10, (1.0, 0, 1.0, 0.0), np.arange(B), np.full(B, 5), block=32)
+    expected = B * sampling.filtered_probabilities(wide(logits)[0])[0]
+    assert ((np.bincount(tokens, minlength=10) - expected) ** 2 / expected).sum() < 30
+
+
+def test_sample_argmax_and_hopeless_rows():
+    logits = np.full((4, 40), -np.inf, np.float32)
+    logits[0, [7, 30]] = 2.0  # equal: the lower id
+    logits[1, 39] = -3.0
+    logits[2] = np.nan
+    for filters in (0.0, 0, 1.0, 0.0), (1e-35, 0, 1.0, 0.0):
+        tokens, _ = draw(logits, 40, filters, np.arange(4), np.arange(4))
+        assert tokens[:2].tolist() == [7, 39]
+        assert all(0 <= token < 40 for token in tokens)  # an all-masked or NaN row: some token, no crash
+    tokens, _ = draw(logits, 40, (1.0, 5, 0.9, 0.1), np.arange(4), np.arange(4))
+    assert tokens[0] in (7, 30) and tokens[1] == 39 and all(0 <= token < 40 for token in tokens)

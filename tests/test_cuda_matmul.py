@@ -1,0 +1,258 @@
+"""Every rung, tile, orientation and epilogue of kernels/matmul.cu against NumPy in float64, in the emulator.
+
+Sizes are odd on purpose, outputs hold NaN before each launch, and every launch is made twice and must give
+the same bits. Operands are rounded to their storage type first: what is measured is the kernel alone.
+"""
+
+import functools
+from pathlib import Path
+
+import emulator
+import ml_dtypes
+import numpy as np
+import pytest
+
+KERNELS = Path(__file__).parents[1] / "kernels"
+BF16 = np.dtype(ml_dtypes.bfloat16)
+F32 = np.dtype(np.float32)
+NAMES = {F32: "float", BF16: "bf16"}
+
+# As in matmul.cu's table: BM, BN, BK, then WM, WN, STAGES of bf16 or TM, TN of float.
+BF16_TILES = [
+    (128, 256, 64, 64, 64, 3),
+    (128, 128, 64, 64, 64, 3),
+    (128, 128, 32, 64, 64, 4),  # more stages than the next, and otherwise the same
+    (128, 128, 32, 64, 64, 3),
+    (64, 64, 64, 32, 32, 3),
+    (64, 64, 32, 32, 32, 3),
+    (16, 32, 64, 16, 16, 6),
+]
+FLOAT_TILES = [(128, 128, 8, 8, 8), (64, 64, 16, 4, 4)]
+ALIGNED_SIZES = [(8, 8, 8), (72, 136, 40), (129, 104, 200), (264, 264, 136)]  # rows of A need not be aligned
+ODD_SIZES = [(1, 1, 1), (7, 33, 65), (100, 129, 7), (65, 1, 100), (130, 70, 133)]
+
+# Epilogue, A_T, B_T and the type of the output (None: that of the operands), as cuda.py uses them.
+LOGITS = ("STORE", False, True, F32)
+USES = [
+    ("STORE", False, False, None),
+    ("BIAS", False, False, None),
+    ("BIAS_GELU", False, False, None),
+    ("BIAS_RESIDUAL", False, False, None),
+    ("STORE", False, True, None),
+    LOGITS,
+    ("GELU_GRAD", False, True, None),
+    ("STORE", True, False, F32),
+    ("ACCUMULATE", True, False, F32),
+]
+
+
+def use_name(use):
+    epilogue, a_t, b_t, dtype = use
+    return epilogue + "-A_T" * a_t + "-B_T" * b_t + "-float" * (dtype is not None)
+
+
+def cdiv(a, b):
+    return -(-a // b)
+
+
+@functools.cache
+def gpu():
+    return emulator.install()
+
+
+@functools.cache
+def kernel(name):
+    code = (KERNELS / "matmul.cu").read_text()
+    options = ("-std=c++17", f"-I{KERNELS}")
+    return gpu().RawModule(code=code, options=options, name_expressions=[name]).get_function(name)
+
+
+def launch(name, grid, block, arguments, shared=0):
+    function = kernel(name)
+    if shared > 48 * 1024:
+        function.max_dynamic_shared_size_bytes = shared
+    function(grid, block, arguments, shared_mem=shared)
+
+
+def device(array):
+    return None if array is None else gpu().asarray(np.ascontiguousarray(array))
+
+
+def random(seed, shape, dtype, scale=1.0):
+    return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(dtype)
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def gelu_grad(x):
+    u = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+    return 0.5 * (1 + np.tanh(u)) + 0.5 * x / np.cosh(u) ** 2 * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
+
+
+def check(result, expected):
+    """HOPPER.md's rule for the whole, and a bound for each element, so that one wrong element cannot hide."""
+    exact = result.dtype == np.float32
+    x, y = result.astype(np.float64), expected
+    assert np.isfinite(x).all()
+    assert 1 - 2 * np.sum(x * y) / np.sum(x * x + y * y) < (1e-10 if exact else 1e-5)
+    assert np.all(np.abs(x - y) <= (1e-5 if exact else 2**-7) * (1 + np.abs(y)))
+
+
+def product(operands, tile, sizes, use, aligned, slices=1):
+    """Launch matmul_float or matmul_bf16 as `use` says and hold the output (M, N) against NumPy."""
+    (M, N, K), (epilogue, a_t, b_t, out_dtype) = sizes, use
+    out_dtype = out_dtype or operands
+    a, b = random(1, (M, K), operands, K**-0.5), random(2, (K, N), operands)  # outputs of size 1
+    bias, extra = random(3, N, out_dtype), random(4, (M, N), out_dtype)
+    before = random(5, (M, N), np.float32)
+
+    BM, BN, BK = tile[:3]
+    if operands == F32:
+        name = f"matmul_float<{epilogue}, "
+        threads, shared = BM * BN // (tile[3] * tile[4]), 0
+    else:
+        name = f"matmul_bf16<{NAMES[out_dtype]}, {epilogue}, "
+        threads, shared = BM * BN // (tile[3] * tile[4]) * 32, tile[5] * (BM + BN) * BK * 2
+    name += ", ".join(str(flag).lower() for flag in (a_t, b_t, aligned)) + f", {', '.join(map(str, tile))}>"
+    k_slice = cdiv(cdiv(K, slices), BK) * BK
+
+    results = []
+    for _ in range(2):
+        out = gpu().empty((slices, M, N), out_dtype)  # NaN
+        out_extra = gpu().empty((M, N), out_dtype) if epilogue == "BIAS_GELU" else device(extra)
+        if epilogue == "ACCUMULATE":
+            out = device(before[None])
+        arguments = (out, out_extra, device(bias), device(a.T if a_t else a), device(b.T if b_t else b))
+        sizes = tuple(np.int32(size) for size in (M, N, K, k_slice))
+        launch(name, (cdiv(M, BM) * cdiv(N, BN), 1, slices), (threads,), arguments + sizes, shared)
+        if slices > 1:
+            total, size = device(before), M * N
+            launch(
+                "add_partials", (cdiv(size, 256),), (256,), (total, out, np.uint64(size), np.int32(slices))
+            )
+            out = total
+        results.append((out.get().reshape(M, N), out_extra.get()))
+    assert results[0][0].tobytes() == results[1][0].tobytes()
+    assert results[0][1].tobytes() == results[1][1].tobytes()
+    result, result_extra = results[0]
+
+    expected = a.astype(np.float64) @ b.astype(np.float64)
+    if epilogue.startswith("BIAS"):
+        expected += bias.astype(np.float64)
+    if epilogue == "BIAS_GELU":
+        check(result_extra, expected)
+        expected = gelu(result_extra.astype(np.float64))
+    elif epilogue == "BIAS_RESIDUAL":
+        expected += extra.astype(np.float64)
+    elif epilogue == "GELU_GRAD":
+        expected *= gelu_grad(extra.astype(np.float64))
+    elif epilogue == "ACCUMULATE" or slices > 1:
+        expected += before
+    check(result, expected)
+
+
+def naive(operands, sizes, a_t, b_t, with_bias):
+    M, N, K = sizes
+    a, b = random(1, (M, K), operands, K**-0.5), random(2, (K, N), operands)
+    bias = random(3, N, operands) if with_bias else None
+    out = gpu().empty((M, N), operands)
+    name = f"matmul_naive<{NAMES[operands]}, {str(a_t).lower()}, {str(b_t).lower()}>"
+    stored = device(a.T if a_t else a), device(b.T if b_t else b)
+    launch(name, (cdiv(N, 32), cdiv(M, 8)), (32, 8), (out, *stored, device(bias), *map(np.int32, sizes)))
+    expected = a.astype(np.float64) @ b.astype(np.float64)
+    check(out.get(), expected + bias.astype(np.float64) if with_bias else expected)
+
+
+@pytest.mark.parametrize("a_t, b_t", [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("operands", [F32, BF16], ids=NAMES.get)
+def test_naive(operands, a_t, b_t):
+    for number, sizes in enumerate([(1, 1, 1), (7, 33, 65), (65, 100, 129)]):
+        naive(operands, sizes, a_t, b_t, with_bias=number % 2 == 0)
+
+
+@pytest.mark.parametrize("use", [use for use in USES if use != LOGITS], ids=use_name)
+@pytest.mark.parametrize("tile", FLOAT_TILES, ids=lambda tile: "x".join(map(str, tile)))
+def test_float(tile, use):
+    for sizes in ODD_SIZES:
+        product(F32, tile, sizes, use, aligned=False)
+    for sizes in [(8, 4, 8), (132, 140, 36), (260, 68, 12)]:
+        product(F32, tile, sizes, use, aligned=True)
+
+
+def wanted(use, sizes):
+    """Sizes that are aligned for this use: A stored (K, M) needs aligned M as well."""
+    M, N, K = sizes
+    return (cdiv(M, 8) * 8 if use[1] else M, N, K)
+
+
+@pytest.mark.parametrize("use", USES, ids=use_name)
+@pytest.mark.parametrize("tile", BF16_TILES, ids=lambda tile: "x".join(map(str, tile)))
+def test_bf16(tile, use):
+    if tile[-1] == 4 and use not in (USES[0], LOGITS, USES[-1]):
+        return  # one of each orientation is enough: compiling takes time
+    for sizes in ALIGNED_SIZES:
+        product(BF16, tile, wanted(use, sizes), use, aligned=True)
+
+
+@pytest.mark.parametrize("use", USES, ids=use_name)
+def test_bf16_without_alignment(use):
+    for sizes in [*ODD_SIZES, (72, 136, 40)]:
+        product(BF16, (64, 64, 32, 32, 32, 3), sizes, use, aligned=False)
+
+
+@pytest.mark.parametrize(
+    "operands, tile", [(F32, FLOAT_TILES[1]), (BF16, BF16_TILES[1]), (BF16, BF16_TILES[4])], ids=str
+)
+@pytest.mark.parametrize("slices", [2, 3, 7])
+def test_split_over_the_tokens(operands, tile, slices):
+    """dweight in slices of K: a last slice that is short, or that has nothing left to do, included."""
+    use = ("STORE", True, False, F32)
+    for sizes in [(72, 136, 513), (128, 64, 70)]:
+        product(operands, tile, sizes, use, True, slices)
+
+
+@pytest.mark.parametrize("operands, tile", [(F32, FLOAT_TILES[1]), (BF16, BF16_TILES[5])], ids=str)
+def test_every_tile_is_computed_once(operands, tile):
+    """More rows of tiles than the 16 of a band, and a last band that is lower."""
+    product(operands, tile, (64 * 18 + 8, 64 * 3 + 8, 16), USES[0], True)
+    product(operands, tile, (64 * 16, 64 * 2, 16), USES[0], True)
+
+
+@pytest.mark.parametrize("operands", [F32, BF16], ids=NAMES.get)
+@pytest.mark.parametrize(
+    "rows, N, slices", [(1, 1, 1), (7, 33, 2), (100, 129, 3), (65, 512, 4), (333, 264, 5)]
+)
+def test_bias_gradient(operands, rows, N, slices):
+    dout, dbias = random(1, (rows, N), operands), random(2, N, np.float32)
+    per_slice, columns = cdiv(rows, slices), 512 // operands.itemsize
+    for aligned in {False, N % 8 == 0}:
+        results = []
+        for _ in range(2):
+            partials, total = gpu().empty((slices, N), np.float32), device(dbias)
+            name = f"column_partials<{NAMES[operands]}, {str(aligned).lower()}>"
+            sizes = (np.int32(rows), np.int32(N), np.int32(per_slice))
+            launch(name, (cdiv(N, columns), slices), (256,), (partials, device(dout), *sizes))
+            arguments = (total, partials, np.uint64(N), np.int32(slices))
+            launch("add_partials", (cdiv(N, 256),), (256,), arguments)
+            results.append(total.get())
+        assert results[0].tobytes() == results[1].tobytes()
+        check(results[0], dbias + dout.astype(np.float64).sum(0))
+
+
+def test_gelu_far_out():
+    """gelu(x) and its slope at both ends: 0 and x, 0 and 1, and no NaN between them."""
+    pre = np.array([[-1e4, -50.0, -6.0, -1.0, -1e-4, 0.0, 1e-4, 1.0, 6.0, 50.0, 1e4]], np.float32)
+    N, tile = pre.size, ", ".join(map(str, FLOAT_TILES[1]))
+    one, out, copy = device(np.ones((1, 1), np.float32)), gpu().empty((1, N), F32), gpu().empty((1, N), F32)
+    sizes = (np.int32(1), np.int32(N), np.int32(1), np.int32(16))
+    name = f"matmul_float<BIAS_GELU, false, false, false, {tile}>"
+    nothing = device(np.zeros((1, N), np.float32))
+    launch(name, (1,), (256,), (out, copy, device(pre[0]), one, nothing, *sizes))
+    np.testing.assert_allclose(out.get(), gelu(pre.astype(np.float64)), rtol=1e-5, atol=1e-9)
+    name = f"matmul_float<GELU_GRAD, false, true, false, {tile}>"
+    launch(name, (1,), (256,), (out, device(pre), None, one, device(np.ones((N, 1), np.float32)), *sizes))
+    with np.errstate(over="ignore"):
+        expected = gelu_grad(pre.astype(np.float64))
+    np.testing.assert_allclose(out.get(), expected, rtol=1e-5, atol=1e-7)
