@@ -416,7 +416,7 @@ class GPT2:
 
     def _reader(self, cache, B, T):
         """What appends B rows of T tokens to the cache: .run() makes .logits (B, Vp) from .inputs, which are
-        the tokens (B, T), the rows' lengths (B,), and which of the B T tokens is the last of each row (B,)."""
+        the tokens (B, T), the rows' lengths before (B,), and which of the B T tokens end the rows (B,)."""
         ops, keys, values, N = self.ops, cache.keys, cache.values, B * T
         a, inputs = self._activations("decoding", B, T, 1), ops.empty(N + 2 * B, np.int32)
         tokens, offsets, last = inputs[:N].reshape(B, T), inputs[N : N + B], inputs[N + B :]
@@ -496,12 +496,12 @@ class Cache:
 
     def select(self, rows):
         """Keep these rows, in this order; a row named twice is copied: drop what is done, share a prompt."""
-        picked, ops = np.asarray(rows, np.int32), self.model.ops
+        picked, ops, n = np.asarray(rows, np.int32), self.model.ops, len(rows)
         for name in ("keys", "values"):
             before = getattr(self, name)  # (L, B, NH, length, HS)
-            after = ops.empty((len(before), len(picked), *before.shape[2:]), before.dtype)
-            for i in range(len(before)):
-                ops.take_rows(after[i], before[i], ops.to_device(picked))
+            after = ops.empty((len(before), n, *before.shape[2:]), before.dtype)
+            for old, new in zip(before, after):
+                ops.take_rows(new.reshape(n, -1), old.reshape(len(old), -1), ops.to_device(picked))
             setattr(self, name, after)
         self.lengths, self.step = self.lengths[picked], None
 

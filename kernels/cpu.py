@@ -111,7 +111,7 @@ def encoder_backward(dwte, dwpe, dout, tokens):
 
 
 def take_rows(out, inp, rows):
-    """out (n, ...) = inp (N, ...)[rows (n,)]."""
+    """out (n, C) = inp (N, C)[rows (n,)]; the rows of inp may lie further apart than they are long."""
     np.take(inp, rows, axis=0, out=out, mode="clip")
 
 

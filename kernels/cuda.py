@@ -1,45 +1,43 @@
-"""The operations of cpu.py, same names, same arguments, on an NVIDIA GPU: our kernels, launched by CuPy.
+"""The operations of cpu.py, same names, same arguments, on an NVIDIA GPU: our kernels, launched.
 
-Read cpu.py first: it says what every operation computes. Read the .cu file beside the function that launches
-it: its table has each kernel's grid, block and workspace, and this file follows the tables. CuPy brings
-memory, streams and the compiler (NVRTC, when a kernel is first used; ~/.cupy keeps the result); it computes
-nothing.
-
-A kernel believes its arguments, so every operation holds them to their types, shapes and layout before it
-launches: a wrong one is an error, not a corruption. Which of a file's rungs runs, and with what tile, is
-decided here, by size and by what the card has.
+Read cpu.py first: it says what every operation computes. Read gpu.py for check and launch, and the .cu file
+beside the function that launches it: its table has each kernel's grid, block and workspace, and this file
+follows the tables. Which of a file's rungs runs, and with what tile, is decided here, by size and by what the
+card has.
 
   letters as in cpu.py; S is the storage type, "float" or "bf16", that all arrays marked with it share
 """
 
-import functools
 import math
-import re
-import zlib
-from pathlib import Path
-from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 
-from console import UserError, size
-
-try:
-    import cupy as xp
-
-    xp.cuda.runtime.getDeviceCount()
-except ImportError:
-    raise ImportError("CuPy is not installed; python -m pip install -r requirements-cuda.txt") from None
-except RuntimeError as error:
-    raise ImportError(f"no NVIDIA GPU, or its driver is older than CUDA 13 needs, 580: {error}") from None
-
-HERE = Path(__file__).parent
-DEVICE = xp.cuda.Device()
-CAPABILITY = int(DEVICE.compute_capability)  # 80: A100, 86: RTX 30, 89: RTX 40, L4, 90: H100, H200
-SMS = DEVICE.attributes["MultiProcessorCount"]  # each runs blocks of its own
-SHARED = DEVICE.attributes["MaxSharedMemoryPerBlockOptin"]  # bytes: 227 KB on sm_90, 163 on sm_80, else 99
-if CAPABILITY < 75:
-    raise ImportError(f"the GPU is of compute capability {CAPABILITY / 10}, CUDA 13 begins at 7.5")
+from console import UserError
+from kernels.gpu import (  # noqa: F401  what cpu.py has besides operations is among these
+    CAPABILITY,
+    DEVICE,
+    HERE,
+    NAMES,
+    SHARED,
+    SMS,
+    WIDTH,
+    aligned,
+    captured,
+    cdiv,
+    check,
+    empty,
+    free_memory,
+    launch,
+    load,
+    prefetch,
+    scratch,
+    synchronize,
+    to_device,
+    to_host,
+    xp,
+    zeros,
+)
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 if CAPABILITY < 80:
@@ -47,233 +45,6 @@ if CAPABILITY < 80:
 LOGITS = 1 << 28  # elements of a chunk of logits: half a gigabyte of bf16
 BATCH_TOKENS, SHARE = 1 << 17, 0.9  # a micro-batch by default: at most these tokens, this part of the memory
 RUNGS = {}  # what a benchmark or a test wants instead: "matmul": a tile, "slices", "attention": "flash" ..
-
-
-def cdiv(a, b):
-    return -(-a // b)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Memory
-
-
-def _allocate(make, shape, dtype):
-    try:
-        return make(shape, dtype)
-    except MemoryError:
-        wanted, (free, total) = int(np.prod(shape)) * np.dtype(dtype).itemsize, DEVICE.mem_info
-        raise UserError(
-            f"the GPU's memory is full: {size(wanted)} more are needed, {size(free)} of {size(total)} are "
-            "free; lower --batch-size, use --recompute or --dtype bfloat16, or choose a smaller --model"
-        ) from None
-
-
-def zeros(shape, dtype=np.float32):
-    return _allocate(xp.zeros, shape, dtype)
-
-
-def empty(shape, dtype=np.float32):
-    return _allocate(xp.empty, shape, dtype)
-
-
-def to_device(array):
-    """A copy on the GPU of a NumPy array; what is there already stays as it is."""
-    if isinstance(array, xp.ndarray):
-        return array
-    array = np.ascontiguousarray(array)
-    out = empty(array.shape, array.dtype)
-    out.set(array)
-    return out
-
-
-def to_host(array):
-    """A NumPy array, once everything that was asked for before has been computed."""
-    return xp.asnumpy(array)
-
-
-def synchronize():
-    """Wait until everything asked for has been computed."""
-    DEVICE.synchronize()
-
-
-def free_memory():
-    """Bytes that can still be allocated: the card's, and what CuPy keeps for later."""
-    return DEVICE.mem_info[0] + xp.get_default_memory_pool().free_bytes()
-
-
-_scratch = SimpleNamespace(buffer=None, counts=None)
-
-
-def scratch(*wanted):
-    """Working memory, an array for each (elements, type): valid until the next operation asks for some.
-
-    One buffer serves all, because operations follow each other on one stream. It grows to the largest demand.
-    """
-    sizes = [cdiv(n * np.dtype(dtype).itemsize, 256) * 256 for n, dtype in wanted]
-    if _scratch.buffer is None or _scratch.buffer.size < sum(sizes):
-        _scratch.buffer = None
-        _scratch.buffer = empty(sum(sizes), np.uint8)
-    arrays, start = [], 0
-    for (n, dtype), n_bytes in zip(wanted, sizes):
-        end = start + n * np.dtype(dtype).itemsize
-        arrays.append(_scratch.buffer[start:end].view(dtype))
-        start += n_bytes
-    return arrays
-
-
-def prefetch(batches):
-    """Yield tuples of host arrays as tuples of device arrays, valid until the next; the next is on its way.
-
-    A side stream copies it from pinned memory while the GPU computes. Two sets of buffers take turns, and one
-    is filled again only when everything that was asked for with its last contents has been computed.
-    """
-    stream, slots, arrived = xp.cuda.Stream(non_blocking=True), {}, None
-    for number, batch in enumerate(batches):
-        arrays = [np.ascontiguousarray(array) for array in batch]
-        key = number % 2, *((array.shape, array.dtype) for array in arrays)
-        if key not in slots:
-            pinned = [xp.cuda.alloc_pinned_memory(array.nbytes) for array in arrays]
-            host = [np.frombuffer(p, a.dtype, a.size).reshape(a.shape) for p, a in zip(pinned, arrays)]
-            device = [empty(array.shape, array.dtype) for array in arrays]
-            slots[key] = host, device, xp.cuda.Event(), xp.cuda.Event()
-        host, device, copied, used = slots[key]
-        copied.synchronize()  # long ago
-        stream.wait_event(used)
-        for on_host, on_device, array in zip(host, device, arrays):
-            on_host[...] = array
-            on_device.set(on_host, stream)
-        copied.record(stream)
-        if arrived:
-            yield from _handed_over(*arrived)
-        arrived = device, copied, used
-    if arrived:
-        yield from _handed_over(*arrived)
-
-
-def _handed_over(device, copied, used):
-    xp.cuda.get_current_stream().wait_event(copied)
-    yield tuple(device)
-    used.record()
-
-
-def captured(function):
-    """`function`, which must use the same arrays every time, as a CUDA graph: one launch instead of hundreds.
-
-    The first call runs it, so that kernels are compiled and scratch memory has its size; the second records
-    it; from then on the recording is played. Python's share of a decoding step vanishes.
-    """
-    state = SimpleNamespace(calls=0, graph=None, scratch=None)
-
-    def call():
-        state.calls += 1
-        if state.calls == 1:
-            return function()
-        if state.graph is None:
-            stream = xp.cuda.Stream(non_blocking=True)
-            with stream:
-                stream.begin_capture()
-                try:
-                    function()
-                finally:
-                    state.graph = stream.end_capture()
-            state.scratch = _scratch.buffer  # the recording writes there, also when others have a larger one
-        state.graph.launch()
-
-    return call
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Launching
-
-NAMES = {np.dtype(np.float32): "float", np.dtype(np.int32): "int", np.dtype(np.int64): "long"}
-NAMES[np.dtype(ml_dtypes.bfloat16)] = "bf16"
-WIDTH = {"float": 4, "bf16": 8}  # elements in 16 bytes, the most that a thread reads at once
-
-
-@functools.cache
-def _parsed(what):
-    operation, _, arrays = what.partition(": ")
-    entries = []
-    for entry in arrays.split(", "):
-        name, kind, *dims = entry.split()
-        dims = [re.fullmatch(r"(\d*)(\w?)", dim).groups() for dim in dims]
-        dims = [(int(factor or 1), letter) for factor, letter in dims]
-        entries.append((name.rstrip("?~"), name, kind, dims))
-    return operation, entries
-
-
-def check(what, *arrays):
-    """Hold arrays to "operation: name type sizes, ..." and return the sizes, and S, by their letters.
-
-    A letter means the same number everywhere, 3C three times C, and N as the first of an array's sizes is all
-    its leading dimensions together. A type is S, W (S or float), float, bf16, int or long. name? may be None;
-    the rows of name~ may lie further apart than they are long.
-    """
-    operation, entries = _parsed(what)
-    found = {}
-    for (name, marks, kind, dims), array in zip(entries, arrays, strict=True):
-        if array is None and "?" in marks:
-            continue
-        if not isinstance(array, xp.ndarray):
-            raise TypeError(f"{operation}: {name} is {type(array).__name__}, not an array on the GPU")
-        element, shape, fits = NAMES.get(array.dtype), array.shape, array.device.id == DEVICE.id
-        if kind == "S":
-            fits &= element in WIDTH and found.setdefault("S", element) == element
-        else:
-            fits &= element == kind or (kind == "W" and element in ("float", found["S"]))
-        if dims[0][1] == "N" and len(shape) >= len(dims) - 1:
-            leading = len(shape) - len(dims) + 1
-            shape = math.prod(shape[:leading]), *shape[leading:]
-        fits &= len(shape) == len(dims) and 0 not in shape
-        fits &= (array[0] if "~" in marks and array.ndim else array).flags.c_contiguous
-        for (factor, letter), length in zip(dims, shape):
-            size_of_letter = found.setdefault(letter, length // factor) if letter else 1
-            fits &= length == factor * size_of_letter
-        if not fits:
-            wanted = ", ".join(f"{f if f > 1 or not x else ''}{x}" for f, x in dims)
-            known = ", ".join(f"{letter} = {value}" for letter, value in found.items())
-            layout = "" if array.flags.c_contiguous else ", not contiguous,"
-            is_a = f"{array.dtype} {array.shape}{layout} on GPU {array.device.id}"
-            must_be = f"{kind} ({wanted}) on GPU {DEVICE.id}, with {known}"
-            raise ValueError(f"{operation}: {name} is {is_a}; it must be {must_be}")
-    return SimpleNamespace(**found)
-
-
-def aligned(*arrays):
-    return all(array is None or array.data.ptr % 16 == 0 for array in arrays)
-
-
-@functools.cache
-def _options():
-    """CuPy's cache looks at the .cu file and at these, so what the file includes must be among them."""
-    headers = b"".join(path.read_bytes() for path in sorted(HERE.glob("*.cuh")))
-    return "-std=c++17", f"-I{HERE}", f"-DHEADERS={zlib.crc32(headers)}"
-
-
-@functools.cache
-def load(file, kernel, shared=0):
-    """A kernel of a .cu file, compiled for this card, allowed so many bytes of dynamic shared memory."""
-    try:
-        code = (HERE / f"{file}.cu").read_text()
-        module = xp.RawModule(code=code, options=_options(), name_expressions=[kernel])
-        function = module.get_function(kernel)
-    except xp.cuda.compiler.CompileException as error:
-        what = f"kernels/{file}.cu does not compile ({kernel}, sm_{CAPABILITY})"
-        raise UserError(f"{what}; this is a bug, please report it with the log:\n{error}") from None
-    except (ImportError, OSError, RuntimeError) as error:
-        remedy = "NVRTC may be missing: python -m pip install -r requirements-cuda.txt"
-        raise UserError(f"kernels/{file}.cu cannot be compiled or loaded ({error}); {remedy}") from None
-    if shared > 48 * 1024:
-        function.max_dynamic_shared_size_bytes = shared
-    return function
-
-
-def launch(file, kernel, grid, block, *arguments, shared=0):
-    """Run a kernel. grid and block are numbers or tuples; Python's numbers go as int and float."""
-    grid, block = (shape if isinstance(shape, tuple) else (shape,) for shape in (grid, block))
-    plain = {int: np.int32, float: np.float32}
-    arguments = tuple(plain.get(type(argument), lambda x: x)(argument) for argument in arguments)
-    load(file, kernel, shared)(grid, block, arguments, shared_mem=shared)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -288,20 +59,23 @@ def encoder_forward(out, tokens, wte, wpe, offsets=None):
     launch("encoder", f"encoder_forward<{n.S}>", cdiv(N * packs, 256), 256, *arguments)
 
 
+_count = []  # (V,) int32: how often each token stands in a batch
+
+
 def encoder_backward(dwte, dwpe, dout, tokens):
     what = "encoder_backward: dout S B T C, dwte float V C, dwpe float P C, tokens int B T"
     n = check(what, dout, dwte, dwpe, tokens)
     N, packs, strips = n.B * n.T, cdiv(n.C, WIDTH[n.S]), cdiv(n.C, 32 * WIDTH[n.S])
     if n.T > n.P:
         raise ValueError(f"encoder_backward: dwpe has {n.P} positions, dout {n.T}")
-    if _scratch.counts is None or len(_scratch.counts) < n.V:
-        _scratch.counts = zeros(n.V, np.int32)  # the kernels leave it zero
+    if len(_count) == 0 or len(_count[0]) < n.V:
+        _count[:] = [zeros(n.V, np.int32)]  # the kernels leave it zero
     ints = [(n.V + 1, np.int32), (N, np.int32), (N, np.int32), (N, np.int32)]
     starts, place, grouped, order, partials = scratch(*ints, (cdiv(N, 32) * n.C, np.float32))
     rows, S = cdiv(N, 256), n.S
     launch("encoder", f"encoder_backward_wpe<{S}>", cdiv(n.T * packs, 256), 256, dwpe, dout, n.B, n.T, n.C)
-    launch("encoder", "token_count", rows, 256, place, _scratch.counts, tokens, N)
-    launch("encoder", "token_starts", 1, 1024, starts, _scratch.counts, n.V)
+    launch("encoder", "token_count", rows, 256, place, *_count, tokens, N)
+    launch("encoder", "token_starts", 1, 1024, starts, *_count, n.V)
     launch("encoder", "token_scatter", rows, 256, grouped, starts, place, tokens, N)
     launch("encoder", "token_order", rows, 256, order, starts, grouped, tokens, N)
     arguments = dwte, partials, dout, tokens, starts, order, N, n.C
@@ -311,15 +85,10 @@ def encoder_backward(dwte, dwpe, dout, tokens):
 
 
 def take_rows(out, inp, rows):
-    n = check("take_rows: out S R C, inp~ S N C, rows int R", *(_rows(x) for x in (out, inp)), rows)
+    n = check("take_rows: out S R C, inp~ S M C, rows int R", out, inp, rows)
     stride = inp.strides[0] // inp.itemsize
     grid = cdiv(n.C, 256 * WIDTH[n.S]), n.R
     launch("gather", f"take_rows<{n.S}>", grid, 256, out, inp, rows, n.C, stride)
-
-
-def _rows(array):
-    """(n, ...) as (n, m): everything behind the first dimension is a row."""
-    return array if array.ndim == 2 else array.reshape(len(array), -1)
 
 
 # ------------------------------------------------------------------------------------------------------------
