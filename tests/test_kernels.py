@@ -333,7 +333,7 @@ def forward(case, memory, x):
     outputs, backward = case.operation(memory.ops, memory.new, SimpleNamespace(**{**vars(x), **there}))
     memory.assert_guards()
     for name, value in arrays.items():
-        assert np.array_equal(memory.get(there[name]), value.astype(memory.dtype)), f"{name} was changed"
+        assert np.array_equal(memory.get(there[name]), value.astype(there[name].dtype)), f"{name} was changed"
     return outputs, backward
 
 

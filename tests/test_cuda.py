@@ -1,0 +1,200 @@
+"""kernels/cuda.py against kernels/cpu.py: every operation, in float32 and bfloat16, at every size.
+
+The cases are test_kernels.py's, and more. The reference is cpu.py in float64 on the same inputs, rounded to
+the storage type. In the emulator, or on a GPU where there is one (tests/card.py); each operation runs twice
+and must give the same bits.
+"""
+
+import sys
+
+import card
+import numpy as np
+import pytest
+import test_kernels as reference
+from test_kernels import CASES, Memory, case, drawn, forward, gradients, tokens
+
+from console import UserError
+from kernels import cpu
+from kernels.sampling import filtered_probabilities
+
+cuda = card.cuda()
+gpu = sys.modules[cuda.launch.__module__]
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7}  # of the largest element: bfloat16 has 8 bits
+
+
+def wide_cases():
+    """What the kernels treat differently: 16-byte rows, tiles, long sums, heads for the tensor cores."""
+    for shape in [(2, 5, 64), (1, 9, 768), (1, 5, 1600), (1, 3, 1800)]:
+        at, C = "x".join(map(str, shape)), shape[-1:]
+        yield case(reference.layernorm, "inp weight bias", at, inp=shape, weight=C, bias=C)
+        yield case(
+            reference.residual_layernorm, "inp weight bias", at, inp=shape, branch=shape, weight=C, bias=C
+        )
+    for B, T, I, O in [(2, 5, 64, 192), (2, 65, 128, 72), (3, 700, 32, 40)]:
+        sizes, at = dict(inp=(B, T, I), weight=(I, O), bias=(O,)), f"{B}x{T}x{I}x{O}"
+        yield case(reference.matmul, "weight bias", at, **sizes)
+        yield case(reference.matmul_transposed, "wte", at, inp=(B, T, I), wte=(O, I))
+        yield case(reference.matmul_gelu, "weight bias", at, **sizes)
+        yield case(reference.matmul_of_gelu, "weight bias", at, **sizes)
+        yield case(reference.matmul_residual, "weight bias", at, **sizes, branch=(B, T, O))
+    for B, T, NH, HS in [(2, 130, 2, 64), (1, 70, 2, 128), (1, 65, 1, 100)]:
+        yield case(reference.attention, "", f"{B}x{T}x{NH}x{HS}", qkv=(B, T, 3 * NH * HS), n_head=NH)
+    yield case(reference.encoder, "wte wpe", "2x300x64", tokens=tokens(2, 300, 9), wte=(9, 64), wpe=(300, 64))
+    targets = tokens(1, 5, 1000)[0]
+    yield case(reference.classifier, "", "5x1000", logits=(5, 1024), targets=targets, vocab_size=1000)
+
+
+def rounded(array, dtype):
+    return array.astype(dtype).astype(float)
+
+
+def run(case, memory, x, storage):
+    """All that an operation writes: {name: array on the host}."""
+    rng = np.random.default_rng(5)
+    outputs, backward = forward(case, memory, x)
+    results = {name: memory.ops.to_host(array) for name, array in outputs.items()}
+    dout = rng.standard_normal(outputs["out"].shape)
+    dout = rounded(dout, np.float32 if case.operation is reference.classifier else storage)
+    slopes = gradients(case, memory, x, dout, backward, rng)
+    return results | {f"d{name}": array for name, array in slopes.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", [*CASES, *wide_cases()])
+def test_operation(case, dtype):
+    storage = cuda.DTYPES[dtype]
+    x = drawn(case, np.random.default_rng(4))
+    for name, value in vars(x).items():
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            setattr(x, name, rounded(value, storage))
+    memories = Memory("cuda", dtype), Memory("cuda", dtype), Memory("cpu", "float64")
+    first, second, wanted = (run(case, memory, x, storage) for memory in memories)
+    assert first.keys() == second.keys() == wanted.keys()
+    for name in wanted:
+        assert first[name].tobytes() == second[name].tobytes(), f"{name} differs from run to run"
+        got, want = first[name].astype(float), wanted[name].astype(float)
+        # Without variance, in rows of one channel, layernorm's slope is 1 / sqrt(1e-5), and its errors too.
+        slope = np.abs(wanted["rstd"]).max() if name[0] == "d" and "rstd" in wanted else 1
+        error, largest = np.abs(got - want).max(), max(np.abs(want).max(), slope, 1)
+        assert error <= TOLERANCE[dtype] * largest, f"{name}: off by {error:.3g}, of {largest:.3g}"
+
+
+def on_both(operation, *arrays, outputs=1):
+    """operation(ops, *arrays) with cuda in float32 and cpu in float64: what the first arrays then hold."""
+    there = [cuda.to_device(a.astype(np.float32) if a.dtype == float else a) for a in arrays]
+    here = [array.copy() for array in arrays]
+    operation(cuda, *there)
+    operation(cpu, *here)
+    return [(cuda.to_host(array), wanted) for array, wanted in zip(there[:outputs], here)]
+
+
+@pytest.mark.parametrize("n", [1, 1000, 5000])
+@pytest.mark.parametrize("norm_limit", [np.inf, 1e-3])
+def test_optimizer(n, norm_limit):
+    rng = np.random.default_rng(n)
+    arrays = [rng.standard_normal(n) for _ in range(3)] + [rng.random(n)]  # v is never negative
+
+    def three_steps(ops, params, m, grads, v, norm, scale):
+        for step in range(1, 4):
+            ops.global_norm(norm, grads)
+            ops.clip_scale(scale, norm, 1.0, norm_limit)
+            ops.adamw(params, grads, m, v, scale, 1e-2, 0.9, 0.95, 1e-8, 0.1, step)
+
+    for got, wanted in on_both(three_steps, *arrays, np.zeros(1), np.zeros(1), outputs=6):
+        np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("T, NH, HS, length", [(1, 2, 64, 90), (3, 3, 7, 20), (5, 1, 128, 16)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_decode(dtype, T, NH, HS, length):
+    rng, storage = np.random.default_rng(T), cuda.DTYPES[dtype]
+    qkv, keys, values = (
+        rounded(rng.standard_normal(shape), storage)
+        for shape in [(3, T, 3 * NH * HS), (3, NH, length, HS), (3, NH, length, HS)]
+    )
+    lengths, out = np.array([0, length - T, 2], np.int32), np.full((3, T, NH * HS), np.nan)
+    there = [cuda.to_device(array.astype(storage)) for array in (out, qkv, keys, values)]
+    cuda.attention_decode(*there, cuda.to_device(lengths))
+    cpu.attention_decode(out, qkv, keys, values, lengths)
+    for got, wanted in zip(there, (out, qkv, keys, values)):
+        np.testing.assert_allclose(cuda.to_host(got).astype(float), wanted, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("C", [1, 7, 64, 513])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_take_rows(dtype, C):
+    inp = np.random.default_rng(C).standard_normal((9, C + 7)).astype(cuda.DTYPES[dtype])
+    rows, out = np.array([8, 0, 3, 3], np.int32), cuda.empty((4, C), cuda.DTYPES[dtype])
+    cuda.take_rows(out, cuda.to_device(inp)[:, :C], cuda.to_device(rows))
+    assert np.array_equal(cuda.to_host(out), inp[rows, :C])
+
+
+def test_offsets_of_the_encoder():
+    """While decoding, rows begin at positions of their own, and padding may run over the end."""
+    rng, offsets = np.random.default_rng(1), np.array([0, 5, 9], np.int32)
+    wte, wpe, out = rng.standard_normal((11, 6)), rng.standard_normal((10, 6)), np.zeros((3, 4, 6))
+
+    def encode(ops, out, wte, wpe, tokens, offsets):
+        ops.encoder_forward(out, tokens, wte, wpe, offsets)
+
+    ((got, wanted),) = on_both(encode, out, wte, wpe, tokens(3, 4, 11), offsets)
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(temperature=0.7, top_k=5), dict(top_p=0.8), dict(min_p=0.2)])
+def test_sample_draws_with_the_frequencies_of_the_cpu(settings):
+    B, V = 200, 20
+    row = np.random.default_rng(3).standard_normal((1, V)).astype(np.float32) * 2
+    out, logprobs = cuda.empty(B, np.int32), cuda.empty((2, B))
+    streams, counters = cuda.to_device(np.arange(B)), cuda.to_device(np.full(B, 7))
+    logits = cuda.to_device(np.repeat(np.pad(row, ((0, 0), (0, 4))), B, 0))[:, :V]  # a view of padded rows
+    cuda.sample(out, logits, 11, streams, counters, **settings, logprobs=logprobs)
+    ids, logprobs = cuda.to_host(out), cuda.to_host(logprobs)
+    wanted = filtered_probabilities(row, **settings)[0]
+    spread = 4 * np.sqrt(wanted * (1 - wanted) / B) + 1e-12
+    assert (np.abs(np.bincount(ids, minlength=V) / B - wanted) <= spread).all()
+    np.testing.assert_allclose(logprobs[0], np.log(wanted[ids]), atol=1e-5)
+    np.testing.assert_allclose(logprobs[1], np.log(filtered_probabilities(row)[0, ids]), atol=1e-5)
+
+
+def test_prefetch_and_recordings():
+    """Batches arrive in order and whole; a recording reads what its arrays hold when it is played."""
+    batches = [(np.full((2, 3), i, np.int32), np.full(4, -i, np.int32)) for i in range(5)]
+    out, inp = cuda.empty((1, 8)), cuda.zeros((1, 8))
+    play = cuda.captured(lambda: cuda.residual_forward(out, inp, inp))
+    for i, (first, second) in enumerate(cuda.prefetch(iter(batches))):
+        assert (cuda.to_host(first) == i).all() and (cuda.to_host(second) == -i).all()
+        inp[...] = cuda.to_device(np.full((1, 8), i, np.float32))
+        play()
+        assert (cuda.to_host(out) == 2 * i).all()
+    assert i == 4
+
+
+def test_wrong_arguments_are_errors():
+    new, wrong = cuda.zeros, pytest.raises(ValueError, match=r"layernorm_forward: weight is float32 \(4,\)")
+    x, statistics, w = new((2, 3, 8)), new((2, 3)), new(8)
+    cuda.layernorm_forward(x, statistics, statistics, x, w, w)
+    with wrong:
+        cuda.layernorm_forward(x, statistics, statistics, x, new(4), w)
+    for out, mean, inp, weight in [
+        (x, new((3, 3)), x, w),  # too many rows
+        (x, statistics, new((2, 3, 8), cuda.DTYPES["bfloat16"]), w),  # another storage type
+        (x, statistics, new((2, 3, 16))[:, :, ::2], w),  # holes between the elements
+        (x, new((2, 3), np.int32), x, w),
+        (new((0, 3, 8)), new((0, 3)), new((0, 3, 8)), w),  # nothing
+    ]:
+        with pytest.raises(ValueError, match="layernorm_forward"):
+            cuda.layernorm_forward(out, mean, mean, inp, weight, w)
+    with pytest.raises(TypeError, match="inp is ndarray, not an array on the GPU"):
+        cuda.layernorm_forward(x, statistics, statistics, np.zeros((2, 3, 8)), w, w)
+    with pytest.raises(ValueError, match="lse is for 3 heads"):
+        cuda.attention_forward(new((1, 2, 6)), new((1, 3, 2)), new((1, 2, 18)), 2)
+    with pytest.raises(ValueError, match="the same way"):
+        cuda.matmul_backward(None, new((8, 3)).T, None, x, x[..., :3].copy(), new((3, 8)))
+
+
+def test_a_kernel_that_does_not_compile(tmp_path, monkeypatch):
+    (tmp_path / "broken.cu").write_text("__global__ void broken(int* out) {\n    out[0] = nothing;\n}\n")
+    monkeypatch.setattr(gpu, "HERE", tmp_path)
+    with pytest.raises(UserError, match=r"kernels/broken.cu does not compile \(broken, sm_(.|\n)*nothing"):
+        cuda.load("broken", "broken")

@@ -1,0 +1,186 @@
+"""GPT-2 on a card: ten steps beside the CPU's, decoding, recomputation, files, and the two programs.
+
+In the emulator, or on a GPU where there is one (tests/card.py). Read test_cuda.py before.
+"""
+
+import json
+
+import card
+import ml_dtypes
+import numpy as np
+import pytest
+
+import data
+import gpt2
+import kernels
+import sample
+import train
+from console import UserError
+
+cuda = card.cuda()
+CONFIG = gpt2.GPT2Config(n_layer=2, n_head=2, n_embd=128, n_positions=40, vocab_size=300)  # HS 64
+ODD = gpt2.GPT2Config(n_layer=1, n_head=3, n_embd=21, n_positions=20, vocab_size=61)
+
+
+def batches(config, B, T, n, seed=1):
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        windows = rng.integers(0, config.vocab_size, (B, T + 1)).astype(np.int32)
+        yield windows[:, :-1], windows[:, 1:]
+
+
+def ten_steps(config, device, dtype, T, recompute=False):
+    """(losses and norms of ten steps, the parameters after them as bytes). Batches come by prefetch."""
+    model = gpt2.GPT2(config, device, dtype, seed=3, recompute=recompute)
+    optimizer, curve = gpt2.AdamW(model), []
+    for tokens, targets in model.prefetch(batches(config, 3, T, 10)):
+        losses = model.forward(tokens, targets)
+        model.backward()
+        loss = float(model.ops.to_host(losses).mean(dtype=np.float64))
+        curve.append((loss, optimizer.step(1e-3)))
+    return np.array(curve), model.ops.to_host(model.flat_params).tobytes()
+
+
+@pytest.mark.parametrize("config, T", [(CONFIG, 33), (ODD, 19)], ids=["aligned", "odd"])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 0.02)])
+def test_ten_steps_are_the_cpus(config, T, dtype, tolerance):
+    wanted, _ = ten_steps(config, "cpu", "float32", T)
+    got, parameters = ten_steps(config, "cuda", dtype, T)
+    assert np.abs(got - wanted)[:, 0].max() < tolerance  # losses
+    assert np.abs(got / wanted - 1)[:, 1].max() < tolerance  # norms of gradients
+    again, same = ten_steps(config, "cuda", dtype, T)
+    assert got.tobytes() == again.tobytes() and parameters == same
+    recomputed, same = ten_steps(config, "cuda", dtype, T, recompute=True)
+    assert got.tobytes() == recomputed.tobytes() and parameters == same
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
+@pytest.mark.parametrize("config", [CONFIG, ODD], ids=["aligned", "odd"])
+def test_decoding_is_the_full_forward_pass(config, dtype, tolerance):
+    """Rows of different lengths, a prompt, then steps (run, recorded, played), rows dropped and doubled."""
+    model = gpt2.GPT2(config, "cuda", dtype, seed=5)
+    host, rng = model.ops.to_host, np.random.default_rng(6)
+    for view in model.params.values():  # larger than at the beginning, so that attention is not all even
+        view[...] = model.ops.to_device((host(view).astype(np.float32) * 3).astype(model.type))
+    tokens = rng.integers(0, config.vocab_size, (3, 14)).astype(np.int32)
+    full = host(model.logits(tokens))  # (B, T, V)
+    cache, lengths = model.new_cache(3, 18), np.array([5, 2, 4])
+    rows = np.arange(3)
+    decoded = [(rows, lengths - 1, model.decode(tokens[:, :5], cache, lengths))]
+    for step in range(4):
+        decoded.append((rows, lengths + step, model.decode(tokens[rows, lengths + step, None], cache)))
+    rows = np.array([2, 0, 2, 2])
+    cache.select(rows)
+    for step in range(4, 8):
+        at = lengths[rows] + step
+        decoded.append((rows, at, model.decode(tokens[rows, at, None], cache)))
+    for rows, at, logits in decoded:
+        assert np.abs(host(logits) - full[rows, at]).max() < tolerance * np.abs(full).max()
+
+
+def test_a_model_travels_between_devices(tmp_path):
+    model = gpt2.GPT2(CONFIG, "cuda", "bfloat16", seed=7)
+    optimizer = gpt2.AdamW(model)
+    tokens, targets = next(batches(CONFIG, 2, 9, 1))
+    model.forward(tokens, targets)
+    model.backward()
+    optimizer.step(1e-3)
+    model.save_pretrained(tmp_path)
+    optimizer.save(tmp_path / "optimizer.safetensors")
+    for device in ("cpu", "cuda"):
+        other = gpt2.GPT2.from_pretrained(tmp_path, device)
+        moments = gpt2.AdamW(other)
+        moments.load(tmp_path / "optimizer.safetensors")
+        assert (
+            np.array_equal(other.ops.to_host(moments.v), model.ops.to_host(optimizer.v))
+            and moments.steps == 1
+        )
+        for name, value in model.master.items():  # the float32 copy is what is saved
+            assert np.array_equal(other.ops.to_host(other.params[name]), model.ops.to_host(value)), name
+
+
+def test_losses_are_forwards():
+    for dtype in cuda.DTYPES:
+        model = gpt2.GPT2(CONFIG, "cuda", dtype)
+        tokens, targets = next(batches(CONFIG, 2, 9, 1))
+        one, other = model.losses(tokens, targets), model.forward(tokens, targets)
+        np.testing.assert_allclose(cuda.to_host(one), cuda.to_host(other), rtol=1e-5)
+
+
+def test_chunks_of_logits(monkeypatch):
+    """Rows of logits that do not fit at once: the same losses and gradients, to rounding."""
+    results = []
+    for elements in (1 << 28, 256 * CONFIG.padded_vocab_size):
+        monkeypatch.setattr(cuda, "LOGITS", elements)
+        model = gpt2.GPT2(CONFIG, "cuda", "float32", seed=3)
+        losses = model.forward(*next(batches(CONFIG, 8, 37, 1)))
+        model.backward()
+        results.append((cuda.to_host(losses), cuda.to_host(model.flat_grads)))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    np.testing.assert_allclose(results[0][1], results[1][1], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    place = tmp_path_factory.mktemp("text")
+    for a in range(30):
+        (place / f"{a}.txt").write_text("\n".join(f"{a} plus {b} is {a + b}." for b in range(30)))
+    texts = map(str, sorted(place.glob("*.txt")))
+    data.main(["text", *texts, "--out", str(place / "shards"), "--tokenizer", "bytes"])
+    return place / "shards"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_train_and_sample(shards, tmp_path, capsys, dtype):
+    """train.py from shards to a checkpoint, on from there, and sample.py from the result, all on the card."""
+    sizes = "--n-layer 1 --n-head 2 --n-embd 32 --seq-len 16 --total-batch-tokens 64 --batch-size 2 --lr 1e-2"
+    often = (
+        "--warmup-steps 1 --eval-every 3 --eval-tokens 64 --sample-every 3 --sample-tokens 5 --save-every 3"
+    )
+    where = f"--data {shards} --device cuda --dtype {dtype}"
+
+    def curve(out, *steps):
+        for n, more in zip(steps, ("", "--resume")):
+            train.main(f"{where} {sizes} {often} --out {out} --steps {n} {more}".split())
+        events = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        return [event["loss"] for event in events if event["event"] == "step"]
+
+    losses = curve(tmp_path / "once", 6)
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert "seen" in capsys.readouterr().out
+    prompt = "--prompt 1 --max-tokens 6 --num-samples 2 --temperature 0.5 --top-p 0.9 --seed 1 --json"
+    texts = []
+    for _ in range(2):
+        sample.main([str(tmp_path / "once"), *prompt.split(), "--device", "cuda", "--dtype", dtype])
+        texts.append(json.loads(capsys.readouterr().out)["samples"])
+    assert texts[0] == texts[1] and len(texts[0][0]["ids"]) == 6
+
+
+def test_a_gpu_without_bfloat16(monkeypatch, capsys):
+    monkeypatch.setattr(cuda, "DTYPES", {"float32": np.float32})
+    assert kernels.choose("cuda", "bfloat16") == ("cuda", "float32")
+    assert "computing in float32" in capsys.readouterr().err
+
+
+def test_no_gpu(monkeypatch):
+    def load(device):
+        raise ImportError("no NVIDIA GPU")
+
+    monkeypatch.setattr(kernels, "load", load)
+    assert kernels.choose("auto", "float32") == ("cpu", "float32")
+    with pytest.raises(UserError, match=r"--device cuda cannot be used .no NVIDIA GPU.; use --device cpu"):
+        kernels.choose("cuda", "float32")
+
+
+def test_memory_is_estimated_and_its_end_is_said(monkeypatch):
+    config = gpt2.GPT2Config(**gpt2.PRESETS["d12"])
+    sizes = [sum(config.memory(64, 1024, 2, recompute, cuda.LOGITS).values()) for recompute in (False, True)]
+    assert 15e9 < sizes[1] < sizes[0] < 60e9
+    with pytest.raises(UserError, match=r"memory is full: 2.2 TB more .* lower --batch-size"):
+        cuda.empty((1 << 40,), ml_dtypes.bfloat16)
+
+
+def test_heads_that_are_too_wide():
+    config = gpt2.GPT2Config(n_layer=1, n_head=1, n_embd=136, n_positions=8, vocab_size=16)
+    with pytest.raises(UserError, match="heads of 136 channels"):
+        gpt2.GPT2(config, "cuda").logits([[1]])
