@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import gpt2
+import kernels
 import runs
 from console import Parser, UserError, number, run
 from kernels.sampling import filtered_probabilities
@@ -215,8 +216,7 @@ def main(argv=None):
     prompt = flags.prompt if flags.prompt_file is None else read_prompt(flags.prompt_file)
     checkpoint = runs.newest_checkpoint(flags.directory)
     tokenizer = Tokenizer.load(checkpoint)
-    device = "cpu" if flags.device == "auto" else flags.device
-    model = gpt2.GPT2.from_pretrained(checkpoint, device, flags.dtype)
+    model = gpt2.GPT2.from_pretrained(checkpoint, kernels.choose(flags.device), flags.dtype)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
             f"{checkpoint}: tokenizer.json has {tokenizer.vocab_size} tokens and the model "
