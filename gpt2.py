@@ -94,7 +94,7 @@ class GPT2Config:
 
 
 PRESETS = {  # GPT-2's four sizes by their depth, and one that a laptop trains in minutes
-    "tiny": dict(n_layer=6, n_head=6, n_embd=192),
+    "tiny": dict(n_layer=4, n_head=4, n_embd=128),
     "d12": dict(n_layer=12, n_head=12, n_embd=768),
     "d24": dict(n_layer=24, n_head=16, n_embd=1024),
     "d36": dict(n_layer=36, n_head=20, n_embd=1280),

@@ -213,8 +213,8 @@ def continuation(model, tokenizer, n, seed, temperature=0.8):
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
-RECIPES = {  # what flags default to, by --model; d12 to d48 are llm.c's and the GPT-3 paper's settings
-    "tiny": dict(lr=2e-3, steps=1200, total_batch_tokens=4096, seq_len=256, warmup_steps=50),
+RECIPES = {  # what flags default to, by --model: tiny tried out here, the others llm.c's and GPT-3's settings
+    "tiny": dict(lr=4e-3, steps=2400, total_batch_tokens=2048, seq_len=256, warmup_steps=50),
     "d12": dict(lr=6e-4, steps=18865, total_batch_tokens=524288, seq_len=1024, warmup_steps=700),
     "d24": dict(lr=3e-4, steps=18865, total_batch_tokens=524288, seq_len=1024, warmup_steps=700),
     "d36": dict(lr=2.5e-4, steps=18865, total_batch_tokens=524288, seq_len=1024, warmup_steps=700),

@@ -245,11 +245,24 @@ def test_a_new_log_sweeps_up_after_a_killed_process(tmp_path):
 
 
 def test_checkpoints_are_found_in_order_and_others_are_not(tmp_path):
-    for name in ("step_000900", "step_000010", "step_1000000", "step_x", "other", ".step_000011.5.part"):
+    for name in (
+        "step_000900",
+        "step_000010",
+        "step_1000000",
+        "step_999999",
+        "step_x",
+        "other",
+        ".step_000011.5.part",
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").touch()
     (tmp_path / "step_000950").mkdir()  # without a config.json
-    assert [d.name for d in runs.checkpoints(tmp_path)] == ["step_000010", "step_000900", "step_1000000"]
+    assert [d.name for d in runs.checkpoints(tmp_path)] == [
+        "step_000010",
+        "step_000900",
+        "step_999999",
+        "step_1000000",
+    ]
     assert runs.newest_checkpoint(tmp_path).name == "step_1000000"
     assert runs.newest_checkpoint(tmp_path / "step_000010").name == "step_000010"
     assert runs.checkpoints(tmp_path / "missing") == []
@@ -281,7 +294,7 @@ def test_interrupt_asks_once_and_stops_at_the_second(capsys):
 
 
 KILLED = """
-import os, random, signal, sys, time
+import os, random, shutil, signal, sys, time
 from pathlib import Path
 import numpy as np
 import gpt2, runs
@@ -325,7 +338,7 @@ rng, reached = random.Random(0), [0]
 began = time.perf_counter()
 runs.save_checkpoint(run, 1, model, tokenizer, optimizer, keep=2)
 one_save = time.perf_counter() - began
-os.system(f"rm -r {run}/step_000001")
+shutil.rmtree(run / "step_000001")
 for n in range(25):
     child = os.fork()
     if child == 0:

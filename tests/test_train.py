@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -514,7 +515,7 @@ def test_a_run_goes_on_with_another_micro_batch_and_elsewhere(start, tmp_path, w
     os.rename(tmp_path / "first", tmp_path / "here" / "moved")
     run = tmp_path / "here" / "moved"
     for rows, place in ((4, tmp_path / "four"), (2, tmp_path / "two")):
-        os.system(f"cp -r {shlex.quote(str(run))} {shlex.quote(str(place))}")
+        shutil.copytree(run, place)
         done = script.run(train.main, "--out", place, "--resume", "--steps", 20, "--batch-size", rows)
         assert done.status == 0, done.err
         assert loads(place / "step_000020") == 20
@@ -601,7 +602,7 @@ def test_ctrl_c_at_any_moment_of_a_step_leaves_a_checkpoint(start, tmp_path, mon
         assert loads(runs.newest_checkpoint(tmp_path / f"run{Late.wait}")) == int(
             re.search(r"stopped after step (\d+)", done.err).group(1)
         )
-    Late.wait = 0
+    Late.wait = -1
     monkeypatch.setattr(runs, "Interrupt", Late)
     done = start("last", "--steps", 1)
     assert done.status == 0 and "go on with" not in done.err and "done: " in done.err
