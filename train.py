@@ -202,7 +202,7 @@ def continuation(model, tokenizer, n, seed, temperature=0.8):
     cache, ids, token = model.new_cache(1, n), [], np.empty(1, np.int32)
     logits = model.decode([[tokenizer.eot]], cache)
     for i in range(n - 1):
-        model.ops.sample(token, logits, seed, np.zeros(1, int), np.full(1, i), temperature)
+        model.ops.sample(token, logits, seed, np.zeros(1, int), np.full(1, i), temperature, top_p=0.9)
         if token[0] == tokenizer.eot:
             break
         ids.append(int(token[0]))
