@@ -196,7 +196,7 @@ def plan(flags, config, batches, tokens_per_step, step_seconds, peak):
         print(f"{what:10}{text}")
 
 
-def continuation(model, tokenizer, n, seed, temperature=0.8):
+def continuation(model, tokenizer, n, seed, temperature=0.7):
     """A document of up to n tokens by the model, from nothing."""
     n = min(n, model.config.n_positions)
     cache, ids, token = model.new_cache(1, n), [], np.empty(1, np.int32)
