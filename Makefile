@@ -23,6 +23,8 @@ help:
 	@echo "installing the pinned requirements into .venv"
 	@$(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt || \
 	  { echo "error: pip could not install the requirements; is the Python package index reachable?"; exit 2; }
+	@{ command -v g++ || command -v clang++ || command -v c++; } >/dev/null || \
+	  $(PY) -m pip install -q --disable-pip-version-check ziglang==0.17.1  # a C++ compiler, for the emulator
 	@touch $@
 
 shards/factbook: | .venv/ready

@@ -95,7 +95,7 @@ class GPT2Config:
 
 
 PRESETS = {  # GPT-2's four sizes by their depth, and one that a laptop trains in minutes
-    "tiny": dict(n_layer=6, n_head=6, n_embd=192),
+    "tiny": dict(n_layer=4, n_head=4, n_embd=128),
     "d12": dict(n_layer=12, n_head=12, n_embd=768),
     "d24": dict(n_layer=24, n_head=16, n_embd=1024),
     "d36": dict(n_layer=36, n_head=20, n_embd=1280),
@@ -446,6 +446,9 @@ class GPT2:
         }
         config |= {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "torch_dtype": "float32"}
         config |= dataclasses.asdict(self.config) | {"n_ctx": self.config.n_positions}
+        config |= dict.fromkeys(
+            ("bos_token_id", "eos_token_id"), 50256 if self.config.vocab_size > 50256 else None
+        )
         tensors = {
             "transformer." + name: np.ascontiguousarray(self.ops.to_host(self.master[name]), np.float32)
             for name in self.config.shapes()
@@ -473,7 +476,9 @@ class GPT2:
             shape = config.shapes()[target]
             if value.shape != shape:
                 raise UserError(f"{directory}: {name} has shape {value.shape}; config.json asks for {shape}")
-            if target not in missing and not np.array_equal(value, model.ops.to_host(model.master[target])):
+            if target not in missing and not np.array_equal(
+                value.astype(model.exact), model.ops.to_host(model.master[target])
+            ):
                 raise UserError(f"{directory}: lm_head.weight differs from wte.weight; GPT-2's are one")
             model.set(target, value)
             missing.discard(target)

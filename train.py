@@ -182,14 +182,14 @@ def plan(flags, config, batches, tokens_per_step, memory, step_seconds, peak):
         print(f"{what:10}{text}")
 
 
-def continuation(model, tokenizer, n, seed, temperature=0.8):
+def continuation(model, tokenizer, n, seed, temperature=0.7):
     """A document of up to n tokens by the model, from nothing."""
     n = min(n, model.config.n_positions)
     cache, ids, ops = model.new_cache(1, n), [], model.ops
     drawn, stream = ops.empty(1, np.int32), ops.zeros(1, np.int64)
     logits = model.decode([[tokenizer.eot]], cache)
     for i in range(n - 1):
-        ops.sample(drawn, logits, seed, stream, ops.to_device(np.array([i])), temperature)
+        ops.sample(drawn, logits, seed, stream, ops.to_device(np.array([i])), temperature, top_p=0.9)
         token = int(ops.to_host(drawn)[0])
         if token == tokenizer.eot:
             break
@@ -201,8 +201,8 @@ def continuation(model, tokenizer, n, seed, temperature=0.8):
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
-RECIPES = {  # what flags default to, by --model; d12 to d48 are llm.c's and the GPT-3 paper's settings
-    "tiny": dict(lr=2e-3, steps=1200, total_batch_tokens=4096, seq_len=256, warmup_steps=50),
+RECIPES = {  # what flags default to, by --model: tiny tried out here, the others llm.c's and GPT-3's settings
+    "tiny": dict(lr=4e-3, steps=2400, total_batch_tokens=2048, seq_len=256, warmup_steps=50),
     "d12": dict(lr=6e-4, steps=18865, total_batch_tokens=524288, seq_len=1024, warmup_steps=700),
     "d24": dict(lr=3e-4, steps=18865, total_batch_tokens=524288, seq_len=1024, warmup_steps=700),
     "d36": dict(lr=2.5e-4, steps=18865, total_batch_tokens=524288, seq_len=1024, warmup_steps=700),

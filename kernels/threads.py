@@ -36,6 +36,8 @@ def thread_count():
 THREADS = thread_count()
 _work = queue.SimpleQueue()
 _workers = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_workers.clear)  # a child has none of its parent's threads
 
 
 def _worker():

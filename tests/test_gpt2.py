@@ -16,6 +16,7 @@ import safetensors.numpy
 import gpt2
 from console import UserError
 from gpt2 import GPT2, AdamW, GPT2Config
+from kernels import threads as pool
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=10, n_positions=16, vocab_size=23)
 
@@ -174,7 +175,7 @@ def test_the_future_is_not_seen():
 def test_same_bits_every_time_and_on_any_number_of_threads():
     results = []
     for threads in (1, 1, 2, 3):
-        gpt2.kernels.load("cpu").THREADS = threads
+        pool.THREADS = threads
         model = GPT2(GPT2Config(n_layer=2, n_head=3, n_embd=96, n_positions=300, vocab_size=3000))
         optimizer = AdamW(model)
         for seed in range(2):

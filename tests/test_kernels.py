@@ -606,6 +606,7 @@ def test_global_norm(memory, n):
         (4, np.inf, np.inf, 1),
         (4, 1, 3.9, -1),
         (np.nan, 1, np.inf, -1),
+        (np.inf, 1, np.inf, -1),
         (np.inf, 1, 10, -1),
     ],
 )

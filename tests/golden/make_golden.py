@@ -3,9 +3,10 @@
     python tests/golden/make_golden.py                            writes model/ and expected.safetensors
     python tests/golden/make_golden.py --check-transformers DIR   saves here and loads there, and the reverse
 
-Only this script needs torch and transformers; the tests read the small files that it made. The model is tiny
-but nothing in it is trivial: biases and layernorm weights are random too. Its weights are float32; what is
-expected of them was computed in float64, so every difference is ours. Read tests/test_golden.py after it.
+Only this script needs torch and transformers (and the check requirements.txt besides); the tests read the
+small files that it made. The model is tiny but nothing in it is trivial: biases and layernorm weights are
+random too. Its weights are float32; what is expected of them was computed in float64, so every difference is
+ours. Read tests/test_golden.py after it.
 """
 
 import argparse
