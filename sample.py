@@ -134,7 +134,7 @@ def generate(
 
     active = rows
     while True:
-        drawn, logprobs = ops.empty(len(active), np.int32), ops.empty((2, len(active)), model.exact)
+        drawn, logprobs = ops.empty(len(active), np.int32), ops.empty((2, len(active)), logits.dtype)
         at = np.array([(row.stream, row.position) for row in active], np.int64).T  # (2, B)
         ops.sample(drawn, logits, seed, *ops.to_device(at), temperature, top_k, top_p, min_p, logprobs)
         drawn, logprobs = ops.to_host(drawn), ops.to_host(logprobs)  # (B,), (2, B)
