@@ -135,7 +135,9 @@ def compiled(file, names, capability):
     for name in names:
         assert library.nvrtcAddNameExpression(program, name.encode()) == 0
     options = [*gpu._options(), f"-I{toolkit() / 'include'}", f"-arch=sm_{capability}", "-ftz=true"]
-    options = [option.encode() for option in [*options, "--ptxas-options=-v", "--ptxas-options=-warn-spills"]]
+    options += ["--ptxas-options=-v", "--ptxas-options=-warn-spills"]
+    options.append("--diag-suppress=177")  # a constant without use: another kernel of the file uses it
+    options = [option.encode() for option in options]
     failed = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     length = ctypes.c_size_t()
     library.nvrtcGetProgramLogSize(program, ctypes.byref(length))
