@@ -372,7 +372,7 @@ def classifier(losses, logits, targets, weights, vocab_size):
     what = "classifier: losses float N, logits S N P, targets int N, weights float N"
     n = check(what, losses, logits, targets, weights)
     arguments, row = (losses, logits, targets, weights, min(vocab_size, n.P), n.P), n.P * logits.itemsize
-    if CAPABILITY >= 80 and row <= SHARED - 2048 and aligned(logits) and n.P % WIDTH[n.S] == 0:
+    if CAPABILITY >= 80 and row <= SHARED - 512 and aligned(logits) and n.P % WIDTH[n.S] == 0:
         launch("classifier", f"classifier<{n.S}>", n.N, _threads(n, 768), *arguments, shared=row)
     else:
         launch("classifier", f"classifier_twice<{n.S}>", n.N, _threads(n, 1024), *arguments)
