@@ -1,0 +1,210 @@
+"""Our side of bench.py: every row of its table is measured here, and for the peer in bench_peers.py.
+
+bench.py starts this file for one row; each line on standard input asks for one measurement. Random weights do
+for speed: a step takes as long whatever it learns.
+"""
+
+import inspect
+import json
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+import data
+import gpt2
+import runs
+import sample
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+D12 = gpt2.GPT2Config()
+VOCABULARY = "1024"
+RECIPE = """
+    --n-layer 2 --n-head 3 --n-embd 96 --seq-len 64 --total-batch-tokens 512 --lr 4e-3 --final-lr 0
+    --warmup-steps 50 --beta2 0.95 --eval-every 0 --sample-every 0 --save-every 0 --eval-tokens 1000000
+"""
+
+
+def training(config, B, T, n=1):
+    """A function that trains for n steps and returns the seconds of one."""
+    model = gpt2.GPT2(config)
+    optimizer = gpt2.AdamW(model)
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=(B, T + 1))
+
+    def measure():
+        start = time.perf_counter()
+        for _ in range(n):
+            model.forward(tokens[:, :-1], tokens[:, 1:])
+            model.backward()
+            optimizer.step(1e-4)
+        return (time.perf_counter() - start) / n
+
+    return measure
+
+
+def resident(measure):
+    """The most memory that this process ever had, in GB, after two steps."""
+    measure(), measure()
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    )
+
+
+def decoding(B, prompt=16, new=48):
+    """A function that continues B prompts greedily and returns tokens a second, reading them included."""
+    model = gpt2.GPT2(D12)
+    prompts = np.random.default_rng(0).integers(50257, size=(B, prompt)).tolist()
+
+    def measure():
+        start = time.perf_counter()
+        completions = sample.generate(model, prompts, new, temperature=0)
+        assert all(len(completion.ids) == new for completion in completions)
+        return B * new / (time.perf_counter() - start)
+
+    return measure
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Quality for time
+
+
+def shakespeare(folder, limit):
+    """Train for at most `limit` seconds with train.py; return bits per byte of the last tenth of the text.
+
+    A short run tells how many steps there is time for. The clock runs from the beginning of the first step to
+    the end of the last, with everything between them: train.py shows a line after each.
+    """
+    for split in ("train", "val"):  # for the peer
+        text = "".join(text for side, text in data.shakespeare() if side == split)
+        (folder / f"{split}.txt").write_text(text, "utf-8")
+    make = ["data.py", "shakespeare", "--vocab-size", VOCABULARY, "--out", folder / "shards"]
+    subprocess.run([sys.executable, *make], check=True, stdout=sys.stderr, cwd=ROOT)
+    trial, _ = train_by_clock(folder, "trial", 200)
+    seconds, bits = train_by_clock(folder, "run", max(100, int(200 * 0.96 * limit / trial)))
+    if seconds > limit:
+        print(
+            f"{seconds:.1f} s are over the limit, so {bits:.3f} do not count: run it again", file=sys.stderr
+        )
+    return bits if seconds <= limit else None
+
+
+def train_by_clock(folder, name, steps):
+    """Run train.py: (the seconds that its steps took, bits per byte after the last)."""
+    where = ["--data", folder / "shards", "--out", folder / name, "--steps", str(steps)]
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    shown = []  # when the line of each step came
+    with subprocess.Popen([sys.executable, "train.py", *where, *RECIPE.split()], **pipes) as process:
+        for line in process.stderr:
+            if re.match(r"step \d+/\d+ \|", line):
+                shown.append(time.perf_counter())
+    if process.returncode:
+        raise SystemExit(f"train.py ended with status {process.returncode}: {line}")
+    events = runs.read_log(folder / name)
+    first = next(event for event in events if event["event"] == "step")
+    bits = next(event["bits_per_byte"] for event in events if event["event"] == "eval")
+    seconds = shown[-1] - shown[0] + first["seconds"]
+    print(f"{bits:.3f} bits per byte after {steps} steps in {seconds:.1f} s", file=sys.stderr)
+    return seconds, bits
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Where the time goes
+
+
+class Timed:
+    """The operations of a device, with a stopwatch on every call."""
+
+    def __init__(self, ops):
+        self.ops, self.seconds, self.calls, self.flops = ops, Counter(), Counter(), Counter()
+
+    def __getattr__(self, name):
+        function = getattr(self.ops, name)
+        if not inspect.isfunction(function):
+            return function
+
+        def timed(*values):
+            start = time.perf_counter()
+            result = function(*values)
+            self.ops.synchronize()
+            seconds = time.perf_counter() - start
+            arguments = dict(zip(inspect.signature(function).parameters, values))
+            label, flops = name, 0
+            if name.startswith("matmul"):
+                (out,) = (arguments[key] for key in ("out", "dout") if key in arguments)  # (..., out)
+                rows, weight = out.size // out.shape[-1], arguments["weight"]
+                flops = 2 * rows * weight.size * (2 if "backward" in name else 1)
+                label = f"{name} {weight.shape[0]} to {weight.shape[1]}"
+            elif name.startswith("attention"):  # causality leaves half of 2 products forward, of 5 backward
+                B, T, width = arguments["qkv"].shape
+                flops = B * T * T * width // 3 * (5 if "backward" in name else 2)
+            for counter, value in ((self.seconds, seconds), (self.calls, 1), (self.flops, flops)):
+                counter[label] += value
+            return result
+
+        return timed
+
+
+def profile(B, T, steps):
+    """Print each operation's share of a 124M step, and what it computes a second."""
+    model = gpt2.GPT2(D12)
+    optimizer, tokens = gpt2.AdamW(model), np.random.default_rng(0).integers(50257, size=(B, T + 1))
+    peak, ops = train.measured_peak(model.ops, model.type), model.ops
+    for step in range(1 + steps):
+        if step == 1:  # the first was to warm up
+            model.ops, start = Timed(ops), time.perf_counter()
+        model.forward(tokens[:, :-1], tokens[:, 1:])
+        model.backward()
+        optimizer.step(1e-4)
+    total, timed = time.perf_counter() - start, model.ops
+    timed.seconds["everything else"] = total - sum(timed.seconds.values())
+    what = f"124M, {B} × {T} tokens: {total / steps:.2f} s a step"
+    print(f"\n{what}; a matmul of 1024³ has {peak / 1e9:.0f} GFLOP/s")
+    print(f"{'operation':36}{'calls':>6}{'ms':>10}{'share':>8}{'GFLOP/s':>10}{'of peak':>9}")
+    for label, seconds in timed.seconds.most_common():
+        if seconds < 0.0005 * total:
+            break
+        speed = timed.flops[label] / seconds
+        line = f"{label:36}{timed.calls[label] // steps:6}{seconds / steps * 1e3:10.1f}{seconds / total:8.1%}"
+        print(line + (f"{speed / 1e9:10.0f}{speed / peak:9.0%}" if speed else ""))
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+
+def main(row, folder, limit):
+    if row == "versions":
+        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+        versions = (
+            f"Python {platform.python_version()}, NumPy {np.__version__}, {blas['name']} {blas['version']}"
+        )
+        measure = lambda: versions
+    elif row == "step-4x64":
+        measure = training(D12, 4, 64)
+    elif row == "step-1x1024":
+        measure = training(D12, 1, 1024)
+    elif row == "nano":
+        seconds = training(gpt2.GPT2Config(4, 4, 128, 64, 84), 12, 64, n=20)
+        measure = lambda: 12 * 64 / seconds()
+    elif row in ("decode-1", "decode-8"):
+        measure = decoding(int(row[-1]))
+    elif row == "shakespeare":
+        measure = lambda: shakespeare(Path(folder), float(limit))
+    elif row == "memory":
+        measure = lambda: resident(training(D12, 1, 1024))
+    for _ in sys.stdin:
+        print(json.dumps(measure()), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "profile":
+        profile(4, 64, steps=3)
+        profile(1, 1024, steps=1)
+    else:
+        main(*sys.argv[1:])
