@@ -394,13 +394,13 @@ def main(argv=None):
             for first in range(0, rows, B):
                 yield batches.batch(0 if flags.overfit_batch else step, first, B)
 
-    def gradients(ready):
-        """Forward and backward over the step's micro-batches; return its loss. It is read when a GPU has only
-        the last backward pass left to do."""
+    def gradients(ready, n=rows // B):
+        """Forward and backward over n micro-batches; return the loss. It is read when a GPU has only the last
+        backward pass left to do."""
         losses = []
-        for i in range(rows // B):
+        for i in range(n):
             losses.append(model.forward(*next(ready), weights))
-            if i < rows // B - 1:
+            if i < n - 1:
                 model.backward()
         loss = sum(float(ops.to_host(some).sum(dtype=np.float64)) for some in losses) / (rows * T)
         model.backward()
@@ -409,9 +409,9 @@ def main(argv=None):
     peak = measured_peak(ops, model.type)
     for _ in range(2):  # the second is warm
         began = time.perf_counter()
-        gradients(model.prefetch(micro_batches()))
+        gradients(model.prefetch(micro_batches()), 1)
         ops.synchronize()
-        step_seconds = time.perf_counter() - began
+        step_seconds = (time.perf_counter() - began) * (rows // B)
     model.flat_grads.fill(0)
     plan(flags, model.config, batches, rows * T, memory(B), step_seconds, peak)
 

@@ -96,7 +96,7 @@ def test_commands_of_the_readme_work():
 
 def test_commands_and_targets_in_the_readme_and_the_makefile_agree():
     makefile = (ROOT / "Makefile").read_text()
-    targets = dict(re.findall(r"^(\w+):.*\n((?:\t.*\n)*)", makefile, re.M))
+    targets = dict(re.findall(r"^([\w-]+):.*\n((?:\t.*\n)*)", makefile, re.M))
     written = makefile + (readme() if (ROOT / "README.md").exists() else "")
     for target, rest in re.findall(r"\bmake ([a-z][a-z-]*)([^`\n]*)", written):
         assert target in targets, f"make {target}"
