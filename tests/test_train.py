@@ -276,12 +276,7 @@ class Trouble:
     """Makes the n-th updates of a run bad, and watches what the optimizer does with every one."""
 
     def __init__(self, monkeypatch, loss=(), gradient=(), factor=math.nan):
-        self.passes, self.steps, self.changed, self.grads = (
-            -2 * 4,
-            0,
-            [],
-            [],
-        )  # two warm passes, 4 micro-batches
+        self.passes, self.changed, self.grads = -2, [], []  # two warm passes, of one micro-batch each
         forward, backward, step = gpt2.GPT2.forward, gpt2.GPT2.backward, gpt2.AdamW.step
 
         def bad_forward(model, *args):
