@@ -66,13 +66,7 @@ def commands(text):
 
 
 def readme():
-    """The README, which may be missing only as long as git has none."""
-    path = ROOT / "README.md"
-    if not path.exists():
-        git = subprocess.run(["git", "ls-files", "README.md"], cwd=ROOT, capture_output=True, check=True)
-        assert not git.stdout, "README.md is gone"
-        pytest.skip("there is no README.md yet, neither here nor in git")
-    return path.read_text(encoding="utf-8")
+    return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def assert_understood(name, argv, where):
@@ -97,7 +91,7 @@ def test_commands_of_the_readme_work():
 def test_commands_and_targets_in_the_readme_and_the_makefile_agree():
     makefile = (ROOT / "Makefile").read_text()
     targets = dict(re.findall(r"^([\w-]+):.*\n((?:\t.*\n)*)", makefile, re.M))
-    written = makefile + (readme() if (ROOT / "README.md").exists() else "")
+    written = makefile + readme()
     for target, rest in re.findall(r"\bmake ([a-z][a-z-]*)([^`\n]*)", written):
         assert target in targets, f"make {target}"
         passed = re.search(r"""ARGS=(?:'((?:[^'])*)'|"([^"]*)")""", rest.replace('\\"', '"'))
