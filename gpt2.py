@@ -165,7 +165,7 @@ class GPT2:
 
     dtype is that of parameters and activations; gradients, statistics and losses are float32 at least, and
     with bfloat16 the optimizer works on a float32 master copy. recompute saves a third of the activations
-    for a few percent of time. UserError for settings that do not exist.
+    for a second layernorm and GELU each. UserError for settings that do not exist.
     """
 
     def __init__(self, config, device="cpu", dtype="float32", seed=42, recompute=False):

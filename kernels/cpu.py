@@ -474,18 +474,20 @@ def attention_decode(out, qkv, keys, values, lengths):
 # Classifier: the one loss of all three stages
 
 
+def _losses(losses, logits, targets, rows, vocab_size):
+    """Fill losses[rows]; return z = exp(logits - max) (n, V), in place, the targets in it, its row sums."""
+    z = logits[rows, :vocab_size]
+    picked = np.arange(len(z)), targets[rows]
+    z -= z.max(axis=1, keepdims=True)
+    target = z[picked]
+    total = np.exp(z, out=z).sum(axis=1)
+    losses[rows] = np.log(total) - target
+    return z, picked, total
+
+
 def cross_entropy(losses, logits, targets, vocab_size):
     """losses (N,) = -log softmax(logits (N, Vp))[targets (N,)], over vocab_size columns. Spoils logits."""
-
-    def body(rows):
-        z = logits[rows, :vocab_size]  # (n, V)
-        picked = np.arange(len(z)), targets[rows]
-        z -= z.max(axis=1, keepdims=True)
-        target = z[picked]
-        np.exp(z, out=z)
-        losses[rows] = np.log(z.sum(axis=1)) - target
-
-    by_rows(body, *logits.shape)
+    by_rows(lambda rows: _losses(losses, logits, targets, rows, vocab_size), *logits.shape)
 
 
 def classifier(losses, logits, targets, weights, vocab_size):
@@ -496,13 +498,7 @@ def classifier(losses, logits, targets, weights, vocab_size):
     """
 
     def body(rows):
-        z = logits[rows, :vocab_size]  # (n, V)
-        picked = np.arange(len(z)), targets[rows]
-        z -= z.max(axis=1, keepdims=True)
-        target = z[picked]
-        np.exp(z, out=z)
-        total = z.sum(axis=1)
-        losses[rows] = np.log(total) - target
+        z, picked, total = _losses(losses, logits, targets, rows, vocab_size)
         z *= (weights[rows] / total)[:, None]
         z[picked] -= weights[rows]
         logits[rows, vocab_size:] = 0
