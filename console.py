@@ -95,6 +95,11 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+def colour():
+    """Whether standard output is a terminal that may be coloured (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
 def count(n):
     """1234567 -> '1.23M'."""
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):

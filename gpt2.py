@@ -287,14 +287,22 @@ class GPT2:
         for start in range(0, rows, n):
             yield buffer[: min(n, rows - start)], slice(start, min(start + n, rows))
 
-    def forward(self, tokens, targets, weights=None):
+    def forward(self, tokens, targets, weights=None, sparse=False):
         """The loss of every token, (B, T) float32, for tokens and targets (B, T).
 
         backward() will differentiate sum(weights * losses); weights (B, T) default to 1 / (B T) each. The
         logits exist only for a chunk of rows at a time: each chunk becomes losses and gradients before the
-        next.
+        next. With `sparse` tokens of weight 0 get no logits at all, and the losses are those of the n others,
+        (n,), in their order: in a small model the classifier is two fifths of the work. Arrays on the host.
         """
         ops, C = self.ops, self.config.n_embd
+        if sparse:
+            wanted = np.flatnonzero(weights)  # (n,)
+            if not len(wanted):
+                raise ValueError("no token has a weight")
+            place = np.full(np.size(weights), len(wanted), np.int32)  # (N,): where each is among them; else n
+            place[wanted] = np.arange(len(wanted))
+            chosen = np.reshape(targets, -1)[wanted], np.reshape(weights, -1)[wanted]
         tokens, targets = self._on_device(tokens), self._on_device(targets)
         B, T = tokens.shape
         if weights is None:
@@ -310,15 +318,24 @@ class GPT2:
         if self.dwte_head is None:
             self.dwte_head = ops.empty(self.wte.shape, self.exact)
         self.dwte_head.fill(0)
-        losses, targets = ops.empty(B * T, self.exact), targets.reshape(-1)
-        x, dx = a.ln_f.reshape(-1, C), a.dln_f.reshape(-1, C)
-        for z, rows in self._chunks(B * T):
+        x, dx, targets = a.ln_f.reshape(-1, C), a.dln_f.reshape(-1, C), targets.reshape(-1)  # (N, C), (N,)
+        if sparse:
+            x, dx = ops.empty((len(wanted), C), self.type), ops.zeros((len(wanted) + 1, C), self.type)
+            ops.take_rows(x, a.ln_f.reshape(-1, C), ops.to_device(wanted.astype(np.int32)))
+            targets, weights = (
+                ops.to_device(some.astype(t)) for some, t in zip(chosen, (np.int32, self.exact))
+            )
+        losses = ops.empty(len(x), self.exact)
+        for z, rows in self._chunks(len(x)):
             ops.matmul_forward(z, x[rows], self.wte.T, None)  # (n, Vp) logits
             ops.classifier(
                 losses[rows], z, targets[rows], weights[rows], self.config.vocab_size
             )  # now dlogits
             ops.matmul_backward(dx[rows], self.dwte_head.T, None, z, x[rows], self.wte.T)
         self.pending = tokens
+        if sparse:  # the others' gradient is the row of zeros at the end of dx
+            ops.take_rows(a.dln_f.reshape(-1, C), dx, ops.to_device(place))
+            return losses
         return losses.reshape(B, T)
 
     def backward(self):
@@ -457,15 +474,18 @@ class GPT2:
         write_whole(directory / "config.json", json.dumps(config, indent=2).encode())
 
     @classmethod
-    def from_pretrained(cls, directory, device="cpu", dtype="float32", recompute=False):
+    def from_pretrained(cls, directory, device="cpu", dtype="float32", recompute=False, vocab_size=None):
         """Load a directory in Hugging Face's format: ours, OpenAI's GPT-2, one file or several.
 
-        Names may begin with "transformer."; a lm_head.weight must be wte, as GPT-2's is. UserError names
-        what is missing, superfluous or of the wrong shape.
+        Names may begin with "transformer."; a lm_head.weight must be wte, as GPT-2's is. A larger vocab_size
+        than the stored one adds tokens, each the mean of all (Hewitt 2021: their logits are then in range).
+        UserError names what is missing, superfluous or of the wrong shape.
         """
         directory = Path(directory)
         config = read_config(directory)
-        model = cls(config, device, dtype, seed=None, recompute=recompute)
+        new = max(0, (vocab_size or 0) - config.vocab_size)
+        grown = dataclasses.replace(config, vocab_size=config.vocab_size + new)
+        model = cls(grown, device, dtype, seed=None, recompute=recompute)
         missing = set(config.shapes())
         for name, value in read_tensors(directory):
             if name.endswith((".attn.bias", ".attn.masked_bias")):  # OpenAI's files hold the causal mask
@@ -476,6 +496,9 @@ class GPT2:
             shape = config.shapes()[target]
             if value.shape != shape:
                 raise UserError(f"{directory}: {name} has shape {value.shape}; config.json asks for {shape}")
+            if new and target == "wte.weight":
+                added = np.tile(value.mean(axis=0, keepdims=True), (new, 1))
+                value = np.concatenate([value, added])  # noqa: PLW2901
             if target not in missing and not np.array_equal(
                 value.astype(model.exact), model.ops.to_host(model.master[target])
             ):

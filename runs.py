@@ -89,6 +89,22 @@ def read_state(checkpoint):
         raise UserError(f"{checkpoint / 'state.json'} is missing or damaged; {remedy}") from None
 
 
+def require_new(run):
+    """UserError unless a new run may begin there: nothing is ever overwritten."""
+    run = Path(run)
+    if run.exists() and not (run.is_dir() and not any(run.iterdir())):
+        remedy = "go on with --resume" if checkpoints(run) else "it has no checkpoint: delete it"
+        raise UserError(f"{run} exists; {remedy}, or choose another --out")
+
+
+def to_resume(run):
+    """The newest checkpoint of a run and the flags it was made with, except that the run may have moved."""
+    if not checkpoints(run):
+        raise UserError(f"nothing to resume: {run} has no checkpoint; start anew, without --resume")
+    checkpoint = checkpoints(run)[-1]
+    return checkpoint, read_state(checkpoint)["flags"] | {"out": str(run)}
+
+
 class Interrupt:
     """Ctrl-C sets `asked`, for the loop to finish its step; a second one stops at once."""
 

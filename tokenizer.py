@@ -272,7 +272,7 @@ def main(argv=None):
     tokenizer = make[flags.tokenizer]() if flags.tokenizer in make else Tokenizer.load(flags.tokenizer)
     ids = tokenizer.encode(text)
     tokens = [tokenizer.token_bytes(id) for id in ids]
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    colour = console.colour()
 
     def row(cells, space):
         if colour:

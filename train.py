@@ -289,18 +289,14 @@ def parse(argv):
     flags, checkpoint = parser().parse_args(argv), None
     run = Path(flags.out)
     if flags.resume:
-        if not runs.checkpoints(run):
-            raise UserError(f"nothing to resume: {run} has no checkpoint; start anew, without --resume")
-        checkpoint = runs.checkpoints(run)[-1]
+        checkpoint, before = runs.to_resume(run)
         again = parser()
-        before = runs.read_state(checkpoint)["flags"] | {"out": flags.out}  # the run may have moved
         again.set_defaults(**before)
         flags = again.parse_args(argv)
         if flags.model != before["model"]:
             raise UserError(f"{run} is a run of --model {before['model']}; leave out --model {flags.model}")
-    elif run.exists() and not (run.is_dir() and not any(run.iterdir())):
-        remedy = "go on with --resume" if runs.checkpoints(run) else "it has no checkpoint: delete it"
-        raise UserError(f"{run} exists; {remedy}, or choose another --out")
+    else:
+        runs.require_new(run)
     for name, value in RECIPES[flags.model].items():
         if getattr(flags, name) is None:
             setattr(flags, name, value)

@@ -754,3 +754,44 @@ def test_a_full_disk_leaves_the_old_checkpoint(saved, monkeypatch):
         with pytest.raises(OSError, match="No space"):
             model.save_pretrained(directory)
     assert_loads(directory, kept)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What SFT and RL ask of the model
+
+
+@pytest.mark.parametrize("share", [0.3, 1])
+def test_sparse_forward_is_forward_where_the_weights_are(share):
+    """Logits for the weighted tokens alone: the same losses there, the same gradients everywhere."""
+    model = GPT2(GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=13, vocab_size=37), dtype="float64")
+    rng = np.random.default_rng(1)
+    tokens, targets = rng.integers(0, 37, (2, 3, 13))
+    weights = np.where(rng.random((3, 13)) < share, rng.standard_normal((3, 13)), 0)
+    dense = model.forward(tokens, targets, weights)  # (B, T)
+    model.backward()
+    gradients = model.flat_grads.copy()
+    model.flat_grads.fill(0)
+    losses = model.forward(tokens, targets, weights, sparse=True)  # (n,)
+    model.backward()
+    np.testing.assert_allclose(losses, dense[weights != 0], rtol=1e-12)
+    np.testing.assert_allclose(model.flat_grads, gradients, atol=1e-14)
+    with pytest.raises(ValueError, match="no token has a weight"):
+        model.forward(tokens, targets, np.zeros((3, 13)), sparse=True)
+
+
+def test_a_vocabulary_grows_when_sft_begins(tmp_path):
+    """The old tokens keep their vectors and their odds against each other; each new one is the mean."""
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=6, vocab_size=30)
+    before = GPT2(config, seed=3)
+    before.save_pretrained(tmp_path)
+    grown = GPT2.from_pretrained(tmp_path, vocab_size=39)
+    assert grown.config.vocab_size == 39
+    wte = before.params["wte.weight"]
+    np.testing.assert_array_equal(grown.params["wte.weight"][:30], wte)
+    np.testing.assert_allclose(
+        grown.params["wte.weight"][30:], np.tile(wte.mean(0), (9, 1)), rtol=1e-5, atol=1e-8
+    )
+    tokens = np.array([[1, 2, 29, 4]])
+    np.testing.assert_allclose(grown.logits(tokens)[..., :30], before.logits(tokens), atol=1e-6)
+    grown.forward([[30, 38]], [[38, 31]])  # the new ones can be read and said
+    assert GPT2.from_pretrained(tmp_path, vocab_size=20).config.vocab_size == 30  # it never shrinks
