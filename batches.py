@@ -49,3 +49,15 @@ def accumulate(model, rows, most):
         model.backward()
         objective += float(model.ops.to_host(losses) @ weights[weights != 0])
     return objective
+
+
+def gradient(workers, rows, most):
+    """accumulate() by all processes of workers.Workers, made with {"accumulate": share_of_rows}."""
+    rows = sorted(rows, key=lambda row: len(row[0]))  # dealt like cards, everybody has as much to do
+    objective = sum(workers.run("accumulate", [(rows[i :: workers.size], most) for i in range(workers.size)]))
+    workers.add_gradients()
+    return objective
+
+
+def share_of_rows(model, share):
+    return accumulate(model, *share)

@@ -177,20 +177,26 @@ class GPT2:
         self.exact = ops.DTYPES["float64" if dtype == "float64" else "float32"]
         # Matrices come first in the flat buffers: weight decay is for them alone (n_decayed elements).
         padded = config.shapes() | {"wte.weight": (config.padded_vocab_size, config.n_embd)}
-        layout = sorted(padded.items(), key=lambda item: len(item[1]) == 1)
-        self.n_decayed, n = length([item for item in layout if len(item[1]) == 2]), length(layout)
-        self.flat_params, self.flat_grads = ops.zeros(n, self.type), ops.zeros(n, self.exact)
-        self.flat_master = self.flat_params if self.type == self.exact else ops.zeros(n, self.exact)
-        self.params, self.grads = carve(self.flat_params, layout), carve(self.flat_grads, layout)
-        self.master = carve(self.flat_master, layout)
-        self.wte, self.dwte = self.params["wte.weight"], self.grads["wte.weight"]  # (Vp, C), with the padding
-        for views in (self.params, self.grads, self.master):
-            views["wte.weight"] = views["wte.weight"][: config.vocab_size]
+        self.layout = sorted(padded.items(), key=lambda item: len(item[1]) == 1)
+        self.n_decayed, n = length([item for item in self.layout if len(item[1]) == 2]), length(self.layout)
+        self.flat_master = None if self.type == self.exact else ops.zeros(n, self.exact)
+        self.use_buffers(ops.zeros(n, self.type), ops.zeros(n, self.exact))
         self.dwte_head = None  # (Vp, C): the classifier's share of dwte between forward and backward
         self.buffers = {}  # activations, by what they are for
         self.pending = None  # tokens of the forward pass that backward belongs to
         if seed is not None:
             self._initialise(seed)
+
+    def use_buffers(self, flat_params, flat_grads):
+        """Let these arrays, as long as the old ones, hold the parameters and the gradients."""
+        if self.type == self.exact:
+            self.flat_master = flat_params
+        self.flat_params, self.flat_grads = flat_params, flat_grads
+        self.params, self.grads = carve(flat_params, self.layout), carve(flat_grads, self.layout)
+        self.master = carve(self.flat_master, self.layout)
+        self.wte, self.dwte = self.params["wte.weight"], self.grads["wte.weight"]  # (Vp, C), with the padding
+        for views in (self.params, self.grads, self.master):
+            views["wte.weight"] = views["wte.weight"][: self.config.vocab_size]
 
     def _initialise(self, seed):
         """N(0, 0.02); the projections into the residual stream by 1 / sqrt(2 L), as there are 2 L of them."""

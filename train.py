@@ -22,6 +22,7 @@ import data
 import gpt2
 import kernels
 import runs
+import workers
 from console import UserError, count, duration, number
 from tokenizer import Tokenizer
 
@@ -91,6 +92,19 @@ def evaluate(model, batches, token_lengths):
         tokens += targets.size
         n_bytes += int(token_lengths[targets].sum())
     return nats / tokens, nats / math.log(2) / max(n_bytes, 1)
+
+
+def deal(tokens, targets, n, size):
+    """Shares of a micro-batch (B, T) for `size` workers; n tokens are in the whole update."""
+    return [(tokens[i::size], targets[i::size], n) for i in range(min(size, len(tokens)))]
+
+
+def share_of_windows(model, share):
+    """Forward and backward over a share; return the sum of its losses."""
+    tokens, targets, n = share
+    losses = model.forward(tokens, targets, np.full(tokens.shape, 1 / n))  # (B, T)
+    model.backward()
+    return float(losses.sum(dtype=np.float64))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -371,6 +385,7 @@ def main(argv=None):
         model = gpt2.GPT2.from_pretrained(source, device, flags.dtype, flags.recompute)
     else:
         model = gpt2.GPT2(config, device, flags.dtype, flags.seed, flags.recompute)
+    team = workers.Workers(model, {"windows": share_of_windows})
     optimizer = gpt2.AdamW(model, betas=(0.9, flags.beta2), weight_decay=flags.weight_decay)
     if checkpoint:
         state = runs.read_state(checkpoint)
@@ -393,6 +408,10 @@ def main(argv=None):
     def gradients(ready, n=rows // B):
         """Forward and backward over n micro-batches; return the loss. It is read when a GPU has only the last
         backward pass left to do."""
+        if team.size > 1:
+            total = sum(sum(team.run("windows", deal(*next(ready), rows * T, team.size))) for _ in range(n))
+            team.add_gradients()
+            return total / (rows * T)
         losses = []
         for i in range(n):
             losses.append(model.forward(*next(ready), weights))
