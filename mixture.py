@@ -1,0 +1,348 @@
+"""What the assistant learns from: conversations of many kinds, each kind a source with its share.
+
+    python mixture.py --num 5                                     some of the default mixture
+    python mixture.py factbook=3,tasks=2,jsonl:my.jsonl=1         some of another one
+
+draw() makes n conversations, by share, the same for the same seed, without duplicates, contradictions and the
+questions of the evaluation. A small model learns what is short, regular and can be copied: a call repeats the
+tokens of the question, an answer those of the tool's output. The texts that no template makes stand in
+conversations.jsonl. Read facts.py, tools.py, tasks.py and chat.py before, sft.py after this file.
+"""
+
+import functools
+import itertools
+import json
+import random
+import re
+from collections import Counter
+
+import chat
+import console
+import tasks
+import tools
+from console import UserError
+from facts import FIELDS, digest, examined, facts, held_out, invented, phrase, plain, probed, texts
+
+SOURCES = {"factbook": 10, "identity": 6, "refusal": 3, "chitchat": 3, "tools": 28}  # shares, in percent
+SOURCES |= {"tasks": 22, "answer-first": 4, "spelling": 8, "counting": 7, "multi-turn": 5, "unknown": 4}
+DEFAULT = ",".join(f"{name}={share}" for name, share in SOURCES.items())
+SEARCH_SYSTEM = "You can search."  # with it the assistant looks facts up, without it it has its memory
+DONT_KNOW = "I'm sorry, I don't know"  # so begins every answer to what it cannot know
+TASKS = {"tasks": ("arithmetic", "word", "decimals"), "answer-first": ("arithmetic", "word")}
+TASKS |= {"spelling": ("spelling",), "counting": ("counting",)}  # what these take from tasks.py
+EASY = (1, 2)  # the levels of "tasks" and "answer-first"; the harder ones are for rl.py
+LONGEST = 5000  # characters of a conversation as JSON; sft.py cuts what its model has no room for
+PASSAGE = 24  # words of what a search finds
+
+# ----------------------------------------------------------------------------------- turns, and tools at work
+# A tool's output begins with a space: its words are then the tokens that they are in a sentence, and the
+# answer can copy them. So can a call copy the question's: " 23 * 47", " capital of Peru".
+
+
+def calculator(call):
+    return f" {tools.calculate(call)}"
+
+
+@functools.lru_cache(1 << 15)
+def looked_up(query):
+    return f" {tools.Search.factbook().lookup(query, budget=PASSAGE)}"
+
+
+def turns(*contents, system=None):
+    """A conversation: the user and the assistant by turns, after the system's message if there is one."""
+    roles = itertools.cycle(("user", "assistant"))
+    first = [{"role": "system", "content": system}] if system else []
+    return first + [{"role": role, "content": content} for role, content in zip(roles, contents)]
+
+
+def called(kind, call, output, answer):
+    """The assistant's parts: a call, what the tool says, an answer."""
+    return [dict(type=kind, text=call), dict(type="output", text=output), dict(type="text", text=answer)]
+
+
+def calculated(call, answer="It is{}."):
+    output = calculator(call)
+    failed = output.startswith(" error")
+    return called("calc", call, output, "I can't calculate that." if failed else answer.format(output))
+
+
+def searched(fact):
+    """The parts that look a fact up; None if the search does not find it."""
+    output = looked_up(fact.query)
+    told = f" {plain(output)} "
+    finds = plain(fact.country) in told and sum(f" {n} " in told for n in fact.accepted) >= fact.needed
+    return called("search", fact.query, output, fact.found) if finds else None
+
+
+# ------------------------------------------------------------------------------------------------ the sources
+# Each function makes one conversation, or None where chance drew what cannot be had.
+
+SIGNS = {"+": (" + ", "+", " plus "), "-": (" - ", "-", " minus "), "/": (" / ", "/", " divided by ")}
+SIGNS |= {"*": (" * ", "*", " times ", " x ", " × ")}
+
+
+def remembered(rng, split, pool, known):
+    """A question about a country, answered from memory: in a sentence, briefly, or with all that is known."""
+    fact, chance = rng.choice(known), rng.random()
+    if chance < 0.2:
+        return turns(phrase(rng, split, "brief").format(fact.ask(rng, split)), fact.brief)
+    if chance < 0.25:
+        about = {f.field: f.answer for f in known if f.country == fact.country}
+        told = [about[field] for field in ("location", "capital", "language") if field in about]
+        question = phrase(rng, split, "about").format(fact.query.split(" of ", 1)[1])
+        return turns(question, " ".join(told)) if told else None
+    return turns(fact.ask(rng, split), fact.answer)
+
+
+def looking_up(rng, split, pool, *_):
+    """A question about a country, looked up; half of them about what people ask most."""
+    field = rng.choice((*("capital", "population") * 10, *FIELDS))
+    fact = rng.choice([fact for fact in pool if fact.field == field] or pool)
+    found = searched(fact)
+    return found and turns(fact.ask(rng, split), found, system=SEARCH_SYSTEM)
+
+
+def number(rng, digits, point=False):
+    whole = rng.randint(10 ** (digits - 1) if digits > 1 else 0, 10**digits - 1)
+    return f"{whole}.{rng.randint(1, 99)}" if point else str(whole)
+
+
+def arithmetic(rng, split, *_):
+    """'What is 23 times 47?' and the call ' 23 * 47': the numbers' own tokens, whatever the operator was."""
+    numbers, count, point = [], 2 + (rng.random() < 0.15), rng.random() < 0.12
+    while not numbers or held_out("arithmetic", *numbers) != (split == "test"):
+        digits = rng.choice((1, 1, 2, 2, 2, 3, 3, 4))
+        numbers = [number(rng, max(1, digits - rng.randint(0, 1)), point) for _ in range(count)]
+    style, template = rng.choice((0, 0, 0, 0, 0, 1, 2, 2, 3, 4)), phrase(rng, split, "arithmetic")
+    signs = rng.choices("+-*/", k=count - 1)
+    written = [SIGNS[sign][style % len(SIGNS[sign])] for sign in signs]
+    meant = [w if w.strip() == sign else f" {sign} " for w, sign in zip(written, signs)]
+    text, call = ("".join(a + b for a, b in zip(numbers, [*between, ""])) for between in (written, meant))
+    return turns(template.format(text), calculated(call if template[0] == "{" else f" {call}"))
+
+
+def comparison(rng, split, *_):
+    """'Is 9.11 larger than 9.9?': the calculator knows."""
+    whole, other = number(rng, rng.choice((1, 1, 2))), number(rng, 1)
+    a, b = (f"{w}.{rng.randint(1, 99)}" for w in (whole, whole if rng.random() < 0.7 else other))
+    word = rng.choice(("larger", "bigger", "greater", "smaller", "less"))
+    if held_out("comparison", *sorted((a, b))) != (split == "test"):
+        return None
+    call = f" {a} {'<' if word in ('smaller', 'less') else '>'} {b}"
+    answer = "Yes, it is." if calculator(call) == " true" else "No, it is not."
+    return turns(phrase(rng, split, "comparison").format(a, word, b), calculated(call, answer))
+
+
+def what_if(rng, split, *_):
+    """'2 + 2?' and then 'What if it was times?'"""
+    numbers, signs = [number(rng, rng.choice((1, 1, 2, 3))) for _ in "ab"], rng.sample("+-*", 2)
+    template, again = phrase(rng, split, "arithmetic"), phrase(rng, split, "what if")
+    first, second = (f"{'' if template[0] == '{' else ' '}{numbers[0]} {s} {numbers[1]}" for s in signs)
+    again = again.format(SIGNS[signs[1]][2].strip())
+    made = turns(template.format(first.strip()), calculated(first), again, calculated(second))
+    return made if held_out("arithmetic", *numbers) == (split == "test") else None
+
+
+def and_its(rng, split, pool, known):
+    """A question about a country and another one that does not name it, looked up or from memory."""
+    search = rng.random() < 0.6
+    fact = rng.choice(pool if search else known)
+    other = rng.choice([f for f in (pool if search else known) if f.country == fact.country])
+    answers = [searched(fact), searched(other)] if search else [fact.answer, other.brief]
+    contents = fact.ask(rng, split), answers[0], rng.choice(other.follow), answers[1]
+    made = turns(*contents, system=SEARCH_SYSTEM if search else None)
+    return made if other is not fact and all(answers) else None
+
+
+def talk(rng, split, *_, source):
+    """A question and its answer of conversations.jsonl; in training, asked in one manner or another."""
+    row = rng.choice([row for row in texts("source") if row["source"] == source])
+    questions = row["ask"] if split == "train" else row["held_out"]
+    which = rng.randrange(len(questions))
+    text, answer = questions[which], row["answer"][which % len(row["answer"])]
+    if split == "train":
+        small = text if re.match(r"I\b|[A-Z]{2}", text) else text[0].lower() + text[1:]
+        manner = text if source == "chitchat" else phrase(rng, split, "manner").format(text)
+        written = (text, small, text.rstrip(".!?"), small.rstrip(".!?"), manner)
+        text = rng.choices(written, (8, 2, 2, 2, 6))[0]
+    return turns(text, answer, system=SEARCH_SYSTEM if rng.random() < 0.25 else None)
+
+
+def talks(rng, split, *_):
+    """Two or three small conversations in one."""
+    parts = [talk(rng, split, source=source) for source in ("chitchat", "identity", "chitchat")]
+    parts = rng.sample([*parts, arithmetic(rng, split)], rng.choice((2, 3)))
+    return turns(*(turn["content"] for part in parts for turn in part if turn["role"] != "system"))
+
+
+def not_known(rng, split, *_):
+    """A question that only "I don't know" answers, after a search in vain if there is one."""
+    if rng.random() < 0.2:
+        return talk(rng, split, source="unknown")
+    ((text, query),) = invented(split, 1, rng.random())
+    answer = f"{DONT_KNOW} that country." if " of " in query else f"{DONT_KNOW} who that is."
+    if rng.random() < 0.6:
+        return turns(text, answer)
+    output = looked_up(query)
+    found = called("search", query, output, answer)
+    return turns(text, found, system=SEARCH_SYSTEM) if output == " nothing found" else None
+
+
+def answer_first(problem):
+    """A problem and the answer to it before the steps: to be compared, not followed."""
+    return f"{problem.prompt} Answer first.", problem.answer_first()
+
+
+def hosted(solution):
+    """A solution with the output that the host will paste, and an answer that copies it, without quotes."""
+    if isinstance(solution, str):
+        return solution
+    call, _, said = (part["text"] for part in solution)
+    output = calculator(call)
+    return called("calc", call, output, said.replace(f' "{output.strip()}"', output))
+
+
+def conversations(name, split="train", seed=0, unknown=(), skip_bad=False):
+    """The conversations of a source, one after the other: without end, but for jsonl:PATH.
+
+    `unknown` has the (country, field) that the model is not to learn from memory.
+    """
+    rng, (kind, _, path) = random.Random(f"{seed} {split} {name}"), name.partition(":")
+    pool = facts(split)
+    known = [fact for fact in pool if (fact.country, fact.field) not in unknown]
+    if kind == "jsonl":  # a tenth of the user's own tests
+        own = chat.read(path, skip_bad)[0]
+        own = [c for c in own if (digest(json.dumps(c)) % 10 == 0) == (split == "test")]
+        yield from rng.sample(own, len(own))
+    elif path:  # what the model was found not to know
+        wrong = probed(path)
+        missing = [fact for fact in pool if (fact.country, fact.field) in wrong]
+        while missing:
+            yield turns(rng.choice(missing).ask(rng, split), f"{DONT_KNOW}.")
+    elif kind in TASKS:
+        levels = EASY if kind in ("tasks", "answer-first") else [None]
+        same = digest(str(seed), split) % 2**32  # problems for all sources
+        streams = [tasks.problems(t, split, level, same) for t in TASKS[kind] for level in levels]
+        for problem in map(next, itertools.cycle(streams)):
+            plainly = problem.prompt, problem.solution
+            prompt, solution = answer_first(problem) if kind == "answer-first" else plainly
+            yield turns(prompt, hosted(solution))
+    else:
+        ways = {"factbook": {remembered: 1}, "tools": {arithmetic: 45, comparison: 8, looking_up: 47}}
+        ways |= {"multi-turn": {what_if: 40, and_its: 35, talks: 25}, "unknown": {not_known: 1}}
+        chances = ways.get(kind) or {functools.partial(talk, source=kind): 1}
+        while True:
+            (make,) = rng.choices([*chances], [*chances.values()])
+            if made := make(rng, split, pool, known):
+                yield made
+
+
+# ------------------------------------------------------------------------------------------------ the mixture
+
+
+def parse(spec):
+    """'factbook=3,tasks=2,jsonl:my.jsonl=1' -> {"factbook": 3.0, ...}; a name alone has its usual share."""
+    shares = {}
+    for item in filter(None, map(str.strip, spec.split(","))):
+        name, share = item.rsplit("=", 1) if "=" in item else (item, SOURCES.get(item, 10))
+        kind, _, path = name.partition(":")
+        if name not in SOURCES and not (kind in ("unknown", "jsonl") and path):
+            known = f"{', '.join(SOURCES)}, unknown:PATH, jsonl:PATH"
+            raise UserError(f"there is no source {name!r}; choose from {known}")
+        if not re.fullmatch(r"\d*\.?\d+", str(share)) or not float(share):
+            raise UserError(f"the share of {name} is {share!r}; give a number above 0")
+        shares[name] = float(share)
+    if not shares:
+        raise UserError("no source is named; for instance factbook=3,tasks=2")
+    return shares
+
+
+AGAIN = re.compile(r"(?<!\S)(\S+)( \1){3}(?!\S)|(?<!\S)((?:\S+ ){5}).*\3.*\3")  # one word, five words
+
+
+def fault(conversation, split):
+    """What is wrong with a conversation, or None."""
+    words = [chat.text_of(turn["content"]) for turn in conversation]
+    if len(json.dumps(conversation, ensure_ascii=False)) > LONGEST:
+        return "too long"
+    for turn, text, before in zip(conversation, words, ["", *words]):
+        if not text.strip():
+            return "too short"
+        if turn["role"] == "user" and split == "train" and plain(text) in examined():
+            return "of the evaluation"
+        if turn["role"] == "assistant":
+            if AGAIN.search(f"{text} "):
+                return "repeating themselves"
+            if len(plain(before).split()) > 3 and f" {plain(before)} " in f" {plain(text)} ":
+                return "repeating the question"
+    return None
+
+
+def draw(spec, n, seed=0, split="train", skip_bad=False):
+    """n conversations by share, in random order, and what was dropped on the way, {why: how many}.
+
+    A source that has no more to give leaves its share to the others; if none is left, there are fewer than n.
+    """
+    shares, rng = parse(spec), random.Random(f"{seed} {split}")
+    unknown = set().union(*(probed(name.partition(":")[2]) for name in shares if name.startswith("unknown:")))
+    streams = {name: conversations(name, split, seed, unknown, skip_bad) for name in shares}
+    kept, dropped, seen, answers = [], Counter(), set(), {}
+    while streams and len(kept) < n:
+        wanted = Counter(rng.choices([*streams], [shares[name] for name in streams], k=n - len(kept)))
+        for name in sorted(streams, key=lambda name: ":" not in name):  # the user's own have precedence
+            in_vain = 0  # conversations dropped in a row
+            while wanted[name] and in_vain < 300 and (conversation := next(streams[name], None)):
+                why = fault(conversation, split) or objection(conversation, seen, answers)
+                dropped[why] += 1
+                in_vain = in_vain + 1 if why else 0
+                if not why:
+                    kept.append(conversation)
+                    wanted[name] -= 1
+            if wanted[name]:
+                del streams[name]
+    rng.shuffle(kept)
+    del dropped[None]
+    return kept, dict(dropped)
+
+
+def objection(conversation, seen, answers):
+    """Why a conversation does not go with those before it, or None; `seen` and `answers` remember it."""
+    text = json.dumps(conversation)
+    if text in seen:
+        return "duplicates"
+    seen.add(text)
+    for i, turn in enumerate(conversation):
+        question = json.dumps(conversation[:i]).lower()  # with all that was said before it
+        if turn["role"] == "assistant" and answers.setdefault(question, turn["content"]) != turn["content"]:
+            return "contradicting others"
+    return None
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+
+def parser():
+    flags = console.Parser(prog="mixture.py", description="Print what an assistant learns from.")
+    words = "sources with their shares, as in factbook=3,tasks=2,jsonl:PATH=1"
+    flags.add_argument("spec", nargs="?", default=DEFAULT, help=words)
+    flags.add_argument("--num", type=console.number(int, low=1), default=5, metavar="N", help="how many")
+    flags.add_argument("--seed", type=console.number(int, low=0), default=42, metavar="N", help="which ones")
+    flags.add_argument("--split", choices=("train", "test"), default="train", help="test: the held-out ones")
+    return flags
+
+
+def main(argv=None):
+    flags = parser().parse_args(argv)
+    kept, dropped = draw(flags.spec, flags.num, flags.seed, flags.split)
+    for conversation in kept:
+        for turn in conversation:
+            parts = turn["content"]
+            parts = [dict(type="text", text=parts)] if isinstance(parts, str) else parts
+            shown = [p["text"] if p["type"] == "text" else f"[{p['type']}{p['text']}] " for p in parts]
+            print(f"{turn['role']}: {''.join(shown)}")
+        print()
+    console.say(f"dropped: {', '.join(f'{n} {why}' for why, n in dropped.items()) or 'nothing'}")
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,458 @@
+"""The conversations that train: right answers, copied tokens, nothing twice, nothing of the evaluation."""
+
+import itertools
+import json
+import random
+import re
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from script import refused, run
+
+import chat
+import facts
+import mixture
+import tasks
+from console import UserError
+from tokenizer import Tokenizer
+
+FRANCE = {fact.field: fact for fact in facts.facts() if fact.country == "France"}
+FACT = {(fact.country, fact.field): fact for fact in facts.facts()}
+SPLITS = st.sampled_from(("train", "test"))
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return {split: mixture.draw(mixture.DEFAULT, 3000, seed=5, split=split)[0] for split in ("train", "test")}
+
+
+def questions(conversation):
+    return [turn["content"] for turn in conversation if turn["role"] == "user"]
+
+
+def parts(conversation, kind):
+    contents = [turn["content"] for turn in conversation if isinstance(turn["content"], list)]
+    return [part["text"] for content in contents for part in content if part["type"] == kind]
+
+
+# ----------------------------------------------------------------------------------------------------- facts
+
+
+def test_the_facts_of_a_country_that_one_knows():
+    assert FRANCE["capital"].answer == "The capital of France is Paris."
+    assert FRANCE["capital"].brief == "It is Paris."
+    assert re.fullmatch(r"The population of France is over \d\d million.", FRANCE["population"].answer)
+    assert re.fullmatch(r"The population of France is \d\d,\d{3},\d{3}.", FRANCE["population"].found)
+    assert FACT["Peru", "neighbours"].answer == "Peru borders Bolivia, Brazil, Chile, Colombia, Ecuador."
+    assert FACT["The Bahamas", "capital"].answer == "The capital of the Bahamas is Nassau."
+    assert FACT["Netherlands", "capital"].questions[1] == "What is the Netherlands' capital?"
+    assert FACT["Japan", "capital"].query == " capital of Japan"
+
+
+def test_every_fact_is_told_by_its_answers_and_few_by_those_of_others():
+    every, rng, wrong = facts.facts(), random.Random(0), 0
+    assert len(every) > 4000
+    for fact in every:
+        assert all(facts.matches(fact, text) for text in (fact.answer, fact.brief, fact.found)), fact
+        assert not facts.matches(fact, f"{mixture.DONT_KNOW}.") and not facts.matches(fact, "")
+        other = rng.choice(every)
+        if other.field == fact.field in ("capital", "population", "president", "anthem"):
+            wrong += (
+                facts.matches(fact, other.answer)
+                and fact.found.split(" is ")[1] != other.found.split(" is ")[1]
+            )
+    assert wrong <= 5
+
+
+@pytest.mark.parametrize(
+    "country, field, text, right",
+    [
+        ("Maldives", "capital", "it is MALE", True),
+        ("Singapore", "capital", "The capital of Singapore is Kuala Lumpur.", False),
+        ("Singapore", "capital", "The capital of Singapore is Singapore.", True),
+        ("France", "population", "About 68.1 million (2023)", True),
+        ("France", "population", "some 67,000,000 people", True),
+        ("France", "population", "it is over 6 million", False),
+        ("France", "population", "it is 85 million", False),
+        ("France", "population", "68", False),
+        ("France", "president", "President Macron", True),
+        ("France", "president", "Emmanuel", False),
+        ("Peru", "neighbours", "Chile", False),
+        ("Peru", "neighbours", "Chile, Brazil and Bolivia", True),
+        ("France", "religion", "catholic", True),
+        ("Switzerland", "language", "Italian", True),
+        ("Peru", "independence", "28 July 1821", True),
+        ("Peru", "independence", "28 July 1822", False),
+    ],
+)
+def test_matches(country, field, text, right):
+    assert facts.matches(FACT[country, field], text) == right
+
+
+def test_a_fifth_of_the_facts_is_held_out_and_no_country_wholly():
+    train, test = facts.facts("train"), facts.facts("test")
+    assert len(train) + len(test) == len(facts.facts()) and not set(train) & set(test)
+    assert 0.15 < len(test) / len(facts.facts()) < 0.25
+    assert {fact.country for fact in test} <= {fact.country for fact in train}
+
+
+def test_the_search_finds_capitals_and_populations():
+    asked = [fact for fact in facts.facts() if fact.field in ("capital", "population")][::5]
+    assert all(mixture.searched(fact) for fact in asked)
+
+
+def test_what_tests_is_worded_unlike_what_trains():
+    for row in [row for kind in ("field", "source", "template") for row in facts.texts(kind)]:
+        wordings = [facts.plain(text) for text in row["held_out"]]
+        assert len(set(wordings)) == len(wordings) > 0
+        assert row.get("template") or not set(wordings) & {facts.plain(text) for text in row["ask"]}, row
+    asked = [q for row in facts.texts("source") for q in row["ask"] + row["held_out"]]
+    assert not [question for question, n in Counter(asked).items() if n > 1]
+
+
+def test_there_are_enough_questions_about_who_it_is():
+    rows = [row for row in facts.texts("source") if row["source"] == "identity"]
+    assert sum(len(row["ask"]) for row in rows) >= 240
+    naming = [row for row in rows if all("Handmade" in answer for answer in row["answer"])]
+    assert sum(len(row["held_out"]) for row in naming) >= 40
+
+
+def test_invented_names_are_nobodys():
+    train, test = (mixture.invented(split, 300, seed=1) for split in ("train", "test"))
+    assert len(train) == len(test) == 300 and train == mixture.invented("train", 300, seed=1)
+    name = lambda query: query.split(" of ")[-1].strip()
+    assert not {name(query) for _, query in train} & {name(query) for _, query in test}
+    assert all(name(query) in text for text, query in train + test)
+    for made, kind in ((train, "ask"), (test, "held_out")):
+        rows = [
+            *facts.texts("field"),
+            *(row for row in facts.texts("template") if row["template"] == "person"),
+        ]
+        worded = {text.format("X", c="X", C="X", s="X's") for row in rows for text in row[kind]}
+        assert {text.replace(name(query), "X") for text, query in made} <= worded
+    found = [mixture.looked_up(query) == " nothing found" for _, query in test]
+    assert sum(found) > 280 and {" of " in query for _, query in test} == {True, False}
+
+
+# ----------------------------------------------------------------------------------------------- the sources
+
+
+@given(st.integers(0, 2**32), SPLITS)
+def test_arithmetic_copies_the_numbers_and_the_output(seed, split):
+    conversation = mixture.arithmetic(random.Random(seed), split)
+    (question,), (call,), (output,), (answer,) = (
+        questions(conversation), *(parts(conversation, kind) for kind in ("calc", "output", "text")),
+    )  # fmt: skip
+    numbers = re.findall(r"[\d.]*\d", call)
+    assert numbers == re.findall(r"\d+(?:\.\d+)?", question)
+    assert facts.held_out("arithmetic", *numbers) == (split == "test")
+    assert call.startswith(" ") != question.startswith(
+        numbers[0]
+    )  # as its first token stands in the question
+    assert output == mixture.calculator(call) and output[0] == " " != output[1]
+    assert output.startswith(" error") or answer == f"It is{output}."
+
+
+def test_arithmetic_has_every_sign_and_is_right():
+    values = Counter()
+    for seed in range(300):
+        conversation = mixture.arithmetic(random.Random(seed), "train")
+        (call,), (output,) = parts(conversation, "calc"), parts(conversation, "output")
+        values.update(set("+-*/") & set(call))
+        if "error" not in output:
+            value = eval(call.strip())
+            assert float(output) == pytest.approx(value, rel=1e-8)
+    assert min(values[sign] for sign in "+-*/") > 30
+
+
+def test_comparison_is_answered_right():
+    made = [mixture.comparison(random.Random(seed), "train") for seed in range(200)]
+    answers = Counter()
+    for conversation in filter(None, made):
+        a, b = map(float, re.findall(r"\d+\.\d+", questions(conversation)[0]))
+        small = re.search("smaller|less", questions(conversation)[0])
+        (answer,) = parts(conversation, "text")
+        assert answer == ("Yes, it is." if (a < b if small else a > b) else "No, it is not.")
+        answers[answer] += 1
+    assert min(answers.values()) > 30 and len(answers) == 2
+
+
+def test_who_may_search_searches_and_who_may_not_does_not(drawn):
+    searches = 0
+    for conversation in drawn["train"] + drawn["test"]:
+        if calls := parts(conversation, "search"):
+            assert conversation[0] == {"role": "system", "content": mixture.SEARCH_SYSTEM}
+            assert parts(conversation, "output") == [mixture.looked_up(call) for call in calls]
+            searches += 1
+    assert searches > 500
+
+
+def test_a_search_answers_with_what_it_found(drawn):
+    copied = Counter()
+    for conversation in drawn["train"]:
+        if parts(conversation, "search"):
+            for output, answer in zip(parts(conversation, "output"), parts(conversation, "text")):
+                if output == " nothing found":
+                    assert answer.startswith(mixture.DONT_KNOW)
+                else:
+                    told = facts.plain(output).split()
+                    copied[
+                        all(
+                            word in told
+                            for word in facts.plain(answer.rstrip(".").split(" is ")[-1]).split()[-1:]
+                        )
+                    ] += 1
+    assert copied[True] > 0.9 * copied.total()
+
+
+def test_facts_trained_from_memory_are_not_those_held_out(drawn):
+    train, test = ({fact.answer for fact in facts.facts(split)} for split in ("train", "test"))
+    for split, mine, others in (("train", train, test - train), ("test", test, train - test)):
+        said = [turn["content"] for c in drawn[split] for turn in c if isinstance(turn["content"], str)]
+        assert not set(said) & others and len(set(said) & mine) > 50
+
+
+def test_follow_ups_are_answered_in_the_light_of_what_was_said():
+    for seed in range(100):
+        conversation = mixture.what_if(random.Random(seed), "train")
+        if conversation:
+            first, second = parts(conversation, "calc")
+            assert re.findall(r"\d+", first) == re.findall(r"\d+", second) and first != second
+            word = {"+": "plus", "-": "minus", "*": "times"}[second.split()[1]]
+            assert word in questions(conversation)[1]
+    pool = facts.facts("train")
+    made = [mixture.and_its(random.Random(seed), "train", pool, pool) for seed in range(60)]
+    for conversation in filter(None, made):
+        first, second = questions(conversation)
+        country = next(f.country for f in pool if first in f.questions)
+        assert country.removeprefix("The ") in first and country not in second
+        if calls := parts(conversation, "search"):
+            assert calls[0] != calls[1] and calls[0].split(" of ")[1:] == calls[1].split(" of ")[1:]
+
+
+def test_a_solution_gets_the_outputs_of_our_host():
+    solution = [dict(type=kind, text=text) for kind, text in (("calc", '"abc"[::2]'), ("output", "ac"))]
+    solution.append(dict(type="text", text='Answer: "ac"'))
+    assert [part["text"] for part in mixture.hosted(solution)] == ['"abc"[::2]', " ac", "Answer: ac"]
+    assert mixture.hosted("2 + 2 = 4. Answer: 4") == "2 + 2 = 4. Answer: 4"
+
+
+@pytest.mark.parametrize("name", ["tasks", "spelling", "counting", "answer-first"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_what_is_learned_of_the_tasks_is_right(name, split):
+    problems = {}
+    for task in mixture.TASKS[name]:
+        for level in tasks.TASKS[task]:
+            same = facts.digest("3", split) % 2**32
+            drawn = itertools.islice(
+                tasks.problems(task, split, level if name in ("tasks", "answer-first") else None, same), 60
+            )
+            problems |= {problem.prompt: problem for problem in drawn}
+    stream = mixture.conversations(name, split, seed=3)
+    checked = 0
+    for conversation in itertools.islice(stream, 60):
+        problem = problems[questions(conversation)[0].removesuffix(" Answer first.")]
+        said = chat.text_of(conversation[-1]["content"])
+        assert problem.level in mixture.EASY or name not in ("tasks", "answer-first")
+        checked += problem.verify(said.split("\n")[0] if name == "answer-first" else said) == 1.0
+        assert parts(conversation, "output") == [
+            mixture.calculator(call) for call in parts(conversation, "calc")
+        ]
+    assert checked == 60
+
+
+def test_the_same_problems_are_solved_in_steps_and_answer_first():
+    steps, first = (mixture.draw(f"{name}=1", 400, seed=3)[0] for name in ("tasks", "answer-first"))
+    steps = {questions(conversation)[0] for conversation in steps}
+    asked = [questions(conversation)[0] for conversation in first]
+    assert all(text.endswith(" Answer first.") for text in asked)
+    assert sum(text.removesuffix(" Answer first.") in steps for text in asked) > 100
+
+
+# ------------------------------------------------------------------------------------------ the user's files
+
+
+@pytest.fixture
+def probe(tmp_path):
+    lines = [
+        dict(country="France", field=field, rate=rate) for field, rate in (("capital", 0.0), ("area", 1.0))
+    ]
+    train = facts.facts("train")[:40]
+    lines += [dict(country=fact.country, field=fact.field, rate=1 / 3) for fact in train]
+    path = tmp_path / "known.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path, train
+
+
+def test_what_the_probe_found_unknown_is_refused_and_no_longer_taught(probe):
+    path, unknown = probe
+    kept, _ = mixture.draw(f"unknown:{path}=1,factbook=40", 4000, seed=1)
+    wrong = {question for fact in unknown for question in fact.questions}
+    answers = {questions(c)[0]: c[-1]["content"] for c in kept}
+    assert sum(question in wrong for question in answers) > 60
+    assert all(text == f"{mixture.DONT_KNOW}." for question, text in answers.items() if question in wrong)
+    assert not {fact.answer for fact in unknown} & set(answers.values())
+    assert facts.probed(path) == {(f.country, f.field) for f in unknown} | {("France", "capital")}
+
+
+def write(path, *conversations):
+    lines = [
+        [{"role": role, "content": text} for role, text in zip(("user", "assistant"), c)]
+        for c in conversations
+    ]
+    path.write_text("".join(json.dumps({"messages": line}) + "\n" for line in lines))
+    return path
+
+
+def test_the_users_own_conversations_train_and_test(tmp_path):
+    path = write(tmp_path / "mine.jsonl", *((f"What is thing {n}?", f"A thing, {n}.") for n in range(200)))
+    train, test = (mixture.draw(f"jsonl:{path}", 500, split=split)[0] for split in ("train", "test"))
+    assert len(train) + len(test) == 200 and 5 < len(test) < 40
+    assert {questions(c)[0] for c in train + test} == {f"What is thing {n}?" for n in range(200)}
+
+
+def test_the_users_bad_lines_are_named_or_skipped(tmp_path):
+    path = write(tmp_path / "mine.jsonl", *((f"What is thing {n}?", f"A thing, {n}.") for n in range(50)))
+    path.write_text(path.read_text() + '{"messages": 3}\n')
+    with pytest.raises(UserError, match="line 51"):
+        mixture.draw(f"jsonl:{path}", 50)
+    assert len(mixture.draw(f"jsonl:{path}", 50, skip_bad=True)[0]) > 30
+
+
+GOOD = ("What is a stone made of?", "Of minerals, mostly.")
+
+
+@pytest.mark.parametrize(
+    "question, answer, why",
+    [
+        (*GOOD, None),
+        ("What is a stone made of?", " ", "too short"),
+        (" ", "Of minerals.", "too short"),
+        ("Tell me a tale.", "word " * 1200, "too long"),
+        ("What is it?", "It is very very very very good.", "repeating themselves"),
+        ("What is it?", "It is very, very good, very very.", None),
+        ("What is it?", "a b c d e. a b c d e. a b c d e. ", "repeating themselves"),
+        ("What is it?", "a b c d e. a b c d e. ", None),
+        ("What is a stone made of?", "What is a stone made of? Of minerals.", "repeating the question"),
+        ("Hello there", "Hello there", None),
+        ("who are you, PLEASE", "A model.", "of the evaluation"),
+        (FRANCE["capital"].held_out[0], "Paris.", "of the evaluation"),
+        (facts.facts("test")[0].questions[0], "This.", "of the evaluation"),
+    ],
+)
+def test_faults(question, answer, why):
+    conversation = mixture.turns(question, answer)
+    assert mixture.fault(conversation, "train") == why
+    assert mixture.fault(conversation, "test") == (None if why == "of the evaluation" else why)
+
+
+def test_duplicates_and_contradictions_are_dropped_and_counted(tmp_path):
+    lines = [(f"Question {n}?", f"Answer {n}.") for n in range(40)]
+    wrong = [(f"question {n}?", "Another.") for n in range(40)]
+    path = write(tmp_path / "mine.jsonl", *lines, *lines, *wrong)
+    kept, dropped = mixture.draw(f"jsonl:{path}", 200)
+    assert len({questions(c)[0].lower() for c in kept}) == len(kept)
+    assert len(kept) + sum(dropped.values()) > 100 and dropped.keys() == {
+        "duplicates",
+        "contradicting others",
+    }
+
+
+# ----------------------------------------------------------------------------------------------- the mixture
+
+
+def test_nothing_twice_nothing_contradicting_nothing_of_the_evaluation(drawn):
+    for split, conversations in drawn.items():
+        assert len({json.dumps(c) for c in conversations}) == len(conversations) == 3000
+        answers = {}
+        for c in conversations:
+            for i, turn in enumerate(c):
+                if turn["role"] == "assistant":
+                    key = json.dumps(c[:i]).lower()
+                    assert answers.setdefault(key, turn["content"]) == turn["content"]
+            assert mixture.fault(c, split) is None
+    asked = {facts.plain(q) for c in drawn["train"] for q in questions(c)}
+    assert not asked & facts.examined() and len(asked) > 1500
+
+
+def test_train_and_test_share_no_first_question_but_greetings(drawn):
+    train, test = ({facts.plain(questions(c)[0]) for c in drawn[split]} for split in ("train", "test"))
+    assert len(train & test) <= 0.01 * len(test)
+
+
+def test_the_same_seed_draws_the_same():
+    spec = "tools=1,unknown=1,identity=1,multi-turn=1,factbook=1"
+    assert mixture.draw(spec, 200, seed=1) == mixture.draw(spec, 200, seed=1)
+    assert mixture.draw(spec, 200, seed=1)[0] != mixture.draw(spec, 200, seed=2)[0]
+
+
+def test_shares():
+    kept, _ = mixture.draw("refusal=3,factbook=1", 800, seed=4)
+    refusals = {
+        answer for row in facts.texts("source") if row["source"] == "refusal" for answer in row["answer"]
+    }
+    assert 540 < sum(c[-1]["content"] in refusals for c in kept) < 660
+
+
+def test_a_source_that_is_exhausted_leaves_its_share_to_the_others():
+    alone, dropped = mixture.draw("refusal", 20000, seed=1)
+    assert 500 < len(alone) < 3000 and dropped["duplicates"] >= 300
+    assert len(mixture.draw("refusal=1,factbook=1", 4000, seed=1)[0]) == 4000
+
+
+def test_every_source_makes_conversations_that_render(drawn):
+    tokenizer = Tokenizer.bytes()
+    for name in mixture.SOURCES:
+        for split in ("train", "test"):
+            kept, _ = mixture.draw(name, 20, seed=2, split=split)
+            assert len(kept) == 20, name
+            for conversation in kept:
+                chat.checked(conversation, training=True)
+                assert sum(chat.render(tokenizer, conversation)[1]) > 3
+
+
+def test_parse():
+    assert mixture.parse("factbook=3, tasks=.5,jsonl:a=b.jsonl=1") == {
+        "factbook": 3,
+        "tasks": 0.5,
+        "jsonl:a=b.jsonl": 1,
+    }
+    assert mixture.parse("refusal") == {"refusal": mixture.SOURCES["refusal"]}
+    assert mixture.parse(mixture.DEFAULT) == mixture.SOURCES
+    assert sum(mixture.SOURCES.values()) == 100
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("", "no source"),
+        ("nonsense=1", "nonsense"),
+        ("factbook=0", "'0'"),
+        ("factbook=-1", "'-1'"),
+        ("factbook=much", "much"),
+        ("factbook=1e999", "1e999"),
+        ("factbook:x=1", "factbook:x"),
+        ("jsonl:=1", "jsonl:"),
+        ("unknown:no/such.jsonl=1", "no/such.jsonl"),
+        ("jsonl:no/such.jsonl=1", "no/such.jsonl"),
+    ],
+)
+def test_bad_specs_are_one_clear_line(spec, words):
+    refused(run(mixture.main, spec, "--num", 3), words)
+
+
+@pytest.mark.parametrize(
+    "text", ["nonsense\n", '{"country": "France"}\n', "[1]\n", '{"country": 1, "field": 2, "rate": "x"}\n']
+)
+def test_a_bad_probe_is_one_clear_line(tmp_path, text):
+    (tmp_path / "p.jsonl").write_text(text)
+    refused(run(mixture.main, f"unknown:{tmp_path}/p.jsonl=1"), "--probe")
+
+
+def test_the_command_prints_conversations():
+    done = run(mixture.main, "tools=1,identity=1", "--num", 6, "--seed", 3)
+    assert done.status == 0 and done.out.count("assistant: ") >= 6 and "user: " in done.out
+    assert "[calc" in done.out and "dropped: " in done.err
+    assert done.out == run(mixture.main, "tools=1,identity=1", "--num", 6, "--seed", 3).out
