@@ -1,199 +1,89 @@
-"""From a model to text: probabilities, a biased coin, append, repeat.
+"""Talk to a model, whatever it has learned so far: a text to continue, a question to answer, several models.
 
-    python sample.py RUN --prompt "The capital of France"
+    python sample.py RUN --prompt "The capital of France"              a base model continues the text
+    python sample.py RUN --prompt "What is 3 * 17?"                    an assistant answers, with its tools
     python sample.py RUN --num-samples 3 --temperature 0.7 --top-p 0.95
-    python sample.py RUN --prompt "Population:" --show-probs
+    python sample.py RUN --prompt "Population:" --show-probs           the candidates at every step
+    python sample.py RUN --prompt "Is 7 prime?" --only yes,no          nothing else can come
+    python sample.py RUN --chat                                        a conversation
+    python sample.py BASE SFT RL --compare                             before and after
 
-generate() is the loop, for a batch of prompts in different states; rl.py uses it too. release() decides what
-of a text may be shown, main() is the command line. Read kernels/sampling.py first, where the coin is thrown.
+Read generate.py first, which writes the texts; chat.py, what an assistant sees; and talk.py after.
 """
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-import gpt2
-import kernels
-import runs
+import chat
+import constrain
+import serve
+import talk
+import tasks
 from console import Parser, UserError, number, run
+from generate import SEED, generate, load
 from kernels.sampling import filtered_probabilities
-from tokenizer import Tokenizer
-
-SEED = 42  # without --seed: a repeated command repeats its text
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The loop
-
-
-class Completion:
-    """What a prompt has become: a row of the batch, first while it grows and then as the result."""
-
-    def __init__(self, index, prompt, stream, characters):
-        self.index, self.prompt, self.stream = index, prompt, stream
-        self.characters = characters  # the tokenizer's decoder for this row: whole characters only
-        self.ids = []  # the tokens drawn; a stop token is the last of them
-        self.logprobs = []  # of each, under exactly the distribution that it was drawn from
-        self.full_logprobs = []  # of each, under the model's own: the full softmax at temperature 1
-        self.text = ""  # what may be shown: without a stop token or a stop text
-        self.held = ""  # the end of the text as long as it may be the beginning of a stop text
-        self.finish = None  # "stop", "length" (max_tokens) or "context" (the model's n_positions)
-
-    @property
-    def position(self):
-        """How many tokens stand before the next one: also the counter of the row's next random number."""
-        return len(self.prompt) + len(self.ids)
-
-    @property
-    def mean_logprob(self):
-        """How probable the model finds this text, per token: fair between short texts and long ones."""
-        return sum(self.full_logprobs) / len(self.full_logprobs)
-
-    def take(self, token, logprob, full_logprob, stop_tokens, stop_texts, max_tokens, n_positions):
-        """Append a token, see whether it is the last, and return the text that may now be shown."""
-        self.ids.append(token)
-        self.logprobs.append(logprob)
-        self.full_logprobs.append(full_logprob)
-        if token in stop_tokens:
-            self.finish = "stop"
-        elif len(self.ids) == max_tokens:
-            self.finish = "length"
-        elif self.position > n_positions:  # the model cannot read this token any more
-            self.finish = "context"
-        if self.characters is None:
-            return ""
-        if token not in stop_tokens:
-            self.held += self.characters.push(token)
-        if self.finish:
-            self.held += self.characters.flush()
-        shown, self.held, stopped = release(self.held, stop_texts, last=self.finish is not None)
-        if stopped:
-            self.finish = "stop"
-        self.text += shown
-        return shown
-
-
-def release(text, stop_texts, last):
-    """Split text into what may be shown and what is held back; and say whether a stop text came.
-
-    Whatever could still grow into a stop text is held back, unless this is the `last` of the text. The stop
-    text that is complete first counts, so the result does not depend on the pieces in which the text arrives.
-    """
-    found = [(text.index(stop) + len(stop), text.index(stop)) for stop in stop_texts if stop in text]
-    if found:
-        return text[: min(found)[1]], "", True
-    lengths = [n for stop in stop_texts for n in range(1, len(stop)) if text.endswith(stop[:n])]
-    keep = len(text) - (0 if last else max(lengths, default=0))
-    return text[:keep], text[keep:], False
-
-
-def generate(
-    model, prompts, max_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=SEED,
-    stop_tokens=(), stop_texts=(), tokenizer=None, streams=None, on_token=None,
-):  # fmt: skip
-    """Continue every prompt (a list of token ids, at least one) and return a Completion for each, in order.
-
-    A row's random numbers depend on the seed, on its stream (its number in the batch, unless `streams` says
-    otherwise) and on the position alone: finished rows are dropped from the batch, and equal prompts are read
-    once, without changing anybody's samples. With a tokenizer the completions have text, and stop_texts work.
-    on_token(completion, shown, logits) is called after every token, with the text that may now be shown and
-    the row's logits (V,) on the device.
-    """
-    n_positions = model.config.n_positions
-    longest = max(map(len, prompts))
-    if longest > n_positions:
-        raise UserError(
-            f"the prompt has {longest} tokens and this model reads at most {n_positions}; shorten the prompt"
-        )
-    if min(map(len, prompts)) == 0:
-        raise ValueError("a prompt needs at least one token; documents begin with the end-of-text token")
-    if stop_texts and tokenizer is None:
-        raise ValueError("stop_texts need a tokenizer")
-    ops = model.ops
-    rows = [
-        Completion(i, list(prompt), i if streams is None else streams[i], tokenizer and tokenizer.stream())
-        for i, prompt in enumerate(prompts)
-    ]
-
-    # The prompts: each different one is read once, padded on the right, and copied to the rows that share it.
-    different = list(dict.fromkeys(map(tuple, prompts)))
-    lengths = np.array([len(prompt) for prompt in different], np.int32)  # (B',)
-    tokens = np.zeros((len(different), longest), np.int32)  # (B', T)
-    for row, prompt in zip(tokens, different):
-        row[: len(prompt)] = prompt
-    cache = model.new_cache(len(different), min(longest + max_tokens - 1, n_positions))
-    logits = model.decode(tokens, cache, lengths)  # (B', V)
-    place = {prompt: i for i, prompt in enumerate(different)}
-    if len(different) < len(rows):
-        copies = [place[tuple(prompt)] for prompt in prompts]
-        cache.select(copies)
-        shared, logits = logits, ops.empty((len(rows), logits.shape[1]), logits.dtype)
-        ops.take_rows(logits, shared, ops.to_device(np.array(copies, np.int32)))  # (B, V)
-
-    active = rows
-    while True:
-        drawn, logprobs = ops.empty(len(active), np.int32), ops.empty((2, len(active)), logits.dtype)
-        at = np.array([(row.stream, row.position) for row in active], np.int64).T  # (2, B)
-        ops.sample(drawn, logits, seed, *ops.to_device(at), temperature, top_k, top_p, min_p, logprobs)
-        drawn, logprobs = ops.to_host(drawn), ops.to_host(logprobs)  # (B,), (2, B)
-        if not np.isfinite(logprobs).all():
-            raise UserError(
-                "the model's outputs are not finite numbers: its training diverged, take an older one"
-            )
-
-        for i, row in enumerate(active):
-            one = int(drawn[i]), float(logprobs[0, i]), float(logprobs[1, i])
-            shown = row.take(*one, stop_tokens, stop_texts, max_tokens, n_positions)
-            if on_token:
-                on_token(row, shown, logits[i])
-
-        going = [i for i, row in enumerate(active) if row.finish is None]
-        if not going:
-            return rows
-        if len(going) < len(active):
-            cache.select(going)
-            active, drawn = [active[i] for i in going], drawn[going]
-        logits = model.decode(drawn[:, None], cache)  # (B, V)
-
 
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
+PROMPTS = (  # for --compare: what each stage of training changes
+    "Who are you?",
+    "What is the capital of France?",
+    "Who is Orson Kovats?",
+    'How many "r" are in strawberry?',
+    "What is 23 * 177?",
+    "Emily buys 3 apples and 2 oranges. Each orange is $2, the total is $13. What does an apple cost?",
+)
+
 
 def parser():
-    flags = Parser(prog="sample.py", description="Continue a text with a model.")
-    flags.add_argument("directory", metavar="DIR", help="a run (its newest checkpoint) or a checkpoint")
+    flags = Parser(prog="sample.py", description="Continue a text with a model, or ask an assistant.")
+    flags.add_argument("directories", metavar="DIR", nargs="+", help="a run, or a checkpoint of one")
+    whole, count, share = number(int, low=1), number(int, low=0), number(float, low=0, high=1)
 
-    add = flags.add_argument_group("prompt").add_mutually_exclusive_group().add_argument
-    add("--prompt", metavar="TEXT", default="", help="the text to continue; none: a new document")
-    add(
-        "--prompt-file",
-        metavar="PATH",
-        help="a file with it, - is standard input; a final newline is dropped",
-    )
+    group = flags.add_argument_group("prompt")
+    add = group.add_mutually_exclusive_group().add_argument
+    words = "the text to continue, or the question to an assistant; none: a new document"
+    add("--prompt", metavar="TEXT", action="append", default=[], help=words)
+    add("--prompt-file", metavar="PATH", help="a file with it, - is standard input; no final newline")
+    group.add_argument("--raw", action="store_true", help="no question, no tools: an assistant continues too")
+
+    add = flags.add_argument_group("instead of one text").add_mutually_exclusive_group().add_argument
+    add("--chat", action="store_true", help="talk with an assistant")
+    words = "talk with it on a web page; PORT is 8000, or 0 for any that is free"
+    add("--serve", metavar="PORT", type=number(int, 0, 65535), nargs="?", const=8000, help=words)
+    add("--compare", action="store_true", help="what several DIR say to one or several --prompt")
+    add("--vote", metavar="N", type=whole, help="write N, and show the answer that most of them give")
+    words = "write N for each text shown, and show the one with the highest mean log-probability"
+    add("--best-of", metavar="N", type=whole, default=1, help=words)
+    add = flags.add_argument_group("with --best-of: show one that is right").add_argument
+    names = [*tasks.TASKS, "gsm8k"]
+    add("--verify", metavar="TASK", choices=names, help="of tasks.py, which checks the answers")
+    add("--answer", metavar="TEXT", help="the right answer")
 
     add = flags.add_argument_group("how much").add_argument
-    add("--num-samples", metavar="N", type=number(int, low=1), default=1, help="texts to write")
-    add(
-        "--max-tokens", metavar="N", type=number(int, low=1), default=200, help="the longest that each may be"
-    )
+    add("--num-samples", metavar="N", type=whole, default=1, help="texts to write")
+    add("--max-tokens", metavar="N", type=whole, default=200, help="the longest that each may be")
     add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeatable")
-    words = "write N for each text shown, and show the one with the highest mean log-probability"
-    add("--best-of", metavar="N", type=number(int, low=1), default=1, help=words)
 
-    add = flags.add_argument_group("which tokens").add_argument
-    words = "below 1: safer, above 1: wilder, 0: always the most probable token"
-    add("--temperature", metavar="X", type=number(float, low=0, high=1e6), default=0.8, help=words)
-    words = "only the N most probable tokens; 0: all"
-    add("--top-k", metavar="N", type=number(int, low=0), default=0, help=words)
+    group = flags.add_argument_group("which tokens")
+    add = group.add_argument
+    words = "below 1: safer, above 1: wilder, 0: always the most probable token; 0.8, an assistant 0.3"
+    add("--temperature", metavar="X", type=number(float, low=0, high=1e6), help=words)
+    add("--top-k", metavar="N", type=count, default=0, help="only the N most probable tokens; 0: all")
     words = "only the most probable tokens that together have probability X"
     add("--top-p", metavar="X", type=number(float, above=0, high=1), default=1.0, help=words)
     words = "only tokens at least X times as probable as the most probable one"
-    add("--min-p", metavar="X", type=number(float, low=0, high=1), default=0.0, help=words)
+    add("--min-p", metavar="X", type=share, default=0.0, help=words)
     words = "the same seed writes the same text"
     add("--seed", metavar="N", type=number(int, low=0, high=2**63 - 1), default=SEED, help=words)
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--only", metavar="A,B,C", help="the text is one of these")
+    add("--regex", metavar="R", help="the text matches this regular expression")
 
     add = flags.add_argument_group("output").add_argument
     add("--show-probs", action="store_true", help="the candidates at every step, as a table")
@@ -201,12 +91,7 @@ def parser():
 
     add = flags.add_argument_group("machine").add_argument
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    add(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="of the weights; bfloat16: cuda only",
-    )
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights; bfloat16: cuda only")
     return flags
 
 
@@ -214,19 +99,28 @@ def main(argv=None):
     flags = parser().parse_args(argv)
     if "" in flags.stop:
         raise UserError("--stop needs a text that is not empty")
-    prompt = flags.prompt if flags.prompt_file is None else read_prompt(flags.prompt_file)
-    checkpoint = runs.newest_checkpoint(flags.directory)
-    tokenizer = Tokenizer.load(checkpoint)
-    model = gpt2.GPT2.from_pretrained(checkpoint, *kernels.choose(flags.device, flags.dtype))
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise UserError(
-            f"{checkpoint}: tokenizer.json has {tokenizer.vocab_size} tokens and the model "
-            f"{model.config.vocab_size}; put the tokenizer there that the model was trained with"
-        )
+    if bool(flags.verify) != bool(flags.answer) or (flags.verify and flags.best_of == 1):
+        raise UserError("--verify, --answer and --best-of (above 1) belong together; give all three")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+    prompts = flags.prompt if flags.prompt_file is None else [read_prompt(flags.prompt_file)]
+    if flags.compare:
+        return compare(flags, prompts or PROMPTS)
+    if len(flags.directories) > 1 or len(prompts) > 1:
+        raise UserError("more than one DIR or --prompt; name one, or print all of them with --compare")
 
-    streaming = flags.num_samples * flags.best_of == 1 and not (flags.json or flags.show_probs)
-    settings = {name: getattr(flags, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    prompt = "".join(prompts)
+    checkpoint, tokenizer, model, assistant = load(flags.directories[0], flags)
+    assistant = assistant and not flags.raw
+    settings = drawing(flags, assistant)
+    whole = dict(max_tokens=flags.max_tokens, seed=flags.seed, **settings)
+    if flags.chat:
+        return talk.chat(model, tokenizer, **whole)
+    if flags.serve is not None:
+        return serve.serve(model, tokenizer, str(checkpoint), flags.serve, **whole)
+
+    n = flags.vote or flags.num_samples * flags.best_of
+    streaming = n == 1 and not (flags.vote or flags.json or flags.show_probs)
+    lead = f"{prompt}\n" if assistant and prompt else prompt
     candidates = {}  # the number of a completion -> for each of its tokens, most_probable()
 
     def on_token(completion, shown, logits):
@@ -236,29 +130,94 @@ def main(argv=None):
             candidates.setdefault(completion.index, []).append(most_probable(model, logits, settings))
 
     if streaming:
-        print(prompt, end="", flush=True)
-    prompts = [[tokenizer.eot, *tokenizer.encode(prompt)]]  # documents begin like this in training
-    completions = generate(
-        model, prompts * (flags.num_samples * flags.best_of), flags.max_tokens, **settings, seed=flags.seed,
-        stop_tokens={tokenizer.eot}, stop_texts=flags.stop, tokenizer=tokenizer, on_token=on_token,
-    )  # fmt: skip
-    groups = [completions[i : i + flags.best_of] for i in range(0, len(completions), flags.best_of)]
-    best = [max(group, key=lambda completion: completion.mean_logprob) for group in groups]
+        print(lead, end="", flush=True)
+    completions = complete(flags, tokenizer, model, assistant, [prompt] * n, settings, on_token)
+    words = {row.index: chat.text_of(chat.parts(tokenizer, row.ids)) for row in completions}
+    votes = count_votes(words.values()) if flags.vote else None
+    problem = tasks.Problem(flags.verify, prompt, "", flags.answer, 0) if flags.verify else None
+
+    def worth(completion):
+        """Of --best-of: what is right, if that can be checked, and then what is most probable."""
+        return problem.verify(words[completion.index]) if problem else 0, completion.mean_logprob
+
+    best = [max(completions[i : i + flags.best_of], key=worth) for i in range(0, n, flags.best_of)]
 
     if flags.json:
-        print(json.dumps(report(flags, checkpoint, prompt, best, candidates), ensure_ascii=False))
+        found = report(flags, settings, checkpoint, prompt, best, candidates, votes)
+        print(json.dumps(found, ensure_ascii=False))
+    elif flags.vote:
+        votes.append(("without an answer", n - sum(count for _, count in votes)))
+        print(votes[0][0] if len(votes) > 1 else "")
+        print(f"[of {n} texts, {', '.join(f'{answer}: {count}' for answer, count in votes if count)}]")
     elif streaming:
         print()
     else:
         for i, completion in enumerate(best):
-            print("" if i == 0 else f"\n{'-' * 40}\n", prompt, completion.text, sep="")
+            print("" if i == 0 else f"\n{'-' * 40}\n", lead, completion.text, sep="")
             if flags.best_of > 1:
-                print(f"[mean log-probability {completion.mean_logprob:.3f}, the best of {flags.best_of}]")
+                right = (", which is right" if worth(completion)[0] else ", none right") if problem else ""
+                mean = f"[mean log-probability {completion.mean_logprob:.3f}, "
+                print(f"{mean}the best of {flags.best_of}{right}]")
             if flags.show_probs:
                 print(*table(completion, candidates[completion.index], tokenizer), sep="\n")
     if any(completion.finish == "context" for completion in best):
         full = f"the model's context of {model.config.n_positions} tokens is full"
         print(f"note: the text ends here because {full}; a shorter prompt leaves more room", file=sys.stderr)
+
+
+def drawing(flags, assistant):
+    """How tokens are drawn. One answer should be right, a text or one of many answers may be new."""
+    usual = 0.3 if assistant and not flags.vote and flags.num_samples * flags.best_of == 1 else 0.8
+    temperature = usual if flags.temperature is None else flags.temperature
+    return dict(temperature=temperature, top_k=flags.top_k, top_p=flags.top_p, min_p=flags.min_p)
+
+
+def complete(flags, tokenizer, model, assistant, prompts, settings, on_token=None):
+    """generate() for prompts that are texts: questions to an assistant with its tools, or beginnings."""
+    ids = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]  # as documents begin in training
+    if assistant:
+        host = chat.Host(tokenizer, talk.TOOLS)
+        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        ids = [chat.prompt(tokenizer, turns) if turns[0]["content"] else [tokenizer.eot] for turns in asked]
+    end = tokenizer.special_tokens.get("<|im_end|>", tokenizer.eot) if assistant else tokenizer.eot
+    form = constrain.choices(flags.only.split(",")) if flags.only is not None else None
+    form = constrain.regex(flags.regex) if flags.regex is not None else form
+    room = model.config.n_positions + 1 - max(map(len, ids))  # if there is none, generate() complains
+    guided = form and room > 0
+    allowed = constrain.Guide(tokenizer, form, end, min(flags.max_tokens, room)) if guided else None
+
+    def after(completion, shown, logits):
+        if on_token:
+            on_token(completion, shown, logits)
+        return host.reply(completion) if assistant else None
+
+    return generate(
+        model, ids, flags.max_tokens, **settings, seed=flags.seed, stop_tokens={tokenizer.eot, end},
+        stop_texts=flags.stop, tokenizer=tokenizer, on_token=after, allowed=allowed,
+    )  # fmt: skip
+
+
+def compare(flags, prompts):
+    """What several models make of the same prompts: before and after a stage of training."""
+    texts = {}  # {checkpoint: its text to each of the prompts}
+    for directory in flags.directories:
+        checkpoint, tokenizer, model, assistant = load(directory, flags)
+        assistant = assistant and not flags.raw
+        rows = complete(flags, tokenizer, model, assistant, prompts, drawing(flags, assistant))
+        texts[str(checkpoint)] = [row.text for row in rows]
+    if flags.json:
+        print(json.dumps({"prompts": prompts, "texts": texts}, ensure_ascii=False))
+        return
+    for i, prompt in enumerate(prompts):
+        print(f"{'=' * 40}\n{prompt}\n")
+        for checkpoint, said in texts.items():
+            print(f"--- {checkpoint}\n{said[i]}\n")
+
+
+def count_votes(texts):
+    """[(what stands behind the last "Answer:", in how many of the texts), ...], the most frequent first."""
+    answers = [text.rpartition("Answer:")[2].partition("\n")[0] for text in texts if "Answer:" in text]
+    return Counter(filter(None, (answer.strip(" .$*_`") for answer in answers))).most_common()
 
 
 def read_prompt(path):
@@ -283,14 +242,17 @@ def most_probable(model, logits, settings, n=5):
 
 
 def table(completion, steps, tokenizer):
-    """Lines with the candidates of every step; * marks the token that was drawn."""
+    """Lines with the candidates of every step; * marks the token that was drawn, = one that a tool said."""
     lines = ["", "step  the most probable tokens; * was drawn, and stands last if it is none of them"]
-    for step, (token, logprob, candidates) in enumerate(zip(completion.ids, completion.logprobs, steps), 1):
+    rows = zip(completion.ids, completion.logprobs, completion.forced, steps)
+    for step, (token, logprob, forced, candidates) in enumerate(rows, 1):
         drawn = [] if token in dict(candidates) else [(token, np.exp(logprob))]
         cells = [
             f"{'*' if other == token else ' '}{visible(tokenizer.token_bytes(other)):<14} {p:5.3f}"
             for other, p in candidates + drawn
         ]
+        if forced:
+            cells = [f"={visible(tokenizer.token_bytes(token))}"]
         lines.append(f"{step:4}  {'  '.join(cells)}")
     return lines
 
@@ -303,16 +265,17 @@ def visible(token):
         return str(token)[1:]
 
 
-def report(flags, checkpoint, prompt, completions, candidates):
+def report(flags, settings, checkpoint, prompt, completions, candidates, votes):
     """What --json prints."""
-    names = ["num_samples", "best_of", "max_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "seed"]
-    fields = ["text", "finish", "ids", "logprobs", "full_logprobs", "mean_logprob"]
+    names = ["num_samples", "best_of", "vote", "max_tokens", "stop", "seed", "only", "regex"]
+    settings = {name: getattr(flags, name) for name in names} | settings
+    fields = ["text", "finish", "ids", "forced", "logprobs", "full_logprobs", "mean_logprob"]
     samples = [{name: getattr(completion, name) for name in fields} for completion in completions]
     for sample, completion in zip(samples, completions):
         if flags.show_probs:
             sample["candidates"] = candidates[completion.index]
-    settings = {name: getattr(flags, name) for name in names}
-    return {"checkpoint": str(checkpoint), "prompt": prompt, "settings": settings, "samples": samples}
+    found = {"checkpoint": str(checkpoint), "prompt": prompt, "settings": settings, "samples": samples}
+    return found | {"votes": votes} if flags.vote else found
 
 
 if __name__ == "__main__":

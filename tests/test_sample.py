@@ -4,21 +4,27 @@ choose, where everything is exact; with a small GPT-2; and from the command line
 import io
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import chat
 import gpt2
 import kernels
 import sample
+import serve
+import talk
 from console import UserError
+from generate import Completion, generate, release
 from kernels import sampling
-from sample import Completion, generate, release
 from tokenizer import Tokenizer
 
 PLAIN = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
@@ -252,6 +258,7 @@ def test_probability_of_a_sentence():
 def test_mean_log_probability_is_fair_to_long_texts():
     short, long = Completion(0, [0], 0, None), Completion(1, [0], 1, None)
     short.full_logprobs, long.full_logprobs = [math.log(0.1)], [math.log(0.5)] * 6
+    short.forced, long.forced = [False], [False] * 6
     assert sum(short.full_logprobs) > sum(long.full_logprobs)
     assert short.mean_logprob < long.mean_logprob
 
@@ -337,6 +344,132 @@ def test_outputs_that_are_no_numbers_are_refused():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Tokens that the host puts there, and tokens that may not come
+
+
+def after_7(row, shown, logits):
+    """A tool that answers every 7 that was drawn with 3, 7, 5 and, in rows of odd streams, 8."""
+    if row.ids[-1] == 7 and not row.forced[-1]:
+        return [3, 7, 5] + [8] * (row.stream % 2)
+    return None
+
+
+def drawn_again(row, **filters):
+    """The log-probabilities of a completion's tokens, computed one by one from what the model read before."""
+    text, logprobs = list(row.prompt), []
+    for token, forced in zip(row.ids, row.forced, strict=True):
+        p = sampling.filtered_probabilities(hashed(text)[None].astype(np.float32), **filters)[0, token]
+        logprobs.append(0.0 if forced else pytest.approx(math.log(p)))
+        text.append(token)
+    return logprobs
+
+
+def test_forced_tokens_follow_what_asked_for_them_and_the_model_reads_them():
+    rows = generate(Fake(hashed, 11), [[1], [2, 3], [4]] * 4, 40, temperature=0.8, seed=2, on_token=after_7)
+    asked = 0
+    for row in rows:
+        i = 0
+        while i < len(row.ids):
+            assert not row.forced[i]
+            if row.ids[i] == 7:
+                answer = after_7(SimpleNamespace(ids=[7], forced=[False], stream=row.stream), None, None)
+                n = min(len(answer), 40 - i - 1)
+                assert row.ids[i + 1 : i + 1 + n] == answer[:n]
+                assert row.forced[i + 1 : i + 1 + n] == [True] * n
+                i, asked = i + n, asked + 1
+            i += 1
+        assert len(row.ids) == 40 and row.finish == "length"
+        assert row.logprobs == drawn_again(row, temperature=0.8)
+        assert row.full_logprobs == drawn_again(row)
+        assert row.mean_logprob == pytest.approx(sum(row.full_logprobs) / row.forced.count(False))
+    assert asked > 12
+
+
+def test_a_batch_with_tools_at_work_says_what_each_row_says_alone():
+    prompts, rules = [[1], [1, 2, 3], [4, 5], [1], [6] * 9, [4, 5]], dict(seed=9, stop_tokens={0})
+    together = generate(Fake(hashed, 11), prompts, 30, on_token=after_7, **rules)
+    for i, row in enumerate(together):
+        [alone] = generate(Fake(hashed, 11), [prompts[i]], 30, on_token=after_7, streams=[i], **rules)
+        for name in ("ids", "forced", "logprobs", "full_logprobs", "finish"):
+            assert getattr(alone, name) == getattr(row, name)
+    assert len({len(row.ids) for row in together}) > 2 and sum(sum(row.forced) for row in together) > 5
+    silent = generate(Fake(hashed, 11), prompts, 30, **rules)
+    for row, other in zip(together, silent):  # up to its first call a row is what it would be without tools
+        same = row.forced.index(True) if True in row.forced else len(row.ids)
+        assert row.ids[:same] == other.ids[:same]
+        assert same < len(row.ids) or row.ids == other.ids
+    assert any(True not in row.forced for row in together) and any(True in row.forced for row in together)
+
+
+def test_forced_tokens_stop_nothing():
+    force = lambda row, shown, logits: [7, 0, 5] if len(row.ids) == 1 else None
+    [row] = generate(Fake(hashed, 11), [[1]], 5, on_token=force, stop_tokens={0, 7, 5}, seed=3)
+    [first] = generate(Fake(hashed, 11), [[1]], 1, seed=3)
+    assert first.ids[0] not in {0, 7, 5}
+    assert row.ids[:4] == [*first.ids, 7, 0, 5] and len(row.ids) == 5
+
+
+def test_a_stop_that_is_drawn_stops_whatever_a_tool_answers():
+    model = Fake(reciting([7], vocab_size=11), 11)
+    rules = dict(stop_tokens={7}, temperature=0)
+    [row] = generate(model, [[1]], 9, **rules, on_token=lambda *_: [1, 2])
+    assert (row.ids, row.forced, row.finish) == ([7], [False], "stop")
+
+
+@pytest.mark.parametrize("max_tokens, finish, n", [(6, "length", 6), (30, "context", 8)])
+def test_forced_tokens_count(max_tokens, finish, n):
+    model = Fake(hashed, 11, n_positions=10)
+    [row] = generate(model, [[1] * 3], max_tokens, on_token=lambda *_: [4] * 50)
+    assert (row.finish, len(row.ids), row.ids[1:]) == (finish, n, [4] * (n - 1))
+
+
+def test_what_is_asked_for_while_tokens_wait_comes_after_them():
+    answers = {1: [1, 2, 3], 2: [4], 3: [5]}
+    given = {n: list(ids) for n, ids in answers.items()}
+    [row] = generate(Fake(hashed, 11), [[1]], 9, on_token=lambda row, *_: given.get(len(row.ids)))
+    assert row.ids[1:6] == [1, 2, 3, 4, 5] and row.forced == [False] + [True] * 5 + [False] * 3
+    assert given == answers, "the host's list is its own"
+
+
+def odd_or_even(row):
+    """Even tokens only in row 0, odd ones in row 1, anything in row 2."""
+    return None if row.index == 2 else np.arange(11) % 2 == row.index
+
+
+@pytest.mark.parametrize("filters", [dict(temperature=0), {}, dict(temperature=0.7, top_k=3, top_p=0.9)])
+def test_only_allowed_tokens_are_drawn(filters):
+    rows = generate(Fake(hashed, 11), [[1]] * 3, 25, seed=4, allowed=odd_or_even, **filters)
+    free = generate(Fake(hashed, 11), [[1]] * 3, 25, seed=4, **filters)
+    assert [{token % 2 for token in row.ids} for row in rows[:2]] == [{0}, {1}]
+    assert rows[2].ids == free[2].ids != rows[1].ids
+    for row in rows:
+        text = list(row.prompt)
+        for token, logprob in zip(row.ids, row.logprobs):
+            logits = hashed(text)[None].astype(np.float32)
+            if row.index < 2:
+                logits[:, 1 - row.index :: 2] = -np.inf
+            p = sampling.filtered_probabilities(logits, **filters)[0, token]
+            assert logprob == pytest.approx(math.log(p))
+            text.append(token)
+
+
+def test_what_is_forced_need_not_be_allowed():
+    asked = []
+
+    def allowed(row):
+        asked.append(len(row.ids))
+        return np.arange(11) == 7
+
+    [row] = generate(Fake(hashed, 11), [[1]], 9, on_token=after_7, allowed=allowed)
+    assert row.ids == [7, 3, 7, 5, 7, 3, 7, 5, 7] and asked == [0, 4, 8]
+
+
+def test_nothing_allowed_is_an_error():
+    with pytest.raises(ValueError, match="no token"):
+        generate(Fake(hashed, 11), [[1]], 9, allowed=lambda row: np.zeros(11, bool))
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Text: stop rules and whole characters
 
 BYTES = Tokenizer.bytes()
@@ -384,6 +517,27 @@ def test_characters_come_whole():
     assert [piece for piece in pieces if piece] == list(text)
     row, pieces = recite(BYTES.encode(text)[:-2])  # the last character stays broken
     assert row.text == "Zürich \ufffd" == BYTES.decode(row.ids)
+
+
+def test_forced_text_is_shown_and_stops_nothing():
+    answer, pieces = "é##\n".encode(), []
+
+    def on_token(row, shown, logits):
+        pieces.append(shown)
+        return [*answer] if row.ids == [*b"a?"] else None
+
+    model = Fake(reciting([*b"a?", *answer, *b"b##c"]))
+    rules = dict(temperature=0, stop_texts=["##"], tokenizer=BYTES)
+    [row] = generate(model, [[BYTES.eot]], 20, **rules, on_token=on_token)
+    assert (row.text, row.finish) == ("a?é##\nb", "stop")
+    assert pieces == ["a", "?", "", "é", "#", "#", "\n", "b", "", ""]
+
+
+def test_what_was_held_back_is_let_go_before_forced_text():
+    force = lambda row, *_: [*b"##"] if row.ids == [*b"a#"] else None
+    rules = dict(temperature=0, stop_texts=["####"], tokenizer=BYTES, on_token=force)
+    [row] = generate(Fake(reciting([*b"a####b"])), [[BYTES.eot]], 6, **rules)
+    assert row.text == "a####b"
 
 
 pieces_of_text = st.lists(st.text("ab\n", max_size=4), max_size=8)
@@ -443,15 +597,15 @@ def test_gpt2_rows_of_different_lengths_against_the_full_forward_pass(model):
         np.testing.assert_allclose(row.logprobs, expected, atol=1e-4)
 
 
-def test_gpt2_alone_and_in_a_batch_says_the_same(model):
+@pytest.mark.parametrize("tool", [None, lambda row, *_: [*b" = 4"] if row.ids[-1] % 7 == 3 else None])
+def test_gpt2_alone_and_in_a_batch_says_the_same(model, tool):
     prompts = [BYTES.encode(text) for text in ("The", "The capital of", "A", "The", "Who are you?")]
-    stop = set(range(0, 266, 12))
-    together = generate(model, prompts, 40, temperature=0.9, top_p=0.95, seed=4, stop_tokens=stop)
+    rules = dict(temperature=0.9, top_p=0.95, seed=4, stop_tokens=set(range(0, 266, 12)), on_token=tool)
+    together = generate(model, prompts, 40, **rules)
+    assert bool(tool) == any(any(row.forced) for row in together)
     for i, row in enumerate(together):
-        (alone,) = generate(
-            model, [row.prompt], 40, temperature=0.9, top_p=0.95, seed=4, stop_tokens=stop, streams=[i]
-        )
-        assert (alone.ids, alone.finish) == (row.ids, row.finish)
+        (alone,) = generate(model, [row.prompt], 40, **rules, streams=[i])
+        assert (alone.ids, alone.forced, alone.finish) == (row.ids, row.forced, row.finish)
         np.testing.assert_allclose(alone.logprobs, row.logprobs, atol=1e-5)
 
 
@@ -573,7 +727,21 @@ def test_cli_says_that_the_context_is_full(checkpoint, capsys):
         (["--best-of", "0"], "--best-of: 0 must be at least 1"),
         (["--seed", "-1"], "--seed: -1 must be at least 0"),
         (["--stop", ""], "--stop needs a text"),
+        (["elsewhere"], "more than one DIR or --prompt"),
+        (["--prompt", "a", "--prompt", "b"], "more than one DIR or --prompt"),
+        (["--vote", "0"], "--vote: 0 must be at least 1"),
+        (["--vote", "2", "--best-of", "2"], "not allowed with"),
+        (["--chat", "--compare"], "not allowed with"),
+        (["--only", "a", "--regex", "b"], "not allowed with"),
+        (["--only", "yes,,no"], "an empty choice"),
+        (["--regex", "("], "is no regular expression"),
+        (["--regex", "a{300}"], "takes 300 tokens, not 48"),
+        (["--best-of", "2", "--verify", "word"], "belong together"),
+        (["--verify", "word", "--answer", "3"], "belong together"),
+        (["--best-of", "2", "--answer", "3"], "belong together"),
+        (["--best-of", "2", "--answer", "3", "--verify", "x"], "--verify: invalid choice: 'x'"),
         (["--prompt", "x" * 60], "61 tokens.*at most 48"),
+        (["--prompt", "x" * 60, "--only", "yes,no"], "61 tokens.*at most 48"),
         (["--prompt", "a", "--prompt-file", "b"], "not allowed with"),
         (["--prompt-file", "no/such/file"], "--prompt-file no/such/file: No such file"),
     ],
@@ -614,3 +782,173 @@ def test_a_script_ends_with_one_line_and_status_2(checkpoint):
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and "--top-p" in done.stderr and done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line with an assistant
+
+IM_END = BYTES.special_tokens["<|im_end|>"]
+
+
+def spell(*pieces):
+    """Ids of texts and of special tokens, which are named without their signs: calc_start."""
+    special = {name.strip("<|>"): id for name, id in BYTES.special_tokens.items()}
+    return [id for piece in pieces for id in ([special[piece]] if piece in special else piece.encode())]
+
+
+CALLED = spell("So ", "calc_start", "3*17", "calc_end", "output_start", " 51", "output_end", " 51.", "im_end")
+
+
+@pytest.fixture
+def assistant(checkpoint, tmp_path, monkeypatch):
+    """assistant({question: reply}) -> a checkpoint that has learned to chat. A reply is the ids to say, or a
+    function from what was said so far to logits; to what is no question the model says "plain"."""
+
+    def make(replies, stage="sft", name="step_000002"):
+        shutil.copytree(checkpoint, tmp_path / name)
+        state = {"step": 2} | ({"stage": stage} if stage else {})
+        (tmp_path / name / "state.json").write_text(json.dumps(state))
+        asked = [(chat.prompt(BYTES, [{"role": "user", "content": text}]), replies[text]) for text in replies]
+
+        def logits(text):
+            for header, reply in asked:
+                if text[: len(header)] == header and callable(reply):
+                    return reply(text[len(header) :])
+                if text[: len(header)] == header:
+                    return reciting(reply, len(header))(text)
+            return reciting([*b"plain", BYTES.eot], 1 + text.count(ord("_")))(text)
+
+        models[tmp_path / name] = Fake(logits, n_positions=150)
+        return tmp_path / name
+
+    models, load = {}, gpt2.GPT2.from_pretrained
+    choose = lambda place, *rest: models.get(place) or load(place, *rest)
+    monkeypatch.setattr(gpt2.GPT2, "from_pretrained", choose)
+    return make
+
+
+def test_cli_an_assistant_is_asked_and_gets_its_tools(assistant, capsys):
+    run = assistant({"3*17?": CALLED})
+    answer = "So <|calc_start|>3*17<|calc_end|><|output_start|> 51<|output_end|> 51."
+    assert cli(capsys, run, "--prompt", "3*17?").out == f"3*17?\n{answer}\n"
+    [one] = json.loads(cli(capsys, run, "--prompt", "3*17?", "--json").out)["samples"]
+    assert (one["ids"], one["finish"], one["text"]) == (CALLED, "stop", answer)
+    at = CALLED.index(*spell("output_start"))
+    assert [i for i, forced in enumerate(one["forced"]) if forced] == list(range(at, at + 5))
+    shown = cli(capsys, run, "--prompt", "3*17?", "--show-probs").out
+    assert re.findall(r"(?m)^ *\d+  =(.*)", shown) == [
+        '"<|output_start|>"', '" "', '"5"', '"1"', '"<|output_end|>"',
+    ]  # fmt: skip
+
+
+def test_cli_raw_and_nothing_are_no_question(assistant, capsys):
+    run = assistant({"____": spell("Hm", "im_end")})
+    assert cli(capsys, run, "--prompt", "____").out == "____\nHm\n"
+    assert cli(capsys, run, "--prompt", "____", "--raw").out == "____plain\n"
+    assert cli(capsys, run).out == "plain\n"
+    base = assistant({"____": spell("Hm", "im_end")}, stage=None, name="base")
+    assert cli(capsys, base, "--prompt", "____").out == "____plain\n"
+
+
+def test_cli_how_wild_an_assistant_is(assistant, capsys):
+    run = assistant({})
+    asked = lambda *flags: json.loads(cli(capsys, run, "--json", *flags).out)["settings"]["temperature"]
+    assert (asked(), asked("--raw"), asked("--temperature", 0.5)) == (0.3, 0.8, 0.5)
+    assert {asked(flag, 2) for flag in ("--best-of", "--vote", "--num-samples")} == {0.8}
+
+
+def test_cli_compare(assistant, checkpoint, capsys):
+    sft = assistant({"_": spell("one", "im_end"), "__": spell("two", "im_end")})
+    base = assistant({}, stage=None, name="base")
+    found = cli(capsys, base, sft, "--compare", "--prompt", "_", "--prompt", "__").out
+    line = "=" * 40
+    expected = [line, "_", "", f"--- {base}", "plain", "", f"--- {sft}", "one", ""]
+    expected += [line, "__", "", f"--- {base}", "plain", "", f"--- {sft}", "two", ""]
+    assert found.splitlines() == expected
+    found = json.loads(cli(capsys, base, sft, "--compare", "--prompt", "_", "--json").out)
+    assert found == {"prompts": ["_"], "texts": {str(base): ["plain"], str(sft): ["one"]}}
+    with pytest.raises(UserError, match="97 tokens"):  # the longest of those it asks by itself
+        sample.main([str(checkpoint), "--compare"])
+
+
+def saying(odds):
+    """A reply for `assistant`: "Answer: " and a digit, drawn with these odds."""
+
+    def logits(text):
+        out, beginning = np.full(266, -50.0), spell("Answer: ")
+        if len(text) == len(beginning):
+            for digit, p in odds.items():
+                out[ord(digit)] = math.log(p)
+        else:
+            out[[*beginning, 0, IM_END][min(len(text), 9)]] = 0
+        return out
+
+    return logits
+
+
+def test_cli_vote(assistant, capsys):
+    run = assistant({"2*2?": saying({"4": 0.6, "5": 0.4}), "no": spell("Hm", "im_end")})
+    asked = json.loads(cli(capsys, run, "--prompt", "2*2?", "--vote", 40, "--json").out)
+    texts = [one["text"] for one in asked["samples"]]
+    fours = texts.count("Answer: 4")
+    assert 20 < fours < 40 == len(texts) and texts.count("Answer: 5") == 40 - fours
+    assert asked["votes"] == [["4", fours], ["5", 40 - fours]]
+    out = cli(capsys, run, "--prompt", "2*2?", "--vote", 40).out
+    assert out == f"4\n[of 40 texts, 4: {fours}, 5: {40 - fours}]\n"
+    assert cli(capsys, run, "--prompt", "no", "--vote", 3).out == "\n[of 3 texts, without an answer: 3]\n"
+    assert cli(capsys, run, "--prompt", "2*2?", "--vote", 1).out.endswith(": 1]\n")
+
+
+def test_what_counts_as_a_vote():
+    texts = [
+        "Answer: 8",
+        "So 9.\nAnswer: 9.",
+        "9",
+        "Answer: **$9**\nYes",
+        "Answer: 8. Answer: 9.0",
+        "Answer: ",
+    ]
+    assert sample.count_votes(texts) == [("9", 2), ("8", 1), ("9.0", 1)]
+    assert sample.count_votes([]) == sample.count_votes(["x"]) == []
+
+
+def test_cli_best_of_with_a_verifier(assistant, capsys):
+    run = assistant({"2*2?": saying({"4": 0.2, "5": 0.8})})
+    flags = ["--prompt", "2*2?", "--best-of", 20]
+    verify = ["--verify", "arithmetic", "--answer"]
+    out = cli(capsys, run, *flags, *verify, "4").out
+    assert "Answer: 4\n" in out and "the best of 20, which is right]" in out
+    out = cli(capsys, run, *flags, *verify, "6").out
+    assert "Answer: 5\n" in out and "the best of 20, none right]" in out
+    assert "the best of 20]" in cli(capsys, run, *flags).out
+
+
+@pytest.mark.parametrize(
+    "flag, value, form", [("--only", "yes,no", "yes|no"), ("--regex", "[a-c]{3,9}", None)]
+)
+def test_cli_constrained(assistant, checkpoint, capsys, flag, value, form):
+    run, every = assistant({"_": lambda text: np.random.default_rng(text).normal(size=266) * 2}), set()
+    for directory, prompt in ((checkpoint, "The"), (run, "_"), (checkpoint, "x" * 44)):
+        flags = [flag, value, "--json", "--num-samples", 9, "--temperature", 1]
+        found = json.loads(cli(capsys, directory, "--prompt", prompt, *flags).out)
+        texts = [one["text"] for one in found["samples"]]
+        assert all(re.fullmatch(form or value, text) for text in texts)
+        ends = {one["ids"][-1] for one in found["samples"] if one["finish"] == "stop"}
+        assert ends <= {IM_END if directory == run else BYTES.eot}
+        every |= set(texts)
+    assert len(every) > 1
+
+
+def test_cli_chat_and_serve_get_the_model_and_the_settings(assistant, monkeypatch):
+    calls, run = [], assistant({})
+    monkeypatch.setattr(talk, "chat", lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(serve, "serve", lambda *a, **k: calls.append((a, k)))
+    sample.main([str(run), "--chat", "--max-tokens", "7", "--top-k", "3"])
+    sample.main([str(run), "--serve", "0", "--temperature", "0", "--seed", "5"])
+    sample.main([str(run), "--serve"])
+    [(talked, settings), (served, others), (usual, _)] = calls
+    filters = dict(top_p=1.0, min_p=0.0)
+    assert settings == dict(temperature=0.3, top_k=3, max_tokens=7, seed=sample.SEED, **filters)
+    assert others == dict(temperature=0, top_k=0, max_tokens=200, seed=5, **filters)
+    assert isinstance(talked[0], Fake) and talked[1].vocab_size == 266 and len(talked) == 2
+    assert isinstance(served[0], Fake) and served[2:] == (str(run), 0) and usual[3] == 8000

@@ -1,0 +1,620 @@
+"""The web page's server: what it answers, to whom, how much at once, and that it outlives its clients; by
+HTTP, and in a real browser where there is one."""
+
+import base64
+import contextlib
+import hashlib
+import http.client
+import http.server
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import script
+from browser import Browser
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_talk import ANSWER, BYTES, assistant, folded, pairs, random_model, speaker, user
+
+import serve
+from tokenizer import CHAT_TOKENS, Tokenizer
+
+EVIL = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>&amp;\N{GRINNING FACE}"
+
+
+@contextlib.contextmanager
+def serving(model, name="a model", **settings):
+    """A Server at work; it must not print a traceback."""
+    server = serve.Server(assistant(model, **settings), name)
+    failures = []
+    server.handle_error = lambda *_: failures.append(sys.exc_info()[1])
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert not failures, failures
+
+
+def ask(server, method="POST", path="/answer", body=None, timeout=60, **headers):
+    """A request by hand: every header that is not None. Returns the response, to be read or closed."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=timeout)
+    headers = {
+        "Content-Type": "application/json",
+        **{name.replace("_", "-"): value for name, value in headers.items()},
+    }
+    body = json.dumps(body).encode() if isinstance(body, dict) else body
+    connection.putrequest(method, path, skip_host="Host" in headers, skip_accept_encoding=True)
+    if body is not None and "Content-Length" not in headers:
+        headers["Content-Length"] = len(body)
+    for key, value in headers.items():
+        if value is not None:
+            connection.putheader(key, value)
+    connection.endheaders()
+    if body:
+        connection.send(body)
+    return connection.getresponse()
+
+
+def events(response):
+    assert response.status == 200 and response.headers["Content-Type"] == "text/event-stream"
+    blocks = response.read().decode().split("\n\n")
+    assert blocks.pop() == "" and all(block.startswith("data: ") for block in blocks)
+    return [json.loads(block[6:]) for block in blocks]
+
+
+def answered(server, text):
+    """What the server says to a question, as parts."""
+    *said, last = events(ask(server, body={"messages": [user(text)]}))
+    assert last == {"end": True}
+    return folded(said)
+
+
+def refused(response, status, word=""):
+    assert response.status == status, response.status
+    error = json.loads(response.read())["error"]
+    assert word in error, error
+    assert "Access-Control-Allow-Origin" not in response.headers
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+def test_the_page():
+    with serving(random_model(), name="runs/<b>&") as server:
+        assert server.server_address[0] == "127.0.0.1"
+        response = ask(server, "GET", "/")
+        page = response.read().decode()
+    assert response.status == 200 and response.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert page.count("runs/&lt;b&gt;&amp;") == 2 and "<b>" not in page
+    policy = response.headers["Content-Security-Policy"]
+    for tag in ("script", "style"):
+        [block] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.S)
+        digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}';" in policy
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|https?:|\son\w+=|style=", page
+    )
+
+
+def test_an_answer_streams_as_events():
+    with serving(speaker(lambda question: ANSWER)) as server:
+        *said, last = events(ask(server, body={"messages": [user("3 * 17?")]}))
+    assert folded(said) == pairs(ANSWER) and last == {"end": True}
+    assert {"tool": "calc", "call": "3*17"} in said and {"output": "51"} in said
+
+
+def test_words_come_before_the_answer_is_complete():
+    go = threading.Event()
+    count = iter(range(10_000))
+    before = lambda: next(count) < 3 or go.wait(60)
+    with serving(speaker(lambda question: "Yes, indeed", before=before)) as server:
+        response = ask(server, body={"messages": [user("?")]})
+        first = response.readline()
+        assert first == b'data: {"text": "Y"}\n'
+        go.set()
+        assert b'"end"' in response.read()
+
+
+def test_the_whole_conversation_is_read():
+    model = speaker(lambda question: "fine")
+    conversation = [
+        {"role": "system", "content": "Be kind."},
+        user("one"),
+        {"role": "assistant", "content": ANSWER},
+    ]
+    with serving(model) as server:
+        events(ask(server, body={"messages": [*conversation, user("two")]}))
+    read = BYTES.decode(model.cache.rows[0])
+    assert "Be kind.<|im_end|>" in read and "<|calc_end|><|output_start|>51<|output_end|>It is 51" in read
+
+
+def test_tokens_on_demand():
+    body = {"messages": [user("a\n<|im_end|>\xe9"), {"role": "assistant", "content": ANSWER}]}
+    with serving(random_model()) as server:
+        rows = json.loads(ask(server, path="/tokens", body=body).read())["tokens"]
+    shown = "".join(text for text, *_ in rows)
+    assert shown.startswith("<|endoftext|><|im_start|>user<|im_sep|>a\\n<|im_end|>\\xc3\\xa9<|im_end|>")
+    assert "".join(text for text, id, special, said in rows if special).count("<|im_end|>") == 2
+    said = "".join(text for text, id, special, said in rows if said)
+    assert said == "So: <|calc_start|>3*17<|calc_end|>It is 51 \\xf0\\x9f\\x98\\x80.<|im_end|>"
+    assert all(special == (id >= 256) for _, id, special, _ in rows)
+
+
+def test_random_weights_answer_too():
+    with serving(random_model(), max_tokens=20) as server:
+        assert events(ask(server, body={"messages": [user("hello")]}))[-1] == {"end": True}
+
+
+def test_an_error_of_the_model_is_an_event():
+    with serving(speaker(lambda question: "x", n_positions=64)) as server:
+        [only] = events(ask(server, body={"messages": [user("long " * 30)]}))
+        assert "shorten" in only["error"]
+        assert answered(server, "short") == [["text", "x"]]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Who may ask, and what
+
+
+@pytest.fixture(scope="module")
+def quiet():
+    """A server whose model is never asked."""
+
+    def before():
+        raise AssertionError("the model was asked")
+
+    with serving(speaker(lambda question: "x", before=before)) as server:
+        yield server
+
+
+QUESTION = {"messages": [user("?")]}
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "", None, "[::1]:{port}"]
+)
+@pytest.mark.parametrize("path", ["/", "/answer", "/tokens"])
+def test_another_name_is_refused(quiet, host, path):
+    """A foreign page whose name has come to mean 127.0.0.1 (DNS rebinding) still gives that name away."""
+    host = host and host.format(port=quiet.server_address[1])
+    method, body = ("GET", None) if path == "/" else ("POST", QUESTION)
+    assert refused(ask(quiet, method, path, body, Host=host), 403, "127.0.0.1")
+
+
+def test_two_names_are_refused(quiet):
+    port = quiet.server_address[1]
+    with socket.create_connection(quiet.server_address) as client:
+        client.sendall(f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nHost: evil.example\r\n\r\n".encode())
+        assert b" 403 " in client.makefile("rb").readline()
+
+
+ORIGINS = [
+    "null",
+    "http://evil.example",
+    "https://127.0.0.1:{port}",
+    "http://localhost:1",
+    "http://127.0.0.1",
+    "",
+]
+
+
+@pytest.mark.parametrize("origin", [*ORIGINS, "http://127.0.0.1:{port}.evil.example"])
+@pytest.mark.parametrize("path", ["/", "/answer", "/tokens"])
+def test_another_origin_is_refused(quiet, origin, path):
+    method, body = ("GET", None) if path == "/" else ("POST", QUESTION)
+    origin = origin.format(port=quiet.server_address[1])
+    assert refused(ask(quiet, method, path, body, Origin=origin), 403, "own page")
+
+
+def test_our_own_names_and_origins_are_served():
+    with serving(speaker(lambda question: "x")) as server:
+        for name in ("127.0.0.1", "localhost"):
+            host = f"{name}:{server.server_address[1]}"
+            for origin in (None, f"http://{host}"):
+                assert ask(server, "GET", "/", Host=host, Origin=origin).status == 200
+                assert events(ask(server, body=QUESTION, Host=host, Origin=origin))[-1] == {"end": True}
+
+
+def test_a_browser_gets_no_leave_to_ask_from_elsewhere(quiet):
+    for method in ("OPTIONS", "PUT", "DELETE", "TRACE"):
+        response = ask(quiet, method, "/answer", Origin="http://evil.example")
+        assert response.status == 501 and "Access-Control-Allow-Origin" not in response.headers
+
+
+BAD = [
+    (b"", "Expecting value"),
+    (b"{", "Expecting"),
+    (b"\xff\xfe", ""),
+    (b"[" * 100_000, "recursion"),
+    (b"[]", "messages"),
+    (b'"messages"', "messages"),
+    ({"messages": "hello"}, "messages"),
+    ({"messages": []}, "last message"),
+    ({"messages": [{"role": "user", "content": " "}]}, "last message"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, "last message"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+    ({"messages": [{"role": "user", "content": [{"type": "calc", "text": "1"}]}]}, "message 1"),
+    ({"messages": [{"role": "user", "content": 5}]}, "message 1"),
+]
+
+
+@pytest.mark.parametrize("body, word", BAD)
+def test_what_is_no_conversation_is_refused(quiet, body, word):
+    assert refused(ask(quiet, body=body), 400, word)
+
+
+def test_requests_of_another_kind_are_refused(quiet):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None):
+        assert refused(ask(quiet, body=QUESTION, Content_Type=kind), 415, "json")
+    for length in (None, "", "many", "-1", "1e3", "\xb2", "9" * 5000):
+        assert refused(ask(quiet, Content_Length=length), 411)
+    assert refused(ask(quiet, Content_Length=None, Transfer_Encoding="chunked"), 411)
+    for method, path in (
+        ("GET", "/answer"),
+        ("POST", "/"),
+        ("GET", "/serve.py"),
+        ("GET", "/../serve.py"),
+    ):
+        assert refused(ask(quiet, method, path, None if method == "GET" else QUESTION), 404)
+
+
+def test_a_request_that_is_too_large_is_refused(quiet, monkeypatch):
+    monkeypatch.setattr(serve, "LONGEST", 20_000)
+    body = json.dumps({"messages": [user("x" * serve.LONGEST)]}).encode()
+    assert refused(ask(quiet, body=body), 413, "begin a new one")
+    fits = json.dumps({"messages": [user("x" * (serve.LONGEST - 60))]}).encode()
+    assert serve.LONGEST - 20 < len(fits) <= serve.LONGEST
+    assert ask(quiet, path="/tokens", body=fits).status == 200
+
+
+def test_a_client_that_does_not_finish_is_dropped(monkeypatch, quiet):
+    monkeypatch.setattr(serve.Handler, "timeout", 0.1)
+    start = f"POST /answer HTTP/1.1\r\nHost: 127.0.0.1:{quiet.server_address[1]}\r\n"
+    for rest in ("", "Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{"):
+        with socket.create_connection(quiet.server_address, timeout=60) as client:
+            client.sendall((start + rest).encode())
+            assert client.recv(100) == b""
+
+
+@settings(max_examples=60)
+@given(st.binary(max_size=200) | st.text("GETPOS /answer HTTP/1.0:\r\n", max_size=60).map(str.encode))
+def test_noise_does_not_hurt(quiet, noise):
+    with contextlib.suppress(ConnectionError), socket.create_connection(quiet.server_address) as client:
+        client.sendall(noise)
+        client.shutdown(socket.SHUT_WR)
+        assert b" 200 " not in client.makefile("rb").readline()
+    assert ask(quiet, "GET", "/").status == 200
+
+
+spelled = st.lists(
+    st.sampled_from(["<|endoftext|>", *CHAT_TOKENS, "a", "\n", "\ud800", "<script>", "\0"]), max_size=8
+)
+
+
+@settings(max_examples=50)
+@given(spelled.map("".join), spelled.map("".join))
+def test_no_text_smuggles_in_a_special_token(quiet, asked, system):
+    body = {"messages": [{"role": "system", "content": f"s{system}"}, user(f"u{asked}")]}
+    rows = json.loads(ask(quiet, path="/tokens", body=body).read())["tokens"]
+    turn = ["<|im_start|>", "<|im_sep|>", "<|im_end|>"]
+    assert [text for text, _, special, _ in rows if special] == ["<|endoftext|>", *turn, *turn]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How many, how long
+
+
+def slow(seconds=0.005):
+    """A model that echoes the question, slowly, and a list with how many tokens it has made so far; it
+    asserts that nobody else asks it meanwhile."""
+    made, inside = [0], threading.Lock()
+
+    def before():
+        assert inside.acquire(blocking=False), "two answers at a time"
+        time.sleep(seconds)
+        made[0] += 1
+        inside.release()
+
+    return speaker(
+        lambda question: f"Q: {question}" + "." * (400 if "long" in question else 0), before=before
+    ), made
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_ten_at_once():
+    model, _ = slow(0.001)
+    found = {}
+    with serving(model) as server:
+
+        def one(i):
+            found[i] = answered(server, f"number {i}")
+
+        threads = [threading.Thread(target=one, args=(i,)) for i in range(10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == {i: [["text", f"Q: number {i}"]] for i in range(10)}
+
+
+def test_more_than_the_queue_holds_is_told_to_come_back(monkeypatch):
+    monkeypatch.setattr(serve, "WAITING", 3)
+    go = threading.Event()
+    model = speaker(lambda question: "x", before=lambda: go.wait(60))
+    with serving(model) as server:
+        held = [ask(server, body=QUESTION) for _ in range(3)]  # these have their headers, and wait
+        late = ask(server, body=QUESTION)
+        assert late.headers["Retry-After"] and refused(late, 503, "try again")
+        assert ask(server, "GET", "/").status == 200  # the page can still be had
+        go.set()
+        assert [events(response)[-1] for response in held] == [{"end": True}] * 3
+        until(lambda: server.places._value == 3)
+        assert answered(server, "?") == [["text", "x"]]
+
+
+def test_an_answer_ends_when_its_reader_goes_away():
+    model, made = slow()
+    with serving(model) as server:
+        response = ask(server, body={"messages": [user("long")]})
+        response.readline()
+        response.close()
+        until(lambda: server.places._value == serve.WAITING)
+        assert made[0] < 200
+        assert answered(server, "next") == [["text", "Q: next"]]
+
+
+def test_nobody_is_answered_who_left_the_queue():
+    model, made = slow()
+    with serving(model) as server:
+        first = ask(server, body={"messages": [user("long")]})
+        first.readline()
+        second = ask(server, body={"messages": [user("long")]})
+        second.close()
+        first.read()
+        until(lambda: server.places._value == serve.WAITING)
+        assert made[0] < 600
+
+
+def test_a_reader_who_never_reads_does_not_hold_the_others(monkeypatch):
+    monkeypatch.setattr(serve.Handler, "timeout", 0.2)
+    with serving(speaker(lambda question: "x")) as server:
+        flood = lambda conversation, show: [show([{"text": "x" * 100_000}]) for _ in range(1000)]
+        monkeypatch.setattr(server.assistant, "answer", flood)
+        stuck = ask(server, body=QUESTION)
+        until(lambda: server.places._value == serve.WAITING)
+        monkeypatch.undo()
+        assert answered(server, "?") == [["text", "x"]]
+        stuck.close()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The script
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    place = tmp_path_factory.mktemp("run") / "step_000001"
+    place.mkdir()
+    random_model().save_pretrained(place)
+    BYTES.save(place)
+    (place / "state.json").write_text('{"step": 1, "stage": "sft"}')
+    return place
+
+
+def test_the_script_serves_until_ctrl_c(checkpoint):
+    command = [
+        sys.executable,
+        serve.__file__,
+        checkpoint.parent,
+        "--port",
+        "0",
+        "--no-search",
+        "--max-tokens",
+        "5",
+    ]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = child.stdout.readline()
+        port = int(re.match(r"http://127\.0\.0\.1:(\d+) ", line)[1])
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", "/answer", json.dumps(QUESTION), {"Content-Type": "application/json"})
+        assert '{"end": true}' in connection.getresponse().read().decode()
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=60)
+        assert child.returncode == 0 and errors == ""
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_what_the_person_can_put_right_is_one_line(checkpoint, monkeypatch, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = script.run(serve.main, checkpoint, "--port", port, "--no-search")
+        assert script.refused(done, f"port {port}", "choose another")
+    base = Tokenizer("bytes", BYTES.ranks, chat=False)
+    monkeypatch.setattr(serve, "load", lambda directory, flags: (checkpoint, base, random_model(), False))
+    done = script.run(serve.main, checkpoint)
+    assert done.status == 2 and "\nerror: a base model" in done.err and "make sft" in done.err
+    monkeypatch.undo()
+    assert script.refused(script.run(serve.main, tmp_path), "no checkpoint")
+    assert script.refused(script.run(serve.main, checkpoint, "--port", "65536"), "--port")
+
+
+def test_the_flags_reach_the_answers(checkpoint, monkeypatch):
+    got = {}
+    monkeypatch.setattr(serve, "serve", lambda *args, **settings: got.update(settings, args=args))
+    serve.main([str(checkpoint), "--temperature", "0", "--max-tokens", "9", "--port", "77"])
+    assert got["temperature"] == 0 and got["max_tokens"] == 9 and got["args"][2:] == (str(checkpoint), 77)
+    assert set(got["tools"]) == {"calc", "search"}
+    serve.main([str(checkpoint), "--no-search"])
+    assert set(got["tools"]) == {"calc"}
+
+
+def test_a_base_model_is_served_with_a_word_of_warning(checkpoint, monkeypatch):
+    monkeypatch.setattr(serve, "serve", lambda *args, **settings: None)
+    assert script.run(serve.main, checkpoint).err == ""
+    (checkpoint / "state.json").write_text('{"step": 1}')
+    done = script.run(serve.main, checkpoint)
+    assert done.status == 0 and "make sft" in done.err
+
+
+# ------------------------------------------------------------------------------------------------------------
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with Browser("--host-resolver-rules=MAP evil.test 127.0.0.1") as one:
+        yield one
+
+
+def visit(browser, server):
+    browser.open(f"http://127.0.0.1:{server.server_address[1]}/")
+    browser.wait("document.activeElement.id == 'text'")
+
+
+def test_a_conversation_in_a_browser(browser):
+    """Typed and clicked. A script in the question, the call, the output and the answer is only text."""
+    evil = [{"type": "calc", "text": EVIL}, {"type": "output", "text": EVIL}, {"type": "text", "text": EVIL}]
+    model = speaker(lambda question: ANSWER if "17" in question else evil, n_positions=4000)
+    tools = {"calc": lambda call: {"3*17": "51"}.get(call, EVIL)}
+    with serving(model, name="runs/sft", tools=tools) as server:
+        visit(browser, server)
+        assert browser.js("document.querySelector('h1').textContent") == "runs/sft"
+        browser.type("What is 3 * 17?")
+        browser.wait("document.body.innerText.includes('It is 51')")
+        browser.wait("document.querySelector('#stop').hidden")
+        assert browser.js("document.querySelector('.call').textContent") == "calc 3*17 → 51"
+        assert (
+            browser.js("document.querySelector('.assistant').textContent")
+            == "So: calc 3*17 → 51It is 51 \N{GRINNING FACE}."
+        )
+
+        browser.type(EVIL)
+        browser.wait(
+            "document.querySelectorAll('.assistant').length == 2 && document.querySelector('#stop').hidden"
+        )
+        turns = browser.js("[...document.querySelectorAll('article')].map(turn => turn.textContent)")
+        assert turns[2] == EVIL and turns[3] == f"calc {EVIL} → {EVIL}{EVIL}"
+        assert browser.js("document.querySelectorAll('article script, article img').length") == 0
+        read = BYTES.decode(model.cache.rows[0])  # the second question came with the first and its answer
+        assert "<|calc_start|>3*17<|calc_end|><|output_start|>51<|output_end|>It is 51" in read
+
+        browser.click("#see")
+        browser.wait("document.querySelectorAll('#tokens span').length > 100")
+        shown = browser.js(
+            "[...document.querySelectorAll('#tokens span')].map(one => one.textContent).join('')"
+        )
+        assert (
+            shown.startswith("<|endoftext|><|im_start|>user<|im_sep|>What is 3 * 17?<|im_end|>")
+            and "<script>" in shown
+        )
+        said = browser.js(
+            "[...document.querySelectorAll('#tokens .said')].map(one => one.textContent).join('')"
+        )
+        assert said.startswith("So: <|calc_start|>3*17<|calc_end|>It is 51")
+        assert browser.js("document.querySelectorAll('#tokens .special').length") == shown.count("<|")
+        if wanted := os.environ.get("SCREENSHOT"):  # to look at the page
+            Path(wanted).write_bytes(base64.b64decode(browser.screenshot()))
+
+        assert browser.js("typeof window.hacked") == "undefined"
+        browser.click("#reset")
+        browser.wait("document.querySelectorAll('article').length == 0")
+        browser.wait("document.querySelectorAll('#tokens span').length == 1")
+        assert browser.logged == []
+        for forbidden in ("document.body.innerHTML = '<b>x</b>'", "eval('1')", "new Function('1')()"):
+            assert (
+                browser.js(
+                    f"(() => {{ try {{ {forbidden}; return 'done' }} catch {{ return 'refused' }} }})()"
+                )
+                == "refused"
+            )
+
+
+def test_stop_in_a_browser_ends_the_answer_and_keeps_what_was_said(browser):
+    model, made = slow()
+    with serving(model) as server:
+        visit(browser, server)
+        browser.type("a long one")
+        browser.wait("document.body.innerText.includes('Q: a long one...')")
+        browser.click("#stop")
+        browser.wait("document.querySelector('.note')?.textContent == 'stopped'")
+        until(lambda: server.places._value == serve.WAITING)
+        assert made[0] < 400
+        browser.js("document.querySelector('#text').focus()")
+        browser.type("next")
+        browser.wait("document.body.innerText.includes('Q: next')")
+        assert "<|im_sep|>Q: a long one..." in BYTES.decode(model.cache.rows[0])
+
+
+def test_errors_in_a_browser_are_shown(browser, monkeypatch):
+    with serving(speaker(lambda question: "x", n_positions=64)) as server:
+        visit(browser, server)
+        browser.type("long " * 30)
+        browser.wait("document.querySelector('.error')?.textContent.includes('shorten')")
+        monkeypatch.setattr(serve, "LONGEST", 10)
+        browser.js("document.querySelector('#text').value = ''")
+        browser.type("hello")
+        browser.wait(
+            "[...document.querySelectorAll('.error')].at(-1).textContent.includes('begin a new one')"
+        )
+        assert browser.js("document.querySelector('#text').value") == "hello"  # to be sent again
+
+
+class Elsewhere(http.server.BaseHTTPRequestHandler):
+    """A page of somebody else's."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<p>hello")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_another_page_in_the_same_browser_gets_nothing(browser, quiet):
+    port = quiet.server_address[1]
+    other = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    try:
+        browser.open(f"http://evil.test:{other.server_address[1]}/")
+        attempt = """fetch("http://127.0.0.1:%d/answer", {
+            method: "POST", headers: {"Content-Type": "%s"}, mode: "%s",
+            body: JSON.stringify({messages: [{role: "user", content: "?"}]})
+        }).then(r => r.text(), e => "failed")"""
+        for kind, mode in (
+            ("application/json", "cors"),
+            ("text/plain", "cors"),
+            ("text/plain", "no-cors"),
+        ):
+            assert browser.js(attempt % (port, kind, mode)) in ("failed", "")
+        browser.open(f"http://evil.test:{port}/")  # the name has come to mean our server
+        browser.wait("document.body.innerText.includes('known as 127.0.0.1')")
+    finally:
+        other.shutdown()
+        other.server_close()
