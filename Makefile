@@ -4,18 +4,24 @@ PY := .venv/bin/python
 RUN ?= runs/factbook
 ARGS ?=
 
-.PHONY: help train sample plot test lint bench gpu-check clean
+SFT ?= runs/sft
+RL ?= runs/rl
+
+.PHONY: help train sample sft chat chat-web rl plot test lint bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train    prepare the World Factbook and train a small GPT-2 on it (8 minutes on 2 cores)"
 	@echo "make sample   let it write:  make sample ARGS='--prompt \"Capital:\" --num-samples 3'"
+	@echo "make sft      make an assistant of it, with tools (TIME minutes), and examine it"
+	@echo "make chat     talk to the assistant; make chat-web: in the browser"
+	@echo "make rl       let it practise problems whose answers can be checked"
 	@echo "make plot     draw its loss and learning rate"
 	@echo "make test     lint, and run all tests"
 	@echo "make bench    measure speed and quality, beside PyTorch where it is installed"
 	@echo "make gpu-check  on a machine with an NVIDIA GPU: all tests, then every kernel and training measured"
 	@echo "make clean    remove what was made, but not your runs"
-	@echo "RUN=$(RUN) names the run; ARGS=... goes to the script"
+	@echo "RUN=$(RUN), SFT=$(SFT) and RL=$(RL) name the runs; ARGS=... goes to the script"
 
 PIP = $(PY) -m pip install -q --disable-pip-version-check
 OFFLINE = { echo "error: pip could not install the requirements; is the Python package index reachable?"; exit 2; }
@@ -29,9 +35,10 @@ OFFLINE = { echo "error: pip could not install the requirements; is the Python p
 	@if command -v nvidia-smi >/dev/null; then $(PIP) -r requirements-cuda.txt || $(OFFLINE); fi
 	@touch $@
 
-.venv/dev: .venv/ready requirements-dev.txt
+.venv/dev: .venv/ready requirements-dev.txt requirements-gym.txt
 	@echo "installing what the tests need"
 	@$(PIP) -r requirements-dev.txt || $(OFFLINE)
+	@$(PIP) -r requirements-gym.txt || echo "note: no reasoning-gym (a C compiler?); its tests will be skipped"
 	@{ command -v g++ || command -v clang++ || command -v c++; } >/dev/null || \
 	  $(PIP) ziglang==0.17.1 || $(OFFLINE)  # a C++ compiler, for the emulator
 	@touch $@
@@ -44,6 +51,25 @@ train: .venv/ready | shards/factbook
 
 sample: .venv/ready
 	@$(PY) sample.py $(RUN) $(ARGS)
+
+# Twice: what the first assistant turns out not to know, the second learns to say that it does not know.
+sft: .venv/ready
+	@ls $(RUN)/step_* >/dev/null 2>&1 || $(MAKE) train
+	@test -e $(SFT)-first/known.jsonl || { \
+	  $(PY) sft.py --init-from $(RUN) --out $(SFT)-first $(if $(wildcard $(SFT)-first/step_*),--resume) && \
+	  $(PY) sft.py --probe $(SFT)-first --to $(SFT)-first/known.jsonl; }
+	@ls $(SFT)/step_* >/dev/null 2>&1 || $(PY) sft.py --init-from $(SFT)-first --out $(SFT) \
+	  --known $(SFT)-first/known.jsonl $(ARGS)
+	$(PY) sft.py --eval $(SFT) --known $(SFT)-first/known.jsonl
+
+chat: .venv/ready
+	@$(PY) sample.py $(SFT) --chat $(ARGS)
+
+chat-web: .venv/ready
+	@$(PY) serve.py $(SFT) $(ARGS)
+
+rl: .venv/ready
+	$(PY) rl.py --init-from $(SFT) --out $(RL) $(if $(wildcard $(RL)/step_*),--resume) $(ARGS)
 
 plot: .venv/ready
 	@$(PY) plot.py $(RUN) $(ARGS)
