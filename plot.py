@@ -1,6 +1,6 @@
-"""Draw the loss and the learning rate of one or several runs, from their log.jsonl, to a PNG.
+"""Draw one or several runs, from their log.jsonl, to a PNG: losses, or what rl.py got right.
 
-python plot.py runs/factbook runs/other --out loss.png
+python plot.py runs/factbook runs/other --out both.png
 """
 
 from pathlib import Path
@@ -17,32 +17,44 @@ import runs
 def parser():
     flags = console.Parser(prog="plot.py", description=__doc__)
     flags.add_argument("runs", nargs="+", metavar="RUN", help="directories of runs")
-    flags.add_argument("--out", metavar="PNG", help="where to; loss.png in the first run if not given")
+    flags.add_argument("--out", metavar="PNG", help="where to; plot.png in the first run if not given")
     return flags
+
+
+def curves(events):
+    """What a run has to draw: ((title, steps, values), ...) above, the title above, one below, its title.
+
+    Pretraining and finetuning: losses, and the learning rate below. Reinforcement learning: the share of right
+    answers, and their length below.
+    """
+    steps, evals = ([e for e in events if e["event"] == kind] for kind in ("step", "eval"))
+    above, below = ("correct", "length") if steps and "correct" in steps[0] else ("loss", "lr")
+    pick = lambda some, name: ([e["step"] for e in some], [e[name] for e in some])
+    lines = [("training", *pick(steps, above)), ("held out", *pick(evals, above))]
+    titles = dict(correct="share of right answers", loss="loss, nats a token")
+    titles |= dict(length="tokens in an answer", lr="learning rate")
+    return lines, titles[above], pick(steps, below), titles[below]
 
 
 def main(argv=None):
     flags = parser().parse_args(argv)
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, height_ratios=(3, 1))
     for i, run in enumerate(flags.runs):
-        events, name, color = runs.read_log(run), Path(run).name, f"C{i}"
-        steps = [e for e in events if e["event"] == "step"]
-        if not steps:
+        (training, held_out), above, (x, y), below = curves(runs.read_log(run))
+        if not training[1]:
             raise console.UserError(f"{run} has no steps to draw yet")
-        evals = [e for e in events if e["event"] == "eval"]
-        x, losses = [e["step"] for e in steps], [e["loss"] for e in steps]
-        top.plot(x, losses, color=color, alpha=0.4, linewidth=0.8, label=f"{name}, training")
-        x_eval, eval_losses = [e["step"] for e in evals], [e["loss"] for e in evals]
-        top.plot(x_eval, eval_losses, "o-", color=color, markersize=3, label=f"{name}, validation")
-        bottom.plot(x, [e["lr"] for e in steps], color=color)
-    top.set_ylabel("loss, nats a token")
+        name, color = Path(run).name, f"C{i}"
+        top.plot(*training[1:], color=color, alpha=0.4, linewidth=0.8, label=f"{name}, {training[0]}")
+        top.plot(*held_out[1:], "o-", color=color, markersize=3, label=f"{name}, {held_out[0]}")
+        bottom.plot(x, y, color=color)
+    top.set_ylabel(above)
     top.legend()
-    bottom.set_ylabel("learning rate")
+    bottom.set_ylabel(below)
     bottom.set_xlabel("step")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
     figure.tight_layout()
-    out = Path(flags.out or Path(flags.runs[0]) / "loss.png")
+    out = Path(flags.out or Path(flags.runs[0]) / "plot.png")
     figure.savefig(out, dpi=120)
     print(out)
 

@@ -819,7 +819,7 @@ def test_plot_draws_one_run_and_two(tmp_path, whole, start, monkeypatch):
         assert done.status == 0 and done.out.strip() == str(tmp_path / f"{n}.png")
         assert (tmp_path / f"{n}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     done = script.run(plot.main, tmp_path / "nan")
-    assert (tmp_path / "nan" / "loss.png").stat().st_size > 5000
+    assert (tmp_path / "nan" / "plot.png").stat().st_size > 5000
 
 
 def test_plot_says_what_is_no_run(tmp_path):
@@ -834,3 +834,18 @@ def test_console_line_is_plain_where_there_is_no_terminal(capsys):
     line.show("two")
     line.clear("three")
     assert capsys.readouterr().err == "one\ntwo\nthree\n"
+
+
+def test_a_run_of_practice_is_drawn_by_what_it_got_right(tmp_path):
+    log = runs.Log(tmp_path)
+    log.write("start", step=0, stage="rl")
+    log.write("eval", step=0, correct=0.25, length=30.0, results=[])
+    for step in (1, 2):
+        log.write("step", step=step, correct=step / 4, length=20.0, loss=0.1, lr=1e-3)
+    (training, held_out), above, below, title = plot.curves(runs.read_log(tmp_path))
+    assert (above, title) == ("share of right answers", "tokens in an answer")
+    assert training[1:] == ([1, 2], [0.25, 0.5])
+    assert held_out[1:] == ([0], [0.25])
+    assert below == ([1, 2], [20.0, 20.0])
+    assert script.run(plot.main, tmp_path).status == 0
+    assert (tmp_path / "plot.png").stat().st_size > 5000
