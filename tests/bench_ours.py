@@ -20,8 +20,9 @@ import numpy as np
 import data
 import gpt2
 import runs
-import sample
+import generate
 import train
+import workers
 
 ROOT = Path(__file__).resolve().parent.parent
 D12 = gpt2.GPT2Config()
@@ -35,14 +36,16 @@ RECIPE = """
 def training(config, B, T, n=1):
     """A function that trains for n steps and returns the seconds of one."""
     model = gpt2.GPT2(config)
+    team = workers.Workers(model, {"windows": train.share_of_windows})  # as train.py does
     optimizer = gpt2.AdamW(model)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(B, T + 1))
 
     def measure():
         start = time.perf_counter()
         for _ in range(n):
-            model.forward(tokens[:, :-1], tokens[:, 1:])
-            model.backward()
+            shares = train.deal(tokens[:, :-1], tokens[:, 1:], tokens[:, 1:].size, team.size)
+            team.run("windows", shares)
+            team.add_gradients()
             optimizer.step(1e-4)
         return (time.perf_counter() - start) / n
 
@@ -64,7 +67,7 @@ def decoding(B, prompt=16, new=48):
 
     def measure():
         start = time.perf_counter()
-        completions = sample.generate(model, prompts, new, temperature=0)
+        completions = generate.generate(model, prompts, new, temperature=0)
         assert all(len(completion.ids) == new for completion in completions)
         return B * new / (time.perf_counter() - start)
 
