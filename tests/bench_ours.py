@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 import data
+import generate
 import gpt2
 import runs
-import generate
 import train
 import workers
 
