@@ -6,6 +6,8 @@ ARGS ?=
 
 SFT ?= runs/sft
 RL ?= runs/rl
+# What the first assistant learns from: the facts above all, since the second is taught only those that it knows.
+FACTS := factbook=45,tools=20,tasks=10,spelling=7,counting=5,identity=5,chitchat=3,refusal=2,unknown=3
 
 .PHONY: help train sample sft chat chat-web rl plot test lint bench gpu-check clean
 .DEFAULT_GOAL := help
@@ -13,7 +15,7 @@ RL ?= runs/rl
 help:
 	@echo "make train    prepare the World Factbook and train a small GPT-2 on it (8 minutes on 2 cores)"
 	@echo "make sample   let it write:  make sample ARGS='--prompt \"Capital:\" --num-samples 3'"
-	@echo "make sft      make an assistant of it, with tools (TIME minutes), and examine it"
+	@echo "make sft      make an assistant of it, with tools (8 minutes), and examine it"
 	@echo "make chat     talk to the assistant; make chat-web: in the browser"
 	@echo "make rl       let it practise problems whose answers can be checked"
 	@echo "make plot     draw its loss and learning rate"
@@ -56,7 +58,7 @@ sample: .venv/ready
 sft: .venv/ready
 	@ls $(RUN)/step_* >/dev/null 2>&1 || $(MAKE) train
 	@test -e $(SFT)-first/known.jsonl || { \
-	  $(PY) sft.py --init-from $(RUN) --out $(SFT)-first $(if $(wildcard $(SFT)-first/step_*),--resume) && \
+	  $(PY) sft.py --init-from $(RUN) --out $(SFT)-first --data $(FACTS) $(if $(wildcard $(SFT)-first/step_*),--resume) && \
 	  $(PY) sft.py --probe $(SFT)-first --to $(SFT)-first/known.jsonl; }
 	@ls $(SFT)/step_* >/dev/null 2>&1 || $(PY) sft.py --init-from $(SFT)-first --out $(SFT) \
 	  --known $(SFT)-first/known.jsonl $(ARGS)
@@ -69,7 +71,9 @@ chat-web: .venv/ready
 	@$(PY) serve.py $(SFT) $(ARGS)
 
 rl: .venv/ready
-	$(PY) rl.py --init-from $(SFT) --out $(RL) $(if $(wildcard $(RL)/step_*),--resume) $(ARGS)
+	@ls $(SFT)/step_* >/dev/null 2>&1 || $(MAKE) sft
+	$(PY) rl.py --init-from $(SFT) --out $(RL) --task word --level 1-2 --eval-level 1-3 --max-tokens 48 \
+	  $(if $(wildcard $(RL)/step_*),--resume) $(ARGS)
 
 plot: .venv/ready
 	@$(PY) plot.py $(RUN) $(ARGS)
