@@ -222,8 +222,8 @@ FRUITS = re.findall(
 def story(rng, level, wording):
     """A word problem of `level` steps, with numbers that go well: every result is whole, 1 to LARGEST."""
     told = [line.split("|") for line in STORIES.split("\n") if line.count(",", line.rindex("|")) == level - 1]
-    facts, ask, formulas = rng.choice(told)
-    steps = []
+    told_of, ask, formulas = rng.choice(told)
+    facts, steps = told_of, []
     while len(steps) < level:
         named = {x: str(rng.randint(2, 9) if x.islower() else rng.randint(10, LARGEST)) for x in "abcdeABCDE"}
         steps = []
@@ -239,7 +239,9 @@ def story(rng, level, wording):
     signs = r"\b(an \w+|Emily|apples|oranges?|[a-eA-E])\b"
     facts, ask = (re.sub(signs, lambda sign: named[sign[0]], text) for text in (facts, ask))
     prompt = wording.format(facts=facts, ask=ask)
-    return ", ".join(steps), prompt, f"So {', then '.join(steps)}.\nAnswer: {value}", value
+    key = ", ".join(steps)  # the same sums in another story may train: a sum never seen cannot be known
+    key = key if key in LECTURE else f"{told_of}: {key}"
+    return key, prompt, f"So {', then '.join(steps)}.\nAnswer: {value}", value
 
 
 def whole(left, op, right):
