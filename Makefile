@@ -21,7 +21,7 @@ help:
 	@echo "make plot     draw its loss and learning rate"
 	@echo "make test     lint, and run all tests"
 	@echo "make bench    measure speed and quality, beside PyTorch where it is installed"
-	@echo "make gpu-check  on a machine with an NVIDIA GPU: all tests, then every kernel and training measured"
+	@echo "make gpu-check  on a machine with an NVIDIA GPU: every kernel tested, then every kernel and training measured"
 	@echo "make clean    remove what was made, but not your runs"
 	@echo "RUN=$(RUN), SFT=$(SFT) and RL=$(RL) name the runs; ARGS=... goes to the script"
 
@@ -90,7 +90,7 @@ bench: .venv/ready
 
 gpu-check: lint
 	@command -v nvidia-smi >/dev/null || { echo "error: no NVIDIA GPU here (nvidia-smi is missing)"; exit 2; }
-	@status=0; $(PY) -m pytest || status=1; \
+	@status=0; $(PY) -m pytest tests/test_cuda*.py || status=1; \
 	$(PY) tests/bench_gpu.py --write $(ARGS) || status=1; exit $$status
 
 clean:

@@ -562,11 +562,11 @@ class AdamW:
         self.steps += 1
         ops.global_norm(self.norm, model.flat_grads)
         ops.clip_scale(self.scale, self.norm, max_norm, limit)
+        norm = float(ops.to_host(self.norm)[0])  # read here, so that a GPU updates while Python goes on
         for part, decay in ((slice(0, n), self.weight_decay), (slice(n, None), 0.0)):
             flat = (array[part] for array in (model.flat_master, model.flat_grads, self.m, self.v))
             copy = None if model.flat_master is model.flat_params else model.flat_params[part]
             ops.adamw(*flat, self.scale, lr, *self.betas, self.eps, decay, self.steps, copy)
-        norm = float(ops.to_host(self.norm)[0])
         self.steps -= not norm <= limit or not np.isfinite(norm)  # left out: the bias correction waits too
         return norm
 

@@ -11,6 +11,9 @@
 //   epsilon = eps * sqrt(1 - beta2^step)
 // copy, bf16, may be null. n is below 2^31. Groups of parameters that begin on multiples of 8 elements are
 // fast.
+//
+// The floor is the memory's: 34 bytes a parameter (params, grads, m and v read and written, copy written) for
+// 15 FLOP, one root and one division: 0.9 ms for GPT-2 small on an H200. Nothing is touched twice.
 
 #include "common.cuh"
 

@@ -18,6 +18,12 @@
 //
 // Storage: float or bf16. flash<.., 64> for HS <= 64, 128 for HS <= 128. Tensor: bf16, head size 64 or 128,
 // qkv and out aligned to 16 bytes. Workspace: scores (B, NH, T, T) float32, for the three of the naive rung.
+//
+// The floor: two products of 2 B T² C FLOP, of which causality leaves half, for 8 B T C bytes of bf16: T / 4
+// FLOP a byte, so it is the tensor cores'. Above it, on an H100 at HS 64, because mma.sync reaches 62-65% of
+// their rate; because each 256 FLOP need an exponential, at 16 a clock and multiprocessor 60% of the time of
+// the mma themselves, which other warps must hide; and because tiles on the diagonal are computed whole: 32 x
+// 64 scores, 9% at T = 1024. Occupancy: 253 registers, so two blocks, 8 warps, on a multiprocessor.
 
 #include "attention.cuh"
 
@@ -80,10 +86,11 @@ attention_forward_flash(Storage* out, float* lse, const Storage* qkv, int T, int
     float* k_tile = q_tile + Tile::SIZE;                                    // (ROWS, PITCH)
     float* v_tile = k_tile + Tile::SIZE;                                    // (ROWS, PITCH)
     float* scores = v_tile + Tile::SIZE;                                    // (ROWS, SCORES_PITCH)
-    const int h = blockIdx.x, b = blockIdx.z, C = NH * HS, stride = 3 * C;
+    const int C = NH * HS, stride = 3 * C;
+    const Head head = head_of_block(T, NH, HS);
     const int first_query = (gridDim.y - 1 - blockIdx.y) * Tile::ROWS;
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-    const Storage* q = qkv + static_cast<size_t>(b) * T * stride + h * HS;  // (T, HS), rows stride apart
+    const Storage* q = qkv + head.qkv;                                      // (T, HS), rows stride apart
     const float scale = softmax_scale(HS);
 
     constexpr int E = Tile::EACH;
@@ -124,9 +131,9 @@ attention_forward_flash(Storage* out, float* lse, const Storage* qkv, int T, int
         for (int j = 0; j < HP / 16; j++) acc[i][j] /= sum[i];
         const int query = first_query + E * ty + i;
         if (tx == 0 && query < T)
-            lse[(static_cast<size_t>(b) * NH + h) * T + query] = maximum[i] * LN2 + logf(sum[i]);
+            lse[head.number * T + query] = maximum[i] * LN2 + logf(sum[i]);
     }
-    store_tile<HP>(out + static_cast<size_t>(b) * T * C + h * HS, C, first_query, T, HS, acc);
+    store_tile<HP>(out + head.out, C, first_query, T, HS, acc);
 }
 
 // ---- Rung 3: flash attention on tensor cores, bf16. Won: not measured yet. --------------------------------
@@ -144,11 +151,12 @@ attention_forward_tensor(bf16* out, float* lse, const bf16* qkv, int T, int NH) 
     bf16* q_tile = reinterpret_cast<bf16*>(shared_memory);                  // (QUERIES, HS)
     bf16* k_tiles = q_tile + QUERIES * HS;                                  // 2 x (KEYS, HS)
     bf16* v_tiles = k_tiles + 2 * KEYS * HS;                                // 2 x (KEYS, HS)
-    const int h = blockIdx.x, b = blockIdx.z, C = NH * HS, stride = 3 * C;
+    const int C = NH * HS, stride = 3 * C;
+    const Head head = head_of_block(T, NH, HS);
     const int first_query = (gridDim.y - 1 - blockIdx.y) * QUERIES;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int warp_query = first_query + 16 * M * warp;     // this warp's first query
-    const bf16* q = qkv + static_cast<size_t>(b) * T * stride + h * HS;     // (T, HS), rows stride apart
+    const bf16* q = qkv + head.qkv;                                         // (T, HS), rows stride apart
     const float scale = softmax_scale(HS);
 
     float acc[M][HS / 8][4] = {}, maximum[M][2], sum[M][2] = {};  // rows lane / 4 and lane / 4 + 8 of each 16
@@ -223,10 +231,8 @@ attention_forward_tensor(bf16* out, float* lse, const bf16* qkv, int T, int NH) 
             }
             const int query = warp_query + 16 * m + lane / 4 + r * 8;
             if (lane % 4 == 0 && query < T)
-                lse[(static_cast<size_t>(b) * NH + h) * T + query] =
-                    maximum[m][r] * scale * LN2 + logf(sum[m][r]);
+                lse[head.number * T + query] = maximum[m][r] * scale * LN2 + logf(sum[m][r]);
         }
     // Each warp leaves through the rows of q_tile that were its own.
-    store_rows<HS>(out + static_cast<size_t>(b) * T * C + h * HS, C, warp_query, T, acc,
-                   q_tile + 16 * M * warp * HS);
+    store_rows<HS>(out + head.out, C, warp_query, T, acc, q_tile + 16 * M * warp * HS);
 }

@@ -19,6 +19,15 @@ constexpr float LN2 = 0.6931471805599453f;
 // 1 / sqrt(HS), for powers of two: exp2(softmax_scale(HS) * q·k - lse * LOG2E) is a probability.
 __device__ inline float softmax_scale(int HS) { return LOG2E / sqrtf(static_cast<float>(HS)); }
 
+// Which head of which sequence a block works on, blockIdx.x of blockIdx.z, and where it begins.
+struct Head {
+    size_t qkv, out, number;                                // in qkv and dqkv; in out and dout; of all B NH
+};
+__device__ inline Head head_of_block(int T, int NH, int HS) {
+    const size_t b = blockIdx.z, h = blockIdx.x, C = NH * HS;
+    return {b * T * 3 * C + h * HS, b * T * C + h * HS, b * NH + h};
+}
+
 // ---- Float arithmetic: 256 threads, 16 x 16, TILE x TILE scores -------------------------------------------
 
 // HP is the head size rounded up to 64 or 128, and decides the tile: what fits into 99 KB of shared memory,

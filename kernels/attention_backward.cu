@@ -19,6 +19,10 @@
 //
 // Always all three: prepare, then keys and queries in any order. Storage, HP, HS and alignment as in
 // attention.cu; ROWS is 64 for HP 64 and 32 for HP 128. All of dqkv is overwritten.
+//
+// The floor: five products, 5 B T² C FLOP with causality, for 16 B T C bytes of bf16. Above it by 7/5, the
+// price of no atomics, and by what attention.cu says.
+//
 // Workspace: rows (B, NH, Tp) float2, aligned to 16 bytes, with Tp = T rounded up to a multiple of 64.
 
 #include "attention.cuh"
@@ -68,13 +72,13 @@ attention_backward_keys_flash(Storage* dqkv, const Storage* dout, const Storage*
     float* q_tile = v_tile + Tile::SIZE;                                    // (ROWS, PITCH)
     float* dout_tile = q_tile + Tile::SIZE;                                 // (ROWS, PITCH)
     float* scores = dout_tile + Tile::SIZE;                                 // (ROWS, SCORES_PITCH)
-    const int h = blockIdx.x, b = blockIdx.z, C = NH * HS, stride = 3 * C;
+    const int C = NH * HS, stride = 3 * C;
+    const Head head = head_of_block(T, NH, HS);
     const int first_key = blockIdx.y * Tile::ROWS;
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-    const size_t head = static_cast<size_t>(b) * T * stride + h * HS;
-    const Storage* q = qkv + head;                                          // (T, HS), rows stride apart
-    const Storage* head_dout = dout + static_cast<size_t>(b) * T * C + h * HS;  // (T, HS), rows C apart
-    const float2* head_rows = rows + (static_cast<size_t>(b) * NH + h) * (ceil_div(T, 64) * 64);
+    const Storage* q = qkv + head.qkv;                                      // (T, HS), rows stride apart
+    const Storage* head_dout = dout + head.out;                             // (T, HS), rows C apart
+    const float2* head_rows = rows + head.number * (ceil_div(T, 64) * 64);  // (Tp,)
     const float scale = softmax_scale(HS);
 
     constexpr int E = Tile::EACH;
@@ -104,8 +108,8 @@ attention_backward_keys_flash(Storage* dqkv, const Storage* dout, const Storage*
     }
     for (int i = 0; i < E; i++)
         for (int j = 0; j < HP / 16; j++) dk[i][j] *= scale * LN2;
-    store_tile<HP>(dqkv + head + C, stride, first_key, T, HS, dk);
-    store_tile<HP>(dqkv + head + 2 * C, stride, first_key, T, HS, dv);
+    store_tile<HP>(dqkv + head.qkv + C, stride, first_key, T, HS, dk);
+    store_tile<HP>(dqkv + head.qkv + 2 * C, stride, first_key, T, HS, dv);
 }
 
 // A block owns ROWS queries and walks the keys up to the diagonal, longest rows first, as in forward.
@@ -120,13 +124,13 @@ attention_backward_queries_flash(Storage* dqkv, const Storage* dout, const Stora
     float* k_tile = dout_tile + Tile::SIZE;                                 // (ROWS, PITCH)
     float* v_tile = k_tile + Tile::SIZE;                                    // (ROWS, PITCH)
     float* scores = v_tile + Tile::SIZE;                                    // (ROWS, SCORES_PITCH)
-    const int h = blockIdx.x, b = blockIdx.z, C = NH * HS, stride = 3 * C;
+    const int C = NH * HS, stride = 3 * C;
+    const Head head = head_of_block(T, NH, HS);
     const int first_query = (gridDim.y - 1 - blockIdx.y) * Tile::ROWS;
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-    const size_t head = static_cast<size_t>(b) * T * stride + h * HS;
-    const Storage* q = qkv + head;                                          // (T, HS), rows stride apart
-    const Storage* head_dout = dout + static_cast<size_t>(b) * T * C + h * HS;  // (T, HS), rows C apart
-    const float2* head_rows = rows + (static_cast<size_t>(b) * NH + h) * (ceil_div(T, 64) * 64);
+    const Storage* q = qkv + head.qkv;                                      // (T, HS), rows stride apart
+    const Storage* head_dout = dout + head.out;                             // (T, HS), rows C apart
+    const float2* head_rows = rows + head.number * (ceil_div(T, 64) * 64);  // (Tp,)
     const float scale = softmax_scale(HS);
 
     constexpr int E = Tile::EACH;
@@ -155,7 +159,7 @@ attention_backward_queries_flash(Storage* dqkv, const Storage* dout, const Stora
     }
     for (int i = 0; i < E; i++)
         for (int j = 0; j < HP / 16; j++) dq[i][j] *= scale * LN2;
-    store_tile<HP>(dqkv + head, stride, first_query, T, HS, dq);
+    store_tile<HP>(dqkv + head.qkv, stride, first_query, T, HS, dq);
 }
 
 // ---- Rung 2: tensor cores, bf16. Won: not measured yet. ---------------------------------------------------
@@ -175,14 +179,14 @@ attention_backward_keys_tensor(bf16* dqkv, const bf16* dout, const bf16* qkv, co
     bf16* q_tiles = v_tile + KEYS * HS;                                     // 2 x (QUERIES, HS)
     bf16* dout_tiles = q_tiles + 2 * QUERIES * HS;                          // 2 x (QUERIES, HS)
     float2* rows_tiles = reinterpret_cast<float2*>(dout_tiles + 2 * QUERIES * HS);  // 2 x (QUERIES,)
-    const int h = blockIdx.x, b = blockIdx.z, C = NH * HS, stride = 3 * C;
+    const int C = NH * HS, stride = 3 * C;
+    const Head head = head_of_block(T, NH, HS);
     const int first_key = blockIdx.y * KEYS;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int warp_key = first_key + 16 * warp;             // this warp's first key
-    const size_t head = static_cast<size_t>(b) * T * stride + h * HS;
-    const bf16* q = qkv + head;                                             // (T, HS), rows stride apart
-    const bf16* head_dout = dout + static_cast<size_t>(b) * T * C + h * HS;  // (T, HS), rows C apart
-    const float2* head_rows = rows + (static_cast<size_t>(b) * NH + h) * (ceil_div(T, 64) * 64);
+    const bf16* q = qkv + head.qkv;                                         // (T, HS), rows stride apart
+    const bf16* head_dout = dout + head.out;                                // (T, HS), rows C apart
+    const float2* head_rows = rows + head.number * (ceil_div(T, 64) * 64);  // (Tp,)
     const float scale = softmax_scale(HS);
 
     auto load_queries = [&](int first_query, int buffer) {
@@ -239,8 +243,8 @@ attention_backward_keys_tensor(bf16* dqkv, const bf16* dout, const bf16* qkv, co
 #pragma unroll
         for (int i = 0; i < 4; i++) dk[0][n][i] *= scale * LN2;
     // Each warp leaves through the rows of k_tile that were its own.
-    store_rows<HS>(dqkv + head + C, stride, warp_key, T, dk, k_tile + 16 * warp * HS);
-    store_rows<HS>(dqkv + head + 2 * C, stride, warp_key, T, dv, k_tile + 16 * warp * HS);
+    store_rows<HS>(dqkv + head.qkv + C, stride, warp_key, T, dk, k_tile + 16 * warp * HS);
+    store_rows<HS>(dqkv + head.qkv + 2 * C, stride, warp_key, T, dv, k_tile + 16 * warp * HS);
 }
 
 // A block owns 64 queries, a warp 16 of them, and the keys pass by up to the diagonal.
@@ -254,14 +258,14 @@ attention_backward_queries_tensor(bf16* dqkv, const bf16* dout, const bf16* qkv,
     bf16* dout_tile = q_tile + QUERIES * HS;                                // (QUERIES, HS)
     bf16* k_tiles = dout_tile + QUERIES * HS;                               // 2 x (KEYS, HS)
     bf16* v_tiles = k_tiles + 2 * KEYS * HS;                                // 2 x (KEYS, HS)
-    const int h = blockIdx.x, b = blockIdx.z, C = NH * HS, stride = 3 * C;
+    const int C = NH * HS, stride = 3 * C;
+    const Head head = head_of_block(T, NH, HS);
     const int first_query = (gridDim.y - 1 - blockIdx.y) * QUERIES;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int warp_query = first_query + 16 * warp;         // this warp's first query
-    const size_t head = static_cast<size_t>(b) * T * stride + h * HS;
-    const bf16* q = qkv + head;                                             // (T, HS), rows stride apart
-    const bf16* head_dout = dout + static_cast<size_t>(b) * T * C + h * HS; // (T, HS), rows C apart
-    const float2* head_rows = rows + (static_cast<size_t>(b) * NH + h) * (ceil_div(T, 64) * 64);
+    const bf16* q = qkv + head.qkv;                                         // (T, HS), rows stride apart
+    const bf16* head_dout = dout + head.out;                                // (T, HS), rows C apart
+    const float2* head_rows = rows + head.number * (ceil_div(T, 64) * 64);  // (Tp,)
     const float scale = softmax_scale(HS);
 
     auto load_keys = [&](int first_key, int buffer) {
@@ -310,5 +314,5 @@ attention_backward_queries_tensor(bf16* dqkv, const bf16* dout, const bf16* qkv,
     for (int n = 0; n < HS / 8; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) dq[0][n][i] *= scale * LN2;
-    store_rows<HS>(dqkv + head, stride, warp_query, T, dq, q_tile + 16 * warp * HS);
+    store_rows<HS>(dqkv + head.qkv, stride, warp_query, T, dq, q_tile + 16 * warp * HS);
 }

@@ -19,6 +19,10 @@
 // the gradient of wte. Workspace: count (V,) int32, zero before the first use and left zero by every use;
 // starts (V + 1,), place (N,), grouped (N,), order (N,) int32; partials (ceil(N / 32), C) float32. Token ids
 // must lie in 0 .. V - 1: whoever brings them to the device has checked that.
+//
+// The floor is the memory's: 2 N C sizeof(S) bytes forward, with wpe in the L2 cache; backward dout once, and
+// 8 C bytes for each row of dwte and dwpe that is used. Above it backward because both tables read dout, and
+// by the seven launches, of which four sort: nothing beside a training step.
 
 #include "common.cuh"
 

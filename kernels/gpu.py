@@ -23,8 +23,10 @@ try:
     import cupy as xp
 
     xp.cuda.runtime.getDeviceCount()
-except ImportError:
-    raise ImportError("CuPy is not installed; python -m pip install -r requirements-cuda.txt") from None
+except ImportError as error:  # CuPy's own message is a page; what it rests on is one line
+    missing = isinstance(error, ModuleNotFoundError) and error.name == "cupy"
+    what = "CuPy is not installed" if missing else f"CuPy cannot be loaded: {error.__cause__ or error}"
+    raise ImportError(f"{what}; python -m pip install -r requirements-cuda.txt") from None
 except RuntimeError as error:
     raise ImportError(f"no NVIDIA GPU, or its driver is older than CUDA 13 needs, 580: {error}") from None
 
@@ -115,7 +117,15 @@ def prefetch(batches):
     A side stream copies it from pinned memory while the GPU computes. Two sets of buffers take turns, and one
     is filled again only when everything that was asked for with its last contents has been computed.
     """
-    stream, slots, arrived = xp.cuda.Stream(non_blocking=True), {}, None
+    stream = xp.cuda.Stream(non_blocking=True)
+    try:
+        yield from _prefetched(batches, stream)
+    finally:
+        stream.synchronize()  # the pool may give the buffers to others now: no copy is under way to them
+
+
+def _prefetched(batches, stream):
+    slots, arrived = {}, None
     for number, batch in enumerate(batches):
         arrays = [np.ascontiguousarray(array) for array in batch]
         key = number % 2, *((array.shape, array.dtype) for array in arrays)
@@ -124,6 +134,7 @@ def prefetch(batches):
             host = [np.frombuffer(p, a.dtype, a.size).reshape(a.shape) for p, a in zip(pinned, arrays)]
             device = [empty(array.shape, array.dtype) for array in arrays]
             slots[key] = host, device, xp.cuda.Event(), xp.cuda.Event()
+            slots[key][-1].record()  # the pool's memory: what used it before may not have been computed yet
         host, device, copied, used = slots[key]
         copied.synchronize()  # long ago
         stream.wait_event(used)
@@ -251,14 +262,17 @@ def load(file, kernel, shared=0):
     except (ImportError, OSError, RuntimeError) as error:
         remedy = "NVRTC may be missing: python -m pip install -r requirements-cuda.txt"
         raise UserError(f"kernels/{file}.cu cannot be compiled or loaded ({error}); {remedy}") from None
-    if shared > 48 * 1024:
+    if shared:  # without it 48 KB are the most, less what the kernel declares statically
         function.max_dynamic_shared_size_bytes = shared
     return function
 
 
 def launch(file, kernel, grid, block, *arguments, shared=0):
-    """Run a kernel. grid and block are numbers or tuples; Python's numbers go as int and float."""
+    """Run a kernel. grid and block are numbers or tuples; Python's numbers go as int and float.
+
+    None goes as a null pointer: CuPy itself would make 0xffffffff of it (its issue 9046).
+    """
     grid, block = (shape if isinstance(shape, tuple) else (shape,) for shape in (grid, block))
-    plain = {int: np.int32, float: np.float32}
+    plain = {int: np.int32, float: np.float32, type(None): lambda _: np.uint64(0)}
     arguments = tuple(plain.get(type(argument), lambda x: x)(argument) for argument in arguments)
     load(file, kernel, shared)(grid, block, arguments, shared_mem=shared)

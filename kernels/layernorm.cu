@@ -18,6 +18,11 @@
 // registers would be needed than there are, and the _rows kernels take any C (after residual_forward, where a
 // branch is to be added). G = min(3 * SMs, ceil(N / 4)) blocks, though any number works. All handle
 // misaligned rows.
+//
+// The floor is the memory's: N C elements are read and written once forward (2 N C), with a residual 4 N C,
+// and 4 N C backward (dout, inp, dinp read, dinp written); 10 to 20 FLOP each. Above it backward by the
+// partials, 16 G C bytes that the L2 cache holds, and because a warp loads its next row only when it is
+// through with this one: 12 warps of three rows each must cover the latency.
 
 #include "common.cuh"
 
@@ -131,6 +136,8 @@ layernorm_forward(T* out, float* mean, float* rstd, const T* inp, const T* weigh
 
 // ---- residual = inp1 + inp2, out = layernorm(residual); residual may be inp1 ------------------------------
 
+// One read of the sum less than two kernels. (gpt2.py lets the matmul in front add the residual, which saves
+// the write and the read of the branch as well: bench_gpu.py times this one, the other place for the fusion.)
 // The sum is normalised as it is stored, rounded to T, because that is what backward will read. Misaligned
 // rows are stored by the lanes that read them again: row_forward's channels are those of the loop before it.
 template <typename T, int VECTORS>

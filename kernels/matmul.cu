@@ -109,8 +109,7 @@ __device__ inline void finish(O* out, O* extra, const O* bias, float (&x)[Pack<O
         for (int i = 0; i < SIZE; i++) x[i] += to_float(b[i]);
     }
     if constexpr (EPILOGUE == BIAS_GELU) {          // out = gelu(pre) of pre as it is stored, so that
-        Pack<O> pre;                                // recomputing it gives the same bits
-        for (int i = 0; i < SIZE; i++) pre[i] = from_float<O>(x[i]);
+        const Pack<O> pre = rounded_pack<O>(x);     // recomputing it gives the same bits
         store_part<ALIGNED>(extra + at, pre, count);
         for (int i = 0; i < SIZE; i++) x[i] = gelu(to_float(pre[i]));
     }
@@ -126,9 +125,7 @@ __device__ inline void finish(O* out, O* extra, const O* bias, float (&x)[Pack<O
         const Pack<O> before = load_part<ALIGNED>(out + at, count);
         for (int i = 0; i < SIZE; i++) x[i] += to_float(before[i]);
     }
-    Pack<O> result;
-    for (int i = 0; i < SIZE; i++) result[i] = from_float<O>(x[i]);
-    store_part<ALIGNED>(out + at, result, count);
+    store_part<ALIGNED>(out + at, rounded_pack<O>(x), count);
 }
 
 // ---- Rung 2, float32: tiles in shared memory, 8 x 8 outputs in the registers of a thread ------------------

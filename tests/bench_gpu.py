@@ -5,8 +5,9 @@
     python tests/bench_gpu.py --quick --emulator  without a GPU, tiny: shows that it runs, measures nothing
 
 Each section is a process of bench_gpu_ours.py, and then one of bench_gpu_peers.py where a Python has torch:
-one that crashes, or takes too long, leaves the others' results. The ceilings are measured on the same card in
-the same run; kernels are timed by events, replayed from a graph, on arrays that take turns.
+one that crashes, or takes too long, leaves the others' results, and all end after five minutes, with the slow
+rungs last. The ceilings are measured on the same card in the same run; kernels are timed by events, replayed
+from a graph, on arrays that take turns.
 """
 
 import datetime
@@ -15,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import bench
@@ -26,7 +28,12 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "kernels" / "RESULTS.md"
 KERNELS = ("matmul", "attention", "bandwidth", "decoding")
 SECTIONS = ("ceilings", *KERNELS, "training", "curve")
-LIMITS = 180, 100  # seconds that one section may take, ours and the peer's
+# Seconds that a section may take, ours and the peer's: a half more than is expected of an H200 where a row is
+# one or two seconds (0.5 NVRTC, the reference on the host, 0.2 the clock) and a process starts in four: 28
+# rows of matmul, then 7, 22 and 6. BUDGET is for all sections; the peer gets what ours will not need.
+LIMITS = dict(ceilings=(15, 20), matmul=(55, 20), attention=(35, 15), bandwidth=(45, 20), decoding=(20, 15))
+LIMITS |= dict(training=(60, 80), curve=(35, 45))
+BUDGET, LEAST = 300, 5  # of gpu-check's 480; and what is too little to begin with
 PEAKS = {"H200": 989.5, "H100": 989.5, "A100": 312}  # TFLOP/s, bf16 without sparsity; datasheets, SXM
 
 D12 = dict(B=16, T=1024, C=768, NH=12, L=12, V=50304, parameters=124_475_904, copy_bytes=1 << 30)
@@ -63,22 +70,33 @@ def run(command, limit, environment=None):
     return rows, why and ": ".join([why, *said[-1:]])
 
 
-def measure(section, settings, peer, folder):
-    """The rows of a section, ours and the peer's, and what went wrong, ours and the peer's."""
-    arguments, rows, wrong = [section, json.dumps(settings), str(folder)], ([], []), ([], [])
+def measure(section, settings, peer, folder, until, later=()):
+    """The rows of a section, ours and the peer's, and what went wrong, ours and the peer's.
+
+    All is over at time.monotonic() == until, and the peer in time for ours of the sections that come later.
+    """
+    rows, wrong, slow = ([], []), ([], []), 20 if settings["emulator"] else 1
+    reserve = 0, sum(LIMITS[name][0] for name in later)
     if section == "curve":
         np.save(folder / "batches.npy", text_batches(settings["curve_steps"], settings["B"], settings["T"]))
     for side, python, environment in ((0, sys.executable, bench.OUR_PATH), (1, peer, None)):
-        if python:
-            script = HERE / f"bench_gpu_{('ours', 'peers')[side]}.py"
-            found, why = run([python, script, *arguments], LIMITS[side], environment)
-            rows[side].extend(found)
-            what = ("", "peer, ")[side]
-            wrong[side].extend([f"{what}{section}: {why}"] if why else [])
-            for row in found:
-                if "failed" in row:
-                    which = row.get("rung") or row.get("batch") or ""
-                    wrong[side].append(f"{what}{row['work']} {which}: {row['failed']}")
+        if not python:
+            continue
+        script, what = HERE / f"bench_gpu_{('ours', 'peers')[side]}.py", ("", "peer, ")[side]
+        limit = min(LIMITS[section][side] * slow, until - reserve[side] - time.monotonic())
+        if limit < LEAST:
+            wrong[side].append(f"{what}{section}: no time was left")
+            continue
+        arguments = section, json.dumps(settings | dict(seconds=limit)), str(folder)
+        found, why = run([python, script, *arguments], limit, environment)
+        rows[side].extend(found)
+        wrong[side].extend([f"{what}{section}: {why}"] if why else [])
+        for row in found:
+            if "failed" in row:
+                which = row.get("rung") or row.get("batch") or ""
+                wrong[side].append(f"{what}{row['work']} {which}: {row['failed']}")
+            elif "skipped" in row:  # one rung less in the table
+                wrong[1].append(f"{what}{row['work']} {row.get('rung', '')}: {row['skipped']}")
     return *rows, *wrong
 
 
@@ -142,10 +160,11 @@ class Report:
         """Every kernel and rung. The share is of the matrix peak, or of the measured copy."""
         theirs = {row["work"]: row["seconds"] for row in peers if "seconds" in row}
         peak, rows, ratios, shares = (self.peak or 0) * 1e12 or self.cublas, [], {}, {}
-        for row in ours:
+        works = list(dict.fromkeys(row["work"] for row in ours))
+        for row in sorted(ours, key=lambda row: works.index(row["work"])):  # the rungs were measured last
             work, rung, spent = row["work"], row["rung"], row.get("seconds")
             if spent is None:
-                rows.append((work, rung, "failed", "", "", "", "", ""))
+                rows.append((work, rung, "failed" if "failed" in row else "skipped", "", "", "", "", ""))
                 continue
             if rung == "chosen" and row["kernel"].startswith("matmul"):  # which tile: 128 128 64 64 64 3
                 rung = "chosen: " + " ".join(re.findall(r"\b\d+\b", row["kernel"]))
@@ -259,10 +278,13 @@ def main(argv=None):
     peer = None if flags.emulator and not flags.peer_python else bench.peer_python(flags.peer_python)
     report = Report(card, settings)
     print(*(f"{name:12}{value}" for name, value in card.items()), sep="\n", end="\n\n", flush=True)
+    until = time.monotonic() + BUDGET * (20 if flags.emulator else 1)
+    sections = sections if "ceilings" in sections else ["ceilings", *sections]
     with tempfile.TemporaryDirectory() as folder:
-        for section in sections if "ceilings" in sections else ["ceilings", *sections]:
+        for i, section in enumerate(sections):
             try:
-                mine, theirs, failures, notes = measure(section, settings, peer, Path(folder))
+                later = sections[i + 1 :]
+                mine, theirs, failures, notes = measure(section, settings, peer, Path(folder), until, later)
                 report.failures += failures
                 report.notes += notes
                 print(report.add(section, mine, theirs), flush=True)

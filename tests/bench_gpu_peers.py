@@ -18,7 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-SETTINGS = json.loads(sys.argv[2])
+BEGAN, SETTINGS = time.monotonic(), json.loads(sys.argv[2])
+LAST = BEGAN + 0.8 * SETTINGS["seconds"]  # no row begins after that
 B, T, C, NH, V, R = (SETTINGS[name] for name in ("B", "T", "C", "NH", "V", "R"))
 N, P = B * T, SETTINGS["parameters"]
 CUDA = torch.cuda.is_available()
@@ -65,6 +66,8 @@ def say(**row):
 
 def row(work, make, call):
     """Median seconds of call(*make()), over sets of arrays that take turns, queued ahead of the GPU."""
+    if time.monotonic() > LAST:
+        return
     try:
         sets = [make()]
         n_bytes = sum(x.numel() * x.element_size() for x in sets[0])
@@ -213,7 +216,11 @@ def trainer(weights=None):
 
 def training():
     step, _ = trainer()
+    slowest = 0  # seconds, nearly all of them the compiler's, which looks at each size anew
     for rows in SETTINGS["batches"]:
+        began = time.monotonic()
+        if began + slowest > BEGAN + SETTINGS["seconds"]:
+            break
         try:
             tokens = integers(V, rows, T + 1)
             for _ in range(3):  # compile, warm up
@@ -228,6 +235,7 @@ def training():
             say(work="training", batch=rows, rate=rate, memory=memory[1] - memory[0])
         except RuntimeError as failure:  # out of memory, for one
             say(work="training", batch=rows, failed=str(failure)[:200])
+        slowest = max(slowest, time.monotonic() - began)
         if CUDA:
             torch.cuda.empty_cache()
 

@@ -129,6 +129,14 @@ def test_take_rows(dtype, C):
     assert np.array_equal(cuda.to_host(out), inp[rows, :C])
 
 
+def test_take_rows_of_a_large_batch():
+    """More rows than the second and third size of a grid may count: 64 sequences of 1024 tokens, and one."""
+    rows = np.arange(65537, dtype=np.int32)[::-1].copy()
+    inp, out = rows.astype(np.float32)[:, None], cuda.empty((len(rows), 1))
+    cuda.take_rows(out, cuda.to_device(inp), cuda.to_device(rows))
+    assert np.array_equal(cuda.to_host(out), inp[::-1])
+
+
 def test_offsets_of_the_encoder():
     """While decoding, rows begin at positions of their own, and padding may run over the end."""
     rng, offsets = np.random.default_rng(1), np.array([0, 5, 9], np.int32)

@@ -121,7 +121,8 @@ WIDTH = {"float": 4, "bf16": 8}
 def launch(file, name, grid, block, *arguments, shared=0):
     kernel = module(file).get_function(name)
     kernel.max_dynamic_shared_size_bytes = max(shared, kernel.max_dynamic_shared_size_bytes)
-    arguments = [np.int32(a) if isinstance(a, int) else a for a in arguments]
+    plain = {int: np.int32, type(None): lambda _: np.uint64(0)}
+    arguments = [plain.get(type(a), lambda a: a)(a) for a in arguments]
     kernel(grid, (block,), arguments, shared_mem=shared)
 
 

@@ -44,9 +44,10 @@ def launch(file, name, grid, block, *arguments, shared=0):
     function = kernel(file, name)
     if shared > 48 * 1024:
         function.max_dynamic_shared_size_bytes = shared
-    convert = {int: np.int32, float: np.float32}
+    convert = {int: np.int32, float: np.float32, type(None): lambda _: np.uint64(0)}
     arguments = tuple(convert.get(type(argument), lambda a: a)(argument) for argument in arguments)
-    function(grid if isinstance(grid, tuple) else (grid,), (block,), arguments, shared_mem=shared)
+    grid, block = (shape if isinstance(shape, tuple) else (shape,) for shape in (grid, block))
+    function(grid, block, arguments, shared_mem=shared)
 
 
 def device(array, shift=0):

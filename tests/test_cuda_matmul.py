@@ -4,18 +4,10 @@ Sizes are odd on purpose, outputs hold NaN before each launch, and every launch 
 the same bits. Operands are rounded to their storage type first: what is measured is the kernel alone.
 """
 
-import functools
-from pathlib import Path
-
-import emulator
-import ml_dtypes
 import numpy as np
 import pytest
-
-KERNELS = Path(__file__).parents[1] / "kernels"
-BF16 = np.dtype(ml_dtypes.bfloat16)
-F32 = np.dtype(np.float32)
-NAMES = {F32: "float", BF16: "bf16"}
+import test_cuda_elementwise as elementwise
+from test_cuda_elementwise import BF16, F32, NAMES, cdiv, gpu, random
 
 # As in matmul.cu's table: BM, BN, BK, then WM, WN, STAGES of bf16 or TM, TN of float.
 BF16_TILES = [
@@ -51,35 +43,12 @@ def use_name(use):
     return epilogue + "-A_T" * a_t + "-B_T" * b_t + "-float" * (dtype is not None)
 
 
-def cdiv(a, b):
-    return -(-a // b)
-
-
-@functools.cache
-def gpu():
-    return emulator.install()
-
-
-@functools.cache
-def kernel(name):
-    code = (KERNELS / "matmul.cu").read_text()
-    options = ("-std=c++17", f"-I{KERNELS}")
-    return gpu().RawModule(code=code, options=options, name_expressions=[name]).get_function(name)
-
-
 def launch(name, grid, block, arguments, shared=0):
-    function = kernel(name)
-    if shared > 48 * 1024:
-        function.max_dynamic_shared_size_bytes = shared
-    function(grid, block, arguments, shared_mem=shared)
+    elementwise.launch("matmul.cu", name, grid, block, *arguments, shared=shared)
 
 
 def device(array):
-    return None if array is None else gpu().asarray(np.ascontiguousarray(array))
-
-
-def random(seed, shape, dtype, scale=1.0):
-    return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(dtype)
+    return None if array is None else elementwise.device(array)
 
 
 def gelu(x):
@@ -252,7 +221,8 @@ def test_gelu_far_out():
     launch(name, (1,), (256,), (out, copy, device(pre[0]), one, nothing, *sizes))
     np.testing.assert_allclose(out.get(), gelu(pre.astype(np.float64)), rtol=1e-5, atol=1e-9)
     name = f"matmul_float<GELU_GRAD, false, true, false, {tile}>"
-    launch(name, (1,), (256,), (out, device(pre), None, one, device(np.ones((N, 1), np.float32)), *sizes))
+    ones, no_bias = device(np.ones((N, 1), np.float32)), device(None)
+    launch(name, (1,), (256,), (out, device(pre), no_bias, one, ones, *sizes))
     with np.errstate(over="ignore"):
         expected = gelu_grad(pre.astype(np.float64))
     np.testing.assert_allclose(out.get(), expected, rtol=1e-5, atol=1e-7)

@@ -4,6 +4,8 @@ In the emulator, or on a GPU where there is one (tests/card.py). Read test_cuda.
 """
 
 import json
+import re
+import sys
 
 import card
 import ml_dtypes
@@ -42,16 +44,23 @@ def ten_steps(config, device, dtype, T, recompute=False):
 
 
 @pytest.mark.parametrize("config, T", [(CONFIG, 33), (ODD, 19)], ids=["aligned", "odd"])
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 0.02)])
-def test_ten_steps_are_the_cpus(config, T, dtype, tolerance):
+def test_ten_steps_are_the_cpus(config, T, capsys):
+    """Losses and norms as NumPy's, the same bits in every run and with recomputation; prints the losses."""
     wanted, _ = ten_steps(config, "cpu", "float32", T)
-    got, parameters = ten_steps(config, "cuda", dtype, T)
-    assert np.abs(got - wanted)[:, 0].max() < tolerance  # losses
-    assert np.abs(got / wanted - 1)[:, 1].max() < tolerance  # norms of gradients
-    again, same = ten_steps(config, "cuda", dtype, T)
-    assert got.tobytes() == again.tobytes() and parameters == same
-    recomputed, same = ten_steps(config, "cuda", dtype, T, recompute=True)
-    assert got.tobytes() == recomputed.tobytes() and parameters == same
+    losses = [wanted[:, 0]]
+    for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 0.02)):
+        got, parameters = ten_steps(config, "cuda", dtype, T)
+        losses.append(got[:, 0])
+        assert np.abs(got - wanted)[:, 0].max() < tolerance  # losses
+        assert np.abs(got / wanted - 1)[:, 1].max() < tolerance  # norms of gradients
+        again, same = ten_steps(config, "cuda", dtype, T)
+        assert got.tobytes() == again.tobytes() and parameters == same
+        recomputed, same = ten_steps(config, "cuda", dtype, T, recompute=True)
+        assert got.tobytes() == recomputed.tobytes() and parameters == same
+    with capsys.disabled():
+        print(f"\n\nlosses, n_embd {config.n_embd}\nstep  cpu float32  cuda float32  cuda bfloat16")
+        for step, row in enumerate(zip(*losses)):
+            print("{:4}  {:11.6f}  {:12.6f}  {:13.6f}".format(step + 1, *row))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
@@ -170,6 +179,43 @@ def test_no_gpu(monkeypatch):
     assert kernels.choose("auto", "float32") == ("cpu", "float32")
     with pytest.raises(UserError, match=r"--device cuda cannot be used .no NVIDIA GPU.; use --device cpu"):
         kernels.choose("cuda", "float32")
+
+
+@pytest.mark.parametrize(
+    "cupy, says",
+    [
+        (None, "CuPy is not installed; python -m pip install -r requirements-cuda.txt"),
+        (
+            "raise ImportError('a page') from OSError('libcudart.so.13: no such file')",
+            "CuPy cannot be loaded: libcudart.so.13: no such file; python -m pip install",
+        ),
+        (
+            "class cuda:\n  class runtime:\n    def getDeviceCount(): raise RuntimeError('too old')",
+            "no NVIDIA GPU, or its driver is older than CUDA 13 needs, 580: too old",
+        ),
+    ],
+    ids=["absent", "broken", "no driver"],
+)
+def test_cupy_that_cannot_be_used(monkeypatch, tmp_path, cupy, says):
+    for name in ("cupy", "kernels.gpu", "kernels.cuda"):
+        monkeypatch.delitem(sys.modules, name)
+    if cupy is None:
+        monkeypatch.setitem(sys.modules, "cupy", None)  # then `import cupy` does not find it
+    else:
+        (tmp_path / "cupy.py").write_text(cupy)
+        monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=f"--device cuda cannot be used .{re.escape(says)}"):
+        kernels.choose("cuda", "float32")
+
+
+def test_nvrtc_is_missing(monkeypatch):
+    def compile_(**_):
+        raise RuntimeError("CuPy failed to load libnvrtc.so.13: no such file")
+
+    monkeypatch.setattr(cuda.xp, "RawModule", compile_)
+    cuda.load.cache_clear()
+    with pytest.raises(UserError, match=r"gelu.cu cannot be compiled .*libnvrtc.*pip install -r"):
+        cuda.gelu_forward(cuda.zeros((1, 4)), cuda.zeros((1, 4)))
 
 
 def test_memory_is_estimated_and_its_end_is_said(monkeypatch):

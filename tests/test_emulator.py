@@ -452,7 +452,7 @@ def test_faults_are_told_with_their_line():
     if compiler.shutil.which("addr2line"):
         assert f"kernel.cu:{line_of('void write_at')}" in str(caught.value)
     with pytest.raises(KernelError, match=r"null pointer|far from every array"):
-        run("write_at", None, I(0))
+        run("write_at", np.uint64(0), I(0))
 
 
 def test_static_and_dynamic_shared_memory_have_ends():
@@ -527,6 +527,7 @@ def test_dynamic_shared_memory_needs_permission():
     (("out", "half", I(0)), "argument 1 is an array of bfloat16, the kernel wants const float"),
     (("out", "double", I(0)), "argument 1 is an array of float64, the kernel wants const float"),
     (("out", np.zeros(3, "f4"), I(0)), "argument 1 .* the kernel wants const float"),
+    (("out", None, I(0)), "argument 1 is None, of which CuPy makes 0xffffffff"),
 ])  # fmt: skip
 def test_arguments_are_checked(arguments, message):
     arrays = {

@@ -51,6 +51,8 @@ def nvrtc():
 # ------------------------------------------------------------------------------------------------------------
 # What cuda.py can choose
 
+ELEMENTWISE = "gelu_forward", "gelu_backward", "residual_forward"
+ENCODER = "forward_naive", "forward", "backward_naive", "backward_wpe", "backward_wte", "backward_join"
 USES = [  # epilogue, A_T, B_T, whether the output is float32 in any case
     ("STORE", False, False, False),  # dinp of the tied head
     ("STORE", False, True, False),  # dinp, and the logits of training
@@ -90,11 +92,11 @@ def variants(capability, monkeypatch):
         f"{kernel}<{S}, {n}>" for S in both for kernel, up in zip(kernels, most[S]) for n in range(1, up + 1)
     } | {"layernorm_backward_reduce"}
     names["layernorm"] |= {
-        f"layernorm_{kind}<{S}>" for S in both for kind in ("forward_rows", "backward_rows")
+        f"layernorm_{kind}<{S}>" for S in both for kind in ("forward_naive", "forward_rows", "backward_rows")
     }
     heads = [f"{S}, {HP}" for S in both for HP in (64, 128)]
     names["attention"] = {f"attention_forward_flash<{head}>" for head in heads}
-    names["attention"] |= {f"attention_forward_tensor<{HS}>" for HS in (64, 128)}
+    names["attention"] |= {f"attention_forward_tensor<{HS}>" for HS in (64, 128)} | {"attention_softmax"}
     owners = "keys", "queries"
     names["attention_backward"] = {f"attention_backward_{o}_flash<{head}>" for head in heads for o in owners}
     names["attention_backward"] |= {f"attention_backward_{o}_tensor<{H}>" for H in (64, 128) for o in owners}
@@ -104,23 +106,28 @@ def variants(capability, monkeypatch):
     }
     plain = {
         "decode": ["attention_append", "attention_decode_combine"],
-        "gelu": ["gelu_forward", "gelu_backward", "residual_forward"],
-        "encoder": [
-            "encoder_forward",
-            "encoder_backward_wpe",
-            "encoder_backward_wte",
-            "encoder_backward_join",
-        ],
-        "classifier": ["classifier", "classifier_twice", "cross_entropy"],
-        "sample": ["sample"],
+        "attention": ["attention_scores", "attention_values"],
+        "gelu": [f"{op}{rung}" for op in ELEMENTWISE for rung in ("_naive", "")],
+        "encoder": [f"encoder_{kind}" for kind in ENCODER],
+        "classifier": ["classifier_naive", "classifier_twice", "classifier", "cross_entropy"],
+        "sample": ["sample_naive", "sample"],
         "gather": ["take_rows"],
     }
     for file, kernels in plain.items():
         names.setdefault(file, set()).update(f"{kernel}<{S}>" for kernel in kernels for S in both)
     names["encoder"] |= {"token_count", "token_starts", "token_scatter", "token_order"}
-    names["norm"] = {"square_sums", "global_norm_finish", "clip_scale"}
-    names["adamw"] = {"adamw"}
+    names["norm"] = {"global_norm_naive", "square_sums", "global_norm_finish", "clip_scale"}
+    names["adamw"] = {"adamw_naive", "adamw"}
     return names
+
+
+def test_no_kernel_is_forgotten(monkeypatch):
+    """Every __global__ function of every .cu file is among the variants."""
+    table = variants(90, monkeypatch)
+    for path in cuda.HERE.glob("*.cu"):
+        kernel = r"__global__ void(?:\s+__launch_bounds__\(.*?\)(?: *//.*)?)?\s+(\w+)\("
+        written = re.findall(kernel, path.read_text())
+        assert set(written) == {name.partition("<")[0] for name in table[path.stem]}, path.name
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -134,7 +141,8 @@ def compiled(file, names, capability):
     assert library.nvrtcCreateProgram(ctypes.byref(program), code, f"{file}.cu".encode(), 0, None, None) == 0
     for name in names:
         assert library.nvrtcAddNameExpression(program, name.encode()) == 0
-    options = [*gpu._options(), f"-I{toolkit() / 'include'}", f"-arch=sm_{capability}", "-ftz=true"]
+    options = [*gpu._options(), f"-I{toolkit() / 'include'}", f"-arch=sm_{capability}"]
+    options += ["-ftz=true", "--device-as-default-execution-space"]  # as CuPy calls it
     options += ["--ptxas-options=-v", "--ptxas-options=-warn-spills"]
     options.append("--diag-suppress=177")  # a constant without use: another kernel of the file uses it
     options = [option.encode() for option in options]

@@ -318,7 +318,7 @@ class Kernel:
         kind = parameter.kind.decode()
         if ord(parameter.pointer):
             if argument is None:
-                return ctypes.c_void_p(0)
+                raise wrong("None, of which CuPy makes 0xffffffff (its issue 9046): pass np.uint64(0)")
             if isinstance(argument, (int, np.uint64, np.int64)):  # an address: nothing more can be checked
                 return ctypes.c_void_p(int(argument))
             if not hasattr(argument, "data") or not hasattr(argument.data, "ptr"):

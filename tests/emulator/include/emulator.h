@@ -816,46 +816,28 @@ EMULATOR_UNWATCHED inline void __threadfence_system() { __atomic_thread_fence(__
 
 // Reads and writes of 4, 8 and 16 bytes go through the type, so that -fsanitize=alignment sees a misaligned
 // one.
-template <typename T>
-inline T __ldg(const T* p) {
-    return *p;
-}
-template <typename T>
-inline T __ldcs(const T* p) {
-    return *p;
-}
-template <typename T>
-inline T __ldcg(const T* p) {
-    return *p;
-}
-template <typename T>
-inline T __ldca(const T* p) {
-    return *p;
-}
-template <typename T>
-inline T __ldlu(const T* p) {
-    return *p;
-}
-template <typename T>
-inline T __ldcv(const T* p) {
-    return *(const volatile T*)p;
-}
-template <typename T>
-inline void __stcs(T* p, T value) {
-    *p = value;
-}
-template <typename T>
-inline void __stcg(T* p, T value) {
-    *p = value;
-}
-template <typename T>
-inline void __stwb(T* p, T value) {
-    *p = value;
-}
-template <typename T>
-inline void __stwt(T* p, T value) {
-    *p = value;
-}
+#define EMULATOR_LOAD(name, kind)                \
+    template <typename T>                        \
+    inline T name(const T* p) {                  \
+        return *(const kind T*)p;                \
+    }
+EMULATOR_LOAD(__ldg, )
+EMULATOR_LOAD(__ldcs, )
+EMULATOR_LOAD(__ldcg, )
+EMULATOR_LOAD(__ldca, )
+EMULATOR_LOAD(__ldlu, )
+EMULATOR_LOAD(__ldcv, volatile)
+#undef EMULATOR_LOAD
+#define EMULATOR_STORE(name)                     \
+    template <typename T>                        \
+    inline void name(T* p, T value) {            \
+        *p = value;                              \
+    }
+EMULATOR_STORE(__stcs)
+EMULATOR_STORE(__stcg)
+EMULATOR_STORE(__stwb)
+EMULATOR_STORE(__stwt)
+#undef EMULATOR_STORE
 
 // Integers only: sums of floats in the order of arrival are not deterministic, and this project has none.
 #define EMULATOR_ATOMICS(T)                                                                               \
