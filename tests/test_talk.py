@@ -285,10 +285,10 @@ def test_reset_system_and_save(monkeypatch, tmp_path):
         f"/save {one}",
         "/reset",
         "b",
+        f"/save {two}",
         "/system",
         "c",
         f"/save {one}",
-        f"/save {two}",
     ]
     done = typed(monkeypatch, model, *lines)
     assert done.out.split("\n") == ["you said a", "you said b", "you said c", ""] and not done.err
@@ -297,9 +297,10 @@ def test_reset_system_and_save(monkeypatch, tmp_path):
         {"role": "assistant", "content": [{"type": "text", "text": f"you said {text}"}]},
     ]
     first, second = chat.read(one)[0]
-    assert first == [{"role": "system", "content": "Be kind."}, *turn("a")]
+    kind = {"role": "system", "content": "Be kind."}
+    assert first == [kind, *turn("a")]
     assert second == [*turn("b"), *turn("c")]
-    assert json.loads(two.read_text()) == {"messages": second}
+    assert json.loads(two.read_text()) == {"messages": [kind, *turn("b")]}  # a new conversation, as kind
     assert "Be kind" not in BYTES.decode(model.cache.rows[0])  # the last answer was asked for without it
 
 
@@ -347,7 +348,8 @@ def test_random_weights_talk_too(monkeypatch):
 
 
 TERMINAL = """
-import fcntl, os, sys, termios, time
+import fcntl, signal, sys, termios, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who started the tests may have had it ignored
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # from now on Ctrl-C reaches this process
 sys.path[:0] = {paths!r}
 import talk, test_talk as t
