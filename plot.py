@@ -22,7 +22,7 @@ def parser():
 
 
 def curves(events):
-    """What a run has to draw: ((title, steps, values), ...) above, the title above, one below, its title.
+    """What a run has to draw: above [(name, steps, values), ...] and a title, below (steps, values), a title.
 
     Pretraining and finetuning: losses, and the learning rate below. Reinforcement learning: the share of right
     answers, and their length below.
