@@ -24,8 +24,8 @@ def parser():
 def curves(events):
     """What a run has to draw: above [(name, steps, values), ...] and a title, below (steps, values), a title.
 
-    Pretraining and finetuning: losses, and the learning rate below. Reinforcement learning: the share of right
-    answers, and their length below.
+    Pretraining and finetuning: losses, and the learning rate below. Practice: the share of right answers, and
+    their length below.
     """
     steps, evals = ([e for e in events if e["event"] == kind] for kind in ("step", "eval"))
     above, below = ("correct", "length") if steps and "correct" in steps[0] else ("loss", "lr")
