@@ -24,7 +24,7 @@ from console import UserError
 from facts import FIELDS, digest, examined, facts, held_out, invented, phrase, plain, probed, texts
 
 SOURCES = {"factbook": 12, "identity": 5, "refusal": 3, "chitchat": 3, "tools": 28}  # shares, in percent
-SOURCES |= {"tasks": 22, "answer-first": 4, "spelling": 8, "counting": 7, "multi-turn": 5, "unknown": 4}
+SOURCES |= {"tasks": 22, "answer-first": 3, "spelling": 8, "counting": 7, "multi-turn": 5, "unknown": 4}
 DEFAULT = ",".join(f"{name}={share}" for name, share in SOURCES.items())
 SEARCH_SYSTEM = "You can search."  # with it the assistant looks facts up, without it it has its memory
 DONT_KNOW = "I'm sorry, I don't know"  # so begins every answer to what it cannot know
