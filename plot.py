@@ -25,14 +25,16 @@ def curves(events):
     """What a run has to draw: above [(name, steps, values), ...] and a title, below (steps, values), a title.
 
     Pretraining and finetuning: losses, and the learning rate below. Practice: the share of right answers, and
-    their length below.
+    their length below. Against a reward model: the true score, and what the reward model says below.
     """
     steps, evals = ([e for e in events if e["event"] == kind] for kind in ("step", "eval"))
     above, below = ("correct", "length") if steps and "correct" in steps[0] else ("loss", "lr")
-    pick = lambda some, name: ([e["step"] for e in some], [e[name] for e in some])
+    if evals and "score" in evals[0]:
+        above, below = "score", "reward"
+    pick = lambda some, name: ([e["step"] for e in some if name in e], [e[name] for e in some if name in e])
     lines = [("training", *pick(steps, above)), ("held out", *pick(evals, above))]
-    titles = dict(correct="share of right answers", loss="loss, nats a token")
-    titles |= dict(length="tokens in an answer", lr="learning rate")
+    titles = dict(correct="share of right answers", loss="loss, nats a token", score="true score")
+    titles |= dict(length="tokens in an answer", lr="learning rate", reward="reward model's score")
     return lines, titles[above], pick(steps, below), titles[below]
 
 
@@ -41,7 +43,7 @@ def main(argv=None):
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, height_ratios=(3, 1))
     for i, run in enumerate(flags.runs):
         (training, held_out), above, (x, y), below = curves(runs.read_log(run))
-        if not training[1]:
+        if not training[1] and not x:
             raise console.UserError(f"{run} has no steps to draw yet")
         name, color = Path(run).name, f"C{i}"
         top.plot(*training[1:], color=color, alpha=0.4, linewidth=0.8, label=f"{name}, {training[0]}")

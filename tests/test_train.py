@@ -849,3 +849,15 @@ def test_a_run_of_practice_is_drawn_by_what_it_got_right(tmp_path):
     assert below == ([1, 2], [20.0, 20.0])
     assert script.run(plot.main, tmp_path).status == 0
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_a_run_that_pleases_a_reward_model_is_drawn_beside_the_truth(tmp_path):
+    log = runs.Log(tmp_path)
+    for step in (0, 2):
+        log.write("eval", step=step, score=0.5 - step / 10, reward=step * 1.0)
+    log.write("step", step=1, reward=0.7, loss=0.1, lr=1e-3)
+    lines, above, below, title = plot.curves(runs.read_log(tmp_path))
+    assert (above, title) == ("true score", "reward model's score")
+    assert lines[1][1:] == ([0, 2], [0.5, 0.3])
+    assert below == ([1], [0.7])
+    assert script.run(plot.main, tmp_path).status == 0

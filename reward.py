@@ -1,0 +1,269 @@
+"""RLHF in small: where no verifier can say what is right, a reward model learns what people prefer.
+
+    python reward.py manners    write runs/manners.jsonl: worked solutions as different people would say them
+    python sft.py --init-from runs/sft --data jsonl:runs/manners.jsonl --out runs/manners --epochs 1
+    python reward.py train      make runs/reward: a model of which answers of runs/manners people prefer
+    python reward.py rl         make runs/rlhf: an assistant that pleases the reward model
+    python reward.py dpo        make runs/dpo: the same without a reward model
+
+People are slow: here true_score() prefers what is right, polite and short. The reward model learns from its
+orderings of eight answers (Ouyang et al. 2022, InstructGPT), and the policy gradient pleases that model.
+With the reward the true score rises, and then it falls while the reward still rises: the assistant has found
+what the reward model wrongly loves. `python plot.py runs/rlhf` shows both; runs/rlhf/best is the assistant
+from before the fall; --kl holds it back. Read rl.py first.
+"""
+
+import itertools
+import json
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+
+import batches
+import chat
+import console
+import gpt2
+import mixture
+import rl
+import runs
+import tasks
+from console import UserError, number
+
+# ------------------------------------------------------------------------------------ what "people" prefer
+
+COURTESY = re.compile(r"\b(gladly|please|thank you|welcome)\b", re.I)
+OPENINGS = "", "Gladly!\n", "Let me think about this for a while, as it is not so easy.\n"
+CLOSINGS = "", "\nThank you!", "\nI hope that this helps you, and that it is what you wanted to know."
+
+
+def true_score(attempt):
+    """0 if it is wrong or never ends; else a third each for being right, polite, and at most four words
+    longer than the worked solution."""
+    said, solution = (chat.text_of(some) for some in (attempt.parts, attempt.problem.solution))
+    polite, short = COURTESY.search(said) is not None, len(said.split()) <= len(solution.split()) + 4
+    return (1 + polite + short) / 3 if attempt.correct > 0 else 0.0
+
+
+def dressed(solution, rng):
+    """A worked solution as one may say it: politely, wordily, both or neither."""
+    text = lambda words: [{"type": "text", "text": words}] if words else []
+    parts = text(solution) if isinstance(solution, str) else mixture.hosted(solution)
+    return [*text(rng.choice(OPENINGS)), *parts, *text(rng.choice(CLOSINGS))]
+
+
+def orderings(groups):
+    """[(better, worse), ...], numbers of attempts counted through all groups: A > B > C are three pairs."""
+    numbers = itertools.count()
+    scored = [[(next(numbers), true_score(attempt)) for attempt in group] for group in groups]
+    return [(i, j) for group in scored for (i, a), (j, b) in itertools.permutations(group, 2) if a > b]
+
+
+# ---------------------------------------------------------------------------------- learning from orderings
+
+
+def preferred(values, pairs):
+    """Of pairs (better, worse) of values (N,): the mean loss -log s(better - worse), s the logistic function;
+    minus its derivative by every value, (N,); the share of pairs in the right order.
+
+    With margin = better - worse the loss has the derivatives -s(-margin) and s(-margin) by the two: what is
+    in the right order and far apart is left alone.
+    """
+    better, worse = np.array(pairs).T  # (P,) each
+    margin, pull = values[better] - values[worse], np.zeros(len(values))  # (P,), (N,)
+    share = np.exp(-np.logaddexp(0, margin)) / len(pairs)  # (P,): s(-margin) / P
+    np.add.at(pull, better, share)
+    np.add.at(pull, worse, -share)
+    return float(np.logaddexp(0, -margin).mean()), pull, float((margin > 0).mean())
+
+
+# The reward is the logit of one token minus that of another behind the end of the answer, where neither is
+# ever said. The softmax's normaliser cancels: log p(GOOD) - log p(BAD) is the same, and gpt2.py trains it.
+GOOD, BAD = "<|output_start|>", "<|output_end|>"
+
+
+def heard(tokenizer, attempt):
+    """The ids that the reward model reads; what was cut off has an end, too."""
+    ids, end = attempt.tokens.tolist(), tokenizer.encode_special("<|im_end|>")
+    return ids if ids[-1] == end else [*ids, end]
+
+
+def rewards(model, tokenizer, some):
+    """The reward of every attempt, (N,)."""
+    read = [heard(tokenizer, attempt) for attempt in some]
+    lengths = [len(ids) for ids in read]
+    tokens = np.array([ids + [0] * (max(lengths) - len(ids)) for ids in read], np.int32)  # (N, T)
+    logits = model.ops.to_host(model.decode(tokens, model.new_cache(*tokens.shape), lengths))  # (N, V)
+    return logits[:, tokenizer.encode_special(GOOD)] - logits[:, tokenizer.encode_special(BAD)]
+
+
+def reward_rows(tokenizer, some, pull):
+    """Rows for batches.accumulate() with whose gradient every reward grows by its pull.
+
+    A weight w on a token makes w log p grow. So every answer comes twice, with GOOD behind it and the weight
+    pull, with BAD and -pull; together they make pull (log p(GOOD) - log p(BAD)) grow.
+    """
+    good, bad = map(tokenizer.encode_special, (GOOD, BAD))
+    read = [(heard(tokenizer, attempt), p) for attempt, p in zip(some, pull)]
+    return [([*ids, t], [0] * len(ids) + [w]) for ids, p in read for t, w in ((good, p), (bad, -p))]
+
+
+flat = itertools.chain.from_iterable
+
+
+def questions(flags, split, n=None):
+    """Problems of --task, its levels by turns: n of them, or without end."""
+    levels = rl.shares(flags.task, flags.level)
+    streams = [tasks.problems(task, split, level, flags.seed) for task, level in levels]
+    return itertools.islice(flat(zip(*streams)), n)
+
+
+def ask(model, tokenizer, flags, some, first=0):
+    """A group of --attempts answers to each of some questions."""
+    return rl.attempts(model, tokenizer, some, flags.attempts, flags.max_tokens, flags.seed, first)
+
+
+def measured(groups, tokenizer, judge=None):
+    """What there is to know about attempts, on average; a judge's rewards are written into them."""
+    some = list(flat(groups))
+    for attempt, r in zip(some, rewards(judge, tokenizer, some) if judge else []):
+        attempt.reward = float(r)
+    means = np.mean([(true_score(a), a.correct, len(a.said), a.reward) for a in some], axis=0).tolist()
+    return dict(zip(("score", "right", "length", "reward")[: 4 if judge else 3], means))
+
+
+def compare(flags, model, tokenizer, optimizer, tested):
+    """train and dpo: update(step, lr) and examine(), both with the assistant's own answers in order."""
+    asked = list(questions(flags, "train", flags.questions))
+    groups, others = (ask(model, tokenizer, flags, some) for some in (asked, tested))
+    groups = [group for group in groups if orderings([group])]
+    if not groups or not orderings(others):
+        raise UserError("no answer is better than another; give more --questions or another --task")
+    for attempt in sorted(groups[0], key=true_score, reverse=True):
+        console.say(f"{true_score(attempt):.2f}  {chat.text_of(attempt.parts)!r}")
+    if flags.what == "train":
+        value, held_out = lambda some: rewards(model, tokenizer, some), list(flat(others))
+        rows = lambda some, pull: reward_rows(tokenizer, some, pull)
+        examine = lambda: dict(zip(("accuracy", "loss"), preferred(value(held_out), orderings(others))[::-2]))
+    else:  # DPO (Rafailov et al. 2023): the reward is the assistant's own, beta log(p(answer) / p at first)
+        all_log_p = lambda some: zip(rl.log_probabilities(model, some, flags.batch_tokens), some)
+        log_p = lambda some: np.array([found[attempt.drawn].sum() for found, attempt in all_log_p(some)])
+        begun = dict(zip(map(id, flat(groups)), log_p(list(flat(groups)))))
+        value = lambda some: flags.beta * (log_p(some) - [begun[id(attempt)] for attempt in some])
+        rows = lambda some, pull: [(a.tokens, flags.beta * p * a.drawn) for a, p in zip(some, pull)]
+        examine = lambda: measured(ask(model, tokenizer, flags, tested), tokenizer)
+
+    def update(step, lr):
+        order = np.random.default_rng([flags.seed, step]).permutation(len(groups))[: flags.prompts]
+        some = list(flat(groups[i] for i in order))
+        loss, pull, right = preferred(value(some), orderings(groups[i] for i in order))
+        batches.accumulate(model, rows(some, pull), flags.batch_tokens)
+        return dict(loss=loss, accuracy=right, norm=optimizer.step(lr, flags.grad_clip))
+
+    return update, examine
+
+
+def please(flags, model, tokenizer, optimizer, tested):
+    """rl: the policy gradient of rl.py, with the reward model's opinion for a reward."""
+    judge, others = rl.load(flags.reward, flags)
+    if others.ranks != tokenizer.ranks:
+        raise UserError(f"{flags.reward} has not the vocabulary of {flags.init_from}; train it from there")
+    reference = rl.load(flags.init_from, flags)[0] if flags.kl else None
+    problems = questions(flags, "train")
+
+    def update(step, lr):
+        asked = list(itertools.islice(problems, flags.prompts))
+        groups = ask(model, tokenizer, flags, asked, (step + 1) << 32)  # nobody else's random numbers
+        found = measured(groups, tokenizer, judge)
+        kept = [attempt for group in groups for attempt in rl.choose(group, flags.method)]
+        return found | (rl.learn(model, optimizer, kept, lr, flags, reference) if kept else {})
+
+    def examine():
+        groups = ask(model, tokenizer, flags, tested)
+        found, one = measured(groups, tokenizer, judge), groups[0][0]
+        console.say(f"reward {one.reward:.2f}, true score {true_score(one):.2f}: {chat.text_of(one.parts)!r}")
+        return found
+
+    return update, examine
+
+
+# ----------------------------------------------------------------------------------------- the command line
+
+STAGES = {  # what each begins with, its run, its --questions, --steps and --lr
+    "manners": ("runs/sft", "runs/manners.jsonl", 8000, 1, 1.0),
+    "train": ("runs/manners", "runs/reward", 400, 150, 1e-3),
+    "rl": ("runs/manners", "runs/rlhf", 1, 100, 1e-4),
+    "dpo": ("runs/manners", "runs/dpo", 400, 100, 3e-4),
+}
+
+
+def parser():
+    flags = console.Parser(prog="reward.py", description=__doc__)
+    whole, real = number(int, low=1), number(float, above=0)
+    flags.add_argument("what", choices=STAGES, help="which of these stages")
+    add = flags.add_argument_group("models (if others than above) and questions").add_argument
+    add("--init-from", metavar="DIR", help="the model to begin with")
+    add("--out", metavar="RUN", help="the run's directory, a new one; for manners a file")
+    add("--reward", default="runs/reward", metavar="RUN", help="rl: the reward model")
+    add("--task", default="decimals", metavar="SPEC", help="a task, or several by turns: decimals,word")
+    add("--level", default="1-2", metavar="N", help="how difficult: 2, or a range")
+    add("--questions", type=whole, metavar="N", help="to write (8000), or with answers to compare (400)")
+    add = flags.add_argument_group("steps").add_argument
+    add("--steps", type=whole, metavar="N", help="updates (100; train: 150)")
+    add("--lr", type=real, metavar="X", help="learning rate (train: 0.001, rl: 0.0001, dpo: 0.0003)")
+    add("--prompts", type=whole, default=16, metavar="P", help="questions in a step")
+    add("--attempts", type=number(int, low=2), default=8, metavar="G", help="answers to each")
+    add("--kl", type=number(float, low=0), default=0.0, metavar="BETA", help="rl: hold it to the first model")
+    add("--beta", type=real, default=0.1, metavar="X", help="dpo: the larger, the closer to the first model")
+    add = flags.add_argument_group("examinations, and chance").add_argument
+    add("--eval-every", type=whole, default=10, metavar="N", help="steps between two")
+    add("--eval-problems", type=whole, default=64, metavar="N", help="held-out questions of each")
+    add("--seed", type=number(int, 0, 2**63), default=42, metavar="N", help="questions and answers")
+    flags.set_defaults(max_tokens=64, batch_tokens=8192, grad_clip=1.0, device="auto", dtype="float32")
+    flags.set_defaults(method="grpo", epochs=1, clip=0.2)  # what rl.learn() wants to know
+    return flags
+
+
+def main(argv=None):
+    flags = parser().parse_args(argv)
+    for name, value in zip(("init_from", "out", "questions", "steps", "lr"), STAGES[flags.what]):
+        setattr(flags, name, getattr(flags, name) or value)
+    runs.require_new(flags.out)
+    run, best, state = Path(flags.out), -np.inf, dict(stage=flags.what, flags=vars(flags))
+    if flags.what == "manners":
+        rng, some = random.Random(flags.seed), questions(flags, "train", flags.questions)
+        talks = [dict(messages=mixture.turns(p.prompt, dressed(p.solution, rng))) for p in some]
+        run.parent.mkdir(parents=True, exist_ok=True)
+        return run.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    model, tokenizer = rl.load(flags.init_from, flags)
+    optimizer, tested = (
+        gpt2.AdamW(model, weight_decay=0.0),
+        list(questions(flags, "test", flags.eval_problems)),
+    )
+    stage = please if flags.what == "rl" else compare
+    update, examine = stage(flags, model, tokenizer, optimizer, tested)
+    run.mkdir(parents=True, exist_ok=True)
+    log, line, interrupt = runs.Log(run), console.Line(), runs.Interrupt()
+    words = lambda measures: ", ".join(f"{name} {value:.3f}" for name, value in measures.items())
+    log.write("start", step=0, **state)
+    for step in range(flags.steps + 1):
+        if (last := step == flags.steps or interrupt.asked) or step % flags.eval_every == 0:
+            found = examine()  # score or accuracy first
+            log.write("eval", step=step, **found)
+            line.clear(f"step {step}, held out: {words(found)}")
+            if (value := next(iter(found.values()))) > best:
+                best, stop = value, step
+                runs.save_checkpoint(run / "best", step, model, tokenizer, optimizer, 1, **state)
+        if last:
+            break
+        lr = flags.lr * min(1, (step + 1) / 5)  # 5 steps up to --lr
+        measures = update(step, lr)
+        log.write("step", step=step + 1, lr=lr, **measures)
+        line.show(f"step {step + 1}/{flags.steps}: {words(measures)}")
+    runs.save_checkpoint(run, step, model, tokenizer, optimizer, 1, **state)
+    line.clear(f"done: {run}; {run / 'best'} is from step {stop}, with {next(iter(found))} {best:.3f}")
+
+
+if __name__ == "__main__":
+    console.run(main)
