@@ -194,7 +194,7 @@ STAGES = {  # what each begins with, its run, its --questions, --steps and --lr
     "manners": ("runs/sft", "runs/manners.jsonl", 8000, 1, 1.0),
     "train": ("runs/manners", "runs/reward", 400, 150, 1e-3),
     "rl": ("runs/manners", "runs/rlhf", 1, 100, 1e-4),
-    "dpo": ("runs/manners", "runs/dpo", 400, 100, 3e-4),
+    "dpo": ("runs/manners", "runs/dpo", 400, 100, 5e-5),
 }
 
 
@@ -211,7 +211,7 @@ def parser():
     add("--questions", type=whole, metavar="N", help="to write (8000), or with answers to compare (400)")
     add = flags.add_argument_group("steps").add_argument
     add("--steps", type=whole, metavar="N", help="updates (100; train: 150)")
-    add("--lr", type=real, metavar="X", help="learning rate (train: 0.001, rl: 0.0001, dpo: 0.0003)")
+    add("--lr", type=real, metavar="X", help="learning rate (train: 0.001, rl: 0.0001, dpo: 0.00005)")
     add("--prompts", type=whole, default=16, metavar="P", help="questions in a step")
     add("--attempts", type=number(int, low=2), default=8, metavar="G", help="answers to each")
     add("--kl", type=number(float, low=0), default=0.0, metavar="BETA", help="rl: hold it to the first model")
