@@ -43,7 +43,7 @@ def main(argv=None):
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, height_ratios=(3, 1))
     for i, run in enumerate(flags.runs):
         (training, held_out), above, (x, y), below = curves(runs.read_log(run))
-        if not training[1] and not x:
+        if not (training[1] or held_out[1] or x):
             raise console.UserError(f"{run} has no steps to draw yet")
         name, color = Path(run).name, f"C{i}"
         top.plot(*training[1:], color=color, alpha=0.4, linewidth=0.8, label=f"{name}, {training[0]}")

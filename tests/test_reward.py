@@ -303,6 +303,19 @@ def test_the_gradient_of_dpo_is_that_of_its_equation(updates, beta):
     same_as_slopes(model, objective, model.flat_grads)
 
 
+def test_answers_that_are_all_as_good_are_left_out(monkeypatch):
+    equal, different = [attempt("a"), attempt("a")], [attempt("a"), attempt("no")]
+    drawn = iter([[equal] * 9 + [different], [different]])
+    monkeypatch.setattr(reward, "ask", lambda *_: next(drawn))
+    monkeypatch.setattr(reward, "questions", lambda *_: iter([]))
+    model, heard = tiny(), []
+    real = reward.rewards
+    monkeypatch.setattr(reward, "rewards", lambda *args: heard.append(args[2]) or real(*args))
+    update, _ = reward.compare(flags("train", "--prompts", 4), model, BYTES, Recorder(model), [])
+    update(0, 1e-3)
+    assert heard == [different]
+
+
 def test_before_dpo_nothing_is_preferred(updates):
     loss = updates(tiny(), "dpo")[1](0, 1e-3)["loss"]
     assert loss == pytest.approx(math.log(2), abs=1e-12)
@@ -453,6 +466,15 @@ def test_the_whole_of_it_twice_is_the_same(start, tmp_path):
     logs = [events(tmp_path / f"rlhf-{n}", "eval") for n in "ab"]
     assert logs[0] == logs[1] and [e["step"] for e in logs[0]] == [0, 2, 4, 5]
     assert logs[0][0]["reward"] != logs[0][-1]["reward"]
+
+
+def test_every_step_draws_its_own_answers_and_the_rate_warms_up(start, tmp_path, monkeypatch, manners_run):
+    real, numbers = rl.attempts, []
+    monkeypatch.setattr(rl, "attempts", lambda *args: numbers.append(args[6]) or real(*args))
+    assert start("rl", "run", "--reward", manners_run, "--steps", 7, "--lr", 1e-3).status == 0
+    assert len(numbers) == 9 and len(set(numbers)) == 8 and numbers[0] == numbers[-1]  # the examinations
+    rates = [e["lr"] for e in events(tmp_path / "run", "step")]
+    np.testing.assert_allclose(rates, [2e-4, 4e-4, 6e-4, 8e-4, 1e-3, 1e-3, 1e-3])
 
 
 def test_ctrl_c_ends_it_early_with_all_that_a_run_leaves(start, tmp_path, monkeypatch, manners_run):
