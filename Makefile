@@ -57,11 +57,11 @@ sample: .venv/ready
 # Twice: what the first assistant turns out not to know, the second learns to say that it does not know.
 sft: .venv/ready
 	@ls $(RUN)/step_* >/dev/null 2>&1 || $(MAKE) train
-	@test -e $(SFT)-first/known.jsonl || { \
-	  $(PY) sft.py --init-from $(RUN) --out $(SFT)-first --data $(FACTS) $(if $(wildcard $(SFT)-first/step_*),--resume) && \
-	  $(PY) sft.py --probe $(SFT)-first --to $(SFT)-first/known.jsonl; }
-	@ls $(SFT)/step_* >/dev/null 2>&1 || $(PY) sft.py --init-from $(SFT)-first --out $(SFT) \
-	  --known $(SFT)-first/known.jsonl $(ARGS)
+	@test -e $(SFT)-first/done || { $(PY) sft.py --init-from $(RUN) --out $(SFT)-first --data $(FACTS) \
+	  $(if $(wildcard $(SFT)-first/step_*),--resume) && touch $(SFT)-first/done; }
+	@test -e $(SFT)-first/known.jsonl || $(PY) sft.py --probe $(SFT)-first --to $(SFT)-first/known.jsonl
+	@test -e $(SFT)/done || { $(PY) sft.py --init-from $(SFT)-first --out $(SFT) --known $(SFT)-first/known.jsonl \
+	  $(if $(wildcard $(SFT)/step_*),--resume) $(ARGS) && touch $(SFT)/done; }
 	$(PY) sft.py --eval $(SFT) --known $(SFT)-first/known.jsonl
 
 chat: .venv/ready
@@ -71,7 +71,7 @@ chat-web: .venv/ready
 	@$(PY) serve.py $(SFT) $(ARGS)
 
 rl: .venv/ready
-	@ls $(SFT)/step_* >/dev/null 2>&1 || $(MAKE) sft
+	@test -e $(SFT)/done || $(MAKE) sft ARGS=
 	$(PY) rl.py --init-from $(SFT) --out $(RL) --task word --level 1-2 --eval-level 1-3 --max-tokens 48 \
 	  $(if $(wildcard $(RL)/step_*),--resume) $(ARGS)
 
