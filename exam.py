@@ -1,8 +1,7 @@
 """What an assistant can do, in numbers: the probe of what it knows, and the evaluation of its skills.
 
-sft.py's --probe and --eval, and rl.py asks questions with ask(). Everything asked here is held out: other
-phrasings, other numbers, words, countries and names than the training's. Read mixture.py, which has the
-questions, and sample.py before, sft.py after.
+sft.py's --probe and --eval. What evaluate() asks is held out: other phrasings, numbers, words and names than
+the training's. Read mixture.py, which has the questions, and generate.py before, sft.py after.
 """
 
 import itertools

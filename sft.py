@@ -28,7 +28,7 @@ import runs
 import workers
 from console import UserError, count, duration, number
 from tokenizer import Tokenizer
-from train import Outliers, learning_rate
+from train import learning_rate
 
 UNKNOWN = 5  # share, in percent of the mixture, of questions that a probe found it cannot answer
 
@@ -211,7 +211,7 @@ def train(flags, checkpoint):
     run.mkdir(parents=True, exist_ok=True)
     log, line, interrupt = runs.Log(run, start), console.Line(every=0), runs.Interrupt()
     log.write("start", step=start, flags=vars(flags), conversations=len(rows), dropped=dropped | shortened)
-    skipped, outliers, spent = state.get("skipped", 0), Outliers(0), 0.0
+    skipped, spent = state.get("skipped", 0), 0.0
     for step in range(start, steps):
         began = time.perf_counter()
         epoch, place = divmod(step, per_epoch)
@@ -220,9 +220,8 @@ def train(flags, checkpoint):
         batch = weighted([rows[i] for i in chosen])
         loss = batches.gradient(team, batch, flags.batch_tokens)
         lr = learning_rate(step, steps, flags.lr, flags.warmup_steps, flags.final_lr)
-        sound = outliers.accepts(loss)
-        norm = optimizer.step(lr, flags.grad_clip, np.inf if sound else -1)  # -1: leave the update out
-        skipped = 0 if sound and np.isfinite(norm) else skipped + 1
+        norm = optimizer.step(lr, flags.grad_clip, np.inf if np.isfinite(loss) else -1)  # -1: no update
+        skipped = 0 if np.isfinite(loss + norm) else skipped + 1
         if skipped == 10:
             raise UserError(
                 f"10 steps in a row had a loss or gradient that is no number; nothing was updated with them. "

@@ -15,6 +15,7 @@ import sys
 
 import numpy as np
 
+from console import UserError
 from kernels import threads
 
 SMALL = 1 << 24  # parameters: a larger model keeps both cores busy within every operation
@@ -81,7 +82,12 @@ class Workers:
             results = [self.functions[name](self.model, share) for share in shares[:1]]
         finally:
             threads.THREADS = before
-            answers = [pipe.recv() for pipe in asked]
+            try:
+                answers = [pipe.recv() for pipe in asked]
+            except EOFError:
+                raise UserError(
+                    "a helping process was killed, for want of memory perhaps; --resume"
+                ) from None
         for result, error in answers:
             if error is not None:
                 raise error

@@ -11,6 +11,7 @@ import pytest
 import batches
 import gpt2
 import workers
+from console import UserError
 
 CONFIG = gpt2.GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=40, vocab_size=50)
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork as Linux has it")
@@ -92,6 +93,12 @@ def test_others_end_with_the_first(team):
             return
         time.sleep(0.05)
     pytest.fail(f"still there: {ended}")
+
+
+def test_a_process_that_was_killed_is_said(team):
+    together = team(2, die=lambda model, share: share and os.kill(os.getpid(), 9))
+    with pytest.raises(UserError, match="killed"):
+        together.run("die", [0, 1])
 
 
 def test_large_models_have_threads_instead(monkeypatch):
