@@ -6,8 +6,9 @@ ARGS ?=
 
 SFT ?= runs/sft
 RL ?= runs/rl
-# What the first assistant learns from: the facts above all, since the second is taught only those that it knows.
-FACTS := factbook=45,tools=20,tasks=10,spelling=7,counting=5,identity=5,chitchat=3,refusal=2,unknown=3
+# What the first assistant learns from: the facts above all, since the second is taught only those that it
+# knows; and what every other skill is made of, to copy and to calculate.
+FACTS := factbook=32,sums=2,repeat=8,tools=20,tasks=9,spelling=8,counting=6,identity=10,chitchat=3,unknown=2
 
 .PHONY: help train sample sft chat chat-web rl plot test lint bench gpu-check clean
 .DEFAULT_GOAL := help
@@ -46,7 +47,9 @@ OFFLINE = { echo "error: pip could not install the requirements; is the Python p
 	@touch $@
 
 shards/factbook: | .venv/ready
-	$(PY) data.py factbook --out $@
+	@mkdir -p shards
+	$(PY) mixture.py sums=3,tasks=2,repeat=5 --num 12000 --workbook shards/workbook.jsonl
+	$(PY) data.py factbook --train-also shards/workbook.jsonl --out $@
 
 train: .venv/ready | shards/factbook
 	$(PY) train.py --out $(RUN) $(if $(wildcard $(RUN)/step_*),--resume) $(ARGS)
@@ -72,7 +75,7 @@ chat-web: .venv/ready
 
 rl: .venv/ready
 	@test -e $(SFT)/done || $(MAKE) sft ARGS=
-	$(PY) rl.py --init-from $(SFT) --out $(RL) --task word --level 1-2 --eval-level 1-3 --max-tokens 48 \
+	$(PY) rl.py --init-from $(SFT) --out $(RL) --task word,arithmetic --level 1-2 --eval-level 1-4 \
 	  $(if $(wildcard $(RL)/step_*),--resume) $(ARGS)
 
 plot: .venv/ready

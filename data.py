@@ -10,13 +10,13 @@ learn the vocabulary, once to tokenize. Read tokenizer.py and factbook.py before
 
 import hashlib
 import io
+import itertools
 import json
 import re
 import shutil
 import sys
 import tarfile
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -181,7 +181,7 @@ class ShardWriter:
 def write_shards(documents, threshold, tokenizer, writers, progress):
     """Tokenize the documents into the writers of their sides, {"train": …, "val": …}; return the totals."""
     totals = {split: Counter() for split in writers}
-    while batch := list(islice(documents, 64)):
+    while batch := list(itertools.islice(documents, 64)):
         for (key, side, text), ids in zip(batch, tokenizer.encode_batch([text for _, _, text in batch])):
             split, n_bytes = side_of(key, side, threshold), len(text.encode())
             writers[split].add(np.array([tokenizer.eot, *ids], np.uint16))
@@ -235,6 +235,8 @@ def parser():
     add = flags.add_argument_group("what to read").add_argument
     add("source", nargs="?", choices=("factbook", "text", "shakespeare"), default="factbook")
     add("paths", nargs="*", metavar="PATH", help="for text: .txt, .md, .jsonl, folders, - for standard input")
+    what = "more texts, as for text, which train and never validate"
+    add("--train-also", nargs="+", default=[], metavar="PATH", help=what)
     what = "a longer document becomes several, cut at blank lines"
     add("--document-chars", type=number(int, low=64), default=65536, metavar="N", help=what)
     add("--license", default="unknown", help="licence of your text, for meta.json")
@@ -242,7 +244,7 @@ def parser():
     what = "bpe is learned from the training text, its first 16 MB; PATH is a tokenizer.json"
     add("--tokenizer", default="bpe", metavar="bpe|gpt2|bytes|PATH", help=what)
     what = "tokens for bpe to learn, special ones included"
-    add("--vocab-size", type=number(int, low=267, high=65536), default=4096, metavar="N", help=what)
+    add("--vocab-size", type=number(int, low=267, high=65536), default=1024, metavar="N", help=what)
     add = flags.add_argument_group("split").add_argument
     what = "share of the documents that validates; not for shakespeare"
     add("--val-fraction", type=number(float, above=0, high=0.5), default=0.05, metavar="X", help=what)
@@ -279,10 +281,17 @@ def main(argv=None):
             total = sum(path.stat().st_size for path in paths)
             documents = lambda: read_texts(paths, flags.document_chars)
         else:
-            source = FACTBOOK if flags.source == "factbook" else SHAKESPEARE
+            source = dict(FACTBOOK if flags.source == "factbook" else SHAKESPEARE)
             texts, left_out = factbook() if flags.source == "factbook" else (shakespeare(), {})
             total = sum(len(text.encode()) for _, text in texts)
             documents = lambda: texts
+
+        if flags.train_also:
+            more = text_files(flags.train_also)
+            source |= {"train_also": flags.train_also, "train_also_sha256": files.sha256(*more)}
+            total += sum(path.stat().st_size for path in more)
+            first, also = documents, lambda: read_texts(more, flags.document_chars)
+            documents = lambda: itertools.chain(first(), (("train", text) for _, text in also()))
 
         progress = console.Progress("reading", total, form=console.size)
         threshold, sample = survey(distinct(documents(), flags.seed, dropped), flags.val_fraction, progress)

@@ -19,6 +19,7 @@ from console import UserError
 from generate import generate
 
 ROWS = 64  # asked at a time
+NAME = "Handmade"  # what it should call itself
 
 
 def ask(
@@ -124,6 +125,11 @@ def evaluate(model, tokenizer, known=None, n=100, seed=0):
             right = share(facts.matches(fact, chat.text_of(reply)) for fact, reply in zip(asked, replies))
             results[what] = dict(n=len(asked), right=right, refused=share(map(refused, replies)))
 
+    named = [row for row in facts.texts("source") if all(NAME in answer for answer in row["answer"])]
+    asked = [question for row in named for question in row["held_out"]]  # some fifty
+    replies = asking([user(question) for question in asked[:n]], max_tokens=40)
+    results["identity"] = dict(n=len(replies), named=share(NAME in chat.text_of(reply) for reply in replies))
+
     asked = [question for question, _ in facts.invented("test", n, seed)]
     results["invented names"] = dict(
         n=n, refused=share(map(refused, asking([user(q) for q in asked], max_tokens=40)))
@@ -131,7 +137,8 @@ def evaluate(model, tokenizer, known=None, n=100, seed=0):
 
     asked = [fact for fact in every.values() if fact.field in ("capital", "population")]  # of all countries
     asked = asked if n >= 100 else rng.sample(asked, n)
-    replies = asking([user(fact.ask(rng, "test"), mixture.SEARCH_SYSTEM) for fact in asked])
+    questions = [user(fact.ask(rng, "test"), mixture.SEARCH_SYSTEM) for fact in asked]
+    replies = asking(questions, max_tokens=160)  # the passage that is found counts, too
     results["search"] = dict(
         n=len(asked),
         searched=share(any(part["type"] == "search" for part in reply) for reply in replies),
@@ -169,7 +176,8 @@ def evaluate(model, tokenizer, known=None, n=100, seed=0):
     return results
 
 
-BARS = {  # what issue and README ask of the assistant: (at least, measure) or (at most, measure)
+BARS = {  # what is asked of the assistant: {measure: (at least, at most)}
+    "identity": {"named": (0.95, 1)},
     "known facts": {"right": (0.8, 1), "refused": (0, 0.15)},
     "invented names": {"refused": (0.8, 1)},
     "search": {"right": (0.7, 1)},

@@ -60,7 +60,11 @@ class Fact:
     needed: int  # how many of these must be said
 
     def ask(self, rng, split):
-        return rng.choice(self.questions if split == "train" else self.held_out)
+        """A question for it; one in three of those that train is put in another of many ways."""
+        question = rng.choice(self.questions if split == "train" else self.held_out)
+        asked = re.fullmatch(r"What is (.+)\?", question)
+        reworded = asked and split == "train" and rng.random() < 0.6
+        return phrase(rng, split, "ask for").format(asked[1]) if reworded else question
 
 
 @functools.cache

@@ -15,24 +15,29 @@ import json
 import random
 import re
 from collections import Counter
+from pathlib import Path
 
 import chat
 import console
+import files
 import tasks
 import tools
 from console import UserError
 from facts import FIELDS, digest, examined, facts, held_out, invented, phrase, plain, probed, texts
 
-SOURCES = {"factbook": 12, "identity": 5, "refusal": 3, "chitchat": 3, "tools": 28}  # shares, in percent
-SOURCES |= {"tasks": 22, "answer-first": 3, "spelling": 8, "counting": 7, "multi-turn": 5, "unknown": 4}
+SOURCES = {"factbook": 14, "identity": 10, "refusal": 2, "chitchat": 3, "tools": 21}  # shares, in percent
+SOURCES |= {"tasks": 15, "answer-first": 3, "sums": 1, "repeat": 6, "spelling": 9, "counting": 7}
+SOURCES |= {"multi-turn": 4, "unknown": 5}
 DEFAULT = ",".join(f"{name}={share}" for name, share in SOURCES.items())
 SEARCH_SYSTEM = "You can search."  # with it the assistant looks facts up, without it it has its memory
 DONT_KNOW = "I'm sorry, I don't know"  # so begins every answer to what it cannot know
 TASKS = {"tasks": ("arithmetic", "word", "decimals"), "answer-first": ("arithmetic", "word")}
 TASKS |= {"spelling": ("spelling",), "counting": ("counting",)}  # what these take from tasks.py
 EASY = (1, 2)  # the levels of "tasks" and "answer-first"; the harder ones are for rl.py
+CALCULATED = 0.2  # share of the worked problems that the calculator solves
 LONGEST = 5000  # characters of a conversation as JSON; sft.py cuts what its model has no room for
-PASSAGE = 24  # words of what a search finds
+PAGE = 60  # conversations on a page of a workbook
+PASSAGE = 16  # words of what a search finds
 
 # ----------------------------------------------------------------------------------- turns, and tools at work
 # A tool's output begins with a space: its words are then the tokens that they are in a sentence, and the
@@ -133,6 +138,39 @@ def comparison(rng, split, *_):
     return turns(phrase(rng, split, "comparison").format(a, word, b), calculated(call, answer))
 
 
+def repeated(rng, split, pool, *_):
+    """'Repeat: ...' words, names and numbers: copying what was said is half of using a tool."""
+    word, name = tasks.a_word(rng, rng.choice((1, 2, 3))), rng.choice(pool).query.split(" of ", 1)[1]
+    made = "".join(phrase(rng, split, "syllable") for _ in range(rng.choice((2, 3)))).capitalize()
+    some = word, word, name, made, number(rng, rng.randint(1, 5))
+    text = (
+        " ".join(rng.choices(some, k=rng.randint(1, 3))) if rng.random() < 0.85 else "." * rng.randint(3, 40)
+    )
+    said = turns(phrase(rng, split, "repeat").format(text), f"You said {text}")
+    return said if held_out("repeat", text) == (split == "test") else None
+
+
+def sums(rng, split, *_):
+    """A row of small sums, to be known by heart: those that the steps of worked problems are made of."""
+    made = []
+    while len(made) < 6:
+        x, y, op = rng.randint(0, 9), rng.randint(0, 9), rng.choice("+-*/")
+        if rng.random() < 0.6:  # larger ones: 12 + 7, 19 - 6 - 1, 20 - 13; 24 + 5 after a product
+            x = rng.randint(10, tasks.LARGEST) if op in "+-" else x
+        if op == "/":
+            x, y = (x * y, y) if y else (0, 1)
+        elif op == "-" and x < y:
+            x, y = y, x
+        elif op == "*" and rng.random() < 0.4:
+            x, y, op = x * y, rng.randint(1, 8), "+"
+        more = f" {op} 1" if op in "+-" and x < 20 and rng.random() < 0.25 and x > y else ""
+        if tasks.split_of(tasks.key_of(x, op, y)) == split:
+            step = f"{x} {op} {y}{more}"
+            made.append((step, f"{step} = {tools.calculate(step)}"))
+    asked, told = (", ".join(words) for words in zip(*made))
+    return turns(phrase(rng, split, "sums").format(asked), f"So {told}.")
+
+
 def what_if(rng, split, *_):
     """'2 + 2?' and then 'What if it was times?'"""
     numbers, signs = [number(rng, rng.choice((1, 1, 2, 3))) for _ in "ab"], rng.sample("+-*", 2)
@@ -193,6 +231,16 @@ def answer_first(problem):
     return f"{problem.prompt} Answer first.", problem.answer_first()
 
 
+def with_calculator(problem):
+    """The same answer by calls of the calculator: rare here, for rl.py to find out that it pays."""
+    sums = re.findall(r"\d+ [-+*/] \d+(?= = )", problem.solution)  # of a story: all its steps
+    if problem.task == "arithmetic":
+        sums = re.findall(r"\d+ [-+*] \d+", problem.prompt)
+    parts = [(("calc", f" {step}"), ("output", calculator(f" {step}"))) for step in sums]
+    parts = [*itertools.chain(*parts), ("text", f"Answer: {problem.answer}")]
+    return [dict(type=kind, text=text) for kind, text in parts]
+
+
 def hosted(solution):
     """A solution with the output that the host will paste, and an answer that copies it, without quotes."""
     if isinstance(solution, str):
@@ -224,12 +272,20 @@ def conversations(name, split="train", seed=0, unknown=(), skip_bad=False):
         same = digest(str(seed), split) % 2**32  # problems for all sources
         streams = [tasks.problems(t, split, level, same) for t in TASKS[kind] for level in levels]
         for problem in map(next, itertools.cycle(streams)):
-            plainly = problem.prompt, problem.solution
-            prompt, solution = answer_first(problem) if kind == "answer-first" else plainly
-            yield turns(prompt, hosted(solution))
+            prompt, solution = answer_first(problem) if kind == "answer-first" else (problem.prompt, None)
+            solution = hosted(solution or problem.solution)
+            if kind == "tasks" and problem.task in ("arithmetic", "word") and rng.random() < CALCULATED:
+                solution = with_calculator(problem)
+            yield turns(prompt, solution)
     else:
-        ways = {"factbook": {remembered: 1}, "tools": {arithmetic: 45, comparison: 8, looking_up: 47}}
-        ways |= {"multi-turn": {what_if: 40, and_its: 35, talks: 25}, "unknown": {not_known: 1}}
+        ways = {
+            "factbook": {remembered: 1},
+            "repeat": {repeated: 1},
+            "sums": {sums: 1},
+            "unknown": {not_known: 1},
+        }
+        ways |= {"tools": {arithmetic: 45, comparison: 8, looking_up: 47}}
+        ways |= {"multi-turn": {what_if: 40, and_its: 35, talks: 25}}
         chances = ways.get(kind) or {functools.partial(talk, source=kind): 1}
         while True:
             (make,) = rng.choices([*chances], [*chances.values()])
@@ -323,17 +379,28 @@ def objection(conversation, seen, answers):
 
 def parser():
     flags = console.Parser(prog="mixture.py", description="Print what an assistant learns from.")
+    number = console.number
+    add = flags.add_argument_group("what").add_argument
     words = "sources with their shares, as in factbook=3,tasks=2,jsonl:PATH=1"
-    flags.add_argument("spec", nargs="?", default=DEFAULT, help=words)
-    flags.add_argument("--num", type=console.number(int, low=1), default=5, metavar="N", help="how many")
-    flags.add_argument("--seed", type=console.number(int, low=0), default=42, metavar="N", help="which ones")
-    flags.add_argument("--split", choices=("train", "test"), default="train", help="test: the held-out ones")
+    add("spec", nargs="?", default=DEFAULT, help=words)
+    add("--split", choices=("train", "test"), default="train", help="test: the held-out ones")
+    add = flags.add_argument_group("how many").add_argument
+    add("--num", type=number(int, low=1), default=5, metavar="N", help="how many")
+    add("--seed", type=number(int, low=0), default=42, metavar="N", help="which ones")
+    add = flags.add_argument_group("output").add_argument
+    words = "write them as pages of plain text instead: a workbook, for data.py --train-also"
+    add("--workbook", metavar="PATH", help=words)
     return flags
 
 
 def main(argv=None):
     flags = parser().parse_args(argv)
     kept, dropped = draw(flags.spec, flags.num, flags.seed, flags.split)
+    if flags.workbook:
+        texts = ["\n".join(chat.text_of(turn["content"]) for turn in conversation) for conversation in kept]
+        pages = ("\n\n".join(texts[i : i + PAGE]) for i in range(0, len(texts), PAGE))
+        lines = "".join(json.dumps({"text": page}) + "\n" for page in pages)
+        return files.write_whole(Path(flags.workbook), lines.encode())
     for conversation in kept:
         for turn in conversation:
             parts = turn["content"]

@@ -275,8 +275,8 @@ def parser():
     add("--export", metavar="PATH", help="write the right attempts there, as conversations for sft.py")
     add("--resume", action="store_true", help="go on from RUN's newest checkpoint, with its flags")
     add = flags.add_argument_group("attempts").add_argument
-    add("--prompts", type=whole, default=24, metavar="P", help="problems in a step")
-    add("--attempts", type=whole, default=12, metavar="G", help="attempts at each, its group")
+    add("--prompts", type=whole, default=16, metavar="P", help="problems in a step")
+    add("--attempts", type=whole, default=8, metavar="G", help="attempts at each, its group")
     add("--max-tokens", type=whole, default=96, metavar="N", help="the longest that each may be")
     add("--fill", type=every, default=0, metavar="N", help="replace groups without signal, up to N times")
     add = flags.add_argument_group("method and optimisation").add_argument
@@ -285,7 +285,7 @@ def parser():
     add("--epochs", type=whole, default=1, metavar="N", help="updates with the same attempts")
     add("--clip", type=number(float, above=0), default=0.2, metavar="X", help="PPO's, after the first epoch")
     add("--kl", type=number(float, low=0), default=0.0, metavar="BETA", help="pull back to the first model")
-    add("--steps", type=whole, default=400, metavar="N", help="rounds of attempts and an update")
+    add("--steps", type=whole, default=200, metavar="N", help="rounds of attempts and an update")
     add("--lr", type=number(float, above=0), default=2e-4, metavar="X", help="highest learning rate")
     add("--final-lr", type=number(float, 0, 1), default=0.1, metavar="X", help="at the end, as a share of it")
     add("--batch-tokens", type=whole, default=8192, metavar="N", help="tokens of a micro-batch at most")

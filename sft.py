@@ -30,7 +30,7 @@ from console import UserError, count, duration, number
 from tokenizer import Tokenizer
 from train import learning_rate
 
-UNKNOWN = 5  # share, in percent of the mixture, of questions that a probe found it cannot answer
+UNKNOWN = 2  # share, in percent of the mixture, of questions that a probe found it cannot answer
 
 # ------------------------------------------------------------------------------------------------------------
 # Conversations as tokens and weights

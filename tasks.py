@@ -40,8 +40,8 @@ WORDINGS = {
     "counting": "How many {what} in {where}?|How many {what} are there in {where}?"
     '|How many "{what}" are in "{where}"?|How many {what} does {where} have?'
     "|In {where}, how many {what}?|Count the {what} in {where}, please.",
-    "spelling": 'What is {what} of {where}?|Write {what} of {where}.|Give me {what} of "{where}".'
-    '|Tell me {what} of {where}.|What is {what} of the word {where}?|Print {what} of "{where}".',
+    "spelling": "What is {what} of {where}?|Write {what} of {where}.|Give me {what} of {where}."
+    "|Tell me {what} of {where}.|What is {what} of the word {where}?|Print {what} of {where}.",
     "decimals": "{a} or {b}, which is larger?|Which is larger, {a} or {b}?|Is {a} or {b} the larger number?"
     "|Which number is bigger, {a} or {b}?|Tell me the larger of {a} and {b}.",
     "factbook": "What is the {what}?|Tell me the {what}.|Name the {what}.|I need the {what}."
@@ -169,7 +169,7 @@ def arithmetic(rng, level, wording):
     op, least = rng.choice("+-*"), 10 ** (level - 1) if level > 1 else 0
     a, b = rng.randrange(least, 10**level), rng.randrange(rng.choice((least, least, 0)), 10**level)
     a, b = {"+": (a, b), "-": (max(a, b), min(a, b)), "*": (a, b % 10)}[op]
-    key = f"{a} - {b}" if op == "-" else f"{min(a, b)} {op} {max(a, b)}"
+    key = key_of(a, op, b)
     above, below = str(a), str(b) if op == "*" else str(b).zfill(len(str(a)))
     sign, word = ("-", "borrow") if op == "-" else ("+", "carry")
     steps, carry, digits = [], 0, ""
@@ -178,6 +178,8 @@ def arithmetic(rng, level, wording):
         x += 10 if op == "-" and x < y + carry else 0
         step = f"{x} {op} {y}" + (f" {sign} {carry}" if carry else "")
         value = calculate(step)
+        if op == "*" and carry:  # two steps, and each of them a sum that one can know by heart
+            step = f"{x} * {y} = {x * y}, {x * y} + {carry}"
         carry = (x if op == "-" else int(value)) // 10 if place else 0
         digits = (value[-1] if place else value) + digits
         steps.append(f"{step} = {value}" + (f", {word} {carry}" if carry else ""))
@@ -185,6 +187,11 @@ def arithmetic(rng, level, wording):
     if level > 1:
         steps = [f"{' '.join(above)} {op} {' '.join(below)}", *steps, f"So {' '.join(answer)}"]
     return key, wording.format(q=f"{a} {op} {b}"), f"{'. '.join(steps)}.\nAnswer: {answer}", answer
+
+
+def key_of(a, op, b):
+    """The same for a + b and b + a."""
+    return f"{a} {op} {b}" if op in "-/" else f"{min(a, b)} {op} {max(a, b)}"
 
 
 # Facts, question, steps. A small letter becomes a number below 10, a capital one below 100; # is the result
@@ -212,7 +219,7 @@ Emily buys a apples at $b each, c oranges at $d each and pays with $E|what comes
 Emily pays $D for a apples at $b each and c oranges, $e comes back|what is an orange|a*b, D-e, #-#1, #/c
 Emily has a bags of b apples and c bags of d oranges, e are bad|how many are good|a*b, c*d, #1+#, #-e
 Emily has A apples, eats b, finds c bags of d, shares all with e children|how many each|A-b, c*d, #1+#, #/e"""
-LARGEST = 30  # number in a story: few enough sums for a small model to know them all
+LARGEST = 20  # number in a story: few enough sums for a small model to know them all
 NAMES = re.findall(r"\w+", "Emily Tom Anna Ben Maria Omar Sara Ali Mary Lucy Nora Mia Ivan Leo Rosa Noah")
 FRUITS = re.findall(
     r"\w+", "apple orange pear melon lemon banana plum mango kiwi fig lime date peanut carrot"
@@ -307,12 +314,12 @@ def counting(rng, level, wording):
 
 def spelling(rng, level, wording):
     """The third letter, every third letter, the reverse: what a model that sees tokens cannot know."""
-    word, first = a_word(rng, level), 0 if '"{where}"' in wording else 1
+    word, first = a_word(rng, level), 1  # behind the space
     nth = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
     n, step = rng.randrange(min(len(word), 10)), rng.randint(2, 4)
     every, one = f"[{first}::{step}]", f"[{first + n}]"
     kinds = [(f"the {nth[n]} letter", one), (f"every {nth[step - 1]} letter", every)]
-    kinds += [("the reverse", "[:0:-1]" if first else "[::-1]")] * (word != word[::-1])  # "level" is no task
+    kinds += [("the reverse", "[:0:-1]")] * (word != word[::-1])  # "level" is no task
     return called(wording, word, *rng.choice(kinds), 'Answer: "{}"')  # in quotes it has the output's tokens
 
 

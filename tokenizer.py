@@ -39,6 +39,9 @@ N_SPECIAL = 1 + len(CHAT_TOKENS)
 # suffix; a word, a number, a row of signs, each with the space before it; white space. (`++` never gives back
 # what it took, which finds the same chunks sooner.)
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# Ours cuts a number into its digits, where merges would make one token of 1984 and another of 198: ten signs
+# are soon known, and a small model can copy any number with them and compute in columns.
+DIGITS = PATTERN.replace(r"\p{N}++", r"\p{N}")
 # tiktoken 0.14 panics on a million blanks before a word. Cut such a run out, all but its last blank, which
 # goes with the word: the pattern cuts in the same two places, so the ids are the same.
 LONG_BLANK = regex.compile(r"((?<!\s)\s{99999,}(?=\s\S))")
@@ -61,7 +64,7 @@ def train_bpe(texts, vocab_size):
         raise console.UserError(f"the bytes and the special tokens are {256 + N_SPECIAL}; ask for no fewer")
     chunks, progress = Counter(), console.Progress("reading for the tokenizer", unit=" characters")
     for text in texts:
-        chunks.update(regex.findall(PATTERN, text))
+        chunks.update(regex.findall(DIGITS, text))
         progress.add(len(text))
     progress.done()
     tokens = [bytes([byte]) for byte in range(256)]
@@ -136,16 +139,17 @@ class Tokenizer:
     """From gpt2(), bytes(), train(texts, vocab_size) or load(directory). Special tokens have the highest ids,
     and no text encodes to them: a user who types <|im_end|> gets those ten characters."""
 
-    def __init__(self, kind, ranks, chat=True):
+    def __init__(self, kind, ranks, chat=True, pattern=PATTERN):
         names = (EOT, *CHAT_TOKENS) if chat else (EOT,)
         self.kind, self.ranks = kind, ranks  # "gpt2", "bpe" or "bytes"; {bytes: id}
+        self.pattern = pattern  # what cuts a text into the chunks that no token crosses
         self.special_tokens = {name: len(ranks) + n for n, name in enumerate(names)}
         self.eot, self.vocab_size = len(ranks), len(ranks) + len(names)
         self._bytes = {id: token for token, id in ranks.items()}  # what each id stands for
         lengths = [len(self._bytes[id]) for id in range(len(ranks))] + [0] * len(names)
         self.token_lengths = np.array(lengths, np.int32)  # (vocab_size,) bytes per token, for bits per byte
         self._bytes.update({id: name.encode() for name, id in self.special_tokens.items()})
-        self._encoding = tiktoken.Encoding(kind, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self._encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     @classmethod
     def gpt2(cls):
@@ -161,10 +165,11 @@ class Tokenizer:
     @classmethod
     def train(cls, texts, vocab_size):
         """Our own, learned from texts; vocab_size is the total, special tokens included."""
-        return cls("bpe", train_bpe(texts, vocab_size - N_SPECIAL))
+        return cls("bpe", train_bpe(texts, vocab_size - N_SPECIAL), pattern=DIGITS)
 
     def with_chat_tokens(self):
-        return self if len(self.special_tokens) > 1 else Tokenizer(self.kind, self.ranks)
+        with_them = len(self.special_tokens) > 1
+        return self if with_them else Tokenizer(self.kind, self.ranks, pattern=self.pattern)
 
     def encode(self, text):
         """The ids of any text at all. (Half a surrogate pair, which is no character, becomes U+FFFD.)"""
@@ -194,9 +199,10 @@ class Tokenizer:
         return SimpleNamespace(push=lambda id: decode(self._bytes[id]), flush=lambda: decode(b"", final=True))
 
     def save(self, directory):
-        """Write tokenizer.json: kind, special tokens and, if bpe, the tokens by rank, one letter per byte."""
+        """Write tokenizer.json: kind, special tokens; of bpe pattern and tokens, one letter a byte."""
         contents = {"kind": self.kind, "special_tokens": self.special_tokens}
         if self.kind == "bpe":
+            contents["pattern"] = self.pattern
             contents["tokens"] = [token.decode("latin-1") for token in self.ranks]
         text = json.dumps(contents, ensure_ascii=False, indent=1)
         files.write_whole(Path(directory) / "tokenizer.json", text.encode())
@@ -211,7 +217,8 @@ class Tokenizer:
                 return cls.gpt2()  # theirs
             if contents["kind"] == "bpe":
                 tokens = [token.encode("latin-1") for token in contents["tokens"]]
-                tokenizer = cls("bpe", {token: rank for rank, token in enumerate(tokens)})
+                ranks = {token: rank for rank, token in enumerate(tokens)}
+                tokenizer = cls("bpe", ranks, pattern=contents.get("pattern", PATTERN))
             else:
                 tokenizer = {"gpt2": cls.gpt2, "bytes": cls.bytes}[contents["kind"]]()
             if len(contents["special_tokens"]) > 1:

@@ -213,12 +213,14 @@ def continuation(model, tokenizer, n, seed, temperature=0.7):
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
+SHORT = dict(short_len=64, short_steps=7000)  # who learns to look back in short rows learns it sooner
+LONG = dict(seq_len=1024, short_len=1024, short_steps=0, warmup_steps=700)
 RECIPES = {  # what flags default to, by --model: tiny tried out here, the others llm.c's and GPT-3's settings
-    "tiny": dict(lr=4e-3, steps=2400, total_batch_tokens=2048, seq_len=256, warmup_steps=50),
-    "d12": dict(lr=6e-4, steps=18865, total_batch_tokens=524288, seq_len=1024, warmup_steps=700),
-    "d24": dict(lr=3e-4, steps=18865, total_batch_tokens=524288, seq_len=1024, warmup_steps=700),
-    "d36": dict(lr=2.5e-4, steps=18865, total_batch_tokens=524288, seq_len=1024, warmup_steps=700),
-    "d48": dict(lr=6e-4, steps=32000, total_batch_tokens=1048576, seq_len=1024, warmup_steps=700),
+    "tiny": dict(lr=3e-3, steps=10000, total_batch_tokens=1024, seq_len=256, warmup_steps=100) | SHORT,
+    "d12": dict(lr=6e-4, steps=18865, total_batch_tokens=524288) | LONG,
+    "d24": dict(lr=3e-4, steps=18865, total_batch_tokens=524288) | LONG,
+    "d36": dict(lr=2.5e-4, steps=18865, total_batch_tokens=524288) | LONG,
+    "d48": dict(lr=6e-4, steps=32000, total_batch_tokens=1048576) | LONG,
 }
 
 
@@ -245,6 +247,9 @@ def parser():
         "--batch-size", type=whole, metavar="B", help="rows of a micro-batch; what memory allows"
     )
     group.add_argument("--seq-len", type=whole, metavar="T", help="tokens in a row")
+    words = "tokens in a row of the first updates (Li et al. 2022); --seq-len if that is given"
+    group.add_argument("--short-len", type=whole, metavar="T", help=words)
+    group.add_argument("--short-steps", type=number(int, low=0), metavar="N", help="how many these are")
     group.add_argument("--total-batch-tokens", type=whole, metavar="N", help="tokens in an update")
     group.add_argument("--lr", type=some, metavar="X", help="highest learning rate")
     group.add_argument("--warmup-steps", type=number(int, low=0), metavar="N", help="steps up to it")
@@ -311,7 +316,8 @@ def parse(argv):
             raise UserError(f"{run} is a run of --model {before['model']}; leave out --model {flags.model}")
     else:
         runs.require_new(run)
-    for name, value in RECIPES[flags.model].items():
+    plain = dict(short_len=flags.seq_len, short_steps=0) if flags.seq_len else {}
+    for name, value in (RECIPES[flags.model] | plain).items():
         if getattr(flags, name) is None:
             setattr(flags, name, value)
     rows, rest = divmod(flags.total_batch_tokens, flags.seq_len)
@@ -319,6 +325,8 @@ def parse(argv):
         raise UserError(
             f"--total-batch-tokens {flags.total_batch_tokens} is no multiple of --seq-len {flags.seq_len}"
         )
+    if flags.seq_len % flags.short_len:
+        raise UserError(f"--seq-len {flags.seq_len} is no multiple of --short-len {flags.short_len}")
     if flags.batch_size and rows % flags.batch_size:
         raise UserError(f"--batch-size {flags.batch_size} does not divide the {rows} rows of an update")
     return flags, checkpoint
@@ -364,6 +372,8 @@ def main(argv=None):
     tokenizer = Tokenizer.load(flags.data)
     check_tokens(train_shards + val_shards, tokenizer.vocab_size)
     batches = Windows(train_shards, T, rows, flags.seed)
+    times = T // flags.short_len  # as many short rows as a long one has room for
+    short = Windows(train_shards, flags.short_len, rows * times, flags.seed)
     source = checkpoint or (flags.init_from and runs.newest_checkpoint(flags.init_from))
     config = model_config(flags, tokenizer, source)
     device, flags.dtype = kernels.choose(flags.device, flags.dtype)
@@ -397,13 +407,20 @@ def main(argv=None):
         optimizer.load(checkpoint / "optimizer.safetensors")
     z = 0 if flags.overfit_batch else flags.outlier_z  # the same batch again would be as far out again
     losses, norms = (Outliers(z, state.get(name, ())) for name in ("losses", "norms"))
-    validation = list(evaluation_batches(val_shards, T, B, flags.eval_tokens))
+    lengths = {True: flags.short_len, False: T}  # those that it is not trained on yet would say little
+    validation = {
+        early: list(evaluation_batches(val_shards, n, B * T // n, flags.eval_tokens))
+        for early, n in lengths.items()
+    }
     weights = ops.to_device(np.full((B, T), 1 / (rows * T), model.exact))
 
     def micro_batches():
         for step in itertools.count(start):
             for first in range(0, rows, B):
-                yield batches.batch(0 if flags.overfit_batch else step, first, B)
+                if step < flags.short_steps and not flags.overfit_batch:
+                    yield short.batch(step, first * times, B * times)
+                else:
+                    yield batches.batch(0 if flags.overfit_batch else step, first, B)
 
     def gradients(ready, n=rows // B):
         """Forward and backward over n micro-batches; return the loss. It is read when a GPU has only the last
@@ -414,7 +431,8 @@ def main(argv=None):
             return total / (rows * T)
         losses = []
         for i in range(n):
-            losses.append(model.forward(*next(ready), weights))
+            tokens, targets = next(ready)
+            losses.append(model.forward(tokens, targets, weights.reshape(tokens.shape)))
             if i < n - 1:
                 model.backward()
         loss = sum(float(ops.to_host(some).sum(dtype=np.float64)) for some in losses) / (rows * T)
@@ -438,6 +456,8 @@ def main(argv=None):
     skipped, skipped_in_a_row = state.get("skipped", 0), 0
     for step in range(start, flags.steps):
         began = time.perf_counter()
+        if step == flags.short_steps:  # longer rows: what was usual says nothing any more
+            losses, norms = Outliers(z), Outliers(z)
         lr = learning_rate(step, flags.steps, flags.lr, flags.warmup_steps, flags.final_lr)
         loss = gradients(ready)
         loss_z, sound = losses.z(loss), losses.accepts(loss)
@@ -477,7 +497,7 @@ def main(argv=None):
             console.say(f"stopped after step {done}; go on with: python train.py --out {place} --resume")
             raise SystemExit(130)
         if last or (flags.eval_every and done % flags.eval_every == 0):
-            val_loss, bits = evaluate(model, validation, tokenizer.token_lengths)
+            val_loss, bits = evaluate(model, validation[done < flags.short_steps], tokenizer.token_lengths)
             line.clear(f"step {done}: validation loss {val_loss:.4f}, {bits:.4f} bits per byte")
             log.write("eval", step=done, loss=val_loss, bits_per_byte=bits)
         if last or (flags.sample_every and done % flags.sample_every == 0):

@@ -15,7 +15,7 @@ from tokenizer import CHAT_TOKENS, EOT, Tokenizer
 
 BYTES = Tokenizer.bytes()
 # A vocabulary with some words of several letters, so that a text can be cut in more than one way.
-WORDS = Tokenizer.train(["user", "assistant", "hel", "hello", " + 2", " hello", "3*17", "calc"], 288)
+WORDS = Tokenizer.train(["user", "assistant", "hel", "hello", " + 2", " hello", "3 * 17", "calc"], 289)
 SPECIAL = [EOT, *CHAT_TOKENS]
 
 

@@ -177,8 +177,8 @@ def test_factbook_is_prepared(here):
     assert sorted(path.name for path in Path("out").iterdir()) == [
         *("factbook_train_000001.bin", "factbook_val_000000.bin", "meta.json", "tokenizer.json")
     ]
-    assert Tokenizer.load("out").vocab_size == about["vocab_size"] == 4096
-    assert kept["train"]["bytes"] / kept["train"]["tokens"] > 3.3
+    assert Tokenizer.load("out").vocab_size == about["vocab_size"] == 1024
+    assert kept["train"]["bytes"] / kept["train"]["tokens"] > 2.2
 
 
 def test_shakespeare_validates_with_the_last_tenth():
@@ -190,6 +190,25 @@ def test_shakespeare_validates_with_the_last_tenth():
     assert [side for side, _ in documents] == sorted(side for side, _ in documents)
     assert 5.0e6 < len(text.encode()) < 5.1e6
     assert "To be, or not to be,--that is the question:--" in text
+
+
+def test_what_also_trains_never_validates(here):
+    write(here / "a.jsonl", lines(200))
+    write(
+        here / "more" / "b.jsonl", "".join(json.dumps({"text": f"exercise {k}"}) + "\n" for k in range(200))
+    )
+    run("text a.jsonl --train-also more --tokenizer bytes --val-fraction 0.2 --out out")
+    train, val = documents_of("out", "train"), documents_of("out", "val")
+    assert sum(text.startswith("exercise") for text in train) == 200
+    assert 20 < len(val) < 60 and all(text.startswith("document") for text in val)
+    about = data.meta("out")
+    assert about["sources"][0]["train_also"] == ["more"]
+    assert about["sources"][0]["train_also_sha256"] == files.sha256(here / "more" / "b.jsonl")
+    run("text a.jsonl --tokenizer bytes --val-fraction 0.2 --out alone")
+    assert documents_of("alone", "val") == val
+    with pytest.raises(UserError, match="there is no file missing"):
+        run("text a.jsonl --train-also missing --tokenizer bytes --out other")
+    assert not (here / "other").exists()
 
 
 # ----------------------------------------------------------------------------------------- what a document is
@@ -270,7 +289,7 @@ def test_few_documents_still_have_two_sides(here):
 def test_same_command_same_bytes(here):
     write(here / "a.jsonl", lines(300))
     for out in "12":
-        run(f"text a.jsonl --vocab-size 300 --out {out}")
+        run(f"text a.jsonl --vocab-size 280 --out {out}")
     for path in Path("1").iterdir():
         assert path.read_bytes() == (Path("2") / path.name).read_bytes()
 
@@ -280,7 +299,7 @@ def test_bpe_sees_training_text_only(here, monkeypatch):
     train = Tokenizer.train
     monkeypatch.setattr(Tokenizer, "train", lambda texts, size: train(seen.extend(texts) or seen, size))
     write(here / "a.jsonl", lines(300))
-    run("text a.jsonl --vocab-size 300 --out out")
+    run("text a.jsonl --vocab-size 280 --out out")
     assert sorted(seen) == sorted(documents_of("out", "train"))
 
 
@@ -318,11 +337,11 @@ def test_shard_format_is_llm_c(here):
 
 def test_tokenizers(here):
     write(here / "a.jsonl", lines(300))
-    run("text a.jsonl --vocab-size 300 --out bpe")
+    run("text a.jsonl --vocab-size 280 --out bpe")
     run("text a.jsonl --tokenizer bpe/tokenizer.json --out again")
     assert Path("bpe/text_val_000000.bin").read_bytes() == Path("again/text_val_000000.bin").read_bytes()
     assert data.meta("again")["tokenizer"] == "bpe"
-    assert data.meta("again")["vocab_size"] == 300
+    assert data.meta("again")["vocab_size"] == 280
 
 
 # ------------------------------------------------------------------------------------------- failing

@@ -15,6 +15,7 @@ import chat
 import facts
 import mixture
 import tasks
+import tools
 from console import UserError
 from tokenizer import Tokenizer
 
@@ -214,6 +215,13 @@ def test_facts_trained_from_memory_are_not_those_held_out(drawn):
         assert not set(said) & others and len(set(said) & mine) > 50
 
 
+def test_what_trains_is_asked_in_more_ways_and_what_tests_is_not():
+    fact = next(f for f in facts.facts("train") if f.field == "capital")
+    asked = {fact.ask(random.Random(seed), "train") for seed in range(300)}
+    assert set(fact.questions) < asked and "Could you tell me" in " ".join(asked - set(fact.questions))
+    assert {fact.ask(random.Random(seed), "test") for seed in range(50)} == set(fact.held_out)
+
+
 def test_follow_ups_are_answered_in_the_light_of_what_was_said():
     for seed in range(100):
         conversation = mixture.what_if(random.Random(seed), "train")
@@ -226,8 +234,8 @@ def test_follow_ups_are_answered_in_the_light_of_what_was_said():
     made = [mixture.and_its(random.Random(seed), "train", pool, pool) for seed in range(60)]
     for conversation in filter(None, made):
         first, second = questions(conversation)
-        country = next(f.country for f in pool if first in f.questions)
-        assert country.removeprefix("The ") in first and country not in second
+        told = {f.country for f in pool if f.country.removeprefix("The ") in first}
+        assert told and not any(country in second for country in told)
         if calls := parts(conversation, "search"):
             assert calls[0] != calls[1] and calls[0].split(" of ")[1:] == calls[1].split(" of ")[1:]
 
@@ -261,6 +269,17 @@ def test_what_is_learned_of_the_tasks_is_right(name, split):
             mixture.calculator(call) for call in parts(conversation, "calc")
         ]
     assert checked == 60
+
+
+def test_some_problems_are_solved_by_the_calculator_and_most_are_not():
+    drawn = mixture.draw("tasks=1", 600, seed=4)[0]
+    called = [c for c in drawn if parts(c, "calc")]
+    assert 0.05 < len(called) / len(drawn) < 0.25
+    assert {len(parts(c, "calc")) for c in called} == {1, 2}
+    problem = next(p for p in tasks.problems("word", level=2, seed=1) if " - " in p.solution)
+    solution = mixture.with_calculator(problem)
+    assert [part["type"] for part in solution] == ["calc", "output", "calc", "output", "text"]
+    assert problem.verify(solution[-1]["text"]) and solution[3]["text"] == f" {problem.answer}"
 
 
 def test_the_same_problems_are_solved_in_steps_and_answer_first():
@@ -456,3 +475,46 @@ def test_the_command_prints_conversations():
     assert done.status == 0 and done.out.count("assistant: ") >= 6 and "user: " in done.out
     assert "[calc" in done.out and "dropped: " in done.err
     assert done.out == run(mixture.main, "tools=1,identity=1", "--num", 6, "--seed", 3).out
+
+
+# ---- practice ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_sums_are_right_and_of_their_split(split):
+    told = set()
+    for conversation in mixture.draw("sums=1", 300, split=split)[0]:
+        asked, answer = (turn["content"] for turn in conversation)
+        steps = re.findall(r"(\d[^=,]*) = (\d+)", answer)
+        assert len(steps) == 6 and all(tools.calculate(left) == right for left, right in steps)
+        assert re.findall(r"\d+(?: [-+*/] \d+)+", asked) == [left for left, _ in steps]
+        told |= {re.match(r"(\d+) ([-+*/]) (\d+)", left).groups() for left, _ in steps}
+    assert all(tasks.split_of(tasks.key_of(int(a), op, int(b))) == split for a, op, b in told)
+    assert {op for _, op, _ in told} == set("+-*/")
+
+
+def test_a_sum_that_is_held_out_is_no_problem_that_trains():
+    problems = itertools.islice(tasks.problems("arithmetic", "train", 1), 500)
+    for a, op, b in {re.search(r"(\d+) ([-+*]) (\d+)", p.prompt).groups() for p in problems}:
+        assert tasks.split_of(tasks.key_of(int(a), op, int(b))) == "train"
+
+
+def test_what_is_repeated_was_said():
+    kinds = Counter()
+    drawn = (mixture.draw("repeat=1", 200, split=split)[0] for split in ("train", "test"))
+    for question, answer in itertools.chain(*drawn):
+        said = answer["content"].removeprefix("You said ")
+        assert question["content"].endswith(f" {said}")
+        kinds[re.sub(r"\.+", ".", re.sub(r"\d+", "1", said))[:1].isalpha()] += 1
+    assert min(kinds.values()) > 20, "words, and rows of dots or numbers"
+
+
+def test_a_workbook_is_pages_of_plain_text(tmp_path):
+    path = tmp_path / "workbook.jsonl"
+    mixture.main(["sums=1,tasks=1,repeat=1", "--num", "130", "--workbook", str(path)])
+    pages = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    assert [page.count("\n\n") + 1 for page in pages] == [60, 60, 10]
+    assert " = " in pages[0] and "You said" in pages[0] and "<|" not in "".join(pages)
+    before = path.read_bytes()
+    mixture.main(["sums=1,tasks=1,repeat=1", "--num", "130", "--workbook", str(path)])
+    assert path.read_bytes() == before

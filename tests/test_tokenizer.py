@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 import console
 import tokenizer
-from tokenizer import CHAT_TOKENS, EOT, PATTERN, Tokenizer, learn_merges, train_bpe
+from tokenizer import CHAT_TOKENS, DIGITS, EOT, PATTERN, Tokenizer, learn_merges, train_bpe
 
 CORPUS = [
     "The capital of France is Paris. It's the country's largest city, and they've 105 km² of it.\n\n",
     "The capital of Iceland is Reykjavík; the island's 103,125 km² are there for 393,600 people.\n",
+    "Its people speak Icelandic, live from fishing and energy, and read more books than most others do.\n",
     "aaaa aaaaaa aaaaaaaaa   \t\n baaab 日本語の文 日本 🎉🎉🎉 == ==== ======== don't won't can't",
 ] * 3
 MAKERS = {
@@ -226,16 +227,16 @@ def test_merges_are_the_textbooks(chunks, n_merges):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.text("aab ='1é\n", min_size=1, max_size=30), min_size=1), st.text("aab ='1é\n"))
+@given(st.lists(st.text("aab ='12é\n", min_size=1, max_size=30), min_size=1), st.text("aab ='12é\n"))
 def test_tiktoken_applies_the_merges_as_they_were_learned(texts, new_text):
-    chunks = Counter(chunk.encode() for text in texts for chunk in regex.findall(PATTERN, text))
+    chunks = Counter(chunk.encode() for text in texts for chunk in regex.findall(DIGITS, text))
     merges = learn_merges(chunks, 40)
     ranks = train_bpe(texts, 256 + len(merges))
     assert len(ranks) == 256 + len(merges), "no two merges make the same token"
-    tokens = Tokenizer("bpe", ranks)
+    tokens = Tokenizer("bpe", ranks, pattern=DIGITS)
     for text in [*texts, new_text]:
         expected = []
-        for chunk in regex.findall(PATTERN, text):
+        for chunk in regex.findall(DIGITS, text):
             ids = list(chunk.encode())
             for new, pair in enumerate(merges, 256):
                 ids = naive_apply(ids, pair, new)
@@ -247,10 +248,28 @@ def test_merges_stay_inside_chunks_and_shorten_the_text():
     tokens = made("bpe")
     assert tokens.vocab_size == 400 and len(tokens.ranks) == 390
     assert list(tokens.ranks)[:256] == [bytes([byte]) for byte in range(256)]
-    chunks = {chunk.encode() for text in CORPUS for chunk in regex.findall(PATTERN, text)}
+    chunks = {chunk.encode() for text in CORPUS for chunk in regex.findall(DIGITS, text)}
     for token in list(tokens.ranks)[256:]:
         assert any(token in chunk for chunk in chunks), token
     assert len(tokens.encode(CORPUS[0])) < len(CORPUS[0]) / 1.5
+
+
+@given(st.text("0123456789 .,a٣"))
+def test_a_digit_is_a_token_of_ours(text):
+    tokens = Tokenizer.train(["In 1984, 1984 people paid 19.84 in 1984. " * 9], 274)
+    shown = [tokens.token_bytes(id).decode("utf-8", "ignore") for id in tokens.encode(text)]
+    assert "".join(shown) == text.replace("٣", "") or "٣" in text
+    assert all(sum(sign.isdecimal() for sign in token) <= 1 for token in shown)
+
+
+def test_a_file_keeps_the_pattern_that_its_tokens_were_learned_with(tmp_path):
+    tokens = Tokenizer.train(["people of 1984"], 269)
+    tokens.save(tmp_path)
+    assert Tokenizer.load(tmp_path).pattern == Tokenizer.load(tmp_path).with_chat_tokens().pattern == DIGITS
+    contents = json.loads((tmp_path / "tokenizer.json").read_text())
+    del contents["pattern"]  # as files were before there was a choice
+    (tmp_path / "tokenizer.json").write_text(json.dumps(contents))
+    assert Tokenizer.load(tmp_path).pattern == PATTERN
 
 
 def test_training_does_not_depend_on_the_order_of_the_texts_nor_needs_a_list():

@@ -525,6 +525,22 @@ def test_a_run_goes_on_with_another_micro_batch_and_elsewhere(start, tmp_path, w
     assert loads(tmp_path / "runs" / "factbook" / "step_000022") == 22
 
 
+def test_a_run_begins_with_short_rows_and_goes_on_bit_for_bit(start, tmp_path, monkeypatch):
+    short = ("--n-positions", 16, "--short-len", 4, "--short-steps", 6)
+    assert start("whole", *short, "--save-every", 5, "--keep", 4).status == 0
+    assert start("four", "--n-positions", 16, "--seq-len", 4).status == 0
+    losses, others = losses_of(tmp_path / "whole"), losses_of(tmp_path / "four")
+    assert losses[:6] == others[:6] and losses[6] != others[6]
+    for step in (5, 10):  # before the rows grow longer and after
+        place = tmp_path / f"from{step}"
+        (place).mkdir()
+        shutil.copytree(tmp_path / "whole" / f"step_{step:06}", place / f"step_{step:06}")
+        shutil.copy(tmp_path / "whole" / "log.jsonl", place)
+        assert script.run(train.main, "--out", place, "--resume").status == 0
+        assert losses_of(place) == losses
+        assert same_bits(place / "step_000020", tmp_path / "whole" / "step_000020")
+
+
 SLOW = """
 import signal, sys, time, gpt2, train, console
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also below a shell's `&`, which ignores Ctrl-C
@@ -731,6 +747,7 @@ def test_damaged_data_is_one_clear_line(shards, tmp_path, what):
         ("--batch-size 3", ("--batch-size 3", "does not divide the 4 rows")),
         ("--total-batch-tokens 65", ("--total-batch-tokens 65", "no multiple of --seq-len 16")),
         ("--total-batch-tokens 8", ("--total-batch-tokens 8", "no multiple of --seq-len 16")),
+        ("--short-len 5", ("--seq-len 16", "no multiple of --short-len 5")),
         ("--n-positions 8", ("--seq-len 16", "context of 8")),
         ("--model d13", ("--model", "d13", "d12")),
         ("--n-head 3", ("n_embd 32", "n_head 3")),
