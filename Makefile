@@ -6,9 +6,10 @@ ARGS ?=
 
 SFT ?= runs/sft
 RL ?= runs/rl
+SEED ?= 42
 # What the first assistant learns from: the facts above all, since the second is taught only those that it
 # knows; and what every other skill is made of, to copy and to calculate.
-FACTS := factbook=32,sums=2,repeat=8,tools=20,tasks=9,spelling=8,counting=6,identity=10,chitchat=3,unknown=2
+FACTS := factbook=32,sums=2,repeat=8,tools=20,tasks=9,spelling=7,counting=6,identity=11,chitchat=3,unknown=2
 
 .PHONY: help train sample sft chat chat-web rl plot test lint bench gpu-check clean
 .DEFAULT_GOAL := help
@@ -59,12 +60,12 @@ sample: .venv/ready
 
 # Twice: what the first assistant turns out not to know, the second learns to say that it does not know.
 sft: .venv/ready
-	@ls $(RUN)/step_* >/dev/null 2>&1 || $(MAKE) train
+	@ls $(RUN)/step_* >/dev/null 2>&1 || $(MAKE) train ARGS=
 	@test -e $(SFT)-first/done || { $(PY) sft.py --init-from $(RUN) --out $(SFT)-first --data $(FACTS) \
-	  $(if $(wildcard $(SFT)-first/step_*),--resume) && touch $(SFT)-first/done; }
-	@test -e $(SFT)-first/known.jsonl || $(PY) sft.py --probe $(SFT)-first --to $(SFT)-first/known.jsonl
+	  --seed $(SEED) $(if $(wildcard $(SFT)-first/step_*),--resume) && touch $(SFT)-first/done; }
+	@test -e $(SFT)-first/known.jsonl || $(PY) sft.py --probe $(SFT)-first --to $(SFT)-first/known.jsonl --seed $(SEED)
 	@test -e $(SFT)/done || { $(PY) sft.py --init-from $(SFT)-first --out $(SFT) --known $(SFT)-first/known.jsonl \
-	  $(if $(wildcard $(SFT)/step_*),--resume) $(ARGS) && touch $(SFT)/done; }
+	  --seed $(SEED) $(if $(wildcard $(SFT)/step_*),--resume) $(ARGS) && touch $(SFT)/done; }
 	$(PY) sft.py --eval $(SFT) --known $(SFT)-first/known.jsonl
 
 chat: .venv/ready
@@ -76,7 +77,7 @@ chat-web: .venv/ready
 rl: .venv/ready
 	@test -e $(SFT)/done || $(MAKE) sft ARGS=
 	$(PY) rl.py --init-from $(SFT) --out $(RL) --task word,arithmetic --level 1-2 --eval-level 1-4 \
-	  $(if $(wildcard $(RL)/step_*),--resume) $(ARGS)
+	  --seed $(SEED) $(if $(wildcard $(RL)/step_*),--resume) $(ARGS)
 
 plot: .venv/ready
 	@$(PY) plot.py $(RUN) $(ARGS)

@@ -7,6 +7,7 @@ the training's. Read mixture.py, which has the questions, and generate.py before
 import itertools
 import json
 import random
+import re
 from pathlib import Path
 
 import chat
@@ -125,9 +126,9 @@ def evaluate(model, tokenizer, known=None, n=100, seed=0):
             right = share(facts.matches(fact, chat.text_of(reply)) for fact, reply in zip(asked, replies))
             results[what] = dict(n=len(asked), right=right, refused=share(map(refused, replies)))
 
-    named = [row for row in facts.texts("source") if all(NAME in answer for answer in row["answer"])]
-    asked = [question for row in named for question in row["held_out"]]  # some fifty
-    replies = asking([user(question) for question in asked[:n]], max_tokens=40)
+    asked = [q for row in facts.texts("source") if row.get("who") for q in row["held_out"]]  # 40 of them
+    asked = asked if n >= 100 else rng.sample(asked, n)
+    replies = asking([user(question) for question in asked], max_tokens=40)
     results["identity"] = dict(n=len(replies), named=share(NAME in chat.text_of(reply) for reply in replies))
 
     asked = [question for question, _ in facts.invented("test", n, seed)]
@@ -150,10 +151,12 @@ def evaluate(model, tokenizer, known=None, n=100, seed=0):
     asked = list(itertools.islice((pair for pair in made if not pair[1].startswith("error")), n))
     called = copied = right = 0
     for (_, truth), reply in zip(asked, asking([user(question) for question, _ in asked])):
-        output = next((part["text"].strip() for part in reply if part["type"] == "output"), "error")
+        kinds = [part["type"] for part in reply]
+        output = reply[kinds.index("calc") + 1]["text"].strip() if "calc" in kinds[:-1] else "error"
+        copies = not output.startswith("error") and output in re.findall(r"[^\s]*[^\s.]", chat.text_of(reply))
         called += not output.startswith("error")
-        copied += not output.startswith("error") and output in chat.text_of(reply)
-        right += truth == output and output in chat.text_of(reply)
+        copied += copies
+        right += copies and output == truth
     results["calculator"] = dict(n=n, called=called / n, copied=copied / max(called, 1), right=right / n)
 
     for name in ("counting", "spelling"):

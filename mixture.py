@@ -25,15 +25,16 @@ import tools
 from console import UserError
 from facts import FIELDS, digest, examined, facts, held_out, invented, phrase, plain, probed, texts
 
-SOURCES = {"factbook": 14, "identity": 10, "refusal": 2, "chitchat": 3, "tools": 21}  # shares, in percent
-SOURCES |= {"tasks": 15, "answer-first": 3, "sums": 1, "repeat": 6, "spelling": 9, "counting": 7}
-SOURCES |= {"multi-turn": 4, "unknown": 5}
+SOURCES = {"factbook": 15, "identity": 10, "refusal": 2, "chitchat": 3, "tools": 21}  # shares, in percent
+SOURCES |= {"tasks": 12, "steps-first": 4, "answer-first": 4, "sums": 1, "repeat": 4, "spelling": 8}
+SOURCES |= {"counting": 6, "multi-turn": 4, "unknown": 6}
 DEFAULT = ",".join(f"{name}={share}" for name, share in SOURCES.items())
 SEARCH_SYSTEM = "You can search."  # with it the assistant looks facts up, without it it has its memory
 DONT_KNOW = "I'm sorry, I don't know"  # so begins every answer to what it cannot know
-TASKS = {"tasks": ("arithmetic", "word", "decimals"), "answer-first": ("arithmetic", "word")}
+TASKS = {"tasks": ("arithmetic", "word", "decimals")}
+TASKS |= {"steps-first": ("arithmetic", "word"), "answer-first": ("arithmetic", "word")}  # the same problems
 TASKS |= {"spelling": ("spelling",), "counting": ("counting",)}  # what these take from tasks.py
-EASY = (1, 2)  # the levels of "tasks" and "answer-first"; the harder ones are for rl.py
+EASY = (1, 2)  # the levels of these three; the harder ones are for rl.py
 CALCULATED = 0.2  # share of the worked problems that the calculator solves
 LONGEST = 5000  # characters of a conversation as JSON; sft.py cuts what its model has no room for
 PAGE = 60  # conversations on a page of a workbook
@@ -268,7 +269,7 @@ def conversations(name, split="train", seed=0, unknown=(), skip_bad=False):
         while missing:
             yield turns(rng.choice(missing).ask(rng, split), f"{DONT_KNOW}.")
     elif kind in TASKS:
-        levels = EASY if kind in ("tasks", "answer-first") else [None]
+        levels = EASY if kind in ("tasks", "steps-first", "answer-first") else [None]
         same = digest(str(seed), split) % 2**32  # problems for all sources
         streams = [tasks.problems(t, split, level, same) for t in TASKS[kind] for level in levels]
         for problem in map(next, itertools.cycle(streams)):
@@ -358,6 +359,8 @@ def draw(spec, n, seed=0, split="train", skip_bad=False):
                 del streams[name]
     rng.shuffle(kept)
     del dropped[None]
+    if skip_bad:
+        dropped["bad lines"] = sum(chat.read(n[6:], True)[1] for n in shares if n.startswith("jsonl:"))
     return kept, dict(dropped)
 
 

@@ -209,6 +209,7 @@ def pass_at_k(n, correct, k):
 def majority(group):
     """1.0 if the answer that most attempts give, the first of equals, is right."""
     answers = [tasks.marked(chat.text_of(attempt.parts)) for attempt in group]
+    answers = [answer and (tasks.numeric(answer) or answer) for answer in answers]  # 9 is 9.0
     given = [answer for answer in answers if answer]
     return group[answers.index(max(given, key=given.count))].correct if given else 0.0
 
@@ -359,7 +360,8 @@ def train(flags, checkpoint, mix, tested):
     def exam(step):
         results = evaluate(team, tested, flags)
         line.clear(f"step {step}, on test problems:\n{table(results)}")
-        log.write("eval", step=step, results=results)
+        mean = {name: sum(row[name] for row in results) / len(results) for name in ("pass@1", "length")}
+        log.write("eval", step=step, correct=mean["pass@1"], length=mean["length"], results=results)
 
     if flags.eval_every and not start:
         exam(0)

@@ -17,8 +17,9 @@ from chat import CALLS, Host, checked, fit, parts, prompt
 from console import UserError, say
 from generate import SEED, generate
 
-HELP = """/reset          begin a new conversation; the system message stays
+HELP = f"""/reset          begin a new conversation; the system message stays
 /system TEXT    tell the model how to behave from now on; without a text: nothing special
+                "/system {mixture.SEARCH_SYSTEM}" lets it look facts up
 /save PATH      append the conversation to a file of messages, one line of JSON
 /help           this list
 Ctrl-C stops an answer, and what was said of it stays. End of input (Ctrl-D) ends the chat."""

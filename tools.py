@@ -46,8 +46,8 @@ def calculate(expression):
         value = walk(ast.parse(expression.strip(), mode="eval").body, 1)
     except tuple(REASONS) as error:
         return "error: " + next(REASONS[kind] for kind in REASONS if isinstance(error, kind))
-    if isinstance(value, Fraction):  # to ten digits, or more if it is large: 1/3 is 0.3333333333
-        return f"{float(value):.{max(10, min(15, 2 + len(str(int(abs(value))))))}g}"
+    if isinstance(value, Fraction):  # four digits behind the point, or behind its zeros: 0.3333, 3.333e-05
+        return f"{float(round(value, 4)):.15g}" if abs(value) > 0.01 else f"{float(value):.4g}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

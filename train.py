@@ -497,7 +497,7 @@ def main(argv=None):
             console.say(f"stopped after step {done}; go on with: python train.py --out {place} --resume")
             raise SystemExit(130)
         if last or (flags.eval_every and done % flags.eval_every == 0):
-            val_loss, bits = evaluate(model, validation[done < flags.short_steps], tokenizer.token_lengths)
+            val_loss, bits = evaluate(model, validation[done <= flags.short_steps], tokenizer.token_lengths)
             line.clear(f"step {done}: validation loss {val_loss:.4f}, {bits:.4f} bits per byte")
             log.write("eval", step=done, loss=val_loss, bits_per_byte=bits)
         if last or (flags.sample_every and done % flags.sample_every == 0):

@@ -11,6 +11,8 @@ Gradients of parameters accumulate (+=), so that a large batch can be walked in 
 activations are overwritten, except in layernorm_backward, which adds to the gradient of the residual stream.
 """
 
+import functools
+
 import numpy as np
 
 from kernels import threads
@@ -71,8 +73,8 @@ def row_sums(x):
 
 
 def column_sums(x):
-    """(n, C) -> (C,)."""
-    return np.ones(len(x), x.dtype) @ x
+    """(..., n, C) -> (..., C)."""
+    return np.ones(x.shape[-2], x.dtype) @ x
 
 
 def flat(array):
@@ -131,7 +133,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
         y = out[rows]  # (n, C), also the scratch space
         mean[rows] = row_sums(inp[rows]) / C
         np.subtract(inp[rows], mean[rows, None], out=y)
-        variance = np.einsum("nc,nc->n", y, y) / C  # (n,)
+        variance = np.vecdot(y, y) / C  # (n,)
         rstd[rows] = 1 / np.sqrt(variance + EPSILON)
         y *= rstd[rows, None]
         y *= weight
@@ -160,14 +162,13 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
 
     def body(i, rows):
         do = dout[rows]  # (n, C)
-        norm = np.subtract(inp[rows], mean[rows, None], out=scratch(0, do.shape, do.dtype))  # as in forward
-        norm *= rstd[rows, None]
-        dnorm = np.multiply(do, norm, out=scratch(1, do.shape, do.dtype))  # for now without weight
-        dweights[i], dbiases[i] = column_sums(dnorm), column_sums(do)
-        shared = (dnorm @ weight) / C  # (n,) mean(dnorm * norm)
+        x = np.subtract(inp[rows], mean[rows, None], out=scratch(0, do.shape, do.dtype))  # norm / rstd
+        dnorm = np.multiply(do, x, out=scratch(1, do.shape, do.dtype))  # for now without weight, times x
+        dweights[i], dbiases[i] = rstd[rows] @ dnorm, column_sums(do)
+        shared = (dnorm @ weight) * rstd[rows] / C  # (n,) mean(dnorm * norm)
         np.multiply(do, weight, out=dnorm)  # (n, C)
-        norm *= shared[:, None]
-        dnorm -= norm
+        x *= (shared * rstd[rows])[:, None]  # norm * shared
+        dnorm -= x
         dnorm -= ((do @ weight) / C)[:, None]  # mean(dnorm)
         dnorm *= rstd[rows, None]
         dinp[rows] += dnorm
@@ -181,6 +182,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
 # GELU in its tanh form (Hendrycks and Gimpel 2016): gelu(x) = x/2 (1 + tanh(k (x + a x^3)))
 
 K, A = 0.7978845608028654, 0.044715  # k = sqrt(2 / pi)
+TINY = 1e-20  # lost beside any other number, but it makes 0 / 0 the 1/2 that it should be
 
 
 def _gelu(out, x):
@@ -195,25 +197,20 @@ def _gelu(out, x):
     out *= 0.5
 
 
-def _times_gelu_derivative(out, dout, x):
-    """out = dout * gelu'(x), a block at a time, with t the tanh of the forward pass:
+def _times_gelu_derivative(out, dout, x, act):
+    """out = dout * gelu'(x), a block at a time, with act = gelu(x) and the gate act / x = (1 + tanh)/2:
 
-    gelu'(x) = (1 + t)/2 + x/2 (1 - t^2) k (1 + 3 a x^2) = 1/2 (1 + t) (1 + (1 - t) x k (1 + 3 a x^2))
+    gelu'(x) = gate + x gate (1 - gate) 2 k (1 + 3 a x^2) = gate (1 + (x - act) 2 k (1 + 3 a x^2))
     """
-    t, slope = scratch(0, x.shape, x.dtype), scratch(1, x.shape, x.dtype)
+    slope, gate, other = (scratch(i, x.shape, x.dtype) for i in range(3))
+    np.add(act, TINY, out=gate)
+    gate /= np.add(x, 2 * TINY, out=other)
     np.multiply(x, x, out=slope)
-    np.multiply(slope, K * A, out=t)
-    t += K
-    t *= x
-    np.tanh(t, out=t)
-    slope *= 3 * A * K
-    slope += K
-    slope *= x  # x k (1 + 3 a x^2)
-    t += 1  # 1 + t
-    slope *= np.subtract(2, t, out=scratch(2, x.shape, x.dtype))  # times 1 - t
+    slope *= 6 * K * A
+    slope += 2 * K
+    slope *= np.subtract(x, act, out=other)
     slope += 1
-    slope *= t
-    slope *= 0.5
+    slope *= gate
     np.multiply(dout, slope, out=out)
 
 
@@ -226,7 +223,9 @@ def gelu_forward(out, inp):
 def gelu_backward(dinp, dout, inp):
     """dinp (..., C) = dout * gelu'(inp), where out = gelu(inp)."""
     dinp, dout, inp = flat(dinp), flat(dout), flat(inp)
-    by_rows(lambda rows: _times_gelu_derivative(dinp[rows], dout[rows], inp[rows]), *inp.shape)
+    act = np.empty_like(inp)
+    gelu_forward(act, inp)
+    by_rows(lambda rows: _times_gelu_derivative(dinp[rows], dout[rows], inp[rows], act[rows]), *inp.shape)
 
 
 def residual_forward(out, inp1, inp2):
@@ -321,7 +320,7 @@ def _parameter_gradients(dweight, dbias, dout, inp):
         dweight[rows, columns] += np.matmul(left[:, rows].T, right[:, columns], out=product)
 
     def bias(rows, columns):
-        dbias[columns] += dout[rows, columns].sum(axis=0)
+        dbias[columns] += column_sums(dout[rows, columns])
 
     everywhere = slice(0, len(dout)), slice(0, dout.shape[1])
     biases = [] if dbias is None else [(bias, *everywhere)]
@@ -333,13 +332,13 @@ def matmul_gelu_backward(dpre, dweight, dbias, dout, act, weight, pre):
 
     dpre (..., in) = (dout @ weight.T) * gelu'(pre) is overwritten; dweight and dbias as in matmul_backward.
     """
-    dpre, dout, pre = flat(dpre), flat(dout), flat(pre)
+    dpre, dout, act, pre = flat(dpre), flat(dout), flat(act), flat(pre)
 
     def finish(rows, columns):
         d = dpre[rows, columns]
-        _times_gelu_derivative(d, d, pre[rows, columns])
+        _times_gelu_derivative(d, d, pre[rows, columns], act[rows, columns])
 
-    _run(_product(dpre, dout, weight.T, finish) + _parameter_gradients(dweight, dbias, dout, flat(act)))
+    _run(_product(dpre, dout, weight.T, finish) + _parameter_gradients(dweight, dbias, dout, act))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -359,16 +358,29 @@ def _shares(B, NH, area):
     return [(b, h) for b in pieces(B, min(rows, -(-B // threads.THREADS))) for h in pieces(NH, heads)]
 
 
-CAUSAL = np.tril(np.full((BLOCK, BLOCK), -np.inf, np.float32), -1)  # (keys, queries), added on the diagonal
+@functools.cache
+def _causal(n):
+    """(n, n) keys and queries: what is added on the diagonal, -inf where the key comes later."""
+    return np.tril(np.full((n, n), -np.inf, np.float32), -1)
 
 
-def _scores(queries, keys, diagonal):
-    """Keys (b, h, m, HS) times queries (b, h, n, HS) -> (b, h, m, n): NumPy sums faster down than across."""
-    shape = (*keys.shape[:3], queries.shape[2])
-    s = np.matmul(keys, queries.swapaxes(2, 3), out=scratch(0, shape, queries.dtype))
+def _scores(queries, keys, diagonal, side_by_side=False):
+    """Keys (b, h, m, HS) times queries (b, h, HS, n) -> (b, h, m, n): NumPy sums faster down than across.
+
+    With the heads side by side in memory, (b, m, h, n), it is faster still, but the products are slower.
+    """
+    b, h, m, n = *keys.shape[:3], queries.shape[3]
+    shape = (b, m, h, n) if side_by_side else (b, h, m, n)
+    s = scratch(0, shape, queries.dtype)
+    s = np.matmul(keys, queries, out=s.swapaxes(1, 2) if side_by_side else s)
     if diagonal:
-        s += CAUSAL[: shape[2], : shape[3]]
+        s += _causal(n)
     return s
+
+
+def _upright(array, scale):
+    """A copy of (b, h, n, HS), scaled, as (b, h, HS, n): BLAS takes it faster than a transposed view."""
+    return np.multiply(array.swapaxes(2, 3), scale, order="C")
 
 
 def attention_forward(out, lse, qkv, n_head):
@@ -386,19 +398,19 @@ def attention_forward(out, lse, qkv, n_head):
 
     def body(b, h):
         for i in pieces(T, BLOCK):  # queries i, n of them; their own block of keys first
-            qi = q[b, h, i] * scale  # (b, h, n, HS)
-            s = _scores(qi, k[b, h, i], diagonal=True)  # (b, h, m, n)
+            qi = _upright(q[b, h, i], scale)  # (b, h, HS, n)
+            s = _scores(qi, k[b, h, i], diagonal=True, side_by_side=True)  # (b, h, m, n)
             m = s.max(axis=2, keepdims=True)  # (b, h, 1, n)
             s -= m
-            total = np.exp(s, out=s).sum(axis=2, keepdims=True)  # l, (b, h, 1, n)
+            total = column_sums(np.exp(s, out=s))[:, :, None]  # l, (b, h, 1, n)
             mixed = s.swapaxes(2, 3) @ v[b, h, i]  # (b, h, n, HS), the values added up so far
             for j in pieces(i.start, BLOCK):  # then the blocks of keys before it
-                s = _scores(qi, k[b, h, j], diagonal=False)
+                s = _scores(qi, k[b, h, j], diagonal=False, side_by_side=True)
                 higher = np.maximum(m, s.max(axis=2, keepdims=True))
                 s -= higher
                 np.exp(s, out=s)
                 shrink = np.exp(m - higher)
-                total = total * shrink + s.sum(axis=2, keepdims=True)
+                total = total * shrink + column_sums(s)[:, :, None]
                 mixed *= shrink.swapaxes(2, 3)
                 mixed += s.swapaxes(2, 3) @ v[b, h, j]
                 m = higher
@@ -406,6 +418,14 @@ def attention_forward(out, lse, qkv, n_head):
             lse[b, h, i] = (m + np.log(total))[:, :, 0]
 
     parallel(body, _shares(B, n_head, min(T, BLOCK) ** 2))
+
+
+def _put(out, left, right, first):
+    """out = left @ right, or, if it is not the first, out += left @ right."""
+    if first:
+        np.matmul(left, right, out=out)
+    else:
+        out += left @ right
 
 
 def attention_backward(dqkv, dout, out, lse, qkv, n_head):
@@ -422,26 +442,20 @@ def attention_backward(dqkv, dout, out, lse, qkv, n_head):
     scale = (C // n_head) ** -0.5
 
     def body(b, h):
-        qs = q[b, h] * scale  # (b, h, T, HS)
-        do = np.ascontiguousarray(dout[b, h])  # (b, h, T, HS)
-        rowsum = np.einsum("bhtc,bhtc->bht", do, out[b, h])  # (b, h, T)
-        dqs = np.zeros_like(qs)
+        qs, do = _upright(q[b, h], scale), _upright(dout[b, h], scale)  # (b, h, HS, T)
+        rowsum = np.vecdot(dout[b, h], out[b, h]) * scale  # (b, h, T)
         for j in pieces(T, BLOCK):  # keys j, m of them
             kj, vj = k[b, h, j], v[b, h, j]  # (b, h, m, HS)
-            dkj, dvj = np.zeros(kj.shape, kj.dtype), np.zeros(vj.shape, vj.dtype)
             for i in pieces(T, BLOCK)[j.start // BLOCK :]:  # queries i, at or after j, n of them
-                qi, di = qs[:, :, i], do[:, :, i]  # (b, h, n, HS)
-                p = _scores(qi, kj, diagonal=j == i)  # (b, h, m, n), as all here: p^T, ds^T
+                p = _scores(qs[..., i], kj, diagonal=j == i)  # (b, h, m, n), as all here: p^T, ds^T
                 p -= lse[b, h, None, i]
                 np.exp(p, out=p)
-                dvj += p @ di
-                ds = np.matmul(vj, di.swapaxes(2, 3), out=scratch(1, p.shape, p.dtype))  # dp, then ds
+                ds = np.matmul(vj, do[..., i], out=scratch(1, p.shape, p.dtype))  # dp, then ds, scaled
                 ds -= rowsum[:, :, None, i]
                 ds *= p
-                dqs[:, :, i] += ds.swapaxes(2, 3) @ kj
-                dkj += ds @ qi
-            dk[b, h, j], dv[b, h, j] = dkj, dvj
-        np.multiply(dqs, scale, out=dq[b, h])
+                _put(dv[b, h, j], p, dout[b, h, i], first=j == i)
+                _put(dk[b, h, j], ds, q[b, h, i], first=j == i)
+                _put(dq[b, h, i], ds.swapaxes(2, 3), kj, first=j.start == 0)
 
     parallel(body, _shares(B, n_head, min(T, BLOCK) ** 2))
 

@@ -8,6 +8,7 @@ number of threads.
 """
 
 import ctypes
+import math
 import os
 import queue
 import sys
@@ -102,7 +103,7 @@ _local = threading.local()
 def scratch(i, shape, dtype):
     """Array i of this thread's own scratch memory: fresh memory for every block would cost as much as it."""
     arrays = _local.__dict__.setdefault("arrays", {})
-    needed = int(np.prod(shape))
+    needed = math.prod(shape)
     if (i, dtype) not in arrays or arrays[i, dtype].size < needed:
         arrays[i, dtype] = np.empty(needed, dtype)
     return arrays[i, dtype][:needed].reshape(shape)
