@@ -499,6 +499,16 @@ def test_a_sum_that_is_held_out_is_no_problem_that_trains():
         assert tasks.split_of(tasks.key_of(int(a), op, int(b))) == "train"
 
 
+def test_what_is_examined_elsewhere_is_not_practised():
+    words, numbers = set(), set()
+    for question, answer in mixture.draw("repeat=1,sums=1,tasks=1,steps-first=1,answer-first=1", 1500)[0]:
+        said = chat.text_of(answer["content"]).partition("You said ")[2]
+        words |= set(re.findall(r"\b[a-z]{3,}\b", said))
+        numbers |= set(re.findall(r"(\d+) [-+*/] (\d+)", question["content"]))
+    assert len(words) > 100 and all(tasks.split_of(word) == "train" for word in words - {"the", "and"})
+    assert len(numbers) > 500 and not any(facts.held_out("arithmetic", *pair) for pair in numbers)
+
+
 def test_what_is_repeated_was_said():
     kinds = Counter()
     drawn = (mixture.draw("repeat=1", 200, split=split)[0] for split in ("train", "test"))
