@@ -506,7 +506,7 @@ def test_what_is_examined_elsewhere_is_not_practised():
         words |= set(re.findall(r"\b[a-z]{3,}\b", said))
         numbers |= set(re.findall(r"(\d+) [-+*/] (\d+)", question["content"]))
     assert len(words) > 100 and all(tasks.split_of(word) == "train" for word in words - {"the", "and"})
-    assert len(numbers) > 500 and not any(facts.held_out("arithmetic", *pair) for pair in numbers)
+    assert len(numbers) > 200 and not any(facts.held_out("arithmetic", *pair) for pair in numbers)
 
 
 def test_what_is_repeated_was_said():
