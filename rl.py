@@ -175,6 +175,12 @@ def check(model, some, most):
         raise UserError(f"sampling and training differ by {drift:.2g} in log-probabilities; report this bug")
 
 
+def divergence(some, now, before):
+    """The KL divergence from the model of the beginning in nats a token, by k3, on what was drawn."""
+    d = np.concatenate([(b - n)[attempt.drawn] for attempt, n, b in zip(some, now, before)])
+    return float((np.expm1(d) - d).mean())
+
+
 def learn(model, optimizer, kept, lr, flags, reference=None, team=None):
     """Update the model with the kept attempts, --epochs times; return loss, gradient's norm and mean k3.
 
@@ -187,8 +193,7 @@ def learn(model, optimizer, kept, lr, flags, reference=None, team=None):
     for epoch in range(flags.epochs):
         log_p = log_probabilities(model, kept, most) if epoch else [attempt.logprobs for attempt in kept]
         if reference and not epoch:
-            d = np.concatenate([(b - now)[a.drawn] for a, now, b in zip(kept, log_p, begun)])
-            kl = float((np.expm1(d) - d).mean())
+            kl = divergence(kept, log_p, begun)
         old = log_p if flags.method == "best-of" else [attempt.logprobs for attempt in kept]
         rows = []
         for attempt, *log_ps in zip(kept, log_p, old, begun):
@@ -343,7 +348,7 @@ def train(flags, checkpoint, mix, tested):
     """The loop: attempts, rewards, advantages, an update, and a line to watch."""
     run, state, spent = Path(flags.out), {}, 0.0
     model, tokenizer = load(checkpoint or flags.init_from, flags)
-    reference = load(flags.init_from, flags)[0] if flags.kl else None
+    reference = load(flags.init_from, flags)[0]
     team = make_team(model, tokenizer)
     optimizer = gpt2.AdamW(model, weight_decay=0.0)
     if checkpoint:
@@ -379,12 +384,17 @@ def train(flags, checkpoint, mix, tested):
             check(model, every[:: flags.attempts], flags.batch_tokens)  # of each group one
         sampled, lr = time.perf_counter(), learning_rate(step, flags.steps, flags.lr, 5, flags.final_lr)
         learned = (
-            learn(model, optimizer, kept, lr, flags, reference, team) if kept else dict(loss=0, norm=0, kl=0)
+            learn(model, optimizer, kept, lr, flags, reference if flags.kl else None, team)
+            if kept
+            else dict(loss=0, norm=0)
         )
         now, mean = time.perf_counter(), lambda values: float(np.mean(list(values)))
         spent, length = spent + now - began, mean(len(a.said) for a in every)
         v = dict(reward=mean(a.reward for a in every), correct=mean(a.correct for a in every), length=length)
         v |= dict(signal=n_kept / len(groups), without_signal=len(groups) - n_kept, lr=lr, **learned)
+        some = every[:: flags.attempts]  # of each group one
+        before = log_probabilities(reference, some, flags.batch_tokens)
+        v["kl"] = divergence(some, [attempt.logprobs for attempt in some], before)
         v["entropy"] = -mean(a.logprobs.sum() for a in every) / mean(a.drawn.sum() for a in every)
         v |= dict(seconds=now - began, sampling=length * len(every) / (sampled - began))
         v["training"] = flags.epochs * sum(len(a.tokens) for a in kept) / (now - sampled)
@@ -393,8 +403,8 @@ def train(flags, checkpoint, mix, tested):
         line.show(
             f"step {done}/{flags.steps} | reward {v['reward']:.3f} | pass@1 {v['correct']:.1%} | "
             f"signal {v['signal']:.0%} | length {length:.1f} | entropy {v['entropy']:.3f} | "
-            + f"KL {v['kl']:.4f} | " * bool(reference) +
-            f"sampling {v['sampling']:.0f} tok/s | training {v['training']:.0f} tok/s | {left} left"
+            f"KL {v['kl']:.4f} | sampling {v['sampling']:.0f} tok/s | "
+            f"training {v['training']:.0f} tok/s | {left} left"
         )  # fmt: skip
         if flags.export:
             export(flags.export, groups)
