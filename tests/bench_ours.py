@@ -26,6 +26,7 @@ import workers
 
 ROOT = Path(__file__).resolve().parent.parent
 D12 = gpt2.GPT2Config()
+SMALL = gpt2.GPT2Config(n_layer=4, n_head=4, n_embd=128, n_positions=256, vocab_size=1024)
 VOCABULARY = "1024"
 RECIPE = """
     --n-layer 2 --n-head 3 --n-embd 96 --seq-len 64 --total-batch-tokens 512 --lr 4e-3 --final-lr 0
@@ -69,6 +70,25 @@ def decoding(B, prompt=16, new=48):
         start = time.perf_counter()
         completions = generate.generate(model, prompts, new, temperature=0)
         assert all(len(completion.ids) == new for completion in completions)
+        return B * new / (time.perf_counter() - start)
+
+    return measure
+
+
+def sampling(B, prompt=32, new=64):
+    """A function that draws B continuations as rl.py does, by all processes, and returns tokens a second."""
+    model = gpt2.GPT2(SMALL)
+
+    def sample(model, share):
+        return [len(row.ids) for row in generate.generate(model, share, new, temperature=1.0, seed=1)]
+
+    team = workers.Workers(model, {"sample": sample})
+    prompts = np.random.default_rng(0).integers(SMALL.vocab_size, size=(B, prompt)).tolist()
+
+    def measure():
+        start = time.perf_counter()
+        lengths = team.run("sample", [prompts[i :: team.size] for i in range(team.size)])
+        assert sum(map(sum, lengths)) == B * new
         return B * new / (time.perf_counter() - start)
 
     return measure
@@ -197,6 +217,8 @@ def main(row, folder, limit):
         measure = lambda: 12 * 64 / seconds()
     elif row in ("decode-1", "decode-8"):
         measure = decoding(int(row[-1]))
+    elif row == "sample-64":
+        measure = sampling(64)
     elif row == "shakespeare":
         measure = lambda: shakespeare(Path(folder), float(limit))
     elif row == "memory":

@@ -93,21 +93,21 @@ def resident(measure):
     )
 
 
-def decoding(B, prompt=16, new=48):
-    """A function that continues B prompts greedily and returns tokens a second."""
+def decoding(B, prompt=16, new=48, draw=False, V=50257, **sizes):
+    """A function that continues B prompts, greedily or by drawing, and returns tokens a second."""
     from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415  only this row needs it
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config()).eval()
-    tokens = torch.randint(50257, (B, prompt))
-    length = dict(max_new_tokens=new, min_new_tokens=new, pad_token_id=50256)
+    config = GPT2Config(vocab_size=V, bos_token_id=V - 1, eos_token_id=V - 1, **sizes)
+    model = GPT2LMHeadModel(config).eval()
+    tokens = torch.randint(V, (B, prompt))
+    how = dict(max_new_tokens=new, min_new_tokens=new, pad_token_id=V - 1)
+    how |= dict(do_sample=True, top_k=0) if draw else dict(do_sample=False)
 
     def measure():
         start = time.perf_counter()
         with torch.inference_mode():
-            out = model.generate(
-                tokens, attention_mask=torch.ones_like(tokens), do_sample=False, use_cache=True, **length
-            )
+            out = model.generate(tokens, attention_mask=torch.ones_like(tokens), use_cache=True, **how)
         assert out.shape == (B, prompt + new)
         return B * new / (time.perf_counter() - start)
 
@@ -174,6 +174,9 @@ def main(row, folder="", limit="100"):
         measure = lambda: 12 * 64 / seconds()
     elif row in ("decode-1", "decode-8"):
         measure = decoding(int(row[-1]))
+    elif row == "sample-64":
+        sizes = dict(n_layer=4, n_head=4, n_embd=128, n_positions=256)
+        measure = decoding(64, prompt=32, new=64, draw=True, V=1024, **sizes)
     elif row == "shakespeare":
         measure = lambda: shakespeare(folder, float(limit))
     elif row == "memory":
