@@ -16,8 +16,9 @@
 // attention_forward_tensor<64>            (NH, ceil(T/128), B)      128    49,152
 // attention_forward_tensor<128>           (NH, ceil(T/64), B)       128    81,920
 //
-// Storage: float or bf16. flash<.., 64> for HS <= 64, 128 for HS <= 128. Tensor: bf16, head size 64 or 128,
-// qkv and out aligned to 16 bytes. Workspace: scores (B, NH, T, T) float32, for the three of the naive rung.
+// Storage: float or bf16. flash<.., 64> for HS <= 64, 128 for HS <= 128; on sm_75 with half the rows, 30,720
+// and 26,624 bytes. Tensor: bf16, head size 64 or 128, qkv and out aligned to 16 bytes. Workspace: scores
+// (B, NH, T, T) float32, for the three of the naive rung.
 //
 // The floor: two products of 2 B T² C FLOP, of which causality leaves half, for 8 B T C bytes of bf16: T / 4
 // FLOP a byte, so it is the tensor cores'. Above it, on an H100 at HS 64, because mma.sync reaches 62-65% of

@@ -13,8 +13,8 @@
 #include "common.cuh"
 #include "ptx.cuh"
 
-constexpr float LOG2E = 1.4426950408889634f;          // exp(x) = exp2(x log2(e)), and exp2 is one instruction
-constexpr float LN2 = 0.6931471805599453f;
+inline constexpr float LOG2E = 1.4426950408889634f;   // exp(x) = exp2(x log2(e)), and exp2 is one instruction
+inline constexpr float LN2 = 0.6931471805599453f;
 
 // 1 / sqrt(HS), for powers of two: exp2(softmax_scale(HS) * q·k - lse * LOG2E) is a probability.
 __device__ inline float softmax_scale(int HS) { return LOG2E / sqrtf(static_cast<float>(HS)); }
@@ -31,10 +31,14 @@ __device__ inline Head head_of_block(int T, int NH, int HS) {
 // ---- Float arithmetic: 256 threads, 16 x 16, TILE x TILE scores -------------------------------------------
 
 // HP is the head size rounded up to 64 or 128, and decides the tile: what fits into 99 KB of shared memory,
-// the least that a block may have from sm_80 on (sm_86 and sm_89). Rows in shared memory have four floats of
-// padding, which puts eight neighbouring rows on different banks.
+// the least that a block may have from sm_80 on (sm_86 and sm_89); on sm_75, with 64 KB, half as many rows.
+// Rows in shared memory have four floats of padding, which puts eight neighbouring rows on different banks.
 template <int HP> struct FloatTile {
-    static constexpr int ROWS = HP == 64 ? 64 : 32;         // queries or keys of a tile
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    static constexpr int ROWS = HP == 64 ? 32 : 16;         // queries or keys of a tile
+#else
+    static constexpr int ROWS = HP == 64 ? 64 : 32;
+#endif
     static constexpr int EACH = ROWS / 16;                  // rows that one thread computes
     static constexpr int PITCH = HP + 4;                    // floats from one row of channels to the next
     static constexpr int SIZE = ROWS * PITCH;               // floats
@@ -116,7 +120,7 @@ __device__ inline void store_tile(Storage* out, int stride, int first, int T, in
 
 // ---- Tensor cores: 128 threads; every warp owns 16 M rows of the result -----------------------------------
 
-constexpr int TENSOR_THREADS = 128;
+inline constexpr int TENSOR_THREADS = 128;
 
 // The 16-byte chunk `chunk` of row `row`. A row is 128 or 256 bytes, so without the XOR the same chunk of
 // eight rows, which is what ldmatrix reads at once, would lie on the same four banks; with it, on all 32.

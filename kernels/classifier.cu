@@ -22,8 +22,8 @@
 #include "common.cuh"
 #include "ptx.cuh"
 
-constexpr float LOG2_E = 1.4426950408889634f;               // e^x = 2^(x log2(e)), and 2^x is one instruction
-constexpr float LOWEST = -3.4028234e38f;                    // finite, so that LOWEST - LOWEST is 0
+inline constexpr float LOG2_E = 1.4426950408889634f;        // e^x = 2^(x log2(e)), and 2^x is one instruction
+inline constexpr float LOWEST = -3.4028234e38f;             // finite, so that LOWEST - LOWEST is 0
 
 __device__ inline float not_a_number() { return __int_as_float(0x7fffffff); }
 

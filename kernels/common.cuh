@@ -5,7 +5,7 @@
 // House rules. Storage is `T`, float or bf16; arithmetic is float32. A kernel takes its sizes as int and
 // computes offsets in size_t where they may pass 2^31. Nothing is added atomically: every sum has a fixed
 // order, so that the same launch gives the same bits. Only cuda_bf16.h is included: NVRTC has no host
-// headers.
+// headers. Constants of a file are inline: of others NVRTC complains where no kernel uses them.
 
 #pragma once
 #include <cuda_bf16.h>
@@ -13,8 +13,8 @@
 using bf16 = __nv_bfloat16;
 using uint32_t = unsigned int;
 
-constexpr int WARP = 32;                  // threads per warp
-constexpr unsigned ALL_LANES = 0xffffffffu;
+inline constexpr int WARP = 32;           // threads per warp
+inline constexpr unsigned ALL_LANES = 0xffffffffu;
 #define MINUS_INFINITY __int_as_float(0xff800000)          // INFINITY is a host header's
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -107,8 +107,8 @@ __device__ inline float block_max(float x) {
 // quotient is 0, as it should. __fdividef is two instructions where `/`, exact to the last bit, is ten: at
 // the memory's rate an H200 has 24 for an element of bf16. (One tanh.approx would do for exponential and
 // quotient, but is off by 2^-11: a fifth of gelu(-3).)
-constexpr float GELU_SCALE = 0.7978845608028654f;           // sqrt(2 / pi)
-constexpr float GELU_CUBE = 0.044715f;
+inline constexpr float GELU_SCALE = 0.7978845608028654f;    // sqrt(2 / pi)
+inline constexpr float GELU_CUBE = 0.044715f;
 
 __device__ inline float gelu_sigmoid(float x) {             // sigmoid(2u)
     constexpr float A = -2.0f * GELU_SCALE * 1.4426950408889634f;  // exp(-2u) is 2^(A (x + 0.044715 x^3))

@@ -298,6 +298,12 @@ def _attention_rung(n, *arrays):
     return HS, 64 if HS <= 64 else 128, tensor and RUNGS.get("attention") != "flash"
 
 
+def _float_tile(HP):
+    """FloatTile of attention.cuh: its rows, the bytes of a tile of channels, and those of its scores."""
+    rows = 4096 // HP if CAPABILITY >= 80 else 2048 // HP
+    return rows, 4 * rows * (HP + 4), 4 * rows * (rows + 4)
+
+
 def attention_forward(out, lse, qkv, n_head):
     n = check("attention_forward: out S B T C, lse float B H T, qkv S B T 3C", out, lse, qkv)
     HS, HP, tensor = _attention_rung(n, out, qkv)
@@ -307,9 +313,9 @@ def attention_forward(out, lse, qkv, n_head):
         queries, shared = (128, 49152) if HS == 64 else (64, 81920)
         grid, kernel = (n.H, cdiv(n.T, queries), n.B), f"attention_forward_tensor<{HS}>"
         return launch("attention", kernel, grid, 128, out, lse, qkv, n.T, n.H, shared=shared)
-    queries, shared = (64, 69632) if HP == 64 else (32, 55296)
+    queries, tile, scores = _float_tile(HP)
     grid, kernel = (n.H, cdiv(n.T, queries), n.B), f"attention_forward_flash<{n.S}, {HP}>"
-    launch("attention", kernel, grid, 256, out, lse, qkv, n.T, n.H, HS, shared=shared)
+    launch("attention", kernel, grid, 256, out, lse, qkv, n.T, n.H, HS, shared=3 * tile + scores)
 
 
 def attention_backward(dqkv, dout, out, lse, qkv, n_head):
@@ -331,8 +337,9 @@ def attention_backward(dqkv, dout, out, lse, qkv, n_head):
             launch(file, kernel, grid, 128, *arguments, shared=tensor_shared[HS])
         else:
             kernel = f"attention_backward_{owner}_flash<{n.S}, {HP}>"
-            grid, shared = (n.H, cdiv(n.T, 4096 // HP), n.B), {64: 87040, 128: 72192}[HP]
-            launch(file, kernel, grid, 256, *arguments, HS, shared=shared)
+            owned, tile, scores = _float_tile(HP)
+            grid = n.H, cdiv(n.T, owned), n.B
+            launch(file, kernel, grid, 256, *arguments, HS, shared=4 * tile + scores)
 
 
 def attention_decode(out, qkv, keys, values, lengths):

@@ -22,9 +22,9 @@
 
 #include "attention.cuh"
 
-constexpr int DECODE_GROUPS = 16;                           // groups of 8 lanes in a block
-constexpr int DECODE_KEYS = 4;                              // keys that a group has in flight
-constexpr float NO_SCORE = -1e30f;                          // below any score, and finite: inf - inf is NaN
+inline constexpr int DECODE_GROUPS = 16;                    // groups of 8 lanes in a block
+inline constexpr int DECODE_KEYS = 4;                       // keys that a group has in flight
+inline constexpr float NO_SCORE = -1e30f;                   // below any score, and finite: inf - inf is NaN
 
 // Copies the new keys and values to their places in the cache. A thread per channel; what does not fit is
 // dropped: padding, for the host has seen to it that real tokens fit.

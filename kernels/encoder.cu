@@ -183,7 +183,7 @@ __global__ void token_order(int* order, const int* starts, const int* grouped, c
 // are 32 rows long, only the last takes the remainder too (32 .. 63), and a group below 64 is one chunk. The
 // owner of a whole group adds to dwte, others leave partial sums, to be joined in order. Won: not measured
 // yet.
-constexpr int CHUNK = 32;
+inline constexpr int CHUNK = 32;
 
 // A chunk's row in `partials`: it has at least 32 rows, so it holds a multiple of 32, and holds it alone.
 __device__ inline int chunk_slot(int first) { return ceil_div(first, CHUNK); }

@@ -32,7 +32,7 @@ __device__ inline void each_naive(T* out, const T* a, const T* b, int n, const F
 // Rung 2: 16 bytes per access, and PACKS of each array under way at once: thread i takes the block's i-th
 // pack and the one blockDim.x packs further on, so that neighbours in a warp read neighbouring packs. The
 // block at the end, and misaligned arrays, are walked element by element. Won: not measured yet.
-constexpr int PACKS = 2;
+inline constexpr int PACKS = 2;
 
 template <typename T, typename F>
 __device__ inline void each(T* out, const T* a, const T* b, int n, const F& f) {

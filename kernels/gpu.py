@@ -10,6 +10,7 @@ before it launches: a wrong one is an error, not a corruption.
 import functools
 import math
 import re
+import shutil
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import numpy as np
 
 from console import UserError, size
 
+NO_GPU = "" if shutil.which("nvidia-smi") else "no NVIDIA GPU was found, nvidia-smi is missing"
 try:
     import cupy as xp
 
@@ -26,9 +28,13 @@ try:
 except ImportError as error:  # CuPy's own message is a page; what it rests on is one line
     missing = isinstance(error, ModuleNotFoundError) and error.name == "cupy"
     what = "CuPy is not installed" if missing else f"CuPy cannot be loaded: {error.__cause__ or error}"
+    what = f"{NO_GPU}; if there is one, {what}" if NO_GPU else what
     raise ImportError(f"{what}; python -m pip install -r requirements-cuda.txt") from None
-except RuntimeError as error:
-    raise ImportError(f"no NVIDIA GPU, or its driver is older than CUDA 13 needs, 580: {error}") from None
+except RuntimeError as error:  # without any driver, too, CUDA says that it is insufficient
+    what = "no NVIDIA GPU was found"
+    if "InsufficientDriver" in str(error):
+        what = "the GPU's driver is too old, CUDA 13 needs 580 or newer"
+    raise ImportError(f"{NO_GPU or what}: {error}") from None
 
 HERE = Path(__file__).parent
 DEVICE = xp.cuda.Device()
@@ -252,6 +258,10 @@ def _options():
 @functools.cache
 def load(file, kernel, shared=0):
     """A kernel of a .cu file, compiled for this card, allowed so many bytes of dynamic shared memory."""
+    if shared > SHARED:
+        needs = f"{kernel} needs {shared:,} bytes of shared memory"
+        has = f"a block of this GPU (sm_{CAPABILITY}) has {SHARED:,}"
+        raise UserError(f"kernels/{file}.cu: {needs}, {has}; use a GPU of sm_80 or newer, or --device cpu")
     try:
         code = (HERE / f"{file}.cu").read_text()
         module = xp.RawModule(code=code, options=_options(), name_expressions=[kernel])

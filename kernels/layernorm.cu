@@ -26,7 +26,7 @@
 
 #include "common.cuh"
 
-constexpr float EPSILON = 1e-5f;                            // GPT-2's
+inline constexpr float EPSILON = 1e-5f;                     // GPT-2's
 
 // ---- out = (inp - mean) * rstd * weight + bias ------------------------------------------------------------
 

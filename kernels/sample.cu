@@ -20,8 +20,8 @@
 
 #include "common.cuh"
 
-constexpr float LOG2_E = 1.4426950408889634f;               // e^x = 2^(x log2(e)), and 2^x is one instruction
-constexpr float COLDEST = 1e-30f;                           // a temperature below is as good as 0
+inline constexpr float LOG2_E = 1.4426950408889634f;        // e^x = 2^(x log2(e)), and 2^x is one instruction
+inline constexpr float COLDEST = 1e-30f;                    // a temperature below is as good as 0
 
 // ---- The coin ---------------------------------------------------------------------------------------------
 

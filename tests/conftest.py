@@ -1,4 +1,9 @@
-"""What all tests share: hypothesis draws the same examples in every run, and settings do not leak."""
+"""What all tests share: hypothesis draws the same examples in every run, and settings do not leak.
+
+At the end they say what ran in the emulator, and what NVRTC made of the kernels that training uses.
+"""
+
+import sys
 
 import pytest
 from hypothesis import settings
@@ -25,3 +30,12 @@ def _auto_is_the_cpu(monkeypatch):
     monkeypatch.setattr(
         kernels, "choose", lambda device, dtype: choose({"auto": "cpu"}.get(device, device), dtype)
     )
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Of the modules that this session has loaded: a run of a few tests says nothing about kernels."""
+    for module, title in (("emulator.launcher", "the emulator"), ("test_nvrtc", "NVRTC")):
+        lines = sys.modules[module].report() if module in sys.modules else []
+        if lines:
+            terminalreporter.section(title)
+            terminalreporter.write("\n".join(lines) + "\n")

@@ -23,7 +23,7 @@ from tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes()
 TEXT = 'yes no maybe the cat is 12 the cat is 345 {"name": "Zoë", "age": 77} élan Zürich 東京 naïve 🙂 ' * 5
-BPE = Tokenizer.train([TEXT], 330)  # with tokens of several characters, and of one and a half
+BPE = Tokenizer.train([TEXT], 325)  # with tokens of several characters, and of one and a half
 EITHER = pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
 PERSON = r'\{"name": "[^"\\]{1,12}", "age": \d{1,3}\}'
 

@@ -5,18 +5,19 @@ full of NaN before each launch, and what lies beyond the used part of a KV cache
 
 Accuracy: float32 within 1e-5 of the norm. bf16: the reference is computed in float64 on the bf16-rounded
 inputs, and the error may be twice that of a naive implementation which rounds what the kernels round.
+In the emulator, or on a GPU where there is one (tests/card.py).
 """
 
 import functools
-from pathlib import Path
+import sys
 
-import emulator
+import card
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-cupy = emulator.install()
-KERNELS = Path(__file__).parent.parent / "kernels"
+cuda = card.cuda()
+cupy, gpu = cuda.xp, sys.modules[cuda.launch.__module__]
 LENGTHS = (1, 3, 33, 64, 65, 100, 130, 200)
 STORAGE = {"float32": "float", "bfloat16": "bf16"}
 
@@ -110,8 +111,8 @@ def module(file):
         names += ["attention_softmax", "attention_forward_tensor<64>", "attention_forward_tensor<128>"]
     elif file == "attention_backward.cu":
         names += [f"attention_backward_{own}_tensor<{HS}>" for own in OWNERS for HS in (64, 128)]
-    options = ("-std=c++17", f"-I{KERNELS}")
-    return cupy.RawModule(code=(KERNELS / file).read_text(), options=options, name_expressions=names)
+    code, options = (cuda.HERE / file).read_text(), gpu._options()
+    return cupy.RawModule(code=code, options=options, name_expressions=names)
 
 
 OWNERS = ("keys", "queries")
@@ -122,7 +123,7 @@ def launch(file, name, grid, block, *arguments, shared=0):
     kernel = module(file).get_function(name)
     kernel.max_dynamic_shared_size_bytes = max(shared, kernel.max_dynamic_shared_size_bytes)
     plain = {int: np.int32, type(None): lambda _: np.uint64(0)}
-    arguments = [plain.get(type(a), lambda a: a)(a) for a in arguments]
+    arguments = tuple(plain.get(type(a), lambda a: a)(a) for a in arguments)
     kernel(grid, (block,), arguments, shared_mem=shared)
 
 
@@ -133,7 +134,7 @@ def ceil_div(a, b):
 def float_tile(HS):
     """HP, rows of a tile, bytes of a tile, bytes of the scores: FloatTile of attention.cuh."""
     HP = 64 if HS <= 64 else 128
-    rows = 64 if HP == 64 else 32
+    rows = (64 if HP == 64 else 32) // (1 if cuda.CAPABILITY >= 80 else 2)
     return HP, rows, 4 * rows * (HP + 4), 4 * rows * (rows + 4)
 
 

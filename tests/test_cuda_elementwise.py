@@ -2,20 +2,18 @@
 
 The reference is kernels/cpu.py in float64, on operands rounded to their storage type. Every launch follows
 the table at the top of its .cu file. Outputs and workspaces hold NaN before a launch, sizes are odd on
-purpose, arrays come aligned and misaligned, and everything is computed twice and must give the same bits.
+purpose, arrays come aligned and misaligned, and everything is computed twice and must give the same bits. In
+the emulator, or on a GPU where there is one (tests/card.py).
 """
 
-import functools
-from pathlib import Path
-
-import emulator
+import card
 import ml_dtypes
 import numpy as np
 import pytest
 
 from kernels import cpu, sampling
 
-KERNELS = Path(__file__).parents[1] / "kernels"
+cuda = card.cuda()
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F32 = np.dtype(np.float32)
 NAMES = {F32: "float", BF16: "bf16"}
@@ -28,39 +26,20 @@ def cdiv(a, b):
     return -(-a // b)
 
 
-@functools.cache
-def gpu():
-    return emulator.install()
-
-
-@functools.cache
-def kernel(file, name):
-    code, options = (KERNELS / file).read_text(), ("-std=c++17", f"-I{KERNELS}")
-    return gpu().RawModule(code=code, options=options, name_expressions=[name]).get_function(name)
-
-
 def launch(file, name, grid, block, *arguments, shared=0):
     """Python's ints and floats go as C's int and float, arrays and None as pointers."""
-    function = kernel(file, name)
-    if shared > 48 * 1024:
-        function.max_dynamic_shared_size_bytes = shared
-    convert = {int: np.int32, float: np.float32, type(None): lambda _: np.uint64(0)}
-    arguments = tuple(convert.get(type(argument), lambda a: a)(argument) for argument in arguments)
-    grid, block = (shape if isinstance(shape, tuple) else (shape,) for shape in (grid, block))
-    function(grid, block, arguments, shared_mem=shared)
+    cuda.launch(file.removesuffix(".cu"), name, grid, block, *arguments, shared=shared)
 
 
 def device(array, shift=0):
     """The array in device memory, `shift` elements behind a 16-byte boundary."""
-    if shift == 0:
-        return gpu().asarray(np.ascontiguousarray(array))
     flat = np.concatenate([np.zeros(shift, array.dtype), array.reshape(-1)])
-    return gpu().asarray(flat)[shift:].reshape(array.shape)
+    return cuda.to_device(flat)[shift:].reshape(array.shape)
 
 
 def empty(shape, dtype, shift=0):
     """Device memory full of NaN."""
-    return gpu().empty(int(np.prod(shape)) + shift, dtype)[shift:].reshape(shape)
+    return card.empty(int(np.prod(shape)) + shift, dtype)[shift:].reshape(shape)
 
 
 def random(seed, shape, dtype, scale=1.0, shift=0.0):

@@ -1,13 +1,15 @@
-"""Every rung, tile, orientation and epilogue of kernels/matmul.cu against NumPy in float64, in the emulator.
+"""Every rung, tile, orientation and epilogue of kernels/matmul.cu against NumPy in float64.
 
 Sizes are odd on purpose, outputs hold NaN before each launch, and every launch is made twice and must give
-the same bits. Operands are rounded to their storage type first: what is measured is the kernel alone.
+the same bits. Operands are rounded to their storage type first: what is measured is the kernel alone. In
+the emulator, or on a GPU where there is one (tests/card.py).
 """
 
+import card
 import numpy as np
 import pytest
 import test_cuda_elementwise as elementwise
-from test_cuda_elementwise import BF16, F32, NAMES, cdiv, gpu, random
+from test_cuda_elementwise import BF16, F32, NAMES, cdiv, random
 
 # As in matmul.cu's table: BM, BN, BK, then WM, WN, STAGES of bf16 or TM, TN of float.
 BF16_TILES = [
@@ -89,8 +91,8 @@ def product(operands, tile, sizes, use, aligned, slices=1):
 
     results = []
     for _ in range(2):
-        out = gpu().empty((slices, M, N), out_dtype)  # NaN
-        out_extra = gpu().empty((M, N), out_dtype) if epilogue == "BIAS_GELU" else device(extra)
+        out = card.empty((slices, M, N), out_dtype)  # NaN
+        out_extra = card.empty((M, N), out_dtype) if epilogue == "BIAS_GELU" else device(extra)
         if epilogue == "ACCUMULATE":
             out = device(before[None])
         arguments = (out, out_extra, device(bias), device(a.T if a_t else a), device(b.T if b_t else b))
@@ -126,7 +128,7 @@ def naive(operands, sizes, a_t, b_t, with_bias):
     M, N, K = sizes
     a, b = random(1, (M, K), operands, K**-0.5), random(2, (K, N), operands)
     bias = random(3, N, operands) if with_bias else None
-    out = gpu().empty((M, N), operands)
+    out = card.empty((M, N), operands)
     name = f"matmul_naive<{NAMES[operands]}, {str(a_t).lower()}, {str(b_t).lower()}>"
     stored = device(a.T if a_t else a), device(b.T if b_t else b)
     launch(name, (cdiv(N, 32), cdiv(M, 8)), (32, 8), (out, *stored, device(bias), *map(np.int32, sizes)))
@@ -199,7 +201,7 @@ def test_bias_gradient(operands, rows, N, slices):
     for aligned in {False, N % 8 == 0}:
         results = []
         for _ in range(2):
-            partials, total = gpu().empty((slices, N), np.float32), device(dbias)
+            partials, total = card.empty((slices, N), np.float32), device(dbias)
             name = f"column_partials<{NAMES[operands]}, {str(aligned).lower()}>"
             sizes = (np.int32(rows), np.int32(N), np.int32(per_slice))
             launch(name, (cdiv(N, columns), slices), (256,), (partials, device(dout), *sizes))
@@ -214,7 +216,7 @@ def test_gelu_far_out():
     """gelu(x) and its slope at both ends: 0 and x, 0 and 1, and no NaN between them."""
     pre = np.array([[-1e4, -50.0, -6.0, -1.0, -1e-4, 0.0, 1e-4, 1.0, 6.0, 50.0, 1e4]], np.float32)
     N, tile = pre.size, ", ".join(map(str, FLOAT_TILES[1]))
-    one, out, copy = device(np.ones((1, 1), np.float32)), gpu().empty((1, N), F32), gpu().empty((1, N), F32)
+    one, out, copy = device(np.ones((1, 1), np.float32)), card.empty((1, N), F32), card.empty((1, N), F32)
     sizes = (np.int32(1), np.int32(N), np.int32(1), np.int32(16))
     name = f"matmul_float<BIAS_GELU, false, false, false, {tile}>"
     nothing = device(np.zeros((1, N), np.float32))

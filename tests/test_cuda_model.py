@@ -4,8 +4,12 @@ In the emulator, or on a GPU where there is one (tests/card.py). Read test_cuda.
 """
 
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import card
 import ml_dtypes
@@ -20,6 +24,7 @@ import train
 from console import UserError
 
 cuda = card.cuda()
+ROOT = Path(__file__).parents[1]
 CONFIG = gpt2.GPT2Config(n_layer=2, n_head=2, n_embd=128, n_positions=40, vocab_size=300)  # HS 64
 ODD = gpt2.GPT2Config(n_layer=1, n_head=3, n_embd=21, n_positions=20, vocab_size=61)
 
@@ -148,15 +153,21 @@ def test_train_and_sample(shards, tmp_path, capsys, dtype):
     )
     where = f"--data {shards} --device cuda --dtype {dtype}"
 
-    def curve(out, *steps):
-        for n, more in zip(steps, ("", "--resume")):
-            train.main(f"{where} {sizes} {often} --out {out} --steps {n} {more}".split())
-        events = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-        return [event["loss"] for event in events if event["event"] == "step"]
+    def curve(flags):
+        """The losses of a run, and its last checkpoint."""
+        train.main(flags.split())
+        events = map(json.loads, (tmp_path / "once" / "log.jsonl").read_text().splitlines())
+        losses = [event["loss"] for event in events if event["event"] == "step"]
+        return losses, max((tmp_path / "once").glob("step_*"))
 
-    losses = curve(tmp_path / "once", 6)
+    losses, last = curve(f"{where} {sizes} {often} --out {tmp_path / 'once'} --steps 6")
     assert len(losses) == 6 and losses[-1] < losses[0]
     assert "seen" in capsys.readouterr().out
+    files = {path.name: path.read_bytes() for path in last.glob("*.safetensors")}
+    shutil.rmtree(last)  # as if it had been stopped after step 3: the same losses, and the same files
+    assert curve(f"--resume --out {tmp_path / 'once'}") == (losses, last)
+    assert files and files == {path.name: path.read_bytes() for path in last.glob("*.safetensors")}
+    capsys.readouterr()
     prompt = "--prompt 1 --max-tokens 6 --num-samples 2 --temperature 0.5 --top-p 0.9 --seed 1 --json"
     texts = []
     for _ in range(2):
@@ -181,22 +192,26 @@ def test_no_gpu(monkeypatch):
         kernels.choose("cuda", "float32")
 
 
+BROKEN = "raise ImportError('a page') from OSError('libcudart.so.13: no such file')"
+RAISES = "class cuda:\n  class runtime:\n    def getDeviceCount(): raise RuntimeError('{}')".format
+OLD, NONE = "cudaErrorInsufficientDriver: insufficient", "cudaErrorNoDevice: no device"
+NOT_FOUND = "no NVIDIA GPU was found, nvidia-smi is missing"
+
+
 @pytest.mark.parametrize(
-    "cupy, says",
+    "smi, cupy, says",
     [
-        (None, "CuPy is not installed; python -m pip install -r requirements-cuda.txt"),
-        (
-            "raise ImportError('a page') from OSError('libcudart.so.13: no such file')",
-            "CuPy cannot be loaded: libcudart.so.13: no such file; python -m pip install",
-        ),
-        (
-            "class cuda:\n  class runtime:\n    def getDeviceCount(): raise RuntimeError('too old')",
-            "no NVIDIA GPU, or its driver is older than CUDA 13 needs, 580: too old",
-        ),
+        (True, None, "CuPy is not installed; python -m pip install -r requirements-cuda.txt"),
+        (False, None, f"{NOT_FOUND}; if there is one, CuPy is not installed; python -m pip install"),
+        (True, BROKEN, "CuPy cannot be loaded: libcudart.so.13: no such file; python -m pip install"),
+        (False, BROKEN, f"{NOT_FOUND}; if there is one, CuPy cannot be loaded: libcudart"),
+        (True, RAISES(OLD), f"the GPU's driver is too old, CUDA 13 needs 580 or newer: {OLD}"),
+        (False, RAISES(OLD), f"{NOT_FOUND}: {OLD}"),  # what CUDA says where there is no driver at all
+        (True, RAISES(NONE), f"no NVIDIA GPU was found: {NONE}"),
     ],
-    ids=["absent", "broken", "no driver"],
 )
-def test_cupy_that_cannot_be_used(monkeypatch, tmp_path, cupy, says):
+def test_cupy_that_cannot_be_used(monkeypatch, tmp_path, smi, cupy, says):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if smi else None)
     for name in ("cupy", "kernels.gpu", "kernels.cuda"):
         monkeypatch.delitem(sys.modules, name)
     if cupy is None:
@@ -230,3 +245,43 @@ def test_heads_that_are_too_wide():
     config = gpt2.GPT2Config(n_layer=1, n_head=1, n_embd=136, n_positions=8, vocab_size=16)
     with pytest.raises(UserError, match="heads of 136 channels"):
         gpt2.GPT2(config, "cuda").logits([[1]])
+
+
+def test_too_little_shared_memory():
+    """A kernel that the card cannot hold is one clear line, and not the driver's error."""
+    message = (
+        r"gelu.cu: gelu_forward<float> needs 1,048,576 bytes .* \(sm_\d+\) has [\d,]+; use a GPU of sm_80"
+    )
+    with pytest.raises(UserError, match=message):
+        cuda.launch("gelu", "gelu_forward<float>", 1, 256, shared=1 << 20)
+
+
+@pytest.mark.parametrize("emulator", ["0", "1"])
+def test_gpu_check_does_not_run_in_the_emulator(monkeypatch, emulator):
+    def load(device):
+        raise ImportError("no NVIDIA GPU was found")
+
+    monkeypatch.setattr(kernels, "load", load)
+    monkeypatch.setenv("HANDMADE_GPU", "1")
+    monkeypatch.setenv("HANDMADE_EMULATOR", emulator)
+    why = "HANDMADE_EMULATOR is set" if emulator == "1" else "no NVIDIA GPU was found"
+    with pytest.raises(pytest.exit.Exception, match=f"these tests are to run on a GPU, and cannot: {why}"):
+        card.cuda.__wrapped__()
+
+
+def test_gpu_check_ends_in_time(tmp_path):
+    """The recipe asks for the GPU, stops tests that take too long, says so, and still measures."""
+    for name, body in (
+        ("nvidia-smi", ""),
+        ("python", 'echo "$HANDMADE_GPU: $*"; [ "$2" != pytest ] || sleep 9'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    command = ["make", "-o", "lint", "gpu-check", f"PY={tmp_path / 'python'}", "GPU_TESTS=1"]
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("HANDMADE_GPU", None)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert done.returncode, "the tests did not end, and the recipe said that all is well"
+    assert "1: -m pytest tests/test_cuda.py" in done.stdout
+    assert "error: the tests took more than 1 seconds and were stopped" in done.stdout
+    assert ": tests/bench_gpu.py --write" in done.stdout

@@ -1,5 +1,10 @@
 """The emulator itself: each facility against NumPy, and each mistake that it must report, made on purpose."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import emulator
 import ml_dtypes
 import numpy as np
@@ -7,6 +12,7 @@ import pytest
 from emulator import KernelError, compiler
 
 cupy = emulator.install()
+ROOT = Path(__file__).parents[1]
 
 KERNELS = r"""
 #include "ptx.cuh"
@@ -676,3 +682,37 @@ def test_raw_copies_and_the_memory_pool():
         cupy.empty(1 << 40)
     free, total = cupy.cuda.Device().mem_info
     assert free <= total
+
+
+# ------------------------------------------------------------------------------------------- a smaller card
+
+TURING = """
+import numpy as np
+import emulator
+emulator.install(75)
+import gpt2
+import kernels
+
+device, dtype = kernels.choose("cuda", "bfloat16")
+for heads in 2, 1:  # of 64 and of 128 channels
+    config = gpt2.GPT2Config(n_layer=1, n_head=heads, n_embd=128, n_positions=70, vocab_size=50)
+    rng, steps = np.random.default_rng(1), []
+    tokens, targets = rng.integers(0, 50, (2, 1, 70)).astype(np.int32)
+    for place in device, "cpu":
+        model = gpt2.GPT2(config, place, dtype, seed=3)
+        optimizer = gpt2.AdamW(model)
+        losses = model.ops.to_host(model.forward(tokens, targets))
+        model.backward()
+        steps.append([*losses.ravel(), optimizer.step(1e-3), *model.ops.to_host(model.flat_params)])
+    np.testing.assert_allclose(*steps, rtol=1e-4, atol=1e-4)
+print(device, dtype)
+"""
+
+
+def test_a_card_below_sm_80_trains_in_float32():
+    """Turing has 64 KB of shared memory for a block: attention's float tiles are smaller there."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", TURING]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "cuda float32\n" and "computing in float32" in done.stderr

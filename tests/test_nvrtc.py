@@ -1,6 +1,8 @@
 """NVRTC, the compiler on the user's machine, compiles every kernel that cuda.py can choose; no GPU needed.
 
-For sm_80, 86, 89 and 90: no warning, no spilled register, and what the launch asks for fits the card.
+For sm_80, 86, 89 and 90: no warning, no spilled register, and what the launch asks for fits the card. For
+sm_75 the same of the float32 variants, which is all that may run there. At the end of a session: a table of
+what training uses.
 
     python tests/test_nvrtc.py        the table: registers, shared memory, spills of every variant
 
@@ -15,7 +17,9 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +29,7 @@ import card  # noqa: E402
 cuda = card.cuda()
 gpu = sys.modules[cuda.launch.__module__]
 CARDS = {80: (108, 163), 86: (84, 99), 89: (128, 99), 90: (132, 227)}  # multiprocessors, KB for a block
+CARDS[75] = 72, 64  # no bf16
 
 
 def toolkit():
@@ -66,10 +71,16 @@ USES = [  # epilogue, A_T, B_T, whether the output is float32 in any case
 ]
 
 
+def as_card(capability, monkeypatch):
+    """cuda.py chooses as on this card."""
+    SMS, KB = CARDS[capability]
+    for name, value in dict(CAPABILITY=capability, SMS=SMS, SHARED=KB * 1024).items():
+        monkeypatch.setattr(cuda, name, value)
+
+
 def matmuls(capability, monkeypatch):
     """Every use with every tile that _tile gives for some size on this card."""
-    for name, value in zip(("SMS", "SHARED"), (CARDS[capability][0], CARDS[capability][1] * 1024)):
-        monkeypatch.setattr(cuda, name, value)
+    as_card(capability, monkeypatch)
     sizes = list(itertools.product((1, 16, 256, 768, 1 << 16), repeat=3))
     for S, packed, (epilogue, a_t, b_t, wide) in itertools.product(("float", "bf16"), (True, False), USES):
         flags = ", ".join(str(flag).lower() for flag in (a_t, b_t, packed))
@@ -118,7 +129,93 @@ def variants(capability, monkeypatch):
     names["encoder"] |= {"token_count", "token_starts", "token_scatter", "token_order"}
     names["norm"] = {"global_norm_naive", "square_sums", "global_norm_finish", "clip_scale"}
     names["adamw"] = {"adamw_naive", "adamw"}
+    if capability < 80:  # neither bf16 nor cp.async
+        new = re.compile(r"bf16|_tensor<|^classifier<")
+        names = {file: {name for name in kernels if not new.search(name)} for file, kernels in names.items()}
     return names
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What cuda.py launches, with how much dynamic shared memory
+
+
+class Ghost(np.ndarray):
+    """Looks like an array on the card: nobody reads or writes it, so it needs no memory."""
+
+    data = property(lambda self: SimpleNamespace(ptr=self.ctypes.data))
+    device = property(lambda self: gpu.DEVICE)
+
+
+def ghost(*shape, dtype=np.float32):
+    return np.empty(shape, dtype).view(Ghost)
+
+
+def step(S, H=12, C=768, B=16, T=1024, V=50304, R=5336):
+    """The operations of a training step as gpt2.py calls them; R rows of logits at once, stored as S."""
+    s = lambda *shape: ghost(*shape, dtype=cuda.DTYPES[S])
+    f, ints = ghost, lambda *shape: ghost(*shape, dtype=np.int32)
+    x, h, qkv, lse, mean = s(B, T, C), s(B, T, 4 * C), s(B, T, 3 * C), f(B, H, T), f(B, T)
+    wte, wpe, dwte, dwpe = s(V, C), s(T, C), f(V, C), f(T, C)
+    rows, logits = s(R, C), s(R, V)
+    cuda.encoder_forward(x, ints(B, T), wte, wpe)
+    cuda.layernorm_forward(x, mean, mean, x, s(C), s(C))
+    cuda.matmul_forward(qkv, x, s(C, 3 * C), s(3 * C))
+    cuda.attention_forward(x, lse, qkv, H)
+    cuda.matmul_residual_forward(x, x, s(C, C), s(C), x)
+    cuda.matmul_gelu_forward(h, h, x, s(C, 4 * C), s(4 * C))
+    cuda.matmul_residual_forward(x, h, s(4 * C, C), s(C), x)
+    cuda.matmul_forward(logits, rows, wte.T, None)
+    cuda.classifier(f(R), logits, ints(R), f(R), V)
+    cuda.matmul_backward(rows, dwte.T, None, logits, rows, wte.T)
+    cuda.layernorm_backward(x, f(C), f(C), x, x, s(C), mean, mean)
+    cuda.matmul_gelu_backward(h, f(4 * C, C), f(C), x, h, s(4 * C, C), h)
+    cuda.matmul_backward(x, f(C, 4 * C), f(4 * C), h, x, s(C, 4 * C))
+    cuda.matmul_backward(x, f(C, C), f(C), x, x, s(C, C))
+    cuda.attention_backward(qkv, x, x, lse, qkv, H)
+    cuda.matmul_backward(x, f(C, 3 * C), f(3 * C), qkv, x, s(C, 3 * C))
+    cuda.encoder_backward(dwte, dwpe, x, ints(B, T))
+    cuda.global_norm(f(1), f(1000))
+    cuda.clip_scale(f(1), f(1), 1.0, 1.0)
+    copy = None if S == "float32" else s(1000)
+    cuda.adamw(f(1000), f(1000), f(1000), f(1000), f(1), 1e-3, 0.9, 0.95, 1e-8, 0.1, 1, copy)
+
+
+def launches(capability, monkeypatch, training_only=False):
+    """{(file, kernel): dynamic shared bytes, the most} of d12's training, and of what else asks for some."""
+    found = {}
+
+    def launch(file, kernel, grid, block, *arguments, shared=0):
+        found[file, kernel] = max(shared, found.get((file, kernel), 0))
+
+    with monkeypatch.context() as patch:
+        as_card(capability, patch)
+        patch.setattr(cuda, "launch", launch)
+        patch.setattr(cuda, "scratch", lambda *wanted: [ghost(n, dtype=dtype) for n, dtype in wanted])
+        patch.setattr(cuda, "_count", [ghost(1 << 16, dtype=np.int32)])
+        patch.setattr(gpu, "xp", SimpleNamespace(ndarray=Ghost))
+        cuda._slices.cache_clear()  # it knows this card's number of multiprocessors
+        step("bfloat16" if capability >= 80 else "float32")
+        if not training_only:
+            for S, storage in cuda.DTYPES.items():
+                if S == "bfloat16" and capability < 80:
+                    continue
+                step(S)
+                for rung, HS in itertools.product(("", "flash"), (64, 128)):
+                    patch.setattr(cuda, "RUNGS", {"attention": rung} if rung else {})
+                    qkv, out, lse = (
+                        ghost(1, 5, 3 * HS, dtype=storage),
+                        ghost(1, 5, HS, dtype=storage),
+                        ghost(1, 1, 5),
+                    )
+                    cuda.attention_forward(out, lse, qkv, 1)
+                    cuda.attention_backward(qkv, out, out, lse, qkv, 1)
+                for C in range(64, 2560, 64):
+                    x, w, mean = ghost(5, C, dtype=storage), ghost(C, dtype=storage), ghost(5)
+                    cuda.layernorm_backward(x, ghost(C), ghost(C), x, x, w, mean, mean)
+                row = ghost(2, (cuda.SHARED - 512) // storage.itemsize // 8 * 8, dtype=storage)  # the longest
+                cuda.classifier(ghost(2), row, ghost(2, dtype=np.int32), ghost(2), 9)
+    cuda._slices.cache_clear()
+    return found
 
 
 def test_no_kernel_is_forgotten(monkeypatch):
@@ -144,7 +241,6 @@ def compiled(file, names, capability):
     options = [*gpu._options(), f"-I{toolkit() / 'include'}", f"-arch=sm_{capability}"]
     options += ["-ftz=true", "--device-as-default-execution-space"]  # as CuPy calls it
     options += ["--ptxas-options=-v", "--ptxas-options=-warn-spills"]
-    options.append("--diag-suppress=177")  # a constant without use: another kernel of the file uses it
     options = [option.encode() for option in options]
     failed = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     length = ctypes.c_size_t()
@@ -183,7 +279,31 @@ def test_every_variant_compiles(capability, monkeypatch):
     assert "warning" not in log.lower(), re.findall(r".*warning.*", log, re.IGNORECASE)[:5]
     spilling = {name: row for name, row in rows.items() if row[2]}
     assert not spilling, f"registers are spilled: {spilling}"
-    assert max(shared for _, shared, _ in rows.values()) <= 48 * 1024
+    asked = launches(capability, monkeypatch)
+    assert not asked.keys() - rows.keys(), "a launch of a variant that is not in the list"
+    for (file, name), (_, static, _) in rows.items():
+        dynamic = asked.get((file, name), 0)
+        if name.startswith("matmul_bf16"):
+            BM, BN, BK, _, _, stages = map(int, name.strip(">").split(", ")[-6:])
+            assert dynamic in (0, stages * (BM + BN) * BK * 2)
+            dynamic = stages * (BM + BN) * BK * 2
+        assert static <= 48 * 1024 and static + dynamic <= CARDS[capability][1] * 1024, name
+    for name, dynamic in launches(capability, monkeypatch, training_only=True).items():
+        registers, static, _ = rows[name]
+        TABLE.setdefault(name, {})[capability] = f"{registers:3} {static + dynamic:>7,}"
+
+
+TABLE = {}  # (file, kernel): {capability: registers and shared memory}, of what training uses
+
+
+def report():
+    """TABLE as lines of text, for the end of a session: conftest.py prints it."""
+    cards = sorted({capability for row in TABLE.values() for capability in row})
+    head = "registers and shared bytes of d12's training, bf16 (sm_75: float32)"
+    lines = [" ".join(f"{f'sm_{card}':>11}" for card in cards) + f"  {head}"]
+    for (file, name), row in TABLE.items():
+        lines.append(" ".join(f"{row.get(card, ''):>11}" for card in cards) + f"  {file}.cu: {name}")
+    return lines if TABLE else []
 
 
 def main():

@@ -405,7 +405,7 @@ def test_a_reward_model_learns_a_preference_also_for_what_it_has_not_seen(monkey
 
 
 def test_train_makes_a_reward_model_of_the_assistants_own_answers(start, tmp_path):
-    done = start("train", "judge", "--questions", 40, "--steps", 60, "--lr", 3e-3)
+    done = start("train", "judge", "--questions", 80, "--steps", 60, "--lr", 3e-3)
     assert done.status == 0, done.err
     evals = events(tmp_path / "judge", "eval")
     assert [e["step"] for e in evals] == [*range(0, 61, 10)]

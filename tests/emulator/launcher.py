@@ -5,6 +5,7 @@ too much shared memory, an access outside an array, a deadlock.
 """
 
 import bisect
+import collections
 import ctypes
 import functools
 import os
@@ -12,6 +13,7 @@ import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
@@ -20,7 +22,30 @@ from . import compiler
 MAX_THREADS = 1024
 STACK_BYTES = (1 << 20) if compiler.SANITIZE else (1 << 17)
 STATIC_SHARED_LIMIT = 48 * 1024  # and of dynamic shared memory, until the kernel's attribute is raised
-OPTIN_SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227}  # KB, by compute capability
+OPTIN_SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227}  # KB, by compute capability
+
+
+launched = collections.Counter()  # {(stem of the .cu file, kernel with its template's arguments): launches}
+
+
+def report():
+    """What this process ran of the project's kernels, a line for each file: a list of lines, or none."""
+    lines, total, KERNELS = [], [0, 0, 0, 0], Path(__file__).parents[2] / "kernels"
+    for path in sorted(KERNELS.glob("*.cu")):
+        runs = {name: n for (file, name), n in launched.items() if file == path.stem}
+        ran = {name.partition("<")[0] for name in runs}
+        row = (
+            len(ran),
+            len(compiler.kernel_names(path.read_text(), plain=False)),
+            len(runs),
+            sum(runs.values()),
+        )
+        lines.append("{:>4} of {:<3} {:8}  {:8}  ".format(*row) + path.name)
+        total = [a + b for a, b in zip(total, row)]
+    if not total[-1]:
+        return []
+    what = "{} of {} kernels in {} variants (templates, tiles), {:,} launches".format(*total)
+    return [f"   kernels variants  launches  ran in the emulator: {what}", *lines]
 
 
 class KernelError(RuntimeError):
@@ -205,6 +230,7 @@ class Library:
 
     def __init__(self, path, names, kernels=()):
         self.path, self.names, self.kernels = path, list(names), kernels
+        self.file = path.stem.rpartition("-")[0]  # matmul of matmul.cu
         self.symbols = compiler.symbols(path)
         spans = [(at, at + n) for name, (at, n) in self.symbols.items() if _is_shared(name)]
         self.shared_span = min(low for low, _ in spans), max(high for _, high in spans)
@@ -359,6 +385,7 @@ class Kernel:
 
     def run(self, grid, block, arguments, packed, shared_mem):
         """Run what the checks have accepted; with EMULATOR_TWICE=1 in two orders that must agree."""
+        launched[self.library.file, self.name] += 1
         memories = {m.address: m for m in (getattr(a, "memory", None) for a in arguments) if m is not None}
         if setting("EMULATOR_TWICE", "0") == "0":
             self._run(grid, block, arguments, packed, shared_mem, memories, _order())
