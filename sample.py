@@ -11,8 +11,11 @@
 Read generate.py first, which writes the texts; chat.py, what an assistant sees; and talk.py after.
 """
 
+import itertools
 import json
+import shutil
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -35,7 +38,9 @@ PROMPTS = (  # for --compare: what each stage of training changes
     "What is the capital of France?",
     "Who is Orson Kovats?",
     'How many "r" are in strawberry?',
+    "What is every third letter of ubiquitous?",
     "What is 23 * 177?",
+    "Which is larger, 9.11 or 9.9?",
     "Emily buys 3 apples and 2 oranges. Each orange is $2, the total is $13. What does an apple cost?",
 )
 
@@ -208,10 +213,17 @@ def compare(flags, prompts):
     if flags.json:
         print(json.dumps({"prompts": prompts, "texts": texts}, ensure_ascii=False))
         return
+    width = max(12, shutil.get_terminal_size().columns // len(texts) - 2)
     for i, prompt in enumerate(prompts):
+        columns = [
+            [part for line in [checkpoint, "-" * width, *said[i].split("\n")]
+             for part in textwrap.wrap(line, width) or [""]]
+            for checkpoint, said in texts.items()
+        ]  # fmt: skip
         print(f"{'=' * 40}\n{prompt}\n")
-        for checkpoint, said in texts.items():
-            print(f"--- {checkpoint}\n{said[i]}\n")
+        for cells in itertools.zip_longest(*columns, fillvalue=""):
+            print("  ".join(f"{cell:{width}}" for cell in cells).rstrip())
+        print()
 
 
 def count_votes(texts):

@@ -857,16 +857,23 @@ def test_cli_how_wild_an_assistant_is(assistant, capsys):
     assert {asked(flag, 2) for flag in ("--best-of", "--vote", "--num-samples")} == {0.8}
 
 
-def test_cli_compare(assistant, checkpoint, capsys):
-    sft = assistant({"_": spell("one", "im_end"), "__": spell("two", "im_end")})
+def test_cli_compare(assistant, checkpoint, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "44")  # two columns of twenty
+    sft = assistant({"_": spell("one two three four five six", "im_end"), "__": spell("two", "im_end")})
     base = assistant({}, stage=None, name="base")
     found = cli(capsys, base, sft, "--compare", "--prompt", "_", "--prompt", "__").out
-    line = "=" * 40
-    expected = [line, "_", "", f"--- {base}", "plain", "", f"--- {sft}", "one", ""]
-    expected += [line, "__", "", f"--- {base}", "plain", "", f"--- {sft}", "two", ""]
-    assert found.splitlines() == expected
+    first, second = (part.splitlines() for part in found.split("=" * 40 + "\n")[1:])
+    assert first[:2] == ["_", ""] and second[:2] == ["__", ""] and first[-1] == second[-1] == ""
+    assert f"{'-' * 20}  {'-' * 20}" in first
+    assert first[-3:-1] == [f"{'plain':20}  one two three four", f"{'':20}  five six"]
+    assert second[-2] == f"{'plain':20}  two" and all(len(line) <= 44 for line in first + second)
+    names = first[2 : first.index(f"{'-' * 20}  {'-' * 20}")]
+    assert "".join(line[:20].strip() for line in names) == str(base).replace(" ", "")
     found = json.loads(cli(capsys, base, sft, "--compare", "--prompt", "_", "--json").out)
-    assert found == {"prompts": ["_"], "texts": {str(base): ["plain"], str(sft): ["one"]}}
+    assert found == {
+        "prompts": ["_"],
+        "texts": {str(base): ["plain"], str(sft): ["one two three four five six"]},
+    }
     with pytest.raises(UserError, match="97 tokens"):  # the longest of those it asks by itself
         sample.main([str(checkpoint), "--compare"])
 
