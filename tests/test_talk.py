@@ -198,6 +198,15 @@ def test_an_answer_without_end_is_cut_off_and_says_so():
         assert settings == {} or content[0]["text"] == "x" * 7
 
 
+def test_a_call_that_never_closes_ends_at_the_limit_and_is_not_run():
+    run, events = [], []
+    tools = {"calc": lambda call: run.append(call) or " 1"}
+    model = speaker(lambda question: [SPECIAL["<|calc_start|>"], *b"1 + " * 50])
+    content = assistant(model, tools, max_tokens=30).answer([user("?")], events.extend)
+    assert "--max-tokens" in events[-1]["note"] and run == []
+    assert not any(part["type"] == "output" for part in content)
+
+
 @pytest.mark.parametrize(
     "tokens, kept",
     [
