@@ -6,12 +6,13 @@ ARGS ?=
 
 SFT ?= runs/sft
 RL ?= runs/rl
+RLHF ?= runs/rlhf
 SEED ?= 42
 # What the first assistant learns from: the facts above all, since the second is taught only those that it
 # knows; and what every other skill is made of, to copy and to calculate.
 FACTS := factbook=32,sums=2,repeat=8,tools=20,tasks=9,spelling=7,counting=6,identity=11,chitchat=3,unknown=2
 
-.PHONY: help train sample sft chat chat-web rl plot test lint bench gpu-check clean
+.PHONY: help train sample sft chat chat-web rl rlhf plot test lint bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,12 +21,13 @@ help:
 	@echo "make sft      make an assistant of it, with tools (8 minutes), and examine it"
 	@echo "make chat     talk to the assistant; make chat-web: in the browser"
 	@echo "make rl       let it practise problems whose answers can be checked (2 minutes)"
+	@echo "make rlhf     let it please a reward model, and watch how that is fooled (5 minutes)"
 	@echo "make plot     draw its loss and learning rate"
 	@echo "make test     lint, and run all tests"
 	@echo "make bench    measure speed and quality, beside PyTorch where it is installed"
 	@echo "make gpu-check  on a machine with an NVIDIA GPU: every kernel tested, then every kernel and training measured"
 	@echo "make clean    remove what was made, but not your runs"
-	@echo "RUN=$(RUN), SFT=$(SFT) and RL=$(RL) name the runs; ARGS=... goes to the script"
+	@echo "RUN=$(RUN), SFT=$(SFT), RL=$(RL) and RLHF=$(RLHF) name the runs; ARGS=... goes to the script"
 
 PIP = $(PY) -m pip install -q --disable-pip-version-check
 OFFLINE = { echo "error: pip could not install the requirements; is the Python package index reachable?"; exit 2; }
@@ -78,6 +80,21 @@ rl: .venv/ready
 	@test -e $(SFT)/done || $(MAKE) sft ARGS=
 	$(PY) rl.py --init-from $(SFT) --out $(RL) --task word,arithmetic --level 1-2 --eval-level 1-4 \
 	  --seed $(SEED) $(if $(wildcard $(RL)/step_*),--resume) $(ARGS)
+
+# An assistant with manners of all kinds, a reward model of which people prefer, and what comes of pleasing it.
+rlhf: .venv/ready
+	@test -e $(SFT)/done || $(MAKE) sft ARGS=
+	@test -e $(RLHF)-manners.jsonl || \
+	  $(PY) reward.py manners --init-from $(SFT) --out $(RLHF)-manners.jsonl --seed $(SEED)
+	@test -e $(RLHF)-manners/done || { $(PY) sft.py --init-from $(SFT) --data jsonl:$(RLHF)-manners.jsonl \
+	  --out $(RLHF)-manners --epochs 1 --seed $(SEED) $(if $(wildcard $(RLHF)-manners/step_*),--resume) && \
+	  touch $(RLHF)-manners/done; }
+	@ls $(RLHF)-reward/step_* >/dev/null 2>&1 || \
+	  $(PY) reward.py train --init-from $(RLHF)-manners --out $(RLHF)-reward --seed $(SEED)
+	$(PY) rl.py --init-from $(RLHF)-manners --out $(RLHF) --reward model --reward-model $(RLHF)-reward \
+	  --task decimals --level 1-2 --steps 100 --lr 1e-4 --final-lr 1 --eval-every 10 --seed $(SEED) \
+	  $(if $(wildcard $(RLHF)/step_*),--resume) $(ARGS)
+	$(PY) plot.py $(RLHF)
 
 plot: .venv/ready
 	@$(PY) plot.py $(RUN) $(ARGS)

@@ -1,35 +1,36 @@
 """RLHF in small: where no verifier can say what is right, a reward model learns what people prefer.
 
-    python reward.py manners    write runs/manners.jsonl: worked solutions as different people would say them
-    python sft.py --init-from runs/sft --data jsonl:runs/manners.jsonl --out runs/manners --epochs 1
-    python reward.py train      make runs/reward: a model of which answers of runs/manners people prefer
-    python reward.py rl         make runs/rlhf: an assistant that pleases the reward model
-    python reward.py dpo        make runs/dpo: the same without a reward model
+    python reward.py manners    write conversations: worked solutions as different people would say them
+    python sft.py --init-from runs/sft --data jsonl:runs/rlhf-manners.jsonl --out runs/rlhf-manners --epochs 1
+    python reward.py train      make runs/rlhf-reward: a model of which of its answers people prefer
+    python rl.py --reward model --init-from runs/rlhf-manners --out runs/rlhf --task decimals --level 1-2
+    python reward.py dpo        make runs/rlhf-dpo: the same without a reward model
 
-People are slow: here true_score() prefers what is right, polite and short. The reward model learns from its
-orderings of eight answers (Ouyang et al. 2022, InstructGPT), and the policy gradient pleases that model.
-With the reward the true score rises, and then it falls while the reward still rises: the assistant has found
-what the reward model wrongly loves. `python plot.py runs/rlhf` shows both; runs/rlhf/best is the assistant
-from before the fall; --kl holds it back. Read rl.py first.
+`make rlhf` does the first four. People are slow: here true_score() prefers what is right, polite and short.
+The reward model learns from its orderings of eight answers (Ouyang et al. 2022, InstructGPT), and the policy
+gradient pleases that model. With the reward the true score rises, and then it falls while the reward still
+rises: the assistant has found what the reward model wrongly loves. `python plot.py runs/rlhf` shows both;
+runs/rlhf/best is the assistant from before the fall; --kl holds it back.
 """
 
 import itertools
 import json
 import random
 import re
+import time
 from pathlib import Path
 
 import numpy as np
 
+import attempts
 import batches
 import chat
 import console
 import gpt2
 import mixture
-import rl
 import runs
 import tasks
-from console import UserError, number
+from console import UserError, duration, number
 
 # ------------------------------------------------------------------------------------ what "people" prefer
 
@@ -91,11 +92,14 @@ def heard(tokenizer, attempt):
 
 def rewards(model, tokenizer, some):
     """The reward of every attempt, (N,)."""
-    read = [heard(tokenizer, attempt) for attempt in some]
-    lengths = [len(ids) for ids in read]
-    tokens = np.array([ids + [0] * (max(lengths) - len(ids)) for ids in read], np.int32)  # (N, T)
-    logits = model.ops.to_host(model.decode(tokens, model.new_cache(*tokens.shape), lengths))  # (N, V)
-    return logits[:, tokenizer.encode_special(GOOD)] - logits[:, tokenizer.encode_special(BAD)]
+    good, bad, found = tokenizer.encode_special(GOOD), tokenizer.encode_special(BAD), []
+    for i in range(0, len(some), attempts.ROWS):
+        read = [heard(tokenizer, attempt) for attempt in some[i : i + attempts.ROWS]]
+        lengths = [len(ids) for ids in read]
+        tokens = np.array([ids + [0] * (max(lengths) - len(ids)) for ids in read], np.int32)  # (B, T)
+        logits = model.ops.to_host(model.decode(tokens, model.new_cache(*tokens.shape), lengths))  # (B, V)
+        found.append(logits[:, good] - logits[:, bad])
+    return np.concatenate(found)
 
 
 def reward_rows(tokenizer, some, pull):
@@ -110,33 +114,38 @@ def reward_rows(tokenizer, some, pull):
 
 
 flat = itertools.chain.from_iterable
+mean = lambda values: float(np.mean(list(values)))
+
+
+def judge(flags, tokenizer):
+    """What rl.py has to say judge(groups) with: it writes the reward model's opinion into the attempts and
+    returns the means of that and of the true score. With --reward verifier it leaves them as they are."""
+    if flags.reward == "verifier":
+        return lambda groups: {}
+    model, others = attempts.load(flags.reward_model, flags)
+    if others.ranks != tokenizer.ranks:
+        raise UserError(f"{flags.reward_model} has another vocabulary; train it on answers of this assistant")
+
+    def judged(groups):
+        some = list(flat(groups))
+        for attempt, r in zip(some, rewards(model, tokenizer, some)):
+            attempt.reward = float(r)
+        return dict(score=mean(map(true_score, some)), reward=mean(attempt.reward for attempt in some))
+
+    return judged
 
 
 def questions(flags, split, n=None):
     """Problems of --task, its levels by turns: n of them, or without end."""
-    levels = rl.shares(flags.task, flags.level)
+    levels = attempts.shares(flags.task, flags.level)
     streams = [tasks.problems(task, split, level, flags.seed) for task, level in levels]
     return itertools.islice(flat(zip(*streams)), n)
 
 
-def ask(model, tokenizer, flags, some, first=0):
-    """A group of --attempts answers to each of some questions."""
-    return rl.attempts(model, tokenizer, some, flags.attempts, flags.max_tokens, flags.seed, first)
-
-
-def measured(groups, tokenizer, judge=None):
-    """What there is to know about attempts, on average; a judge's rewards are written into them."""
-    some = list(flat(groups))
-    for attempt, r in zip(some, rewards(judge, tokenizer, some) if judge else []):
-        attempt.reward = float(r)
-    means = np.mean([(true_score(a), a.correct, len(a.said), a.reward) for a in some], axis=0).tolist()
-    return dict(zip(("score", "right", "length", "reward")[: 4 if judge else 3], means))
-
-
 def compare(flags, model, tokenizer, optimizer, tested):
     """train and dpo: update(step, lr) and examine(), both with the assistant's own answers in order."""
-    asked = list(questions(flags, "train", flags.questions))
-    groups, others = (ask(model, tokenizer, flags, some) for some in (asked, tested))
+    talk = lambda some: attempts.sample(model, tokenizer, some, flags.attempts, flags.max_tokens, flags.seed)
+    groups, others = talk(list(questions(flags, "train", flags.questions))), talk(tested)
     groups = [group for group in groups if orderings([group])]
     if not groups or not orderings(others):
         raise UserError("no answer is better than another; give more --questions or another --task")
@@ -147,12 +156,16 @@ def compare(flags, model, tokenizer, optimizer, tested):
         rows = lambda some, pull: reward_rows(tokenizer, some, pull)
         examine = lambda: dict(zip(("accuracy", "loss"), preferred(value(held_out), orderings(others))[::-2]))
     else:  # DPO (Rafailov et al. 2023): the reward is the assistant's own, beta log(p(answer) / p at first)
-        all_log_p = lambda some: zip(rl.log_probabilities(model, some, flags.batch_tokens), some)
+        all_log_p = lambda some: zip(attempts.log_probabilities(model, some, flags.batch_tokens), some)
         log_p = lambda some: np.array([found[attempt.drawn].sum() for found, attempt in all_log_p(some)])
         begun = dict(zip(map(id, flat(groups)), log_p(list(flat(groups)))))
         value = lambda some: flags.beta * (log_p(some) - [begun[id(attempt)] for attempt in some])
         rows = lambda some, pull: [(a.tokens, flags.beta * p * a.drawn) for a, p in zip(some, pull)]
-        examine = lambda: measured(ask(model, tokenizer, flags, tested), tokenizer)
+
+        def examine():
+            some = list(flat(talk(tested)))
+            score, right = mean(map(true_score, some)), mean(attempt.correct for attempt in some)
+            return dict(score=score, right=right, length=mean(len(attempt.said) for attempt in some))
 
     def update(step, lr):
         order = np.random.default_rng([flags.seed, step]).permutation(len(groups))[: flags.prompts]
@@ -164,37 +177,12 @@ def compare(flags, model, tokenizer, optimizer, tested):
     return update, examine
 
 
-def please(flags, model, tokenizer, optimizer, tested):
-    """rl: the policy gradient of rl.py, with the reward model's opinion for a reward."""
-    judge, others = rl.load(flags.reward, flags)
-    if others.ranks != tokenizer.ranks:
-        raise UserError(f"{flags.reward} has not the vocabulary of {flags.init_from}; train it from there")
-    reference = rl.load(flags.init_from, flags)[0] if flags.kl else None
-    problems = questions(flags, "train")
-
-    def update(step, lr):
-        asked = list(itertools.islice(problems, flags.prompts))
-        groups = ask(model, tokenizer, flags, asked, (step + 1) << 32)  # nobody else's random numbers
-        found = measured(groups, tokenizer, judge)
-        kept = [attempt for group in groups for attempt in rl.choose(group, flags.method)]
-        return found | (rl.learn(model, optimizer, kept, lr, flags, reference) if kept else {})
-
-    def examine():
-        groups = ask(model, tokenizer, flags, tested)
-        found, one = measured(groups, tokenizer, judge), groups[0][0]
-        console.say(f"reward {one.reward:.2f}, true score {true_score(one):.2f}: {chat.text_of(one.parts)!r}")
-        return found
-
-    return update, examine
-
-
 # ----------------------------------------------------------------------------------------- the command line
 
-STAGES = {  # what each begins with, its run, its --questions, --steps and --lr
-    "manners": ("runs/sft", "runs/manners.jsonl", 8000, 1, 1.0),
-    "train": ("runs/manners", "runs/reward", 400, 150, 1e-3),
-    "rl": ("runs/manners", "runs/rlhf", 1, 100, 1e-4),
-    "dpo": ("runs/manners", "runs/dpo", 400, 100, 5e-5),
+STAGES = {  # what each begins with, what it writes, its --questions, --steps and --lr
+    "manners": ("runs/sft", "runs/rlhf-manners.jsonl", 8000, 1, 1.0),
+    "train": ("runs/rlhf-manners", "runs/rlhf-reward", 400, 60, 1e-3),
+    "dpo": ("runs/rlhf-manners", "runs/rlhf-dpo", 400, 100, 5e-5),
 }
 
 
@@ -205,23 +193,20 @@ def parser():
     add = flags.add_argument_group("models (if others than above) and questions").add_argument
     add("--init-from", metavar="DIR", help="the model to begin with")
     add("--out", metavar="RUN", help="the run's directory, a new one; for manners a file")
-    add("--reward", default="runs/reward", metavar="RUN", help="rl: the reward model")
     add("--task", default="decimals", metavar="SPEC", help="a task, or several by turns: decimals,word")
     add("--level", default="1-2", metavar="N", help="how difficult: 2, or a range")
     add("--questions", type=whole, metavar="N", help="to write (8000), or with answers to compare (400)")
     add = flags.add_argument_group("steps").add_argument
-    add("--steps", type=whole, metavar="N", help="updates (100; train: 150)")
-    add("--lr", type=real, metavar="X", help="learning rate (train: 0.001, rl: 0.0001, dpo: 0.00005)")
+    add("--steps", type=whole, metavar="N", help="updates (100; train: 60)")
+    add("--lr", type=real, metavar="X", help="learning rate (train: 0.001, dpo: 0.00005)")
     add("--prompts", type=whole, default=16, metavar="P", help="questions in a step")
     add("--attempts", type=number(int, low=2), default=8, metavar="G", help="answers to each")
-    add("--kl", type=number(float, low=0), default=0.0, metavar="BETA", help="rl: hold it to the first model")
     add("--beta", type=real, default=0.1, metavar="X", help="dpo: the larger, the closer to the first model")
     add = flags.add_argument_group("examinations, and chance").add_argument
     add("--eval-every", type=whole, default=10, metavar="N", help="steps between two")
     add("--eval-problems", type=whole, default=64, metavar="N", help="held-out questions of each")
     add("--seed", type=number(int, 0, 2**63), default=42, metavar="N", help="questions and answers")
-    flags.set_defaults(max_tokens=64, batch_tokens=8192, grad_clip=1.0, device="auto", dtype="float32")
-    flags.set_defaults(method="grpo", epochs=1, clip=0.2)  # what rl.learn() wants to know
+    flags.set_defaults(max_tokens=96, batch_tokens=8192, grad_clip=1.0, device="auto", dtype="float32")
     return flags
 
 
@@ -236,17 +221,15 @@ def main(argv=None):
         talks = [dict(messages=mixture.turns(p.prompt, dressed(p.solution, rng))) for p in some]
         run.parent.mkdir(parents=True, exist_ok=True)
         return run.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
-    model, tokenizer = rl.load(flags.init_from, flags)
-    optimizer, tested = (
-        gpt2.AdamW(model, weight_decay=0.0),
-        list(questions(flags, "test", flags.eval_problems)),
-    )
-    stage = please if flags.what == "rl" else compare
-    update, examine = stage(flags, model, tokenizer, optimizer, tested)
+    model, tokenizer = attempts.load(flags.init_from, flags)
+    optimizer = gpt2.AdamW(model, weight_decay=0.0)
+    tested = list(questions(flags, "test", flags.eval_problems))
+    update, examine = compare(flags, model, tokenizer, optimizer, tested)
     run.mkdir(parents=True, exist_ok=True)
     log, line, interrupt = runs.Log(run), console.Line(), runs.Interrupt()
-    words = lambda measures: ", ".join(f"{name} {value:.3f}" for name, value in measures.items())
+    words = lambda measures: " | ".join(f"{name} {value:.3f}" for name, value in measures.items())
     log.write("start", step=0, **state)
+    began = time.perf_counter()
     for step in range(flags.steps + 1):
         if (last := step == flags.steps or interrupt.asked) or step % flags.eval_every == 0:
             found = examine()  # score or accuracy first
@@ -260,7 +243,8 @@ def main(argv=None):
         lr = flags.lr * min(1, (step + 1) / 5)  # 5 steps up to --lr
         measures = update(step, lr)
         log.write("step", step=step + 1, lr=lr, **measures)
-        line.show(f"step {step + 1}/{flags.steps}: {words(measures)}")
+        left = duration((time.perf_counter() - began) / (step + 1) * (flags.steps - step - 1))
+        line.show(f"step {step + 1}/{flags.steps} | {words(measures)} | {left} left")
     runs.save_checkpoint(run, step, model, tokenizer, optimizer, 1, **state)
     line.clear(f"done: {run}; {run / 'best'} is from step {stop}, with {next(iter(found))} {best:.3f}")
 

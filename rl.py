@@ -7,52 +7,32 @@
 Of many attempts at a problem the verifier says which are right. What they did better than their group's mean
 becomes more probable, what they did worse less. The loss is train.py's with other weights: advantage / tokens
 of the step on what the model chose, 0 on the prompt and on what tools said. That is the policy gradient,
-exactly. Read tasks.py (problems and verifiers), generate.py and batches.py first; this is the last stage.
+exactly. Read attempts.py first; this is the last stage.
+
+With --reward model a reward model judges instead, see reward.py: there the reward is not the truth.
 """
 
 import itertools
 import json
-import math
-import re
 import shlex
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+import attempts
 import batches
-import chat
 import console
 import gpt2
-import kernels
-import mixture
+import reward
 import runs
 import tasks
-import workers
+from attempts import log_probabilities
 from console import UserError, duration, number
-from generate import generate
-from tokenizer import Tokenizer, visible
 from train import learning_rate
 
-ROWS = 256  # attempts in a batch, at most
 CHECK_EVERY = 20  # steps between two comparisons of the probabilities of sampling and of training
 DRIFT = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 0.2}  # how far they may be apart: rounding, no more
-
-
-def shares(spec, level):
-    """{(task, level): share} of --task and --level; "word=2,arithmetic" at "1-3" are six."""
-    found, span = {}, re.fullmatch(r"(\d\d?)(?:-(\d\d?))?", level or "")
-    for name, share in re.findall(r"([^,]+?)(?:=(\d+\.?\d*))?(?:,|$)", spec):
-        levels = range(int(span[1]), int(span[2] or span[1]) + 1) if span else tasks.TASKS.get(name, [None])
-        for n in levels:
-            tasks.problems(name, level=n)  # complains if there is no such task or level
-            found[name, n] = float(share or 1) / len(levels)
-    if not found or not all(found.values()) or (level and not span):
-        raise UserError(
-            f"--task {spec}, --level {level or 'all'}: shares as in word=2,spelling=1, levels as in 1-3"
-        )
-    return found
 
 
 def practice(mix, seed):
@@ -61,60 +41,6 @@ def practice(mix, seed):
     sources = [tasks.problems(name, split="train", level=level, seed=seed) for name, level in mix]
     while True:
         yield next(sources[rng.choice(len(sources), p=chances)])
-
-
-@dataclass
-class Attempt:
-    """What the model did with a problem once."""
-
-    problem: tasks.Problem
-    said: list  # the ids of its reply
-    parts: list  # the same as parts of a turn, see chat.py
-    tokens: np.ndarray  # (T,) int32, prompt and reply
-    drawn: np.ndarray  # (T,) bool: the model chose it, as the end token; not the prompt, not a tool's output
-    logprobs: np.ndarray  # (T,) of what was drawn, when it was drawn; else 0
-    correct: float  # says the verifier
-    reward: float  # what training is after: the same
-    advantage: float = 0.0
-
-
-def attempts(model, tokenizer, problems, each, max_tokens, seed, first=0, temperature=1.0):
-    """A group of `each` attempts at every problem, sampled in one batch, in which a prompt is read once.
-
-    Tokens are drawn from exactly the distribution that training scores: temperature 1, nothing filtered. The
-    random numbers depend on the seed and on the attempt's number, counted from `first`. What was cut off is
-    wrong, whatever it says: half an answer may be right by accident.
-    """
-    ends = {tokenizer.eot, tokenizer.encode_special("<|im_end|>")}
-    host = chat.Host(tokenizer, {"calc": mixture.calculator, "search": mixture.looked_up})
-    prompts = [ids for p in problems for ids in [chat.prompt(tokenizer, mixture.turns(p.prompt))] * each]
-    if (longest := max(map(len, prompts))) >= model.config.n_positions:
-        what = f"a prompt has {longest} tokens and fills the model's context of {model.config.n_positions}"
-        raise UserError(f"{what}; lower --level, or train a model with more --n-positions")
-    rows, found = [], []
-    for i in range(0, len(prompts), ROWS):
-        rows += generate(
-            model, prompts[i : i + ROWS], max_tokens, temperature, seed=seed, stop_tokens=ends,
-            streams=range(first + i, first + len(prompts)), on_token=lambda row, *_: host.reply(row),
-        )  # fmt: skip
-    for i, row in enumerate(rows):
-        problem, parts = problems[i // each], chat.parts(tokenizer, row.ids)
-        correct = float(row.finish == "stop" and problem.verify(chat.text_of(parts)))
-        tokens, n = np.array(row.prompt + row.ids, np.int32), len(row.ids)
-        drawn, logprobs = np.zeros(len(tokens), bool), np.zeros(len(tokens))  # (T,)
-        drawn[-n:], logprobs[-n:] = np.logical_not(row.forced), row.logprobs
-        found.append(Attempt(problem, row.ids, parts, tokens, drawn, logprobs, correct, correct))
-    return [found[i : i + each] for i in range(0, len(found), each)]
-
-
-def shared_out(team, problems, each, max_tokens, seed, first=0, temperature=1.0):
-    """attempts() by all processes: the same ones, as an attempt's number gives its random numbers."""
-    cuts = [len(problems) * i // team.size for i in range(team.size + 1)]
-    shares = [
-        (problems[a:b], each, max_tokens, seed, first + a * each, temperature)
-        for a, b in itertools.pairwise(cuts)
-    ]
-    return list(itertools.chain(*team.run("attempts", [share for share in shares if share[0]])))
 
 
 def advantages(rewards, std=False):
@@ -157,16 +83,6 @@ def token_weights(advantage, now, old, reference=None, clip=0.2, kl=0.0):
     return weights if reference is None else weights + kl * np.expm1(reference - now)
 
 
-def log_probabilities(model, some, most):
-    """For each attempt log p of every token given those before it, (T,), 0 for the first."""
-    order = sorted(range(len(some)), key=lambda i: len(some[i].tokens))  # as micro_batches() will have them
-    rows, found = [(some[i].tokens, some[i].drawn) for i in order], []
-    for tokens, targets, _ in batches.micro_batches(rows, most):
-        found += list(-model.ops.to_host(model.losses(tokens, targets)))
-    found = dict(zip(order, found))
-    return [np.append(0.0, found[i][: len(a.tokens) - 1]) for i, a in enumerate(some)]
-
-
 def check(model, some, most):
     """UserError if the log-probabilities stored at sampling are not those that training finds."""
     pairs = zip(some, log_probabilities(model, some, most))
@@ -206,67 +122,6 @@ def learn(model, optimizer, kept, lr, flags, reference=None, team=None):
     return dict(loss=loss, norm=norm, kl=kl)
 
 
-def pass_at_k(n, correct, k):
-    """The chance that one of k attempts is right, if `correct` of n were; unbiased (Chen et al. 2021)."""
-    return 1 - math.comb(n - correct, k) / math.comb(n, k)
-
-
-def majority(group):
-    """1.0 if the answer that most attempts give, the first of equals, is right."""
-    answers = [tasks.marked(chat.text_of(attempt.parts)) for attempt in group]
-    answers = [answer and (tasks.numeric(answer) or answer) for answer in answers]  # 9 is 9.0
-    given = [answer for answer in answers if answer]
-    return group[answers.index(max(given, key=given.count))].correct if given else 0.0
-
-
-def evaluate(team, mix, flags):
-    """[{what: measure}] on test problems of each (task, level): pass@1 is greedy, the rest of --k samples."""
-    results, line, k, mean = [], console.Line(), flags.k, lambda values: float(np.mean(values))
-    for task, level in mix:
-        line.show(f"evaluating {task}, level {level}")
-        problems = list(itertools.islice(tasks.problems(task, "test", level), flags.eval_problems))
-        ask = lambda each, t, some=problems: shared_out(team, some, each, flags.max_tokens, 0, 0, t)
-        greedy, groups = [group[0] for group in ask(1, 0.0)], ask(k, 1.0)
-        right = [sum(attempt.correct > 0 for attempt in group) for group in groups]
-        found = {"task": task, "level": level, "problems": len(problems)}
-        found |= {"pass@1": mean([a.correct for a in greedy]), "sampled": mean(right) / k}
-        found |= {
-            f"pass@{n}": mean([pass_at_k(k, c, n) for c in right]) for n in range(2, k + 1) if k % n < 1
-        }
-        found |= {f"vote@{k}": mean([*map(majority, groups)]), "length": mean([len(a.said) for a in greedy])}
-        results.append(found | {"sampled length": mean([len(a.said) for group in groups for a in group])})
-    line.clear()
-    return results
-
-
-def table(results):
-    """Results as lines: one for each task and level."""
-    form = lambda n, v: str(v) if not isinstance(v, float) else f"{v:.1f}" if "length" in n else f"{v:.1%}"
-    cells = [list(results[0]), *([form(n, v) for n, v in row.items()] for row in results)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths)) for row in cells)
-
-
-def show(tokenizer, group):
-    """A problem, its answer and the attempts: green (or +) what is right, red (or -) what is wrong."""
-    lines = [f"{group[0].problem.prompt}  ({group[0].problem.answer})"]
-    for attempt in group:
-        text = visible(b"".join(map(tokenizer.token_bytes, attempt.said)))
-        colour, sign = ("\033[32m", "+") if attempt.correct > 0 else ("\033[31m", "-")
-        lines.append(f"{colour}{text}\033[0m" if console.colour() else f"{sign} {text}")
-    return "\n".join(lines)
-
-
-def export(path, groups):
-    """Append the right attempts, each text once, as conversations for sft.py: a line each."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        for one in (one for g in groups for one in {tuple(a.said): a for a in g if a.correct > 0}.values()):
-            said = [{"type": part["type"], "text": part["text"]} for part in one.parts]
-            messages = mixture.turns(one.problem.prompt, said if len(said) > 1 else chat.text_of(said))
-            file.write(json.dumps({"messages": messages}) + "\n")
-
-
 # ----------------------------------------------------------------------------------------- the command line
 
 
@@ -286,6 +141,9 @@ def parser():
     add("--max-tokens", type=whole, default=96, metavar="N", help="the longest that each may be")
     add("--fill", type=every, default=0, metavar="N", help="replace groups without signal, up to N times")
     add = flags.add_argument_group("method and optimisation").add_argument
+    words = "what is made large: the verifier's word, or the opinion of a reward model"
+    add("--reward", choices=("verifier", "model"), default="verifier", help=words)
+    add("--reward-model", default="runs/rlhf-reward", metavar="RUN", help="made by reward.py train")
     add("--method", choices=("grpo", "best-of"), default="grpo", help="best-of imitates one right attempt")
     add("--std", action="store_true", help="advantages in standard deviations of the group")
     add("--epochs", type=whole, default=1, metavar="N", help="updates with the same attempts")
@@ -313,18 +171,6 @@ def parser():
     return flags
 
 
-def load(directory, flags):
-    """Model and tokenizer of a run or checkpoint that can talk."""
-    tokenizer = Tokenizer.load(checkpoint := runs.newest_checkpoint(directory))
-    chat.prompt(tokenizer, [])  # complains if the model cannot talk
-    return gpt2.GPT2.from_pretrained(checkpoint, *kernels.choose(flags.device, flags.dtype)), tokenizer
-
-
-def make_team(model, tokenizer):
-    attempt = lambda model, share: attempts(model, tokenizer, *share)
-    return workers.Workers(model, {"accumulate": batches.share_of_rows, "attempts": attempt})
-
-
 def main(argv=None):
     flags, checkpoint = parser().parse_args(argv), None
     if flags.resume:  # with the flags of the run's newest checkpoint, unless given anew
@@ -332,10 +178,15 @@ def main(argv=None):
         again = parser()
         again.set_defaults(**before)
         flags = again.parse_args(argv)
-    mix, tested = (shares(flags.task, level) for level in (flags.level, flags.eval_level or flags.level))
+    mix, tested = (
+        attempts.shares(flags.task, level) for level in (flags.level, flags.eval_level or flags.level)
+    )
     if flags.eval:
-        results = evaluate(make_team(*load(flags.eval, flags)), tested, flags)
-        return print(json.dumps({"run": flags.eval, "results": results}) if flags.json else table(results))
+        model, tokenizer = attempts.load(flags.eval, flags)
+        team, judge = attempts.make_team(model, tokenizer), reward.judge(flags, tokenizer)
+        results = attempts.evaluate(team, tested, flags, judge)
+        found = {"run": flags.eval, "results": results}
+        return print(json.dumps(found) if flags.json else attempts.table(results))
     if flags.attempts == 1 and flags.method == "grpo":
         raise UserError("--attempts 1 has nothing to compare with; give 2 or more, or --method best-of")
     if not checkpoint:
@@ -347,9 +198,9 @@ def main(argv=None):
 def train(flags, checkpoint, mix, tested):
     """The loop: attempts, rewards, advantages, an update, and a line to watch."""
     run, state, spent = Path(flags.out), {}, 0.0
-    model, tokenizer = load(checkpoint or flags.init_from, flags)
-    reference = load(flags.init_from, flags)[0]
-    team = make_team(model, tokenizer)
+    model, tokenizer = attempts.load(checkpoint or flags.init_from, flags)
+    reference = attempts.load(flags.init_from, flags)[0]
+    judge, team = reward.judge(flags, tokenizer), attempts.make_team(model, tokenizer)
     optimizer = gpt2.AdamW(model, weight_decay=0.0)
     if checkpoint:
         state = runs.read_state(checkpoint)
@@ -363,18 +214,25 @@ def train(flags, checkpoint, mix, tested):
     log.write("start", step=start, stage="rl", flags=vars(flags))
 
     def exam(step):
-        results = evaluate(team, tested, flags)
-        line.clear(f"step {step}, on test problems:\n{table(results)}")
-        mean = {name: sum(row[name] for row in results) / len(results) for name in ("pass@1", "length")}
-        log.write("eval", step=step, correct=mean["pass@1"], length=mean["length"], results=results)
+        results = attempts.evaluate(team, tested, flags, judge)
+        line.clear(f"step {step}, on test problems:\n{attempts.table(results)}")
+        names = [name for name in ("pass@1", "length", "score", "reward") if name in results[0]]
+        mean = {name: sum(row[name] for row in results) / len(results) for name in names}
+        before = [event["score"] for event in runs.read_log(run) if "results" in event and "score" in event]
+        log.write("eval", step=step, correct=mean.pop("pass@1"), **mean, results=results)
+        if "score" in mean and mean["score"] > max(before, default=-1):  # --reward model: before it is fooled
+            runs.save_checkpoint(run / "best", step, model, tokenizer, optimizer, 1, flags=vars(flags))
 
+    if flags.export and checkpoint:
+        attempts.forget(flags.export, str(run), start)
     if flags.eval_every and not start:
         exam(0)
     for step in range(start, flags.steps):
         began, done, groups, kept, n_kept = time.perf_counter(), step + 1, [], [], 0
         for first in ((step << 32) + (again << 24) for again in range(1 + flags.fill)):  # nobody else's
             some = list(itertools.islice(problems, flags.prompts - n_kept))
-            groups += shared_out(team, some, flags.attempts, flags.max_tokens, flags.seed, first)
+            groups += attempts.shared_out(team, some, flags.attempts, flags.max_tokens, flags.seed, first)
+            judge(groups[-len(some) :])
             chosen = [choose(group, flags.method, flags.std) for group in groups[-len(some) :]]
             kept, n_kept = sum(chosen, kept), n_kept + sum(map(bool, chosen))
             if n_kept == flags.prompts:
@@ -391,6 +249,7 @@ def train(flags, checkpoint, mix, tested):
         now, mean = time.perf_counter(), lambda values: float(np.mean(list(values)))
         spent, length = spent + now - began, mean(len(a.said) for a in every)
         v = dict(reward=mean(a.reward for a in every), correct=mean(a.correct for a in every), length=length)
+        v |= {"score": mean(map(reward.true_score, every))} if flags.reward == "model" else {}
         v |= dict(signal=n_kept / len(groups), without_signal=len(groups) - n_kept, lr=lr, **learned)
         some = every[:: flags.attempts]  # of each group one
         before = log_probabilities(reference, some, flags.batch_tokens)
@@ -400,18 +259,19 @@ def train(flags, checkpoint, mix, tested):
         v["training"] = flags.epochs * sum(len(a.tokens) for a in kept) / (now - sampled)
         log.write("step", step=done, **v)
         left = duration(spent / (done - start) * (flags.steps - done))
+        score = f"true score {v['score']:.3f} | " if "score" in v else ""
         line.show(
-            f"step {done}/{flags.steps} | reward {v['reward']:.3f} | pass@1 {v['correct']:.1%} | "
+            f"step {done}/{flags.steps} | reward {v['reward']:.3f} | {score}pass@1 {v['correct']:.1%} | "
             f"signal {v['signal']:.0%} | length {length:.1f} | entropy {v['entropy']:.3f} | "
             f"KL {v['kl']:.4f} | sampling {v['sampling']:.0f} tok/s | "
             f"training {v['training']:.0f} tok/s | {left} left"
         )  # fmt: skip
         if flags.export:
-            export(flags.export, groups)
+            attempts.export(flags.export, groups, run=str(run), step=done)
         if flags.show_every and done % flags.show_every == 0:
             line.clear()
             group = next((group for group in groups if group[0].advantage), groups[0])
-            print(f"step {done}: {show(tokenizer, group)}\n", flush=True)
+            print(f"step {done}: {attempts.show(tokenizer, group)}\n", flush=True)
         last, stopping = done == flags.steps, interrupt.asked and done < flags.steps
         if last or stopping or (flags.save_every and done % flags.save_every == 0):
             state = dict(stage="rl", problems=n_problems, flags=vars(flags))
@@ -424,7 +284,8 @@ def train(flags, checkpoint, mix, tested):
             raise SystemExit(130)
         if flags.eval_every and (last or done % flags.eval_every == 0):
             exam(done)
-    line.clear(f"done: {place}; talk to it: python sample.py {shlex.quote(str(run))} --chat")
+    best = f"; {run / 'best'} has the highest true score" if (run / "best").exists() else ""
+    line.clear(f"done: {place}{best}; talk to it: python sample.py {shlex.quote(str(run))} --chat")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import json
 import shutil
 import sys
 import textwrap
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +137,8 @@ def main(argv=None):
         print(lead, end="", flush=True)
     completions = complete(flags, tokenizer, model, assistant, [prompt] * n, settings, on_token)
     words = {row.index: chat.text_of(chat.parts(tokenizer, row.ids)) for row in completions}
-    votes = count_votes(words.values()) if flags.vote else None
+    said = list(words.values())
+    votes = [(tasks.marked(said[which[0]]), len(which)) for which in tasks.votes(said)]
     problem = tasks.Problem(flags.verify, prompt, "", flags.answer, 0) if flags.verify else None
 
     def worth(completion):
@@ -224,12 +224,6 @@ def compare(flags, prompts):
         for cells in itertools.zip_longest(*columns, fillvalue=""):
             print("  ".join(f"{cell:{width}}" for cell in cells).rstrip())
         print()
-
-
-def count_votes(texts):
-    """[(what stands behind the last "Answer:", in how many of the texts), ...], the most frequent first."""
-    answers = [text.rpartition("Answer:")[2].partition("\n")[0] for text in texts if "Answer:" in text]
-    return Counter(filter(None, (answer.strip(" .$*_`") for answer in answers))).most_common()
 
 
 def read_prompt(path):

@@ -145,6 +145,15 @@ def numeric(line, prompt=""):
     return Fraction(found[1] + found[2].replace(",", ""))
 
 
+def votes(texts):
+    """For each answer the numbers of the texts that give it, the most frequent first; 9, 9.0, $9 are one."""
+    found = {}
+    for i, text in enumerate(texts):
+        if answer := marked(text):
+            found.setdefault(answer if (value := numeric(answer)) is None else value, []).append(i)
+    return sorted(found.values(), key=len, reverse=True)
+
+
 def spelt(line):
     """A name or a spelling without capitals, accents, signs and spaces."""
     return plain(line).removeprefix("the ").replace(" ", "")

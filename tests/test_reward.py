@@ -4,7 +4,6 @@ hand; then to its promises: preferences are learned, and a reward that is not th
 import itertools
 import json
 import math
-import signal
 from collections import Counter
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import script
 from hypothesis import given
 from hypothesis import strategies as st
 
+import attempts
 import batches
 import chat
 import gpt2
@@ -56,7 +56,7 @@ def attempt(said, answer="a", ended=True, correct=None):
     correct = problem.verify(said) * ended if correct is None else correct
     drawn = np.arange(len(prompt) + len(ids)) >= len(prompt)
     parts = [{"type": "text", "text": said}]
-    return rl.Attempt(
+    return attempts.Attempt(
         problem, ids, parts, np.array(prompt + ids, np.int32), drawn, np.zeros(len(drawn)), correct, correct
     )
 
@@ -253,7 +253,7 @@ def updates(monkeypatch):
 
     def go(model, what, *more):
         groups = groups_of_three()
-        monkeypatch.setattr(reward, "ask", lambda *_: groups)
+        monkeypatch.setattr(attempts, "sample", lambda *_: groups)
         monkeypatch.setattr(reward, "questions", lambda *_: iter([]))
         update, _ = reward.compare(flags(what, *more), model, BYTES, Recorder(model), [])
         return groups, update
@@ -306,7 +306,7 @@ def test_the_gradient_of_dpo_is_that_of_its_equation(updates, beta):
 def test_answers_that_are_all_as_good_are_left_out(monkeypatch):
     equal, different = [attempt("a"), attempt("a")], [attempt("a"), attempt("no")]
     drawn = iter([[equal] * 9 + [different], [different]])
-    monkeypatch.setattr(reward, "ask", lambda *_: next(drawn))
+    monkeypatch.setattr(attempts, "sample", lambda *_: next(drawn))
     monkeypatch.setattr(reward, "questions", lambda *_: iter([]))
     model, heard = tiny(), []
     real = reward.rewards
@@ -374,6 +374,15 @@ def start(tmp_path, monkeypatch, manners_run):
     return go
 
 
+@pytest.fixture
+def please(start, tmp_path, manners_run):
+    """please(out, *flags): rl.py with a reward model, on letters."""
+    small = "--task letter --level 1 --prompts 8 --attempts 4 --eval-problems 12 --seed 5 --lr 2e-3 --k 8"
+    small += " --eval-every 4 --max-tokens 24 --save-every 10 --show-every 10 --reward model"
+    base = ["--init-from", manners_run, *small.split()]
+    return lambda out, *more: script.run(rl.main, *base, "--out", tmp_path / out, *more)
+
+
 def events(run, kind):
     return [event for event in runs.read_log(run) if event["event"] == kind]
 
@@ -393,7 +402,7 @@ def handmade(rng, n):
 def test_a_reward_model_learns_a_preference_also_for_what_it_has_not_seen(monkeypatch):
     rng = np.random.default_rng(4)
     drawn = iter([handmade(rng, 100), handmade(rng, 40)])  # to learn from, and held out
-    monkeypatch.setattr(reward, "ask", lambda *_: next(drawn))
+    monkeypatch.setattr(attempts, "sample", lambda *_: next(drawn))
     monkeypatch.setattr(reward, "questions", lambda *_: iter([]))
     model = gpt2.GPT2(CONFIG, seed=3)
     update, examine = reward.compare(flags("train"), model, BYTES, gpt2.AdamW(model, weight_decay=0), [])
@@ -410,7 +419,7 @@ def test_train_makes_a_reward_model_of_the_assistants_own_answers(start, tmp_pat
     evals = events(tmp_path / "judge", "eval")
     assert [e["step"] for e in evals] == [*range(0, 61, 10)]
     assert evals[0]["accuracy"] < 0.8 and max(e["accuracy"] for e in evals) > 0.9
-    model, tokenizer = rl.load(tmp_path / "judge" / "best", flags("rl"))
+    model, tokenizer = attempts.load(tmp_path / "judge" / "best", flags("train"))
     r = reward.rewards(model, tokenizer, [attempt(said.format("b"), "b") for said in SAID])
     assert r[1] > r[0] > r[2] > r[3]
     shown = [line for line in done.err.splitlines() if line[:2] in ("0.", "1.")][:4]
@@ -427,7 +436,7 @@ def test_dpo_makes_the_assistant_better(start, tmp_path):
     assert "reward" not in evals[0]
 
 
-def test_it_pleases_the_reward_model_and_the_truly_best_is_kept(start, tmp_path, monkeypatch, manners_run):
+def test_it_pleases_the_reward_model_and_the_truly_best_is_kept(please, tmp_path, monkeypatch, manners_run):
     """A judge who likes politeness, and the wrong answer more: the true score rises, then falls."""
 
     def fooled(model, tokenizer, some):
@@ -435,80 +444,73 @@ def test_it_pleases_the_reward_model_and_the_truly_best_is_kept(start, tmp_path,
         return np.array([sum(r for text, r in liked.items() if text in chat.text_of(a.parts)) for a in some])
 
     monkeypatch.setattr(reward, "rewards", fooled)
-    more = ("--reward", manners_run, "--steps", 40, "--lr", 2e-3, "--eval-every", 4)
-    done = start("rl", "rlhf", *more)
+    more = ("--reward-model", manners_run, "--steps", 40, "--eval-every", 4)
+    done = please("rlhf", *more)
     assert done.status == 0, done.err
     run = tmp_path / "rlhf"
     steps, evals = events(run, "step"), events(run, "eval")
     assert len(steps) == 40 and [e["step"] for e in evals] == [*range(0, 41, 4)]
+    assert all(0 <= e["score"] <= 1 and e["reward"] != e["correct"] for e in steps[:5])
     assert evals[0]["reward"] < 2 and evals[-1]["reward"] > 2.8
     assert evals[0]["score"] > 0.2 and evals[-1]["score"] < 0.1
     best = max(evals, key=lambda e: e["score"])
     [checkpoint] = runs.checkpoints(run / "best")
-    assert checkpoint.name == f"step_{best['step']:06d}" and f"from step {best['step']}" in done.err
-    assert [place.name for place in runs.checkpoints(run)] == ["step_000040"]
-    assert runs.read_state(checkpoint)["flags"]["what"] == "rl"
-    assert not any(e.get("kl") for e in steps)
-    assert start("rl", "held", *more, "--kl", 30).status == 0
+    assert checkpoint.name == f"step_{best['step']:06d}" and f"{run / 'best'} has the highest" in done.err
+    assert [place.name for place in runs.checkpoints(run)] == ["step_000030", "step_000040"]
+    assert runs.read_state(checkpoint)["flags"]["reward"] == "model"
+    assert (
+        "true score 0." in done.err and " 3.00 -" in done.out
+    )  # a step's line, and an attempt with its reward
+    assert please("held", *more, "--kl", 30).status == 0
     held = events(tmp_path / "held", "eval")[-1]
     assert held["reward"] < evals[-1]["reward"] - 0.5 and held["score"] > evals[-1]["score"]
-    assert max(e.get("kl", 0) for e in events(tmp_path / "held", "step")) > 0
+    asked = ("--eval", run / "best", "--reward", "model", "--reward-model", manners_run, "--json")
+    done = script.run(
+        rl.main, *asked, "--task", "letter", "--level", 1, "--eval-problems", 12, "--max-tokens", 24
+    )
+    [found] = json.loads(done.out)["results"]
+    assert found["score"] == pytest.approx(best["score"]) and found["reward"] == pytest.approx(best["reward"])
 
 
-def test_the_whole_of_it_twice_is_the_same(start, tmp_path):
+def test_the_whole_of_it_twice_is_the_same(start, please, tmp_path):
     for n in "ab":
         judge = tmp_path / f"judge-{n}"
         assert start("train", judge, "--questions", 8, "--steps", 10).status == 0
-        done = start("rl", f"rlhf-{n}", "--reward", judge, "--steps", 5, "--eval-every", 2)
-        assert done.status == 0, done.err
+        assert (done := please(f"rlhf-{n}", "--reward-model", judge, "--steps", 5)).status == 0, done.err
     a, b = (runs.newest_checkpoint(tmp_path / f"rlhf-{n}") / "model.safetensors" for n in "ab")
     assert a.read_bytes() == b.read_bytes()
     logs = [events(tmp_path / f"rlhf-{n}", "eval") for n in "ab"]
-    assert logs[0] == logs[1] and [e["step"] for e in logs[0]] == [0, 2, 4, 5]
+    assert logs[0] == logs[1] and [e["step"] for e in logs[0]] == [0, 4, 5]
     assert logs[0][0]["reward"] != logs[0][-1]["reward"]
 
 
-def test_every_step_draws_its_own_answers_and_the_rate_warms_up(start, tmp_path, monkeypatch, manners_run):
-    real, numbers = rl.attempts, []
-    monkeypatch.setattr(rl, "attempts", lambda *args: numbers.append(args[6]) or real(*args))
-    assert start("rl", "run", "--reward", manners_run, "--steps", 7, "--lr", 1e-3).status == 0
-    assert len(numbers) == 9 and len(set(numbers)) == 8 and numbers[0] == numbers[-1]  # the examinations
-    rates = [e["lr"] for e in events(tmp_path / "run", "step")]
-    np.testing.assert_allclose(rates, [2e-4, 4e-4, 6e-4, 8e-4, 1e-3, 1e-3, 1e-3])
-
-
-def test_ctrl_c_ends_it_early_with_all_that_a_run_leaves(start, tmp_path, monkeypatch, manners_run):
-    learn, calls = rl.learn, []
-
-    def pressed(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGINT)
-        return learn(*args)
-
-    monkeypatch.setattr(rl, "learn", pressed)
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        assert start("rl", "cut", "--reward", manners_run, "--steps", 30).status == 0
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert [e["step"] for e in events(tmp_path / "cut", "step")] == [1, 2, 3]
-    assert [e["step"] for e in events(tmp_path / "cut", "eval")] == [0, 3]
-    assert runs.newest_checkpoint(tmp_path / "cut").name == "step_000003"
+def test_a_resumed_run_keeps_the_best_of_both_parts(please, tmp_path, monkeypatch, manners_run):
+    """First wrong answers are liked, then right ones."""
+    liked = lambda sign: lambda model, tokenizer, some: np.array([sign * a.correct for a in some])
+    more = ("--reward-model", manners_run, "--eval-every", 2, "--lr", 5e-4)
+    monkeypatch.setattr(reward, "rewards", liked(-1))
+    assert please("run", *more, "--steps", 4).status == 0
+    [first] = runs.checkpoints(tmp_path / "run" / "best")
+    monkeypatch.setattr(reward, "rewards", liked(1))
+    assert script.run(rl.main, "--out", tmp_path / "run", "--resume", "--steps", 40, "--lr", 2e-3).status == 0
+    evals, [last] = events(tmp_path / "run", "eval"), runs.checkpoints(tmp_path / "run" / "best")
+    scores = {e["step"]: e["score"] for e in evals}
+    assert scores[4] < scores[0] < scores[40] and first.name == "step_000000"
+    assert last.name == f"step_{max(scores, key=scores.get):06d}"
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Errors
 
 
-def test_what_cannot_be(start, tmp_path, manners_run):
+def test_what_cannot_be(start, please, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").touch()
     assert script.refused(start("train", "there"), "there exists", "--out")
     assert script.refused(start("train", "new", "--attempts", 1), "--attempts", "at least 2")
     assert script.refused(start("train", "new", "--task", "none"), "no task none")
     assert script.refused(start("dpo", "new", "--task", "dull"), "no answer is better", "--task")
-    assert script.refused(start("rl", "new", "--reward", tmp_path / "nothing"), "nothing is no checkpoint")
+    assert script.refused(please("new", "--reward-model", tmp_path / "nothing"), "nothing is no checkpoint")
     assert script.refused(start("dpo", "new", "--init-from", tmp_path / "no"), "no is no checkpoint")
     assert script.refused(script.run(reward.main), "what")
     assert script.refused(script.run(reward.main, "guess"), "guess", "manners")
@@ -516,7 +518,7 @@ def test_what_cannot_be(start, tmp_path, manners_run):
     other, tokenizer = tmp_path / "other", Tokenizer.train(["some text, some more text"], 270)
     model = gpt2.GPT2(gpt2.GPT2Config(1, 2, 32, 64, tokenizer.vocab_size))
     runs.save_checkpoint(other, 1, model, tokenizer, gpt2.AdamW(model), 1)
-    assert script.refused(start("rl", "new", "--reward", other), "vocabulary", "other")
+    assert script.refused(please("new", "--reward-model", other), "vocabulary", "other")
     assert not (tmp_path / "new").exists()
 
 

@@ -13,6 +13,7 @@ import script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import attempts
 import batches
 import chat
 import gpt2
@@ -74,7 +75,7 @@ def two_armed(taught):
 
 
 def sampled(model, each=8, n=2, seed=1, **settings):
-    return rl.attempts(model, BYTES, [Choice()] * n, each, 12, seed, **settings)
+    return attempts.sample(model, BYTES, [Choice()] * n, each, 12, seed, **settings)
 
 
 def flags(**changed):
@@ -147,7 +148,7 @@ def test_token_weights_are_the_derivative_of_the_objective(A, now, old, begun, c
 
 def of_rewards(*rewards, lengths=(3, 3, 3, 3)):
     return [
-        rl.Attempt(Choice(), [1] * n, [], np.zeros(n, np.int32), np.ones(n, bool), np.zeros(n), r, r)
+        attempts.Attempt(Choice(), [1] * n, [], np.zeros(n, np.int32), np.ones(n, bool), np.zeros(n), r, r)
         for r, n in zip(rewards, lengths)
     ]
 
@@ -169,12 +170,12 @@ def test_best_of_imitates_the_shortest_right_attempt():
 
 
 def test_pass_at_k_by_hand_and_by_counting():
-    assert rl.pass_at_k(4, 0, 2) == 0 and rl.pass_at_k(4, 4, 1) == 1
-    assert rl.pass_at_k(4, 1, 2) == 0.5 and rl.pass_at_k(5, 2, 1) == pytest.approx(0.4)
+    assert attempts.pass_at_k(4, 0, 2) == 0 and attempts.pass_at_k(4, 4, 1) == 1
+    assert attempts.pass_at_k(4, 1, 2) == 0.5 and attempts.pass_at_k(5, 2, 1) == pytest.approx(0.4)
     for n, c, k in itertools.product(range(1, 6), range(6), range(1, 6)):
         if c <= n and k <= n:
             draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
-            assert rl.pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+            assert attempts.pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
 def test_the_majority_votes():
@@ -184,13 +185,13 @@ def test_the_majority_votes():
             attempt.parts = [{"type": "text", "text": text}]
         return group
 
-    assert rl.majority(said("Answer: 9", "Answer: 8", "Answer: 9")) == 1
-    assert rl.majority(said("Answer: 9", "Answer: 8", "Answer: 8")) == 0
+    assert attempts.majority(said("Answer: 9", "Answer: 8", "Answer: 9")) == 1
+    assert attempts.majority(said("Answer: 9", "Answer: 8", "Answer: 8")) == 0
     assert (
-        rl.majority(said("no idea", "nor I", "2 + 7 makes 9. Answer: 9")) == 1
+        attempts.majority(said("no idea", "nor I", "2 + 7 makes 9. Answer: 9")) == 1
     )  # who does not answer does not vote
-    assert rl.majority(said("Answer: 8", "Answer: 9")) == 0  # of equals the first
-    assert rl.majority(said("no idea", "none")) == 0
+    assert attempts.majority(said("Answer: 8", "Answer: 9")) == 0  # of equals the first
+    assert attempts.majority(said("no idea", "none")) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -330,7 +331,7 @@ def test_recomputed_log_probabilities_belong_to_their_attempts(two_armed):
     some = list(itertools.chain(*sampled(two_armed, each=6)))
     some = [some[i] for i in np.random.default_rng(1).permutation(len(some))]
     for most in (1, 64, 4096):
-        for attempt, found in zip(some, rl.log_probabilities(two_armed, some, most), strict=True):
+        for attempt, found in zip(some, attempts.log_probabilities(two_armed, some, most), strict=True):
             np.testing.assert_allclose(found, log_p(two_armed, attempt), atol=1e-9)
 
 
@@ -356,7 +357,7 @@ def test_the_end_token_is_trained_and_the_prompt_is_not(two_armed):
 
 
 def test_what_is_cut_off_is_wrong(two_armed):
-    [group] = rl.attempts(two_armed, BYTES, [Choice()], 16, 1, 1)  # no room for the end token
+    [group] = attempts.sample(two_armed, BYTES, [Choice()], 16, 1, 1)  # no room for the end token
     assert {chat.text_of(a.parts) for a in group} >= {"a"} and not any(a.correct for a in group)
     assert any(a.correct for a in sampled(two_armed)[0])
 
@@ -369,7 +370,7 @@ def calculating():
 
 
 def test_outputs_of_tools_come_from_the_tool_and_have_no_weight(calculating):
-    [group] = rl.attempts(calculating, BYTES, [Choice()], 24, 40, 1)
+    [group] = attempts.sample(calculating, BYTES, [Choice()], 24, 40, 1)
     output = chat._part(BYTES, "output", " 12")
     called = [a for a in group if any(part["type"] == "calc" and part["text"] == "3*4" for part in a.parts)]
     assert 0 < len(called) < len(group)
@@ -397,11 +398,11 @@ def test_outputs_of_tools_come_from_the_tool_and_have_no_weight(calculating):
 def test_a_batch_samples_what_each_attempt_would_alone(calculating):
     """Compaction, the shared reading of prompts and tools change nothing: one by one it is the same."""
     problems = [Choice(), Choice(prompt="?!"), Choice()]
-    together = rl.attempts(calculating, BYTES, problems, 4, 30, 7, first=100)
+    together = attempts.sample(calculating, BYTES, problems, 4, 30, 7, first=100)
     assert len({a.tokens.tobytes() for group in together for a in group}) >= 4
     for i, problem in enumerate(problems):
         for j in range(4):
-            [[alone]] = rl.attempts(calculating, BYTES, [problem], 1, 30, 7, first=100 + 4 * i + j)
+            [[alone]] = attempts.sample(calculating, BYTES, [problem], 1, 30, 7, first=100 + 4 * i + j)
             np.testing.assert_array_equal(alone.tokens, together[i][j].tokens)
             np.testing.assert_array_equal(alone.drawn, together[i][j].drawn)
             np.testing.assert_allclose(alone.logprobs, together[i][j].logprobs, atol=1e-9)
@@ -568,24 +569,24 @@ def test_a_run_says_writes_and_logs_what_it_does(start, tmp_path):
 
 def test_attempts_are_green_and_red_on_a_terminal(two_armed, monkeypatch):
     group = sampled(two_armed)[0]
-    monkeypatch.setattr(rl.console, "colour", lambda: True)
-    lines = rl.show(BYTES, group).splitlines()[1:]
+    monkeypatch.setattr(attempts.console, "colour", lambda: True)
+    lines = attempts.show(BYTES, group).splitlines()[1:]
     for line, attempt in zip(lines, group, strict=True):
         assert line.startswith("\033[32m" if attempt.correct else "\033[31m") and line.endswith("\033[0m")
 
 
 def stop_after(monkeypatch, step):
     """Send Ctrl-C while this step is under way."""
-    learn, calls = rl.attempts, []
+    learn, calls = attempts.sample, []
 
     def pressed(*args, **settings):
         calls.append(args)
         if (args[6] if len(args) > 6 else settings.get("first", 0)) >> 32 == step - 1 and step > 1:
             signal.raise_signal(signal.SIGINT)
-            monkeypatch.setattr(rl, "attempts", learn)
+            monkeypatch.setattr(attempts, "sample", learn)
         return learn(*args, **settings)
 
-    monkeypatch.setattr(rl, "attempts", pressed)
+    monkeypatch.setattr(attempts, "sample", pressed)
 
 
 def test_ctrl_c_saves_and_a_resumed_run_goes_on_bit_for_bit(start, tmp_path, monkeypatch):
@@ -596,11 +597,15 @@ def test_ctrl_c_saves_and_a_resumed_run_goes_on_bit_for_bit(start, tmp_path, mon
     assert cut.status == 130 and "stopped after step 3" in cut.err
     assert f"python rl.py --out {tmp_path / 'cut'} --resume" in cut.err
     assert [p.name for p in runs.checkpoints(tmp_path / "cut")] == ["step_000002", "step_000003"]
+    exported = (tmp_path / "cut.jsonl").read_text()
+    killed = exported.splitlines()[-1].replace('"step": 3}', '"step": 4}')  # later than its last checkpoint
+    (tmp_path / "cut.jsonl").write_text(f"{exported}{killed}\n{killed[:-9]}")
     assert script.run(rl.main, "--out", tmp_path / "cut", "--resume").status == 0
     a, b = (tmp_path / name / "step_000006" for name in ("whole", "cut"))
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (a / name).read_bytes() == (b / name).read_bytes()
-    assert (tmp_path / "whole.jsonl").read_bytes() == (tmp_path / "cut.jsonl").read_bytes()
+    whole, cut = ((tmp_path / f"{name}.jsonl").read_text() for name in ("whole", "cut"))
+    assert whole.replace("/whole", "/cut") == cut and cut.startswith(exported) and '"step": 6}' in cut
     logs = [[e for e in without_times(tmp_path / name) if e["event"] == "step"] for name in ("whole", "cut")]
     assert logs[0] == logs[1] and len(logs[0]) == 6
 
@@ -623,13 +628,13 @@ def test_a_run_learns(start, tmp_path, monkeypatch):
 
 def test_fill_draws_again_and_no_more_than_it_may(start, tmp_path, monkeypatch):
     asked = []
-    real = rl.shared_out
+    real = attempts.shared_out
 
     def watched(team, problems, each, *rest, **settings):
         asked.append((len(problems), rest[2]))
         return real(team, problems, each, *rest, **settings)
 
-    monkeypatch.setattr(rl, "shared_out", watched)
+    monkeypatch.setattr(attempts, "shared_out", watched)
     monkeypatch.setattr(Choice, "verify", lambda self, text: 0.0)
     assert start("none", "--fill", 3, "--eval-every", 0, "--steps", 2).status == 0
     assert [n for n, _ in asked] == [2] * 8 and len({first for _, first in asked}) == 8
@@ -646,24 +651,24 @@ def test_fill_draws_again_and_no_more_than_it_may(start, tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", [2, 3])
 def test_shared_out_the_attempts_are_the_same(calculating, size):
     problems = [Choice() for _ in range(5)]
-    alone = rl.attempts(calculating, BYTES, problems, 4, 30, 7, first=100)
-    work = {"attempts": lambda model, share: rl.attempts(model, BYTES, *share)}
+    alone = attempts.sample(calculating, BYTES, problems, 4, 30, 7, first=100)
+    work = {"sample": lambda model, share: attempts.sample(model, BYTES, *share)}
     team = workers.Workers(calculating, work, size)
-    together = rl.shared_out(team, problems, 4, 30, 7, first=100)
+    together = attempts.shared_out(team, problems, 4, 30, 7, first=100)
     team.close()
     assert [[a.said for a in group] for group in together] == [[a.said for a in group] for group in alone]
     assert len({tuple(a.said) for group in alone for a in group}) > 2
 
 
 def test_a_drift_ends_a_run(start, monkeypatch):
-    real = rl.generate
+    real = attempts.generate
 
     def wrong(*args, **settings):
         rows = real(*args, **settings)
         rows[0].logprobs[0] += 0.01
         return rows
 
-    monkeypatch.setattr(rl, "generate", wrong)
+    monkeypatch.setattr(attempts, "generate", wrong)
     assert script.refused(start("run", "--eval-every", 0), "0.01", "sampling and training differ")
 
 
@@ -707,8 +712,8 @@ def test_the_export_is_what_sft_reads(start, tmp_path):
 
 
 def test_exported_calls_of_tools_are_the_same_tokens_again(calculating, tmp_path):
-    [group] = rl.attempts(calculating, BYTES, [Choice()], 24, 40, 1)
-    rl.export(tmp_path / "x.jsonl", [group])
+    [group] = attempts.sample(calculating, BYTES, [Choice()], 24, 40, 1)
+    attempts.export(tmp_path / "x.jsonl", [group], "a run", 1)
     conversations, _ = chat.read(tmp_path / "x.jsonl")
     right = {tuple(a.said): a for a in group if a.correct}
     assert len(right) == len(conversations) >= 2, "one with a call and one without"
@@ -751,14 +756,14 @@ def test_eval_prints_a_table_or_json(taught_run):
 
 
 def test_shares(start):
-    assert rl.shares("choice", "2") == {("choice", 2): 1}
-    assert rl.shares("choice=3,other", "1-2") == {
+    assert attempts.shares("choice", "2") == {("choice", 2): 1}
+    assert attempts.shares("choice=3,other", "1-2") == {
         ("choice", 1): 1.5, ("choice", 2): 1.5, ("other", 1): 0.5, ("other", 2): 0.5}  # fmt: skip
-    assert list(rl.shares("choice", None)) == [("choice", 1), ("choice", 2)]
-    drawn = list(itertools.islice(rl.practice(rl.shares("choice=3,other", None), 1), 4000))
+    assert list(attempts.shares("choice", None)) == [("choice", 1), ("choice", 2)]
+    drawn = list(itertools.islice(rl.practice(attempts.shares("choice=3,other", None), 1), 4000))
     assert sum(p.task == "choice" for p in drawn) == pytest.approx(3000, abs=120)
     assert sum(p.level == 1 for p in drawn) == pytest.approx(2000, abs=130)
-    again = list(itertools.islice(rl.practice(rl.shares("choice=3,other", None), 1), 50))
+    again = list(itertools.islice(rl.practice(attempts.shares("choice=3,other", None), 1), 50))
     assert again == drawn[:50]
 
 

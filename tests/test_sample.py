@@ -22,6 +22,7 @@ import kernels
 import sample
 import serve
 import talk
+import tasks
 from console import UserError
 from generate import Completion, generate, release
 from kernels import sampling
@@ -915,8 +916,10 @@ def test_what_counts_as_a_vote():
         "Answer: 8. Answer: 9.0",
         "Answer: ",
     ]
-    assert sample.count_votes(texts) == [("9", 2), ("8", 1), ("9.0", 1)]
-    assert sample.count_votes([]) == sample.count_votes(["x"]) == []
+
+    assert tasks.votes(texts) == [[1, 3, 4], [0]]  # 9 three times, 8 once
+    assert tasks.votes(["Answer: 0", "Answer: no", "Answer: 0.0"]) == [[0, 2], [1]]
+    assert tasks.votes([]) == tasks.votes(["x"]) == []
 
 
 def test_cli_best_of_with_a_verifier(assistant, capsys):
