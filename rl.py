@@ -122,6 +122,33 @@ def learn(model, optimizer, kept, lr, flags, reference=None, team=None):
     return dict(loss=loss, norm=norm, kl=kl)
 
 
+def gather(team, judge, problems, step, flags):
+    """A step's groups of attempts, those to learn from, and how many groups these are of: of --prompts, or
+    with --fill of more, until so many have a signal."""
+    groups, kept, n_kept = [], [], 0
+    for again in range(1 + flags.fill):
+        some = list(itertools.islice(problems, flags.prompts - n_kept))
+        first = (step << 32) + (again << 24)  # where these attempts are counted from: nobody else's numbers
+        new = attempts.shared_out(team, some, flags.attempts, flags.max_tokens, flags.seed, first)
+        judge(new)
+        chosen = [choose(group, flags.method, flags.std) for group in new]
+        groups, kept, n_kept = groups + new, sum(chosen, kept), n_kept + sum(map(bool, chosen))
+        if n_kept == flags.prompts:
+            break
+    return groups, kept, n_kept
+
+
+def described(groups, n_kept, flags):
+    """What a step's attempts are like: means, entropy in nats a token, how many groups had a signal."""
+    every, mean = list(itertools.chain(*groups)), lambda values: float(np.mean(list(values)))
+    found = dict(reward=mean(a.reward for a in every), correct=mean(a.correct for a in every))
+    found |= dict(length=mean(len(a.said) for a in every))
+    found["entropy"] = -mean(a.logprobs.sum() for a in every) / mean(a.drawn.sum() for a in every)
+    if flags.reward == "model":
+        found["score"] = mean(map(reward.true_score, every))
+    return found | dict(signal=n_kept / len(groups), without_signal=len(groups) - n_kept)
+
+
 # ----------------------------------------------------------------------------------------- the command line
 
 
@@ -228,41 +255,30 @@ def train(flags, checkpoint, mix, tested):
     if flags.eval_every and not start:
         exam(0)
     for step in range(start, flags.steps):
-        began, done, groups, kept, n_kept = time.perf_counter(), step + 1, [], [], 0
-        for first in ((step << 32) + (again << 24) for again in range(1 + flags.fill)):  # nobody else's
-            some = list(itertools.islice(problems, flags.prompts - n_kept))
-            groups += attempts.shared_out(team, some, flags.attempts, flags.max_tokens, flags.seed, first)
-            judge(groups[-len(some) :])
-            chosen = [choose(group, flags.method, flags.std) for group in groups[-len(some) :]]
-            kept, n_kept = sum(chosen, kept), n_kept + sum(map(bool, chosen))
-            if n_kept == flags.prompts:
-                break
-        n_problems, every = n_problems + len(groups), list(itertools.chain(*groups))
+        began, done = time.perf_counter(), step + 1
+        groups, kept, n_kept = gather(team, judge, problems, step, flags)
+        n_problems, some = n_problems + len(groups), [group[0] for group in groups]
         if step == start or done % CHECK_EVERY == 0:
-            check(model, every[:: flags.attempts], flags.batch_tokens)  # of each group one
+            check(model, some, flags.batch_tokens)
         sampled, lr = time.perf_counter(), learning_rate(step, flags.steps, flags.lr, 5, flags.final_lr)
-        learned = (
-            learn(model, optimizer, kept, lr, flags, reference if flags.kl else None, team)
-            if kept
-            else dict(loss=0, norm=0)
-        )
-        now, mean = time.perf_counter(), lambda values: float(np.mean(list(values)))
-        spent, length = spent + now - began, mean(len(a.said) for a in every)
-        v = dict(reward=mean(a.reward for a in every), correct=mean(a.correct for a in every), length=length)
-        v |= {"score": mean(map(reward.true_score, every))} if flags.reward == "model" else {}
-        v |= dict(signal=n_kept / len(groups), without_signal=len(groups) - n_kept, lr=lr, **learned)
-        some = every[:: flags.attempts]  # of each group one
-        before = log_probabilities(reference, some, flags.batch_tokens)
+        v = described(groups, n_kept, flags) | dict(lr=lr, loss=0, norm=0)
+        if kept:
+            v |= learn(model, optimizer, kept, lr, flags, reference if flags.kl else None, team)
+        now, before = time.perf_counter(), log_probabilities(reference, some, flags.batch_tokens)
         v["kl"] = divergence(some, [attempt.logprobs for attempt in some], before)
-        v["entropy"] = -mean(a.logprobs.sum() for a in every) / mean(a.drawn.sum() for a in every)
-        v |= dict(seconds=now - began, sampling=length * len(every) / (sampled - began))
-        v["training"] = flags.epochs * sum(len(a.tokens) for a in kept) / (now - sampled)
+        n_said, n_learned = (
+            sum(len(a.said) for a in itertools.chain(*groups)),
+            sum(len(a.tokens) for a in kept),
+        )
+        v |= dict(seconds=now - began, sampling=n_said / (sampled - began))
+        v["training"] = flags.epochs * n_learned / (now - sampled)
+        spent += v["seconds"]
         log.write("step", step=done, **v)
         left = duration(spent / (done - start) * (flags.steps - done))
         score = f"true score {v['score']:.3f} | " if "score" in v else ""
         line.show(
             f"step {done}/{flags.steps} | reward {v['reward']:.3f} | {score}pass@1 {v['correct']:.1%} | "
-            f"signal {v['signal']:.0%} | length {length:.1f} | entropy {v['entropy']:.3f} | "
+            f"signal {v['signal']:.0%} | length {v['length']:.1f} | entropy {v['entropy']:.3f} | "
             f"KL {v['kl']:.4f} | sampling {v['sampling']:.0f} tok/s | "
             f"training {v['training']:.0f} tok/s | {left} left"
         )  # fmt: skip
