@@ -236,6 +236,8 @@ def train(flags, checkpoint, mix, tested):
     if start >= flags.steps:
         raise UserError(f"{run} has all its {flags.steps} steps; give more --steps, or another --out")
     problems = itertools.islice(practice(mix, flags.seed), n_problems, None)  # it goes on where it was
+    some = [next(tasks.problems(name, level=level)) for name, level in mix]
+    attempts.sample(model, tokenizer, some, 1, 1, 0)  # is there room for these? ask before there is a run
     run.mkdir(parents=True, exist_ok=True)
     log, line, interrupt = runs.Log(run, start), console.Line(every=0), runs.Interrupt()
     log.write("start", step=start, stage="rl", flags=vars(flags))
