@@ -21,7 +21,7 @@ help:
 	@echo "make sft      make an assistant of it, with tools (8 minutes), and examine it"
 	@echo "make chat     talk to the assistant; make chat-web: in the browser"
 	@echo "make rl       let it practise problems whose answers can be checked (2 minutes)"
-	@echo "make rlhf     let it please a reward model, and watch how that is fooled (5 minutes)"
+	@echo "make rlhf     let it please a reward model, and watch how that is fooled (6 minutes)"
 	@echo "make plot     draw its loss and learning rate"
 	@echo "make test     lint, and run all tests"
 	@echo "make bench    measure speed and quality, beside PyTorch where it is installed"
