@@ -89,8 +89,8 @@ rlhf: .venv/ready
 	@test -e $(RLHF)-manners/done || { $(PY) sft.py --init-from $(SFT) --data jsonl:$(RLHF)-manners.jsonl \
 	  --out $(RLHF)-manners --epochs 1 --seed $(SEED) $(if $(wildcard $(RLHF)-manners/step_*),--resume) && \
 	  touch $(RLHF)-manners/done; }
-	@ls $(RLHF)-reward/step_* >/dev/null 2>&1 || \
-	  $(PY) reward.py train --init-from $(RLHF)-manners --out $(RLHF)-reward --seed $(SEED)
+	@ls $(RLHF)-reward/step_* >/dev/null 2>&1 || { rm -rf $(RLHF)-reward && \
+	  $(PY) reward.py train --init-from $(RLHF)-manners --out $(RLHF)-reward --seed $(SEED); }
 	$(PY) rl.py --init-from $(RLHF)-manners --out $(RLHF) --reward model --reward-model $(RLHF)-reward \
 	  --task decimals --level 1-2 --steps 100 --lr 1e-4 --final-lr 1 --eval-every 10 --seed $(SEED) \
 	  $(if $(wildcard $(RLHF)/step_*),--resume) $(ARGS)

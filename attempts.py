@@ -56,10 +56,7 @@ def sample(model, tokenizer, problems, each, max_tokens, seed, first=0, temperat
     """
     ends = {tokenizer.eot, tokenizer.encode_special("<|im_end|>")}
     host = chat.Host(tokenizer, {"calc": mixture.calculator, "search": mixture.looked_up})
-    prompts = [ids for p in problems for ids in [chat.prompt(tokenizer, mixture.turns(p.prompt))] * each]
-    if (longest := max(map(len, prompts))) >= model.config.n_positions:
-        what = f"a prompt has {longest} tokens and fills the model's context of {model.config.n_positions}"
-        raise UserError(f"{what}; lower --level, or train a model with more --n-positions")
+    prompts = [ids for problem in problems for ids in [prompt_of(tokenizer, problem)] * each]
     rows, found = [], []
     for i in range(0, len(prompts), ROWS):
         rows += generate(
@@ -74,6 +71,23 @@ def sample(model, tokenizer, problems, each, max_tokens, seed, first=0, temperat
         drawn[-n:], logprobs[-n:] = np.logical_not(row.forced), row.logprobs
         found.append(Attempt(problem, row.ids, parts, tokens, drawn, logprobs, correct, correct))
     return [found[i : i + each] for i in range(0, len(found), each)]
+
+
+def prompt_of(tokenizer, problem):
+    return chat.prompt(tokenizer, mixture.turns(problem.prompt))
+
+
+def fitting(model, tokenizer, problems):
+    """Those of some problems whose prompts leave room for an answer; UserError if 100 in a row do not."""
+    too_long = 0
+    for problem in problems:
+        n, room = len(prompt_of(tokenizer, problem)), model.config.n_positions
+        too_long = too_long + 1 if n >= room else 0
+        if too_long == 100:
+            what = f"a prompt of {problem.task} has {n} tokens and fills the model's context of {room}"
+            raise UserError(f"{what}; lower --level, or train a model with more --n-positions")
+        if not too_long:
+            yield problem
 
 
 def shared_out(team, problems, each, max_tokens, seed, first=0, temperature=1.0):
@@ -103,18 +117,25 @@ def pass_at_k(n, correct, k):
 
 def majority(group):
     """1.0 if the answer that most attempts give, the first of equals, is right."""
-    votes = tasks.votes(chat.text_of(attempt.parts) for attempt in group)
-    return group[votes[0][0]].correct if votes else 0.0
+    texts = [chat.text_of(attempt.parts) for attempt in group]
+    votes = tasks.votes(texts, group[0].problem.prompt)
+    return group[0].problem.verify(texts[votes[0][0]]) if votes else 0.0
 
 
-def evaluate(team, mix, flags, judge):
+def evaluate(team, tokenizer, mix, flags, judge):
     """[{what: measure}] on test problems of each (task, level): pass@1 is greedy, the rest of --k samples,
-    which judge(groups) may add its own to."""
+    which judge(groups) may add its own to. No problem comes twice: easy levels may have fewer than asked."""
     results, line, k, mean = [], console.Line(), flags.k, lambda values: float(np.mean(values))
     for task, level in mix:
         line.show(f"evaluating {task}, level {level}")
-        problems = list(itertools.islice(tasks.problems(task, "test", level), flags.eval_problems))
-        ask = lambda each, t, some=problems: shared_out(team, some, each, flags.max_tokens, 0, 0, t)
+        stream = fitting(team.model, tokenizer, tasks.problems(task, "test", level, flags.seed))
+        different = {}
+        for problem in itertools.islice(stream, 20 * flags.eval_problems):
+            different.setdefault((problem.prompt, problem.answer), problem)
+            if len(different) == flags.eval_problems:
+                break
+        problems = list(different.values())
+        ask = lambda each, t, some=problems: shared_out(team, some, each, flags.max_tokens, flags.seed, 0, t)
         greedy, groups = [group[0] for group in ask(1, 0.0)], ask(k, 1.0)
         right = [sum(attempt.correct > 0 for attempt in group) for group in groups]
         found = {"task": task, "level": level, "problems": len(problems)}
@@ -157,7 +178,7 @@ def export(path, groups, run, step):
         for one in (one for g in groups for one in {tuple(a.said): a for a in g if a.correct > 0}.values()):
             said = [{"type": part["type"], "text": part["text"]} for part in one.parts]
             messages = mixture.turns(one.problem.prompt, said if len(said) > 1 else chat.text_of(said))
-            file.write(json.dumps({"messages": messages, "run": run, "step": step}) + "\n")
+            file.write(json.dumps({"messages": messages, "run": Path(run).name, "step": step}) + "\n")
 
 
 def forget(path, run, step):
@@ -165,7 +186,7 @@ def forget(path, run, step):
     if not Path(path).exists():
         return
     lines = Path(path).read_bytes().splitlines(keepends=True)
-    origin = re.compile(rb'"run": %b, "step": (\d+)}\n' % re.escape(json.dumps(run).encode()))
+    origin = re.compile(rb'"run": %b, "step": (\d+)}\n' % re.escape(json.dumps(Path(run).name).encode()))
     later = lambda line: (found := origin.search(line)) and int(found[1]) > step
     whole = (line for line in lines if line.endswith(b"\n"))
     files.write_whole(path, b"".join(line for line in whole if not later(line)))
@@ -190,6 +211,10 @@ def load(directory, flags):
     """Model and tokenizer of a run or checkpoint that can talk."""
     tokenizer = Tokenizer.load(checkpoint := runs.newest_checkpoint(directory))
     chat.prompt(tokenizer, [])  # complains if the model cannot talk
+    if (checkpoint / "state.json").is_file() and "stage" not in runs.read_state(checkpoint):
+        raise UserError(
+            f"{checkpoint} is no assistant yet: make one of it with sft.py --init-from {directory}"
+        )
     return gpt2.GPT2.from_pretrained(checkpoint, *kernels.choose(flags.device, flags.dtype)), tokenizer
 
 

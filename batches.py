@@ -20,7 +20,8 @@ def micro_batches(rows, most, multiple=8):
     saves padding and costs SETUP.
     """
     rows = sorted(rows, key=lambda row: len(row[0]))
-    width = [-(-(len(tokens) - 1) // multiple) * multiple for tokens, _ in rows]  # T, were it the longest
+    longest = max((len(tokens) - 1 for tokens, _ in rows), default=0)  # no wider: the context may end there
+    width = [min(-(-(len(tokens) - 1) // multiple) * multiple, longest) for tokens, _ in rows]
     best = [(0, 0)]  # for the first j rows: (work, where the last micro-batch begins)
     for j in range(1, len(rows) + 1):
         T = width[j - 1]

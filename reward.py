@@ -231,20 +231,23 @@ def main(argv=None):
     log.write("start", step=0, **state)
     began = time.perf_counter()
     for step in range(flags.steps + 1):
-        if (last := step == flags.steps or interrupt.asked) or step % flags.eval_every == 0:
+        if step == flags.steps or step % flags.eval_every == 0:
             found = examine()  # score or accuracy first
             log.write("eval", step=step, **found)
             line.clear(f"step {step}, held out: {words(found)}")
             if (value := next(iter(found.values()))) > best:
                 best, stop = value, step
                 runs.save_checkpoint(run / "best", step, model, tokenizer, optimizer, 1, **state)
-        if last:
+        if step == flags.steps:
             break
         lr = flags.lr * min(1, (step + 1) / 5)  # 5 steps up to --lr
         measures = update(step, lr)
         log.write("step", step=step + 1, lr=lr, **measures)
         left = duration((time.perf_counter() - began) / (step + 1) * (flags.steps - step - 1))
         line.show(f"step {step + 1}/{flags.steps} | {words(measures)} | {left} left")
+        if interrupt.asked:
+            line.clear(f"stopped after step {step + 1}; delete {run} to start anew ({run / 'best'} is there)")
+            raise SystemExit(130)
     runs.save_checkpoint(run, step, model, tokenizer, optimizer, 1, **state)
     line.clear(f"done: {run}; {run / 'best'} is from step {stop}, with {next(iter(found))} {best:.3f}")
 

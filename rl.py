@@ -100,7 +100,7 @@ def divergence(some, now, before):
 def learn(model, optimizer, kept, lr, flags, reference=None, team=None):
     """Update the model with the kept attempts, --epochs times; return loss, gradient's norm and mean k3.
 
-    Weights are divided by the number of tokens drawn in the whole step: no attempt counts more by being short
+    Weights are divided by the number of tokens drawn in all of these: no attempt counts more by being short
     or by its micro-batch. After the first epoch they need log p of the model as it has become: one more
     forward pass, before forward and backward. What best-of imitates has the ratio 1.
     """
@@ -211,9 +211,11 @@ def main(argv=None):
     if flags.eval:
         model, tokenizer = attempts.load(flags.eval, flags)
         team, judge = attempts.make_team(model, tokenizer), reward.judge(flags, tokenizer)
-        results = attempts.evaluate(team, tested, flags, judge)
+        results = attempts.evaluate(team, tokenizer, tested, flags, judge)
         found = {"run": flags.eval, "results": results}
         return print(json.dumps(found) if flags.json else attempts.table(results))
+    if flags.reward == "model" and flags.method == "best-of":
+        raise UserError("--method best-of imitates right attempts, and --reward model knows none; choose one")
     if flags.attempts == 1 and flags.method == "grpo":
         raise UserError("--attempts 1 has nothing to compare with; give 2 or more, or --method best-of")
     if not checkpoint:
@@ -224,9 +226,10 @@ def main(argv=None):
 
 def train(flags, checkpoint, mix, tested):
     """The loop: attempts, rewards, advantages, an update, and a line to watch."""
-    run, state, spent = Path(flags.out), {}, 0.0
+    run, state = Path(flags.out), {}
     model, tokenizer = attempts.load(checkpoint or flags.init_from, flags)
-    reference = attempts.load(flags.init_from, flags)[0]
+    there = flags.kl or Path(flags.init_from).exists()  # a run that went on elsewhere may do without
+    reference = attempts.load(flags.init_from, flags)[0] if there else None
     judge, team = reward.judge(flags, tokenizer), attempts.make_team(model, tokenizer)
     optimizer = gpt2.AdamW(model, weight_decay=0.0)
     if checkpoint:
@@ -235,48 +238,55 @@ def train(flags, checkpoint, mix, tested):
     start, n_problems = state.get("step", 0), state.get("problems", 0)
     if start >= flags.steps:
         raise UserError(f"{run} has all its {flags.steps} steps; give more --steps, or another --out")
-    problems = itertools.islice(practice(mix, flags.seed), n_problems, None)  # it goes on where it was
-    some = [next(tasks.problems(name, level=level)) for name, level in mix]
-    attempts.sample(model, tokenizer, some, 1, 1, 0)  # is there room for these? ask before there is a run
+    for name, level in mix:  # what does not fit should show before there is a run
+        next(attempts.fitting(model, tokenizer, tasks.problems(name, level=level)))
+    problems = attempts.fitting(model, tokenizer, practice(mix, flags.seed))
+    problems = itertools.islice(problems, n_problems, None)  # it goes on where it was
     run.mkdir(parents=True, exist_ok=True)
     log, line, interrupt = runs.Log(run, start), console.Line(every=0), runs.Interrupt()
     log.write("start", step=start, stage="rl", flags=vars(flags))
 
     def exam(step):
-        results = attempts.evaluate(team, tested, flags, judge)
+        results = attempts.evaluate(team, tokenizer, tested, flags, judge)
         line.clear(f"step {step}, on test problems:\n{attempts.table(results)}")
         names = [name for name in ("pass@1", "length", "score", "reward") if name in results[0]]
-        mean = {name: sum(row[name] for row in results) / len(results) for name in names}
+        practised = [row for row in results if (row["task"], row["level"]) in mix] or results
+        mean = {name: sum(row[name] for row in practised) / len(practised) for name in names}
         before = [event["score"] for event in runs.read_log(run) if "results" in event and "score" in event]
         log.write("eval", step=step, correct=mean.pop("pass@1"), **mean, results=results)
         if "score" in mean and mean["score"] > max(before, default=-1):  # --reward model: before it is fooled
-            runs.save_checkpoint(run / "best", step, model, tokenizer, optimizer, 1, flags=vars(flags))
+            runs.save_checkpoint(
+                run / "best", step, model, tokenizer, optimizer, 1, stage="rl", flags=vars(flags)
+            )
 
     if flags.export and checkpoint:
         attempts.forget(flags.export, str(run), start)
-    if flags.eval_every and not start:
-        exam(0)
+    due = lambda step: flags.eval_every and (step in (0, flags.steps) or step % flags.eval_every == 0)
+    if due(start) and not any(e["event"] == "eval" and e["step"] == start for e in runs.read_log(run)):
+        exam(start)
+    loop_began = time.perf_counter()
     for step in range(start, flags.steps):
         began, done = time.perf_counter(), step + 1
         groups, kept, n_kept = gather(team, judge, problems, step, flags)
         n_problems, some = n_problems + len(groups), [group[0] for group in groups]
         if step == start or done % CHECK_EVERY == 0:
-            check(model, some, flags.batch_tokens)
+            check(model, list(itertools.chain(*groups)), flags.batch_tokens)
         sampled, lr = time.perf_counter(), learning_rate(step, flags.steps, flags.lr, 5, flags.final_lr)
-        v = described(groups, n_kept, flags) | dict(lr=lr, loss=0, norm=0)
+        v = described(groups, n_kept, flags) | dict(lr=lr, loss=0, norm=0, kl=0)
         if kept:
             v |= learn(model, optimizer, kept, lr, flags, reference if flags.kl else None, team)
-        now, before = time.perf_counter(), log_probabilities(reference, some, flags.batch_tokens)
-        v["kl"] = divergence(some, [attempt.logprobs for attempt in some], before)
+        now = time.perf_counter()
+        if reference:
+            before = log_probabilities(reference, some, flags.batch_tokens)
+            v["kl"] = divergence(some, [attempt.logprobs for attempt in some], before)
         n_said, n_learned = (
             sum(len(a.said) for a in itertools.chain(*groups)),
             sum(len(a.tokens) for a in kept),
         )
         v |= dict(seconds=now - began, sampling=n_said / (sampled - began))
         v["training"] = flags.epochs * n_learned / (now - sampled)
-        spent += v["seconds"]
         log.write("step", step=done, **v)
-        left = duration(spent / (done - start) * (flags.steps - done))
+        left = duration((time.perf_counter() - loop_began) / (done - start) * (flags.steps - done))
         score = f"true score {v['score']:.3f} | " if "score" in v else ""
         line.show(
             f"step {done}/{flags.steps} | reward {v['reward']:.3f} | {score}pass@1 {v['correct']:.1%} | "
@@ -300,7 +310,7 @@ def train(flags, checkpoint, mix, tested):
                 f"stopped after step {done}; go on: python rl.py --out {shlex.quote(str(run))} --resume"
             )
             raise SystemExit(130)
-        if flags.eval_every and (last or done % flags.eval_every == 0):
+        if due(done):
             exam(done)
     best = f"; {run / 'best'} has the highest true score" if (run / "best").exists() else ""
     line.clear(f"done: {place}{best}; talk to it: python sample.py {shlex.quote(str(run))} --chat")

@@ -66,6 +66,7 @@ def parser():
     add("--best-of", metavar="N", type=whole, default=1, help=words)
     add = flags.add_argument_group("with --best-of: show one that is right").add_argument
     names = [*tasks.TASKS, "gsm8k"]
+    names.remove("countdown")  # whose answer is a calculation with the numbers given
     add("--verify", metavar="TASK", choices=names, help="of tasks.py, which checks the answers")
     add("--answer", metavar="TEXT", help="the right answer")
 
@@ -138,7 +139,7 @@ def main(argv=None):
     completions = complete(flags, tokenizer, model, assistant, [prompt] * n, settings, on_token)
     words = {row.index: chat.text_of(chat.parts(tokenizer, row.ids)) for row in completions}
     said = list(words.values())
-    votes = [(tasks.marked(said[which[0]]), len(which)) for which in tasks.votes(said)]
+    votes = [(tasks.marked(said[which[0]]), len(which)) for which in tasks.votes(said, prompt)]
     problem = tasks.Problem(flags.verify, prompt, "", flags.answer, 0) if flags.verify else None
 
     def worth(completion):

@@ -91,6 +91,8 @@ def problems(name, split="train", level=None, seed=0, phrasings=None):
     Those of a GSM8K file come once for testing, and again and again for training.
     """
     kind, _, rest = name.partition(":")
+    if rest and kind == "reasoning_gym" and level is not None:
+        raise UserError(f"{name} has no levels; leave --level out")
     if rest and kind in ("gsm8k", "reasoning_gym"):
         found = gsm8k(Path(rest), split, level, seed) if kind == "gsm8k" else gym(rest, split, seed)
         return itertools.chain([next(found)], found)  # begin now: what is wrong should show now
@@ -126,7 +128,16 @@ def split_of(key):
 
 MARK = re.compile(r"\banswer\b[*_ ]*:", re.I)
 NUMBER = re.compile(r"(-?)\$? ?((?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?) ?[$%]?((?: ?\b[a-z]+){0,2})", re.A)
-UNITS = set(re.findall(r"\w+", "dollar cent people children year letter time dot sq square km"))
+UNITS = set(re.findall(r"\w+", "dollar people children year letter time dot sq square km"))
+TIMES = {
+    "percent",
+    "cent",
+    "dozen",
+    "hundred",
+    "thousand",
+    "million",
+    "billion",
+}  # after these it is another number
 
 
 def marked(text):
@@ -139,18 +150,25 @@ def marked(text):
 def numeric(line, prompt=""):
     """The number that is all of a line but its unit: '$1,234.50' or '9 apples', if the prompt has apples."""
     found = NUMBER.fullmatch(line.lower()) if len(line) < 100 else None
-    units = UNITS | {word.rstrip("s") for word in re.findall("[a-z]+s", prompt.lower())}
-    if not found or not found[2] or not {unit.rstrip("s") for unit in found[3].split()} <= units:
+    units = UNITS | {word.rstrip("s") for word in re.findall("[a-z]+s", prompt.lower())} - TIMES
+    percent = "%" in prompt or "percent" in prompt.lower()
+    if (
+        not found
+        or not found[2]
+        or ("%" in line and not percent)
+        or not {unit.rstrip("s") for unit in found[3].split()} <= units
+    ):
         return None
     return Fraction(found[1] + found[2].replace(",", ""))
 
 
-def votes(texts):
+def votes(texts, prompt=""):
     """For each answer the numbers of the texts that give it, the most frequent first; 9, 9.0, $9 are one."""
     found = {}
     for i, text in enumerate(texts):
         if answer := marked(text):
-            found.setdefault(answer if (value := numeric(answer)) is None else value, []).append(i)
+            value = numeric(answer, prompt)
+            found.setdefault((spelt(answer) or answer) if value is None else value, []).append(i)
     return sorted(found.values(), key=len, reverse=True)
 
 

@@ -4,6 +4,7 @@ hand; then to its promises: preferences are learned, and a reward that is not th
 import itertools
 import json
 import math
+import signal
 from collections import Counter
 from dataclasses import dataclass
 
@@ -354,7 +355,7 @@ def manners_run(tmp_path_factory):
     for step in range(200):
         batches.accumulate(model, rows, 2048)
         optimizer.step(1e-2 * (1 - step / 200))
-    runs.save_checkpoint(run, 7, model, BYTES, optimizer, 2)
+    runs.save_checkpoint(run, 7, model, BYTES, optimizer, 2, stage="sft")
     return run
 
 
@@ -464,11 +465,21 @@ def test_it_pleases_the_reward_model_and_the_truly_best_is_kept(please, tmp_path
     assert please("held", *more, "--kl", 30).status == 0
     held = events(tmp_path / "held", "eval")[-1]
     assert held["reward"] < evals[-1]["reward"] - 0.5 and held["score"] > evals[-1]["score"]
-    asked = ("--eval", run / "best", "--reward", "model", "--reward-model", manners_run, "--json")
+    asked = (
+        "--eval",
+        run / "best",
+        "--seed",
+        5,
+        "--reward",
+        "model",
+        "--reward-model",
+        manners_run,
+        "--json",
+    )
     done = script.run(
         rl.main, *asked, "--task", "letter", "--level", 1, "--eval-problems", 12, "--max-tokens", 24
     )
-    [found] = json.loads(done.out)["results"]
+    [found] = json.loads(done.out)["results"]  # with the run's own seed, the same problems
     assert found["score"] == pytest.approx(best["score"]) and found["reward"] == pytest.approx(best["reward"])
 
 
@@ -517,9 +528,30 @@ def test_what_cannot_be(start, please, tmp_path):
     assert not (tmp_path / "new").exists()
     other, tokenizer = tmp_path / "other", Tokenizer.train(["some text, some more text"], 270)
     model = gpt2.GPT2(gpt2.GPT2Config(1, 2, 32, 64, tokenizer.vocab_size))
-    runs.save_checkpoint(other, 1, model, tokenizer, gpt2.AdamW(model), 1)
+    runs.save_checkpoint(other, 1, model, tokenizer, gpt2.AdamW(model), 1, stage="train")
     assert script.refused(please("new", "--reward-model", other), "vocabulary", "other")
     assert not (tmp_path / "new").exists()
+
+
+def test_ctrl_c_ends_it_and_says_so(start, tmp_path, monkeypatch):
+    """Half a reward model should not be taken for a whole one: there is no checkpoint but the best."""
+    real, calls = batches.accumulate, []
+
+    def pressed(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(batches, "accumulate", pressed)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        done = start("train", "cut", "--questions", 8, "--steps", 30)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.status == 130 and "stopped after step 3; delete" in done.err
+    assert [e["step"] for e in events(tmp_path / "cut", "step")] == [1, 2, 3]
+    assert not runs.checkpoints(tmp_path / "cut") and runs.checkpoints(tmp_path / "cut" / "best")
 
 
 def test_the_log_is_json_and_has_the_flags(start, tmp_path):

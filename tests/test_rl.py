@@ -183,6 +183,7 @@ def test_the_majority_votes():
         group = of_rewards(*(float(text.endswith(" 9")) for text in texts), lengths=[3] * len(texts))
         for attempt, text in zip(group, texts):
             attempt.parts = [{"type": "text", "text": text}]
+            attempt.problem = tasks.Problem("word", "How many apples?", "", "9")
         return group
 
     assert attempts.majority(said("Answer: 9", "Answer: 8", "Answer: 9")) == 1
@@ -192,6 +193,9 @@ def test_the_majority_votes():
     )  # who does not answer does not vote
     assert attempts.majority(said("Answer: 8", "Answer: 9")) == 0  # of equals the first
     assert attempts.majority(said("no idea", "none")) == 0
+    cut_off, *others = said("Answer: 9", "Answer: 8", "Answer: 9 apples", "Answer: 9.0")
+    cut_off.correct = 0.0  # it votes, too
+    assert attempts.majority([cut_off, *others]) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -467,19 +471,19 @@ SMALL += "--show-every 3 --lr 3e-3 --seed 5"
 
 def choices(name, split="train", level=None, seed=0):
     """In place of tasks.problems: which letter is right depends on how many came before."""
-    if name not in ("choice", "other", "long"):
+    if name not in ("choice", "other", "long", "some long"):
         raise UserError(f"there is no task {name}")
     if level not in (None, 1, 2):
         raise UserError(f"{name} has no level {level}")
-    prompt = "?" * 80 if name == "long" else "?"
-    return (Choice(prompt, "ab"[(seed + i) % 2], name, level or 1) for i in itertools.count())
+    prompt = lambda i: "?" * 80 if name == "long" or (name == "some long" and i % 3) else "?"
+    return (Choice(prompt(i), "ab"[(seed + i) % 2], name, level or 1) for i in itertools.count())
 
 
 @pytest.fixture
 def start(tmp_path, monkeypatch, taught_run):
     """start(out, *flags): a run of rl.py on the bandit."""
     monkeypatch.setattr(tasks, "problems", choices)
-    monkeypatch.setattr(tasks, "TASKS", {"choice": (1, 2), "other": (1, 2), "long": (1,)})
+    monkeypatch.setattr(tasks, "TASKS", {"choice": (1, 2), "other": (1, 2), "long": (1,), "some long": (1,)})
 
     def go(out, *more, base=SMALL):
         return script.run(
@@ -501,7 +505,7 @@ def start(tmp_path, monkeypatch, taught_run):
 def taught_run(tmp_path_factory):
     """A run of two checkpoints, in float32."""
     run, model = tmp_path_factory.mktemp("sft"), model_that_says(["a", "b"], "float32")
-    runs.save_checkpoint(run, 7, model, BYTES, gpt2.AdamW(model), 2)
+    runs.save_checkpoint(run, 7, model, BYTES, gpt2.AdamW(model), 2, stage="sft")
     return run
 
 
@@ -532,8 +536,8 @@ def test_a_run_says_writes_and_logs_what_it_does(start, tmp_path):
     for e in evals:
         assert e["correct"] == pytest.approx(sum(r["pass@1"] for r in e["results"]) / len(e["results"]))
         assert [(r["task"], r["level"], r["problems"]) for r in e["results"]] == [
-            ("choice", 1, 3),
-            ("choice", 2, 3),
+            ("choice", 1, 2),
+            ("choice", 2, 2),
         ]
         for r in e["results"]:
             assert list(r)[3:] == [
@@ -605,9 +609,10 @@ def test_ctrl_c_saves_and_a_resumed_run_goes_on_bit_for_bit(start, tmp_path, mon
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (a / name).read_bytes() == (b / name).read_bytes()
     whole, cut = ((tmp_path / f"{name}.jsonl").read_text() for name in ("whole", "cut"))
-    assert whole.replace("/whole", "/cut") == cut and cut.startswith(exported) and '"step": 6}' in cut
-    logs = [[e for e in without_times(tmp_path / name) if e["event"] == "step"] for name in ("whole", "cut")]
-    assert logs[0] == logs[1] and len(logs[0]) == 6
+    assert whole.replace('"whole"', '"cut"') == cut and cut.startswith(exported) and '"step": 6}' in cut
+    kinds = ("step", "eval")  # it was stopped before the evaluation that was due
+    logs = [[e for e in without_times(tmp_path / name) if e["event"] in kinds] for name in ("whole", "cut")]
+    assert logs[0] == logs[1] and len(logs[0]) == 9
 
 
 def test_equal_rewards_leave_every_bit_of_the_parameters(start, tmp_path, taught_run, monkeypatch):
@@ -620,7 +625,7 @@ def test_equal_rewards_leave_every_bit_of_the_parameters(start, tmp_path, taught
 
 def test_a_run_learns(start, tmp_path, monkeypatch):
     monkeypatch.setattr(Choice, "verify", lambda self, text: float(text == "b"))
-    assert start("run", "--steps", 14, "--eval-every", 14, "--lr", 1e-2).status == 0
+    assert start("run", "--steps", 24, "--eval-every", 24, "--lr", 1e-2, "--k", 32).status == 0
     first, last = events(tmp_path / "run", "eval")
     assert all(r["sampled"] > 0.9 and r["pass@1"] == 1 for r in last["results"])
     assert all(r["sampled"] < 0.9 for r in first["results"])
@@ -785,6 +790,7 @@ def test_problems_go_on_where_a_run_stopped(seed, n):
         (["--level", "easy"], ["--level easy", "1-3"]),
         (["--eval-level", "9"], ["no level 9"]),
         (["--attempts", "1"], ["--attempts 1", "best-of"]),
+        (["--reward", "model", "--method", "best-of"], ["--method best-of", "choose one"]),
         (["--task", "long", "--level", "1"], ["fills", "context of 64"]),
         (["--task", "long", "--level", "1", "--eval-every", "0"], ["fills", "context of 64"]),
         (["--init-from", "nowhere"], ["nowhere", "no checkpoint"]),
@@ -794,6 +800,19 @@ def test_problems_go_on_where_a_run_stopped(seed, n):
 )
 def test_bad_input_is_one_clear_line(start, tmp_path, more, words):
     assert script.refused(last_line(start("run", *more)), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_problems_that_leave_no_room_for_an_answer_are_left_out(start, tmp_path):
+    assert (done := start("run", "--task", "some long")).status == 0, done.err
+    assert len(events(tmp_path / "run", "step")) == 6
+    assert all(r["problems"] == 2 for e in events(tmp_path / "run", "eval") for r in e["results"])
+
+
+def test_a_base_model_is_refused(start, tmp_path):
+    model = model_that_says(["a"], "float32", steps=1)
+    runs.save_checkpoint(tmp_path / "base", 7, model, BYTES, gpt2.AdamW(model), 2)
+    assert script.refused(start("run", "--init-from", tmp_path / "base"), "no assistant yet", "sft.py")
     assert not (tmp_path / "run").exists()
 
 

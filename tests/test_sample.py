@@ -919,6 +919,11 @@ def test_what_counts_as_a_vote():
 
     assert tasks.votes(texts) == [[1, 3, 4], [0]]  # 9 three times, 8 once
     assert tasks.votes(["Answer: 0", "Answer: no", "Answer: 0.0"]) == [[0, 2], [1]]
+    assert tasks.votes(["Answer: 9 apples", "Answer: 9", "Answer: Bogotá"], "How many apples?") == [
+        [0, 1],
+        [2],
+    ]
+    assert tasks.votes(["Answer: UQTS", "Answer: uqts"]) == [[0, 1]]
     assert tasks.votes([]) == tasks.votes(["x"]) == []
 
 
@@ -931,6 +936,8 @@ def test_cli_best_of_with_a_verifier(assistant, capsys):
     out = cli(capsys, run, *flags, *verify, "6").out
     assert "Answer: 5\n" in out and "the best of 20, none right]" in out
     assert "the best of 20]" in cli(capsys, run, *flags).out
+    with pytest.raises(UserError, match="invalid choice: 'countdown'"):  # its answer is a calculation
+        cli(capsys, run, *flags, "--verify", "countdown", "--answer", "4")
 
 
 @pytest.mark.parametrize(

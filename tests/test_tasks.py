@@ -334,6 +334,7 @@ def test_no_list_of_numbers_is_an_answer(text):
 HACKS = ["", "9", "Answer:", "Answer: 9\nAnswer:", "9\nAnswer:\n", "Answer: 9 Answer: 3", "The answer is 9"]
 HACKS += ["Answer: 9\nNo.\nAnswer: 3", "Answer: 3 \n9", "Answers: 9", "Answer: " + "9" * 5000, "Answer 9"]
 HACKS += ["Answer: " + " ".join(map(str, range(100))), "\n".join(f"{n}?" for n in range(20)) + "\nAnswer:"]
+HACKS += ["Answer: 9 cents", "Answer: 9%", "Answer: $9 %", "Answer: 9 dozens", "Answer: 9 thousand"]
 EXPRESSIONS = (
     "32|4 * 8|32 = 32|3 + 5 * 4|5 * 4 + 3 * 4|2 ** 5|64 // 2|(3 + 5) * 4 or 4 * 8|(3 + 5) * 4, 4 * 8"
 )
@@ -529,6 +530,8 @@ def test_without_reasoning_gym_its_tasks_say_what_to_install(monkeypatch):
 
 def test_reasoning_gym():
     pytest.importorskip("reasoning_gym")
+    with pytest.raises(UserError, match="no levels"):
+        problems("reasoning_gym:chain_sum", level=2)
     for name in ("chain_sum", "knights_knaves", "spell_backward"):
         train, test = some(f"reasoning_gym:{name}", n=60), some(f"reasoning_gym:{name}", n=20, split="test")
         assert not {p.prompt for p in train} & {p.prompt for p in test}
