@@ -286,11 +286,18 @@ def attention():
         ops.attention_forward(out, lse, qkv, NH)
         return empty(B, T, 3 * C, dtype=dtype), normal(B, T, C, dtype=dtype), out, lse, qkv
 
+    size = T, NH, C // NH
+
     def naive(out, lse, qkv):
-        size = T, NH, C // NH
         launch("attention", "attention_scores<bf16>", (cdiv(T, 256), T, B * NH), 256, scores, qkv, *size)
         launch("attention", "attention_softmax", (cdiv(T, 8), B * NH), 256, scores, lse, T)
         launch("attention", "attention_values<bf16>", (cdiv(C, 256), T, B), 256, out, scores, qkv, *size)
+
+    def naive_backward(dqkv, dout, out, lse, qkv):
+        arguments, grid = (scores, ds, dout, out, lse, qkv, *size), (cdiv(T, 256), T, B * NH)
+        launch("attention_backward", "attention_backward_scores<bf16>", grid, 256, *arguments)
+        arguments, grid = (dqkv, scores, ds, dout, qkv, *size), (cdiv(C, 256), T, B)
+        launch("attention_backward", "attention_backward_sums<bf16>", grid, 256, *arguments)
 
     forward, backward = both("attention_forward", NH), both("attention_backward", NH)
     for work, marks, make, calls, products in (
@@ -304,8 +311,11 @@ def attention():
             row(work, "flash, no tensor cores", marks, make, *calls, **flash)
             row(work, "flash, float32", marks, lambda make=make: make(F32), *calls, **flash)
     if RUNGS:
-        scores = empty(B, NH, T, T, dtype=F32)
-        row("attention forward", "naive", "oor", inputs, naive, forward[1], flops=2 * B * T * T * C, n=1)
+        scores, ds = (empty(B, NH, T, T, dtype=F32) for _ in range(2))
+        flops = B * T * T * C
+        row("attention forward", "naive", "oor", inputs, naive, forward[1], flops=2 * flops, n=1)
+        slow = naive_backward, backward[1]
+        row("attention backward", "naive", "orrrr", gradients, *slow, flops=5 * flops, n=1)
 
 
 def bandwidth():

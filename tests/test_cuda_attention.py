@@ -98,7 +98,7 @@ def module(file):
             names += [f"attention_scores<{storage}>", f"attention_values<{storage}>"]
             names += [f"attention_forward_flash<{storage}, {HP}>" for HP in (64, 128)]
         elif file == "attention_backward.cu":
-            names += [f"attention_backward_prepare<{storage}>"]
+            names += [f"attention_backward_{kind}<{storage}>" for kind in ("scores", "sums", "prepare")]
             names += [
                 f"attention_backward_{own}_flash<{storage}, {HP}>" for own in OWNERS for HP in (64, 128)
             ]
@@ -167,6 +167,13 @@ def backward(rung, dout, out, lse, qkv, NH, dtype):
     HS, storage, file = C // NH, STORAGE[dtype], "attention_backward.cu"
     Tp = ceil_div(T, 64) * 64
     dqkv, rows = poisoned((B, T, 3 * C), dtype), poisoned((B, NH, Tp, 2), "float32")
+    if rung == "naive":
+        p, ds = (poisoned((B, NH, T, T), "float32") for _ in range(2))
+        arguments, grid = (p, ds, dout, out, lse, qkv, T, NH, HS), (ceil_div(T, 256), T, B * NH)
+        launch(file, f"attention_backward_scores<{storage}>", grid, 256, *arguments)
+        arguments, grid = (dqkv, p, ds, dout, qkv, T, NH, HS), (ceil_div(C, 256), T, B)
+        launch(file, f"attention_backward_sums<{storage}>", grid, 256, *arguments)
+        return dqkv
     grid, name = (ceil_div(B * Tp * NH, 32),), f"attention_backward_prepare<{storage}>"
     launch(file, name, grid, 256, rows, dout, out, lse, B, T, NH, HS)
     for own in OWNERS:
@@ -205,8 +212,6 @@ def test_attention(rung, dtype, HS, T):
     got_out, got_lse = forward(rung, qkv_device, NH, dtype)
     assert_close(to_host(got_out, dtype), out, naive_out, dtype)
     assert np.abs(got_lse.get() - lse).max() < 1e-5
-    if rung == "naive":
-        return
     got = to_host(backward(rung, dout_device, got_out, got_lse, qkv_device, NH, dtype), dtype)
     for third in range(3):  # dq, dk, dv: each on its own, for their norms differ
         part = np.s_[..., third * NH * HS : (third + 1) * NH * HS]
@@ -217,7 +222,10 @@ def test_attention(rung, dtype, HS, T):
         )  # T = 1: softmax of one score is constant, dq and dk are 0
 
 
-@pytest.mark.parametrize(("rung", "dtype", "HS"), [("flash", "float32", 20), ("tensor", "bfloat16", 64)])
+THREE = [("naive", "float32", 20), ("flash", "float32", 20), ("tensor", "bfloat16", 64)]
+
+
+@pytest.mark.parametrize(("rung", "dtype", "HS"), THREE)
 def test_twice_the_same_bits(rung, dtype, HS):
     qkv, dout = (to_device(x, dtype) for x in inputs(2, 100, 2, HS, dtype))
     runs = []
@@ -227,7 +235,7 @@ def test_twice_the_same_bits(rung, dtype, HS):
     assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize(("rung", "dtype", "HS"), [("flash", "float32", 64), ("tensor", "bfloat16", 64)])
+@pytest.mark.parametrize(("rung", "dtype", "HS"), THREE)
 def test_large_scores(rung, dtype, HS):
     """Scores beyond 88: exp overflows without the maximum, and late maxima rescale what came before."""
     qkv, dout = inputs(1, 150, 1, HS, dtype, scale=6.0)

@@ -111,13 +111,13 @@ def variants(capability, monkeypatch):
     owners = "keys", "queries"
     names["attention_backward"] = {f"attention_backward_{o}_flash<{head}>" for head in heads for o in owners}
     names["attention_backward"] |= {f"attention_backward_{o}_tensor<{H}>" for H in (64, 128) for o in owners}
-    names["attention_backward"] |= {f"attention_backward_prepare<{S}>" for S in both}
     names["decode"] = {
         f"attention_decode<{head}, {w}>" for head in heads for w in (1, 4 if "float" in head else 8)
     }
     plain = {
         "decode": ["attention_append", "attention_decode_combine"],
         "attention": ["attention_scores", "attention_values"],
+        "attention_backward": [f"attention_backward_{kind}" for kind in ("scores", "sums", "prepare")],
         "gelu": [f"{op}{rung}" for op in ELEMENTWISE for rung in ("_naive", "")],
         "encoder": [f"encoder_{kind}" for kind in ENCODER],
         "classifier": ["classifier_naive", "classifier_twice", "classifier", "cross_entropy"],
