@@ -391,6 +391,21 @@ def bandwidth():
 
 
 def decoding():
+    size = 1, NH, C // NH, T
+
+    def append(qkv, keys, values, lengths):
+        grid = cdiv(C, 256), 1, len(qkv)
+        launch("decode", "attention_append<bf16>", grid, 256, keys, values, qkv, lengths, *size)
+        return grid
+
+    def one_split(out, *cache):
+        append(*cache)
+        kernel = f"attention_decode<bf16, {64 if C // NH <= 64 else 128}, 8>"
+        launch("decode", kernel, (NH, 1, len(out)), 128, out, None, *cache, *size, 1)
+
+    def naive(out, *cache):
+        launch("decode", "attention_decode_naive<bf16>", append(*cache), 256, out, *cache, *size)
+
     for rows in (64, 1) if not SETTINGS["emulator"] else (2,):
         cache = rows, NH, T, C // NH
         make = lambda rows=rows, cache=cache: (
@@ -400,7 +415,12 @@ def decoding():
         )
         moved = rows * T * C * 4
         work = f"decode attention, {rows} × {T}"
-        row(work, "chosen", "orxxr", make, *both("attention_decode"), moved=moved, n=1)
+        calls = both("attention_decode")
+        row(work, "chosen", "orxxr", make, *calls, moved=moved, n=1)
+        if RUNGS and rows * NH < ops.SMS:  # the chosen one splits
+            row(work, "one split", "orxxr", make, one_split, calls[1], moved=moved, n=1)
+        if RUNGS:
+            row(work, "naive", "orxxr", make, naive, calls[1], moved=moved, n=1)
         make = lambda rows=rows: (
             empty(rows, dtype=np.int32),
             normal(rows, V, dtype=F32),

@@ -115,7 +115,7 @@ def variants(capability, monkeypatch):
         f"attention_decode<{head}, {w}>" for head in heads for w in (1, 4 if "float" in head else 8)
     }
     plain = {
-        "decode": ["attention_append", "attention_decode_combine"],
+        "decode": ["attention_append", "attention_decode_naive", "attention_decode_combine"],
         "attention": ["attention_scores", "attention_values"],
         "attention_backward": [f"attention_backward_{kind}" for kind in ("scores", "sums", "prepare")],
         "gelu": [f"{op}{rung}" for op in ELEMENTWISE for rung in ("_naive", "")],
