@@ -338,7 +338,12 @@ def bandwidth():
         ops.layernorm_forward(empty(N, C), *arrays, *weights())
         return normal(N, C), ops.zeros(C), ops.zeros(C), normal(N, C), arrays[2], normal(C), *arrays[:2]
 
-    row("layernorm backward", "chosen", "xxxwwwww", make, *both("layernorm_backward"), n=N)
+    calls = both("layernorm_backward")
+    row("layernorm backward", "chosen", "xxxwwwww", make, *calls, n=N)
+    if RUNGS:
+        kernel, grid = "layernorm_backward_naive<bf16>", cdiv(max(N, C), 128)
+        naive = lambda *a, kernel=kernel, grid=grid: launch("layernorm", kernel, grid, 128, *a, N, C)
+        row("layernorm backward", "naive", "xxxwwwww", make, naive, calls[1], n=N)
 
     for name, marks in (("gelu_forward", "or"), ("gelu_backward", "orr"), ("residual_forward", "orr")):
         make = lambda marks=marks: tuple(normal(N, 4 * C) for _ in marks)

@@ -220,6 +220,16 @@ def test_layernorm_backward(dtype, shift, C):
             for result, reference in zip(twice(compute), expected):
                 check(result, reference, largest_term(inp, rstd))
 
+    def naive():
+        grads = device(dinp, shift), device(dweight), device(dbias)
+        inputs = [device(array, shift) for array in (dout, inp, weight)] + [device(mean), device(rstd)]
+        name, grid = f"layernorm_backward_naive<{T}>", cdiv(max(N, C), 128)
+        launch("layernorm.cu", name, grid, 128, *grads, *inputs, N, C)
+        return grads
+
+    for result, reference in zip(twice(naive), expected):
+        check(result, reference, largest_term(inp, rstd))
+
 
 # ------------------------------------------------------------------------------------------------------------
 # encoder.cu

@@ -56,6 +56,7 @@ def nvrtc():
 # ------------------------------------------------------------------------------------------------------------
 # What cuda.py can choose
 
+WAYS = "forward", "backward"
 ELEMENTWISE = "gelu_forward", "gelu_backward", "residual_forward"
 ENCODER = "forward_naive", "forward", "backward_naive", "backward_wpe", "backward_wte", "backward_join"
 USES = [  # epilogue, A_T, B_T, whether the output is float32 in any case
@@ -103,7 +104,7 @@ def variants(capability, monkeypatch):
         f"{kernel}<{S}, {n}>" for S in both for kernel, up in zip(kernels, most[S]) for n in range(1, up + 1)
     } | {"layernorm_backward_reduce"}
     names["layernorm"] |= {
-        f"layernorm_{kind}<{S}>" for S in both for kind in ("forward_naive", "forward_rows", "backward_rows")
+        f"layernorm_{way}_{rung}<{S}>" for S in both for way in WAYS for rung in ("naive", "rows")
     }
     heads = [f"{S}, {HP}" for S in both for HP in (64, 128)]
     names["attention"] = {f"attention_forward_flash<{head}>" for head in heads}
