@@ -356,11 +356,28 @@ def bandwidth():
 
     tokens = lambda: integers(V, B, T)
     make = lambda: (empty(B, T, C), tokens(), normal(V, C), normal(T, C))
-    row("encoder forward", "chosen", "orww", make, *both("encoder_forward"), moved=4 * N * C, n=1)
+    calls = both("encoder_forward")
+    row("encoder forward", "chosen", "orww", make, *calls, moved=4 * N * C, n=1)
+    if RUNGS:
+        kernel, grid = "encoder_forward_naive<bf16>", cdiv(N * C, 256)
+        naive = lambda *a, kernel=kernel, grid=grid: launch(
+            "encoder", kernel, grid, 256, *a, None, N, T, C, T
+        )
+        row("encoder forward", "naive", "orww", make, naive, calls[1], moved=4 * N * C, n=1)
     make = lambda: (ops.zeros((V, C)), ops.zeros((T, C)), normal(B, T, C), tokens())
     used = V * (1 - (1 - 1 / V) ** N)  # rows of wte that N random tokens name
     moved = int(2 * N * C + 8 * (used + T) * C)
-    row("encoder backward", "chosen", "xxww", make, *both("encoder_backward"), moved=moved, n=V)
+    calls = both("encoder_backward")
+    row("encoder backward", "chosen", "xxww", make, *calls, moved=moved, n=V)
+    if RUNGS:
+
+        def naive(dwte, dwpe, dout, ids):
+            grid, arguments = cdiv(T * C, 256), (dwpe, dout, B, T, C)
+            launch("encoder", "encoder_backward_wpe_naive<bf16>", grid, 256, *arguments)
+            grid, arguments = (cdiv(C, 256), V), (dwte, dout, ids, N, C)
+            launch("encoder", "encoder_backward_naive<bf16>", grid, 256, *arguments)
+
+        row("encoder backward", "naive", "xxww", make, naive, calls[1], moved=moved, n=V)
 
     make = lambda: (f32(R), normal(R, V), integers(V - 47, R), normal(R, dtype=F32))
     calls = both("classifier", V - 47)

@@ -300,9 +300,9 @@ def test_encoder_backward(dtype, shift, C):
         launch("encoder.cu", f"encoder_backward_join<{S}>", grids[1], 256, total, partials, *arguments)
         return [total]
 
-    def positions():
+    def positions(name, threads):
         total = device(dwpe, shift)
-        launch("encoder.cu", f"encoder_backward_wpe<{S}>", cdiv(T * packs, 256), 256, total, dy, B, T, C)
+        launch("encoder.cu", f"{name}<{S}>", cdiv(threads, 256), 256, total, dy, B, T, C)
         return [total]
 
     starts, order = twice(sort)
@@ -310,7 +310,8 @@ def test_encoder_backward(dtype, shift, C):
     np.testing.assert_array_equal(starts, np.searchsorted(np.sort(tokens.reshape(-1)), np.arange(V + 1)))
     check(twice(naive)[0], expected[0])
     check(twice(chunks)[0], expected[0])
-    check(twice(positions)[0], expected[1])
+    for rung in ("encoder_backward_wpe_naive", T * C), ("encoder_backward_wpe", T * packs):
+        check(twice(lambda rung=rung: positions(*rung))[0], expected[1])
 
 
 def test_token_starts_of_a_large_vocabulary():

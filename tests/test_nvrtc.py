@@ -58,7 +58,8 @@ def nvrtc():
 
 WAYS = "forward", "backward"
 ELEMENTWISE = "gelu_forward", "gelu_backward", "residual_forward"
-ENCODER = "forward_naive", "forward", "backward_naive", "backward_wpe", "backward_wte", "backward_join"
+ENCODER = ["forward_naive", "forward", "backward_naive", "backward_wpe_naive", "backward_wpe"]
+ENCODER += ["backward_wte", "backward_join"]
 USES = [  # epilogue, A_T, B_T, whether the output is float32 in any case
     ("STORE", False, False, False),  # dinp of the tied head
     ("STORE", False, True, False),  # dinp, and the logits of training
