@@ -1,4 +1,4 @@
-// Causal self-attention, backward, without a (T, T) array and without atomics. Read attention.cu before.
+// Causal self-attention, backward, and from rung 2 on without a (T, T) array. Read attention.cu before.
 //
 // Forward, for one head:  S = Q Kᵀ / sqrt(HS),  P = exp(S - lse) below the diagonal, else 0,  out = P V.  So
 //
@@ -10,25 +10,81 @@
 // owns keys and one that owns queries. Both compute S and dP: seven products instead of five, and the same
 // bits every time.
 //
+// Rungs: the formulas, over two (T, T) arrays; two passes without them, in float arithmetic; those on tensor
+// cores.
+//
 // kernel                                          grid                     block  dynamic shared bytes
+// attention_backward_scores<Storage>              (ceil(T/256), T, B NH)   256    0
+// attention_backward_sums<Storage>                (ceil(C/256), T, B)      256    0
 // attention_backward_prepare<Storage>             (ceil(B Tp NH / 32))     256    0
 // attention_backward_keys_flash<Storage, HP>      (NH, ceil(T/ROWS), B)    256    HP 64: 87,040; 128: 72,192
 // attention_backward_queries_flash<Storage, HP>   (NH, ceil(T/ROWS), B)    256    HP 64: 87,040; 128: 72,192
 // attention_backward_keys_tensor<HS>              (NH, ceil(T/64), B)      128    HS 64: 50,176; 128: 49,408
 // attention_backward_queries_tensor<HS>           (NH, ceil(T/64), B)      128    HS 64: 49,152; 128: 65,536
 //
-// Always all three: prepare, then keys and queries in any order. Storage, HP, HS and alignment as in
-// attention.cu; ROWS is 64 for HP 64 and 32 for HP 128; on sm_75 it is half of that, and 39,424 and 35,072
-// bytes. All of dqkv is overwritten.
+// The naive rung is scores and sums; the others are always all three: prepare, then keys and queries in any
+// order. Storage, HP, HS and alignment as in attention.cu; ROWS is 64 for HP 64 and 32 for HP 128; on sm_75
+// it is half of that, and 39,424 and 35,072 bytes. All of dqkv is overwritten.
 //
 // The floor: five products, 5 B T² C FLOP with causality, for 16 B T C bytes of bf16. Above it by 7/5, the
 // price of no atomics, and by what attention.cu says.
 //
-// Workspace: rows (B, NH, Tp) float2, aligned to 16 bytes, with Tp = T rounded up to a multiple of 64.
+// Workspace: rows (B, NH, Tp) float2, aligned to 16 bytes, with Tp = T rounded up to a multiple of 64. Of the
+// naive rung: p and ds (B, NH, T, T) float32.
 
 #include "attention.cuh"
 
-// ---- What a query needs to know of itself: lse and D ------------------------------------------------------
+// ---- Rung 1: the formulas. Two kernels, and 2 B NH T² floats of memory between them. ----------------------
+
+// A thread per (query, key): one element of P and one of dS, for three products of rows. D is a number of the
+// query, but every thread computes it again.
+template <typename Storage>
+__global__ void attention_backward_scores(float* p, float* ds, const Storage* dout, const Storage* out,
+                                          const float* lse, const Storage* qkv, int T, int NH, int HS) {
+    const int key = blockIdx.x * blockDim.x + threadIdx.x, query = blockIdx.y;
+    const int b = blockIdx.z / NH, h = blockIdx.z % NH, C = NH * HS;
+    if (key >= T) return;
+    const size_t first = static_cast<size_t>(b) * T, row = static_cast<size_t>(blockIdx.z) * T + query;
+    const Storage* q = qkv + (first + query) * 3 * C + h * HS;              // (HS,)
+    const Storage* k = qkv + (first + key) * 3 * C + C + h * HS;            // (HS,)
+    const Storage* v = k + C;                                               // (HS,)
+    const Storage* o = out + (first + query) * C + h * HS;                  // (HS,)
+    const Storage* dy = dout + (first + query) * C + h * HS;                // (HS,)
+    float score = 0.0f, dp = 0.0f, D = 0.0f;
+    for (int d = 0; d < HS; d++) {
+        score += to_float(q[d]) * to_float(k[d]);
+        dp += to_float(dy[d]) * to_float(v[d]);
+        D += to_float(dy[d]) * to_float(o[d]);
+    }
+    const float weight = key <= query ? expf(score / sqrtf(static_cast<float>(HS)) - lse[row]) : 0.0f;
+    p[row * T + key] = weight;
+    ds[row * T + key] = weight * (dp - D);
+}
+
+// A thread per channel of a token: dQ is a sum over the keys up to it, dK and dV over the queries from it on.
+template <typename Storage>
+__global__ void attention_backward_sums(Storage* dqkv, const float* p, const float* ds, const Storage* dout,
+                                        const Storage* qkv, int T, int NH, int HS) {
+    const int c = blockIdx.x * blockDim.x + threadIdx.x, t = blockIdx.y, b = blockIdx.z, C = NH * HS;
+    if (c >= C) return;
+    const size_t first = static_cast<size_t>(b) * T;                        // the sequence's first token
+    const size_t scores = (static_cast<size_t>(b) * NH + c / HS) * T * T;   // the head's (T, T)
+    float dq = 0.0f, dk = 0.0f, dv = 0.0f;
+    for (int key = 0; key <= t; key++)
+        dq += ds[scores + static_cast<size_t>(t) * T + key] * to_float(qkv[(first + key) * 3 * C + C + c]);
+    for (int query = t; query < T; query++) {
+        const size_t i = scores + static_cast<size_t>(query) * T + t;       // column t of P and dS
+        dk += ds[i] * to_float(qkv[(first + query) * 3 * C + c]);
+        dv += p[i] * to_float(dout[(first + query) * C + c]);
+    }
+    const float scale = 1.0f / sqrtf(static_cast<float>(HS));
+    Storage* row = dqkv + (first + t) * 3 * C + c;
+    row[0] = from_float<Storage>(dq * scale);
+    row[C] = from_float<Storage>(dk * scale);
+    row[2 * C] = from_float<Storage>(dv);
+}
+
+// ---- What rungs 2 and 3 need to know of a query: lse and D ------------------------------------------------
 
 // rows[b, h, t] = {lse * LOG2E, D}; from T on {inf, 0}, for which P = exp2(S - inf) = 0: tails need no mask.
 // Eight lanes share a row: 8 lanes x 16 bytes are a head of 64 bf16.
@@ -58,8 +114,10 @@ __global__ void attention_backward_prepare(float2* rows, const Storage* dout, co
     }
 }
 
-// ---- Rung 1: float arithmetic -----------------------------------------------------------------------------
+// ---- Rung 2: two passes, float arithmetic. Won: not measured yet. -----------------------------------------
 
+// P and dS live for one tile, in registers and shared memory: nothing is written but the result.
+//
 // A block owns ROWS keys and walks the queries from the diagonal on. Scores lie transposed, a row for each
 // key, ready to be multiplied by dOut and Q. The first blocks to start have most to do.
 template <typename Storage, int HP>
@@ -163,7 +221,7 @@ attention_backward_queries_flash(Storage* dqkv, const Storage* dout, const Stora
     store_tile<HP>(dqkv + head.qkv, stride, first_query, T, HS, dq);
 }
 
-// ---- Rung 2: tensor cores, bf16. Won: not measured yet. ---------------------------------------------------
+// ---- Rung 3: tensor cores, bf16. Won: not measured yet. ---------------------------------------------------
 
 // A block owns 64 keys, a warp 16 of them: dK and dV of these stay in its registers while the queries pass
 // by, from the diagonal on, each tile of Q, dOut and rows arriving by cp.async while the one before is

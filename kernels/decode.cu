@@ -12,11 +12,12 @@
 //
 // kernel                                 grid                    block  workspace; no dynamic shared memory
 // attention_append<Storage>              (ceil(C/256), T, B)     256    -
+// attention_decode_naive<Storage>        (ceil(C/256), T, B)     256    -
 // attention_decode<Storage, HP, WIDTH>   (NH splits, T, B)       128    partial if splits > 1, else null
 // attention_decode_combine<Storage>      (ceil(B T NH / 4))      128    partial; only if splits > 1
 //
-// In this order. HP: 64 for HS <= 64, 128 for HS <= 128. WIDTH: elements in one access, 16 / sizeof(Storage)
-// where HS is a multiple of it and the arrays are aligned to 16 bytes, else 1.
+// In this order; naive in place of the last two. HP: 64 for HS <= 64, 128 for HS <= 128. WIDTH: elements in
+// one access, 16 / sizeof(Storage) where HS is a multiple of it and the arrays are aligned to 16 bytes, or 1.
 // partial: (B, T, NH, splits, HS + 2) float32.
 // splits: 1 when B T NH blocks fill the card, else as many as fill it, and at most ceil(Tmax / 64).
 
@@ -39,6 +40,38 @@ __global__ void attention_append(Storage* keys, Storage* values, const Storage* 
     keys[place] = row[C + c];
     values[place] = row[2 * C + c];
 }
+
+// ---- Rung 1: a thread per channel of the output -----------------------------------------------------------
+
+// It scans its head's cache twice, for the maximum and for the sums, and computes every score each time. So
+// do the other HS - 1 threads of the head: every product is made 2 HS times.
+template <typename Storage>
+__global__ void attention_decode_naive(Storage* out, const Storage* qkv, const Storage* keys,
+                                       const Storage* values, const int* lengths, int T, int NH, int HS,
+                                       int Tmax) {
+    const int c = blockIdx.x * blockDim.x + threadIdx.x, t = blockIdx.y, b = blockIdx.z, C = NH * HS;
+    if (c >= C) return;
+    const size_t token = static_cast<size_t>(b) * T + t;
+    const size_t cache = (static_cast<size_t>(b) * NH + c / HS) * Tmax * HS;  // this head's (Tmax, HS)
+    const Storage* q = qkv + token * 3 * C + c / HS * HS;                   // (HS,)
+    const int n_keys = min(lengths[b] + t + 1, Tmax);
+    const auto score = [&](int key) {
+        const Storage* k = keys + cache + static_cast<size_t>(key) * HS;    // (HS,)
+        float sum = 0.0f;
+        for (int d = 0; d < HS; d++) sum += to_float(q[d]) * to_float(k[d]);
+        return sum / sqrtf(static_cast<float>(HS));
+    };
+    float maximum = MINUS_INFINITY, sum = 0.0f, result = 0.0f;
+    for (int key = 0; key < n_keys; key++) maximum = fmaxf(maximum, score(key));
+    for (int key = 0; key < n_keys; key++) {
+        const float weight = expf(score(key) - maximum);
+        sum += weight;
+        result += weight * to_float(values[cache + static_cast<size_t>(key) * HS + c % HS]);
+    }
+    out[token * C + c] = from_float<Storage>(result / sum);
+}
+
+// ---- Rung 2, splits = 1: the cache is read once, 16 bytes at a time. Won: not measured yet. ---------------
 
 template <int WIDTH, typename Storage> __device__ inline void load_floats(float* x, const Storage* address) {
     if constexpr (WIDTH == 1) {
@@ -136,7 +169,10 @@ attention_decode(Storage* out, float* partial, const Storage* qkv, const Storage
     }
 }
 
-// A warp per (token, head) adds the splits up, in their order.
+// ---- Rung 3, splits > 1: several blocks share a head's keys, so that few rows fill the card ---------------
+
+// Each leaves its maximum and sums in `partial`; here a warp per (token, head) adds them up, in their order.
+// Won: not measured yet.
 template <typename Storage>
 __global__ void attention_decode_combine(Storage* out, const float* partial, int rows, int HS, int splits) {
     const int row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;

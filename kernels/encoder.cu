@@ -3,17 +3,18 @@
 //
 //   tokens (B, T) int32, N = B * T    wte (V, C), wpe (P, C), out, dout (B, T, C) of S    dwte, dwpe float32
 //
-//   kernel                      grid                            block  shared  workspace
-//   encoder_forward_naive<S>    ceil(N * C / 256)               256    0       none
-//   encoder_forward<S>          ceil(N * packs / 256)           256    0       none
-//   encoder_backward_naive<S>   (ceil(C / 256), V)              256    0       none
-//   encoder_backward_wpe<S>     ceil(T * packs / 256)           256    0       none
-//   token_count                 ceil(N / 256)                   256    0       count, place
-//   token_starts                1                               1024   0       count, starts
-//   token_scatter               ceil(N / 256)                   256    0       starts, place, grouped
-//   token_order                 ceil(N / 256)                   256    0       starts, grouped, order
-//   encoder_backward_wte<S>     (ceil(N / 8), strips)           256    0       starts, order, partials
-//   encoder_backward_join<S>    (ceil(N / 256), strips)         256    0       starts, order, partials
+//   kernel                         grid                      block  shared  workspace
+//   encoder_forward_naive<S>       ceil(N * C / 256)         256    0       none
+//   encoder_forward<S>             ceil(N * packs / 256)     256    0       none
+//   encoder_backward_naive<S>      (ceil(C / 256), V)        256    0       none
+//   encoder_backward_wpe_naive<S>  ceil(T * C / 256)         256    0       none
+//   encoder_backward_wpe<S>        ceil(T * packs / 256)     256    0       none
+//   token_count                    ceil(N / 256)             256    0       count, place
+//   token_starts                   1                         1024   0       count, starts
+//   token_scatter                  ceil(N / 256)             256    0       starts, place, grouped
+//   token_order                    ceil(N / 256)             256    0       starts, grouped, order
+//   encoder_backward_wte<S>        (ceil(N / 8), strips)     256    0       starts, order, partials
+//   encoder_backward_join<S>       (ceil(N / 256), strips)   256    0       starts, order, partials
 //
 // packs = ceil(C / (16/sizeof(S))), strips = ceil(C / (32 * 16/sizeof(S))). The last six, in this order, are
 // the gradient of wte. Workspace: count (V,) int32, zero before the first use and left zero by every use;
@@ -231,7 +232,18 @@ encoder_backward_join(float* dwte, const float* partials, const int* tokens, con
 
 // ---- dwpe[t] += the sum of dout over the batch ------------------------------------------------------------
 
-// One thread per 16 bytes of a position, which adds up the B rows in order.
+// Rung 1: one thread per element.
+template <typename S>
+__global__ void encoder_backward_wpe_naive(float* dwpe, const S* dout, int B, int T, int C) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;    // over (T, C)
+    if (i >= T * C) return;
+    float sum = 0.0f;
+    for (int b = 0; b < B; b++) sum += to_float(dout[size_t(b) * T * C + i]);
+    dwpe[i] += sum;
+}
+
+// Rung 2: one thread per 16 bytes of a position, which adds up the B rows in order, four of them under way at
+// once. dout is read once and dwpe passes once: no faster rung is needed. Won: not measured yet.
 template <typename S>
 __global__ void __launch_bounds__(256, 2)
 encoder_backward_wpe(float* dwpe, const S* dout, int B, int T, int C) {

@@ -4,14 +4,15 @@
 //   inp, out, dinp, dout, residual (N, C) of T     weight, bias (C,) of T       N = B * T rows
 //   mean, rstd (N,) float32                        dweight, dbias (C,) float32
 //
-//   kernel                                  grid              block  shared  workspace
-//   layernorm_forward_naive<T>              ceil(N / 128)     128    0       none
-//   layernorm_forward_rows<T>               ceil(N / 4)       128    0       none
-//   layernorm_forward<T, VECTORS>           ceil(N / 4)       128    0       none
-//   residual_layernorm_forward<T, VECTORS>  ceil(N / 4)       128    0       none
-//   layernorm_backward_rows<T>              G                 128    0       partials: G * 2 * C float32
-//   layernorm_backward<T, VECTORS>          G                 128    8 * C   partials: G * 2 * C float32
-//   layernorm_backward_reduce               ceil(2 * C / 32)  1024   0       reads them; its `count` is G
+//   kernel                                  grid                   block  shared  workspace
+//   layernorm_forward_naive<T>              ceil(N / 128)          128    0       none
+//   layernorm_forward_rows<T>               ceil(N / 4)            128    0       none
+//   layernorm_forward<T, VECTORS>           ceil(N / 4)            128    0       none
+//   residual_layernorm_forward<T, VECTORS>  ceil(N / 4)            128    0       none
+//   layernorm_backward_naive<T>             ceil(max(N, C) / 128)  128    0       none
+//   layernorm_backward_rows<T>              G                      128    0       partials: G * 2 * C float32
+//   layernorm_backward<T, VECTORS>          G                      128    8 * C   partials: G * 2 * C float32
+//   layernorm_backward_reduce               ceil(2 * C / 32)       1024   0       reads them; `count` is G
 //
 // VECTORS = ceil(C / (32 * 16/sizeof(T))) is the number of 16-byte packs per lane: at most 7 for bf16, enough
 // for the 1600 channels of the largest GPT-2; for float32 at most 13 forward, 10 backward. Beyond, more
@@ -136,10 +137,12 @@ layernorm_forward(T* out, float* mean, float* rstd, const T* inp, const T* weigh
 
 // ---- residual = inp1 + inp2, out = layernorm(residual); residual may be inp1 ------------------------------
 
-// One read of the sum less than two kernels. (gpt2.py lets the matmul in front add the residual, which saves
-// the write and the read of the branch as well: bench_gpu.py times this one, the other place for the fusion.)
-// The sum is normalised as it is stored, rounded to T, because that is what backward will read. Misaligned
-// rows are stored by the lanes that read them again: row_forward's channels are those of the loop before it.
+// The slower rung is two kernels, residual_forward and layernorm_forward: this saves one read of the sum, and
+// moves each element once, as the floor says. Won: not measured yet. (gpt2.py lets the matmul in front add
+// the residual, which saves the write and the read of the branch as well: bench_gpu.py times this one, the
+// other place for the fusion.) The sum is normalised as it is stored, rounded to T, because that is what
+// backward will read. Misaligned rows are stored by the lanes that read them again: row_forward's channels
+// are those of the loop before it.
 template <typename T, int VECTORS>
 __global__ void __launch_bounds__(128, 3)
 residual_layernorm_forward(T* residual, T* out, float* mean, float* rstd, const T* inp1, const T* inp2,
@@ -175,11 +178,39 @@ residual_layernorm_forward(T* residual, T* out, float* mean, float* rstd, const 
 //   dinp    += rstd * (dnorm - mean(dnorm) - norm * mean(dnorm * norm))      along the row
 //   dweight += sum of dout * norm,  dbias += sum of dout                     down the columns
 //
-// A block owns rows: those of its warps, each `warps of the grid` further on than the one before. It leaves
-// the sums of its rows in partials (grid, 2, C); layernorm_backward_reduce adds up the blocks, in their
-// order.
+// Rung 1: thread i computes row i of dinp, then column i of dweight and dbias. C threads walk all N rows
+// while the rest of the card waits.
+template <typename T>
+__global__ void layernorm_backward_naive(T* dinp, float* dweight, float* dbias, const T* dout, const T* inp,
+                                         const T* weight, const float* mean, const float* rstd, int N,
+                                         int C) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    const auto dy = [&](int row, int c) { return to_float(dout[size_t(row) * C + c]); };
+    const auto norm = [&](int row, int c) {
+        return (to_float(inp[size_t(row) * C + c]) - mean[row]) * rstd[row];
+    };
+    float sum = 0.0f, sum_norm = 0.0f, dw = 0.0f, db = 0.0f;
+    const int columns = i < N ? C : 0, rows = i < C ? N : 0;  // of row i, of column i
+    for (int c = 0; c < columns; c++) {
+        sum += dy(i, c) * to_float(weight[c]);
+        sum_norm += dy(i, c) * to_float(weight[c]) * norm(i, c);
+    }
+    for (int c = 0; c < columns; c++) {
+        T& dx = dinp[size_t(i) * C + c];
+        const float change = dy(i, c) * to_float(weight[c]) - sum / C - norm(i, c) * (sum_norm / C);
+        dx = from_float<T>(to_float(dx) + rstd[i] * change);
+    }
+    for (int row = 0; row < rows; row++) {
+        dw += dy(row, i) * norm(row, i);
+        db += dy(row, i);
+    }
+    if (i < C) dweight[i] += dw, dbias[i] += db;
+}
 
-// Rung 1: a warp per row for dinp, then, over the same rows again, a thread per column for the sums.
+// Rung 2: a warp per row for dinp, then, over the same rows again, a thread per column for the sums. A block
+// owns rows: those of its warps, each `warps of the grid` further on than the one before. It leaves the sums
+// of its rows in partials (grid, 2, C); layernorm_backward_reduce adds up the blocks, in their order. Won:
+// not measured yet.
 template <typename T>
 __device__ inline void rows_backward(T* dinp, float* partials, const T* dout, const T* inp, const T* weight,
                                      const float* mean, const float* rstd, int N, int C) {
@@ -220,7 +251,7 @@ layernorm_backward_rows(T* dinp, float* partials, const T* dout, const T* inp, c
     rows_backward(dinp, partials, dout, inp, weight, mean, rstd, N, C);
 }
 
-// Rung 2: everything is read once. A warp holds its row in registers, and in further registers the column
+// Rung 3: everything is read once. A warp holds its row in registers, and in further registers the column
 // sums of the channels that its lanes see in every row. At the end the warps of the block add theirs up in
 // shared memory, one after the other. Won: not measured yet.
 template <typename T, int VECTORS>

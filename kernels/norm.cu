@@ -57,7 +57,8 @@ __global__ void global_norm_finish(float* norm, const float* partials, int count
 
 // ---- scale = what clips the gradients to max_norm, or -1, "leave this step out" ---------------------------
 
-// One thread. A norm above `limit`, infinite or NaN (which no comparison lets through) leaves the step out.
+// One thread, one rung: the launch is all there is to win. A norm above `limit`, infinite or NaN (which no
+// comparison lets through) leaves the step out.
 __global__ void clip_scale(float* scale, const float* norm, float max_norm, float limit) {
     constexpr float LARGEST = 3.4028234e38f;
     if (threadIdx.x == 0)

@@ -286,11 +286,18 @@ def attention():
         ops.attention_forward(out, lse, qkv, NH)
         return empty(B, T, 3 * C, dtype=dtype), normal(B, T, C, dtype=dtype), out, lse, qkv
 
+    size = T, NH, C // NH
+
     def naive(out, lse, qkv):
-        size = T, NH, C // NH
         launch("attention", "attention_scores<bf16>", (cdiv(T, 256), T, B * NH), 256, scores, qkv, *size)
         launch("attention", "attention_softmax", (cdiv(T, 8), B * NH), 256, scores, lse, T)
         launch("attention", "attention_values<bf16>", (cdiv(C, 256), T, B), 256, out, scores, qkv, *size)
+
+    def naive_backward(dqkv, dout, out, lse, qkv):
+        arguments, grid = (scores, ds, dout, out, lse, qkv, *size), (cdiv(T, 256), T, B * NH)
+        launch("attention_backward", "attention_backward_scores<bf16>", grid, 256, *arguments)
+        arguments, grid = (dqkv, scores, ds, dout, qkv, *size), (cdiv(C, 256), T, B)
+        launch("attention_backward", "attention_backward_sums<bf16>", grid, 256, *arguments)
 
     forward, backward = both("attention_forward", NH), both("attention_backward", NH)
     for work, marks, make, calls, products in (
@@ -304,8 +311,11 @@ def attention():
             row(work, "flash, no tensor cores", marks, make, *calls, **flash)
             row(work, "flash, float32", marks, lambda make=make: make(F32), *calls, **flash)
     if RUNGS:
-        scores = empty(B, NH, T, T, dtype=F32)
-        row("attention forward", "naive", "oor", inputs, naive, forward[1], flops=2 * B * T * T * C, n=1)
+        scores, ds = (empty(B, NH, T, T, dtype=F32) for _ in range(2))
+        flops = B * T * T * C
+        row("attention forward", "naive", "oor", inputs, naive, forward[1], flops=2 * flops, n=1)
+        slow = naive_backward, backward[1]
+        row("attention backward", "naive", "orrrr", gradients, *slow, flops=5 * flops, n=1)
 
 
 def bandwidth():
@@ -328,7 +338,12 @@ def bandwidth():
         ops.layernorm_forward(empty(N, C), *arrays, *weights())
         return normal(N, C), ops.zeros(C), ops.zeros(C), normal(N, C), arrays[2], normal(C), *arrays[:2]
 
-    row("layernorm backward", "chosen", "xxxwwwww", make, *both("layernorm_backward"), n=N)
+    calls = both("layernorm_backward")
+    row("layernorm backward", "chosen", "xxxwwwww", make, *calls, n=N)
+    if RUNGS:
+        kernel, grid = "layernorm_backward_naive<bf16>", cdiv(max(N, C), 128)
+        naive = lambda *a, kernel=kernel, grid=grid: launch("layernorm", kernel, grid, 128, *a, N, C)
+        row("layernorm backward", "naive", "xxxwwwww", make, naive, calls[1], n=N)
 
     for name, marks in (("gelu_forward", "or"), ("gelu_backward", "orr"), ("residual_forward", "orr")):
         make = lambda marks=marks: tuple(normal(N, 4 * C) for _ in marks)
@@ -341,11 +356,28 @@ def bandwidth():
 
     tokens = lambda: integers(V, B, T)
     make = lambda: (empty(B, T, C), tokens(), normal(V, C), normal(T, C))
-    row("encoder forward", "chosen", "orww", make, *both("encoder_forward"), moved=4 * N * C, n=1)
+    calls = both("encoder_forward")
+    row("encoder forward", "chosen", "orww", make, *calls, moved=4 * N * C, n=1)
+    if RUNGS:
+        kernel, grid = "encoder_forward_naive<bf16>", cdiv(N * C, 256)
+        naive = lambda *a, kernel=kernel, grid=grid: launch(
+            "encoder", kernel, grid, 256, *a, None, N, T, C, T
+        )
+        row("encoder forward", "naive", "orww", make, naive, calls[1], moved=4 * N * C, n=1)
     make = lambda: (ops.zeros((V, C)), ops.zeros((T, C)), normal(B, T, C), tokens())
     used = V * (1 - (1 - 1 / V) ** N)  # rows of wte that N random tokens name
     moved = int(2 * N * C + 8 * (used + T) * C)
-    row("encoder backward", "chosen", "xxww", make, *both("encoder_backward"), moved=moved, n=V)
+    calls = both("encoder_backward")
+    row("encoder backward", "chosen", "xxww", make, *calls, moved=moved, n=V)
+    if RUNGS:
+
+        def naive(dwte, dwpe, dout, ids):
+            grid, arguments = cdiv(T * C, 256), (dwpe, dout, B, T, C)
+            launch("encoder", "encoder_backward_wpe_naive<bf16>", grid, 256, *arguments)
+            grid, arguments = (cdiv(C, 256), V), (dwte, dout, ids, N, C)
+            launch("encoder", "encoder_backward_naive<bf16>", grid, 256, *arguments)
+
+        row("encoder backward", "naive", "xxww", make, naive, calls[1], moved=moved, n=V)
 
     make = lambda: (f32(R), normal(R, V), integers(V - 47, R), normal(R, dtype=F32))
     calls = both("classifier", V - 47)
@@ -381,6 +413,21 @@ def bandwidth():
 
 
 def decoding():
+    size = 1, NH, C // NH, T
+
+    def append(qkv, keys, values, lengths):
+        grid = cdiv(C, 256), 1, len(qkv)
+        launch("decode", "attention_append<bf16>", grid, 256, keys, values, qkv, lengths, *size)
+        return grid
+
+    def one_split(out, *cache):
+        append(*cache)
+        kernel = f"attention_decode<bf16, {64 if C // NH <= 64 else 128}, 8>"
+        launch("decode", kernel, (NH, 1, len(out)), 128, out, None, *cache, *size, 1)
+
+    def naive(out, *cache):
+        launch("decode", "attention_decode_naive<bf16>", append(*cache), 256, out, *cache, *size)
+
     for rows in (64, 1) if not SETTINGS["emulator"] else (2,):
         cache = rows, NH, T, C // NH
         make = lambda rows=rows, cache=cache: (
@@ -390,7 +437,12 @@ def decoding():
         )
         moved = rows * T * C * 4
         work = f"decode attention, {rows} × {T}"
-        row(work, "chosen", "orxxr", make, *both("attention_decode"), moved=moved, n=1)
+        calls = both("attention_decode")
+        row(work, "chosen", "orxxr", make, *calls, moved=moved, n=1)
+        if RUNGS and rows * NH < ops.SMS:  # the chosen one splits
+            row(work, "one split", "orxxr", make, one_split, calls[1], moved=moved, n=1)
+        if RUNGS:
+            row(work, "naive", "orxxr", make, naive, calls[1], moved=moved, n=1)
         make = lambda rows=rows: (
             empty(rows, dtype=np.int32),
             normal(rows, V, dtype=F32),

@@ -1,5 +1,6 @@
 """tests/bench_gpu.py under the emulator, so that its first run on a card is no rehearsal; and its report."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +20,12 @@ def bench(*flags):
 
 
 def test_runs_in_the_emulator():
-    done = bench("--quick", "--emulator", "--only", "decoding,training,curve")
+    done = bench("--emulator", "--only", "attention,bandwidth,decoding,training,curve")
     assert done.returncode == 0, done.stderr
-    for line in ("| decode attention, 2 × 32 ", "| 2 × 32 |", "| 3    |", "| d12 ≥ 300,000 tok/s |"):
+    for line in ("| decode attention, 2 × 32 ", "| 2 × 32 |", "| 3    |", "| d12 ≥ 300,000 tok/s "):
         assert line in done.stdout
+    for work in "attention backward", "layernorm backward", "encoder backward", "decode attention, 2 × 32":
+        assert re.search(rf"\| {work} +\| +naive \|", done.stdout), work
     assert "failed" not in done.stdout + done.stderr
 
 

@@ -98,12 +98,12 @@ def module(file):
             names += [f"attention_scores<{storage}>", f"attention_values<{storage}>"]
             names += [f"attention_forward_flash<{storage}, {HP}>" for HP in (64, 128)]
         elif file == "attention_backward.cu":
-            names += [f"attention_backward_prepare<{storage}>"]
+            names += [f"attention_backward_{kind}<{storage}>" for kind in ("scores", "sums", "prepare")]
             names += [
                 f"attention_backward_{own}_flash<{storage}, {HP}>" for own in OWNERS for HP in (64, 128)
             ]
         else:
-            names += [f"attention_append<{storage}>", f"attention_decode_combine<{storage}>"]
+            names += [f"attention_{kind}<{storage}>" for kind in ("append", "decode_naive", "decode_combine")]
             names += [
                 f"attention_decode<{storage}, {HP}, {w}>" for HP in (64, 128) for w in (1, WIDTH[storage])
             ]
@@ -167,6 +167,13 @@ def backward(rung, dout, out, lse, qkv, NH, dtype):
     HS, storage, file = C // NH, STORAGE[dtype], "attention_backward.cu"
     Tp = ceil_div(T, 64) * 64
     dqkv, rows = poisoned((B, T, 3 * C), dtype), poisoned((B, NH, Tp, 2), "float32")
+    if rung == "naive":
+        p, ds = (poisoned((B, NH, T, T), "float32") for _ in range(2))
+        arguments, grid = (p, ds, dout, out, lse, qkv, T, NH, HS), (ceil_div(T, 256), T, B * NH)
+        launch(file, f"attention_backward_scores<{storage}>", grid, 256, *arguments)
+        arguments, grid = (dqkv, p, ds, dout, qkv, T, NH, HS), (ceil_div(C, 256), T, B)
+        launch(file, f"attention_backward_sums<{storage}>", grid, 256, *arguments)
+        return dqkv
     grid, name = (ceil_div(B * Tp * NH, 32),), f"attention_backward_prepare<{storage}>"
     launch(file, name, grid, 256, rows, dout, out, lse, B, T, NH, HS)
     for own in OWNERS:
@@ -205,8 +212,6 @@ def test_attention(rung, dtype, HS, T):
     got_out, got_lse = forward(rung, qkv_device, NH, dtype)
     assert_close(to_host(got_out, dtype), out, naive_out, dtype)
     assert np.abs(got_lse.get() - lse).max() < 1e-5
-    if rung == "naive":
-        return
     got = to_host(backward(rung, dout_device, got_out, got_lse, qkv_device, NH, dtype), dtype)
     for third in range(3):  # dq, dk, dv: each on its own, for their norms differ
         part = np.s_[..., third * NH * HS : (third + 1) * NH * HS]
@@ -217,7 +222,10 @@ def test_attention(rung, dtype, HS, T):
         )  # T = 1: softmax of one score is constant, dq and dk are 0
 
 
-@pytest.mark.parametrize(("rung", "dtype", "HS"), [("flash", "float32", 20), ("tensor", "bfloat16", 64)])
+THREE = [("naive", "float32", 20), ("flash", "float32", 20), ("tensor", "bfloat16", 64)]
+
+
+@pytest.mark.parametrize(("rung", "dtype", "HS"), THREE)
 def test_twice_the_same_bits(rung, dtype, HS):
     qkv, dout = (to_device(x, dtype) for x in inputs(2, 100, 2, HS, dtype))
     runs = []
@@ -227,7 +235,7 @@ def test_twice_the_same_bits(rung, dtype, HS):
     assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize(("rung", "dtype", "HS"), [("flash", "float32", 64), ("tensor", "bfloat16", 64)])
+@pytest.mark.parametrize(("rung", "dtype", "HS"), THREE)
 def test_large_scores(rung, dtype, HS):
     """Scores beyond 88: exp overflows without the maximum, and late maxima rescale what came before."""
     qkv, dout = inputs(1, 150, 1, HS, dtype, scale=6.0)
@@ -260,7 +268,7 @@ def test_the_future_does_not_matter(rung, dtype, HS):
 # ----------------------------------------------------------------------------------------------------- decode
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("splits", ["naive", 1, 3])
 @pytest.mark.parametrize("T", [1, 5])
 @pytest.mark.parametrize(
     ("dtype", "HS", "vector"),
@@ -288,15 +296,18 @@ def test_decode(dtype, HS, vector, T, splits):
         naive[b] = reference(row, no_gradient, NH, rounded)[0][0, length:]
     k_device, v_device, qkv_device = (to_device(x, dtype) for x in (keys, values, new))
     out, lengths_device = poisoned((B, T, C), dtype), cupy.asarray(lengths)
-    partial = poisoned((B, T, NH, splits, HS + 2), "float32") if splits > 1 else None
     grid, name = (ceil_div(C, 256), T, B), f"attention_append<{storage}>"
     launch("decode.cu", name, grid, 256, k_device, v_device, qkv_device, lengths_device, T, NH, HS, Tmax)
-    arguments = (out, partial, qkv_device, k_device, v_device, lengths_device, T, NH, HS, Tmax, splits)
-    name = f"attention_decode<{storage}, {64 if HS <= 64 else 128}, {WIDTH[storage] if vector else 1}>"
-    launch("decode.cu", name, (NH * splits, T, B), 128, *arguments)
-    if splits > 1:
-        name, grid = f"attention_decode_combine<{storage}>", (ceil_div(B * T * NH, 4),)
-        launch("decode.cu", name, grid, 128, out, partial, B * T * NH, HS, splits)
+    arguments = qkv_device, k_device, v_device, lengths_device, T, NH, HS, Tmax
+    if splits == "naive":
+        launch("decode.cu", f"attention_decode_naive<{storage}>", grid, 256, out, *arguments)
+    else:
+        partial = poisoned((B, T, NH, splits, HS + 2), "float32") if splits > 1 else None
+        name = f"attention_decode<{storage}, {64 if HS <= 64 else 128}, {WIDTH[storage] if vector else 1}>"
+        launch("decode.cu", name, (NH * splits, T, B), 128, out, partial, *arguments, splits)
+        if splits > 1:
+            name, grid = f"attention_decode_combine<{storage}>", (ceil_div(B * T * NH, 4),)
+            launch("decode.cu", name, grid, 128, out, partial, B * T * NH, HS, splits)
     assert_close(to_host(out, dtype), expected, naive, dtype)
     for b, length in enumerate(lengths):  # old positions kept, new ones written, the rest untouched
         heads = new[b].reshape(T, 3, NH, HS).transpose(1, 2, 0, 3)
@@ -306,10 +317,14 @@ def test_decode(dtype, HS, vector, T, splits):
     assert np.array_equal(lengths_device.get(), lengths)
 
 
-def test_decode_beyond_the_cache():
-    """Padding tokens of a row may lie beyond its cache: they are dropped, and nothing else is written."""
+@pytest.mark.parametrize("naive", [True, False])
+def test_decode_beyond_the_cache(naive):
+    """Padding tokens of a row may lie beyond its cache: they are dropped, and nothing else is written.
+
+    Scores reach 400, where exp overflows without the maximum.
+    """
     NH, HS, T, Tmax = 1, 16, 4, 8
-    qkv, _ = inputs(1, T, NH, HS, "float32")
+    qkv, _ = inputs(1, T, NH, HS, "float32", scale=20.0)
     keys, values = poisoned((1, NH, Tmax, HS), "float32"), poisoned((1, NH, Tmax, HS), "float32")
     keys.fill(0)
     values.fill(0)
@@ -329,7 +344,10 @@ def test_decode_beyond_the_cache():
         HS,
         Tmax,
     )
-    arguments = (out, None, qkv_device, keys, values, lengths, T, NH, HS, Tmax, 1)
-    launch("decode.cu", "attention_decode<float, 64, 4>", (NH, T, 1), 128, *arguments)
+    arguments = qkv_device, keys, values, lengths, T, NH, HS, Tmax
+    if naive:
+        launch("decode.cu", "attention_decode_naive<float>", (1, T, 1), 256, out, *arguments)
+    else:
+        launch("decode.cu", "attention_decode<float, 64, 4>", (NH, T, 1), 128, out, None, *arguments, 1)
     assert np.array_equal(keys.get()[0, 0, 6:], qkv[0, :2, HS : 2 * HS].astype(np.float32))
     assert np.isfinite(out.get()).all()

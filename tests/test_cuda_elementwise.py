@@ -220,6 +220,16 @@ def test_layernorm_backward(dtype, shift, C):
             for result, reference in zip(twice(compute), expected):
                 check(result, reference, largest_term(inp, rstd))
 
+    def naive():
+        grads = device(dinp, shift), device(dweight), device(dbias)
+        inputs = [device(array, shift) for array in (dout, inp, weight)] + [device(mean), device(rstd)]
+        name, grid = f"layernorm_backward_naive<{T}>", cdiv(max(N, C), 128)
+        launch("layernorm.cu", name, grid, 128, *grads, *inputs, N, C)
+        return grads
+
+    for result, reference in zip(twice(naive), expected):
+        check(result, reference, largest_term(inp, rstd))
+
 
 # ------------------------------------------------------------------------------------------------------------
 # encoder.cu
@@ -290,9 +300,9 @@ def test_encoder_backward(dtype, shift, C):
         launch("encoder.cu", f"encoder_backward_join<{S}>", grids[1], 256, total, partials, *arguments)
         return [total]
 
-    def positions():
+    def positions(name, threads):
         total = device(dwpe, shift)
-        launch("encoder.cu", f"encoder_backward_wpe<{S}>", cdiv(T * packs, 256), 256, total, dy, B, T, C)
+        launch("encoder.cu", f"{name}<{S}>", cdiv(threads, 256), 256, total, dy, B, T, C)
         return [total]
 
     starts, order = twice(sort)
@@ -300,7 +310,8 @@ def test_encoder_backward(dtype, shift, C):
     np.testing.assert_array_equal(starts, np.searchsorted(np.sort(tokens.reshape(-1)), np.arange(V + 1)))
     check(twice(naive)[0], expected[0])
     check(twice(chunks)[0], expected[0])
-    check(twice(positions)[0], expected[1])
+    for rung in ("encoder_backward_wpe_naive", T * C), ("encoder_backward_wpe", T * packs):
+        check(twice(lambda rung=rung: positions(*rung))[0], expected[1])
 
 
 def test_token_starts_of_a_large_vocabulary():

@@ -56,8 +56,10 @@ def nvrtc():
 # ------------------------------------------------------------------------------------------------------------
 # What cuda.py can choose
 
+WAYS = "forward", "backward"
 ELEMENTWISE = "gelu_forward", "gelu_backward", "residual_forward"
-ENCODER = "forward_naive", "forward", "backward_naive", "backward_wpe", "backward_wte", "backward_join"
+ENCODER = ["forward_naive", "forward", "backward_naive", "backward_wpe_naive", "backward_wpe"]
+ENCODER += ["backward_wte", "backward_join"]
 USES = [  # epilogue, A_T, B_T, whether the output is float32 in any case
     ("STORE", False, False, False),  # dinp of the tied head
     ("STORE", False, True, False),  # dinp, and the logits of training
@@ -103,7 +105,7 @@ def variants(capability, monkeypatch):
         f"{kernel}<{S}, {n}>" for S in both for kernel, up in zip(kernels, most[S]) for n in range(1, up + 1)
     } | {"layernorm_backward_reduce"}
     names["layernorm"] |= {
-        f"layernorm_{kind}<{S}>" for S in both for kind in ("forward_naive", "forward_rows", "backward_rows")
+        f"layernorm_{way}_{rung}<{S}>" for S in both for way in WAYS for rung in ("naive", "rows")
     }
     heads = [f"{S}, {HP}" for S in both for HP in (64, 128)]
     names["attention"] = {f"attention_forward_flash<{head}>" for head in heads}
@@ -111,13 +113,13 @@ def variants(capability, monkeypatch):
     owners = "keys", "queries"
     names["attention_backward"] = {f"attention_backward_{o}_flash<{head}>" for head in heads for o in owners}
     names["attention_backward"] |= {f"attention_backward_{o}_tensor<{H}>" for H in (64, 128) for o in owners}
-    names["attention_backward"] |= {f"attention_backward_prepare<{S}>" for S in both}
     names["decode"] = {
         f"attention_decode<{head}, {w}>" for head in heads for w in (1, 4 if "float" in head else 8)
     }
     plain = {
-        "decode": ["attention_append", "attention_decode_combine"],
+        "decode": ["attention_append", "attention_decode_naive", "attention_decode_combine"],
         "attention": ["attention_scores", "attention_values"],
+        "attention_backward": [f"attention_backward_{kind}" for kind in ("scores", "sums", "prepare")],
         "gelu": [f"{op}{rung}" for op in ELEMENTWISE for rung in ("_naive", "")],
         "encoder": [f"encoder_{kind}" for kind in ENCODER],
         "classifier": ["classifier_naive", "classifier_twice", "classifier", "cross_entropy"],
