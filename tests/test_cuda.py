@@ -178,6 +178,18 @@ def test_prefetch_and_recordings():
     assert i == 4
 
 
+def test_reading_later_is_reading_what_was_there():
+    """Nobody waits before the values are wanted; until then what was asked for is not even begun."""
+    array, stream, start = cuda.to_device(np.arange(3, dtype=np.float32)), cuda.xp.cuda.Stream(), cuda.now()
+    cuda.synchronize()
+    with stream:
+        first = cuda.read_later(array)
+        array.fill(9)
+        second = cuda.read_later(array)
+    assert first().tolist() == [0, 1, 2] and second().tolist() == [9, 9, 9]
+    assert 0 <= cuda.elapsed(start, cuda.now()) < 60
+
+
 def test_wrong_arguments_are_errors():
     new, wrong = cuda.zeros, pytest.raises(ValueError, match=r"layernorm_forward: weight is float32 \(4,\)")
     x, statistics, w = new((2, 3, 8)), new((2, 3)), new(8)

@@ -176,6 +176,48 @@ def test_train_and_sample(shards, tmp_path, capsys, dtype):
     assert texts[0] == texts[1] and len(texts[0][0]["ids"]) == 6
 
 
+def test_a_step_is_asked_for_before_anything_is_read(shards, tmp_path, monkeypatch):
+    """The order in which train.py asks the card for work and reads results, a letter for each.
+
+    F forward, B backward, E evaluation (e: of tokens that were not prefetched), A AdamW; c a copy to be read
+    later is asked for, l a loss is read, n a norm; ! anything else that waits for the card.
+    """
+    order, read_later = [], cuda.read_later
+
+    def logged(place, name, letter):
+        function = getattr(place, name)
+
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            order.append(letter(*args) if callable(letter) else letter)
+            return result
+
+        monkeypatch.setattr(place, name, call)
+
+    def later(array):
+        read, letter = read_later(array), "l" if array.ndim == 2 else "n"
+        order.append("c")
+        return lambda: (order.append(letter), read())[1]
+
+    for place, name, letter in [
+        (gpt2.GPT2, "forward", "F"),
+        (gpt2.GPT2, "backward", "B"),
+        (gpt2.GPT2, "losses", lambda model, tokens, _: "E" if isinstance(tokens, cuda.xp.ndarray) else "e"),
+        (cuda, "adamw", "A"),  # twice an update: what decays and what does not
+        (cuda.xp, "asnumpy", "!"),
+        (cuda, "synchronize", "!"),
+    ]:
+        logged(place, name, letter)
+    monkeypatch.setattr(cuda, "read_later", later)
+    sizes = "--n-layer 1 --n-head 2 --n-embd 32 --seq-len 16 --total-batch-tokens 64 --batch-size 2 --steps 4"
+    rare = "--eval-tokens 64 --eval-every 0 --sample-every 0 --save-every 0 --sample-tokens 2"
+    train.main(f"--data {shards} --device cuda {sizes} {rare} --out {tmp_path / 'run'}".split())
+    gradients = "FcB" * 2  # what a loss waits for is asked for before the last backward pass
+    step = "ll" + "cAA"  # the update is judged by the loss, and asked for before its norm is read
+    assert f"!{gradients}{step}" + f"{gradients}n{step}" * 3 + "n!" in "".join(order)
+    assert "!EcEcll!" in "".join(order)
+
+
 def test_a_gpu_without_bfloat16(monkeypatch, capsys):
     monkeypatch.setattr(cuda, "DTYPES", {"float32": np.float32})
     assert kernels.choose("cuda", "bfloat16") == ("cuda", "float32")
