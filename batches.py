@@ -44,12 +44,12 @@ def micro_batches(rows, most, multiple=8):
 
 def accumulate(model, rows, most):
     """Add the gradient of sum(weights * losses) over all rows to model.grads, and return that sum."""
-    objective, rows = 0.0, [(tokens, weights) for tokens, weights in rows if np.any(weights[1:])]
+    rows, read = [(tokens, weights) for tokens, weights in rows if np.any(weights[1:])], []
     for tokens, targets, weights in micro_batches(rows, most):
         losses = model.forward(tokens, targets, weights, sparse=True)  # (n,) where the weight is not 0
+        read.append((model.ops.read_later(losses), weights[weights != 0]))
         model.backward()
-        objective += float(model.ops.to_host(losses) @ weights[weights != 0])
-    return objective
+    return sum((float(losses() @ weights) for losses, weights in read), 0.0)
 
 
 def gradient(workers, rows, most):

@@ -131,10 +131,8 @@ def activation_shapes(config, B, T, layers, backward=False, recompute=False):
     "all.att" to every layer: with `recompute`, backward makes layernorm's and GELU's outputs anew.
     """
     C, NH = config.n_embd, config.n_head
-    stored, statistics = (
-        [("embedded", (B, T, C)), ("ln_f", (B, T, C))],
-        [("mean_f", (B, T)), ("rstd_f", (B, T))],
-    )
+    stored = [("embedded", (B, T, C)), ("ln_f", (B, T, C))]
+    statistics = [("mean_f", (B, T)), ("rstd_f", (B, T))]
     again = dict(ln_1=C, ln_2=C, act=4 * C)
     kept = dict(qkv=3 * C, att=C, mid=C, pre=4 * C, out=C)
     if recompute:
@@ -301,7 +299,7 @@ class GPT2:
         next. With `sparse` tokens of weight 0 get no logits at all, and the losses are those of the n others,
         (n,), in their order: in a small model the classifier is two fifths of the work. Arrays on the host.
         """
-        ops, C = self.ops, self.config.n_embd
+        ops, C, V = self.ops, self.config.n_embd, self.config.vocab_size
         if sparse:
             wanted = np.flatnonzero(weights)  # (n,)
             if not len(wanted):
@@ -334,9 +332,7 @@ class GPT2:
         losses = ops.empty(len(x), self.exact)
         for z, rows in self._chunks(len(x)):
             ops.matmul_forward(z, x[rows], self.wte.T, None)  # (n, Vp) logits
-            ops.classifier(
-                losses[rows], z, targets[rows], weights[rows], self.config.vocab_size
-            )  # now dlogits
+            ops.classifier(losses[rows], z, targets[rows], weights[rows], V)  # now dlogits
             ops.matmul_backward(dx[rows], self.dwte_head.T, None, z, x[rows], self.wte.T)
         self.pending = tokens
         if sparse:  # the others' gradient is the row of zeros at the end of dx
@@ -430,12 +426,13 @@ class GPT2:
         else:
             step = self._reader(cache, B, T)
         last = np.arange(B) * T + lengths - 1  # (B,) rows of the B T
-        step.inputs[...] = ops.to_device(
-            np.concatenate([tokens.reshape(-1), cache.lengths, last], dtype=np.int32)
-        )
+        inputs = np.concatenate([tokens.reshape(-1), cache.lengths, last], dtype=np.int32)
+        step.inputs[...] = ops.to_device(inputs)
         step.run()
         cache.lengths = cache.lengths + lengths
-        return step.logits.copy()[:, : self.config.vocab_size]
+        logits = ops.empty(step.logits.shape, self.exact)
+        logits[...] = step.logits
+        return logits[:, : self.config.vocab_size]
 
     def _reader(self, cache, B, T):
         """What appends B rows of T tokens to the cache: .run() makes .logits (B, Vp) from .inputs, which are
@@ -462,12 +459,9 @@ class GPT2:
         """Write config.json and model.safetensors as Hugging Face's GPT2LMHeadModel reads them."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        config = {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
-            "activation_function": "gelu_new",
-        }
-        config |= {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "torch_dtype": "float32"}
+        config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+        config |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+        config |= {"tie_word_embeddings": True, "torch_dtype": "float32"}
         config |= dataclasses.asdict(self.config) | {"n_ctx": self.config.n_positions}
         config |= dict.fromkeys(
             ("bos_token_id", "eos_token_id"), 50256 if self.config.vocab_size > 50256 else None
@@ -558,17 +552,26 @@ class AdamW:
 
         If the norm is not finite or exceeds `limit`, parameters and moments stay as they are.
         """
+        return self.update(lr, max_norm, limit)()
+
+    def update(self, lr, max_norm=1.0, limit=np.inf):
+        """step() that waits for nothing: the function it returns reads the norm. Call it before the next."""
         model, ops, n = self.model, self.model.ops, self.model.n_decayed
         self.steps += 1
         ops.global_norm(self.norm, model.flat_grads)
         ops.clip_scale(self.scale, self.norm, max_norm, limit)
-        norm = float(ops.to_host(self.norm)[0])  # read here, so that a GPU updates while Python goes on
+        norm = ops.read_later(self.norm)
         for part, decay in ((slice(0, n), self.weight_decay), (slice(n, None), 0.0)):
             flat = (array[part] for array in (model.flat_master, model.flat_grads, self.m, self.v))
             copy = None if model.flat_master is model.flat_params else model.flat_params[part]
             ops.adamw(*flat, self.scale, lr, *self.betas, self.eps, decay, self.steps, copy)
-        self.steps -= not norm <= limit or not np.isfinite(norm)  # left out: the bias correction waits too
-        return norm
+
+        def read():
+            value = float(norm()[0])
+            self.steps -= not value <= limit or not np.isfinite(value)  # the bias correction waits too
+            return value
+
+        return read
 
     def save(self, path):
         """Write moments and step count to a safetensors file."""
@@ -601,11 +604,8 @@ def read_config(directory):
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-    wanted |= {
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "tie_word_embeddings": True,
-    }
+    wanted |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+    wanted |= {"tie_word_embeddings": True}
     for name, value in wanted.items():
         if not isinstance(values, dict) or values.get(name, value) != value:
             raise UserError(f"{path}: only GPT-2 can be loaded, which has {name} = {value}")

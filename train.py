@@ -86,12 +86,11 @@ def evaluation_batches(shards, T, rows, max_tokens):
 
 def evaluate(model, batches, token_lengths):
     """(mean loss in nats a token, bits per byte of text) over batches of tokens and targets."""
-    nats = tokens = n_bytes = 0
-    for inputs, targets in batches:
-        nats += float(model.ops.to_host(model.losses(inputs, targets)).sum(dtype=np.float64))
-        tokens += targets.size
-        n_bytes += int(token_lengths[targets].sum())
-    return nats / tokens, nats / math.log(2) / max(n_bytes, 1)
+    batches = list(batches)
+    read = [model.ops.read_later(model.losses(*batch)) for batch in model.prefetch(batches)]
+    nats = sum(float(losses().sum(dtype=np.float64)) for losses in read)
+    targets = np.concatenate([targets.reshape(-1) for _, targets in batches])
+    return nats / len(targets), nats / math.log(2) / max(int(token_lengths[targets].sum()), 1)
 
 
 def deal(tokens, targets, n, size):
@@ -423,26 +422,23 @@ def main(argv=None):
                     yield batches.batch(0 if flags.overfit_batch else step, first, B)
 
     def gradients(ready, n=rows // B):
-        """Forward and backward over n micro-batches; return the loss. It is read when a GPU has only the last
-        backward pass left to do."""
+        """Forward and backward over n micro-batches; return a function that waits for the loss. When the loss
+        is there, a GPU still has the last backward pass to do."""
         if team.size > 1:
             total = sum(sum(team.run("windows", deal(*next(ready), rows * T, team.size))) for _ in range(n))
             team.add_gradients()
-            return total / (rows * T)
-        losses = []
-        for i in range(n):
+            return lambda: total / (rows * T)
+        read = []
+        for _ in range(n):
             tokens, targets = next(ready)
-            losses.append(model.forward(tokens, targets, weights.reshape(tokens.shape)))
-            if i < n - 1:
-                model.backward()
-        loss = sum(float(ops.to_host(some).sum(dtype=np.float64)) for some in losses) / (rows * T)
-        model.backward()
-        return loss
+            read.append(ops.read_later(model.forward(tokens, targets, weights.reshape(tokens.shape))))
+            model.backward()
+        return lambda: sum(float(losses().sum(dtype=np.float64)) for losses in read) / (rows * T)
 
     peak = measured_peak(ops, model.type)
     for _ in range(2):  # the second is warm
         began = time.perf_counter()
-        gradients(model.prefetch(micro_batches()), 1)
+        gradients(model.prefetch(micro_batches()), 1)()
         ops.synchronize()
         step_seconds = (time.perf_counter() - began) * (rows // B)
     model.flat_grads.fill(0)
@@ -452,20 +448,27 @@ def main(argv=None):
     log, line, interrupt = runs.Log(run, start), console.Line(every=0), runs.Interrupt()
     log.write("start", step=start, parameters=model.config.n_params(), peak_flops=peak, flags=vars(flags))
 
-    ready = model.prefetch(micro_batches())
+    ready, ahead = model.prefetch(micro_batches()), None
     skipped, skipped_in_a_row = state.get("skipped", 0), 0
     for step in range(start, flags.steps):
-        began = time.perf_counter()
+        if not ahead:
+            began, ahead = ops.now(), gradients(ready)
         if step == flags.short_steps:  # longer rows: what was usual says nothing any more
             losses, norms = Outliers(z), Outliers(z)
         lr = learning_rate(step, flags.steps, flags.lr, flags.warmup_steps, flags.final_lr)
-        loss = gradients(ready)
+        loss = ahead()
         loss_z, sound = losses.z(loss), losses.accepts(loss)
-        norm = optimizer.step(lr, flags.grad_clip, norms.limit() if sound else -1)  # -1: leave the update out
+        norm = optimizer.update(lr, flags.grad_clip, norms.limit() if sound else -1)  # -1: leave it out
+        ended, done, last = ops.now(), step + 1, step + 1 == flags.steps
+        stopping = interrupt.asked and not last  # asked once: Ctrl-C may come between two questions
+        due = [n and done % n == 0 for n in (flags.save_every, flags.eval_every, flags.sample_every)]
+        # The next step begins before this one's norm is read: a GPU never waits for Python to read and write.
+        ahead = None if last or stopping or any(due) else gradients(ready)
+        norm = norm()
         norm_z, sound = norms.z(norm), norms.accepts(norm) and sound
         skipped, skipped_in_a_row = skipped + (not sound), 0 if sound else skipped_in_a_row + 1
 
-        seconds, done = time.perf_counter() - began, step + 1
+        seconds, began = ops.elapsed(began, ended), ended
         speed = rows * T / seconds
         utilization = speed * model.config.flops_per_token(T) / peak
         step_seconds += (seconds - step_seconds) / min(done - start, 50)
@@ -483,9 +486,7 @@ def main(argv=None):
                 f"10 steps in a row had a loss or gradient that is no number or far out, last {loss:.4g} and "
                 f"{norm:.4g}; nothing was updated with them. Lower --lr and --resume, or start anew"
             )
-        last = done == flags.steps
-        stopping = interrupt.asked and not last  # asked once: Ctrl-C may come between two questions
-        if last or stopping or (flags.save_every and done % flags.save_every == 0):
+        if last or stopping or due[0]:
             state = dict(
                 skipped=skipped, losses=list(losses.values), norms=list(norms.values), flags=vars(flags)
             )
@@ -496,11 +497,11 @@ def main(argv=None):
             place = shlex.quote(str(run))
             console.say(f"stopped after step {done}; go on with: python train.py --out {place} --resume")
             raise SystemExit(130)
-        if last or (flags.eval_every and done % flags.eval_every == 0):
+        if last or due[1]:
             val_loss, bits = evaluate(model, validation[done <= flags.short_steps], tokenizer.token_lengths)
             line.clear(f"step {done}: validation loss {val_loss:.4f}, {bits:.4f} bits per byte")
             log.write("eval", step=done, loss=val_loss, bits_per_byte=bits)
-        if last or (flags.sample_every and done % flags.sample_every == 0):
+        if last or due[2]:
             text = continuation(model, tokenizer, flags.sample_tokens, seed=done)
             line.clear(f"step {done}, a sample:\n{text}\n")
             log.write("sample", step=done, text=text)

@@ -7,6 +7,7 @@ A kernel believes its arguments, so every operation holds them to their types, s
 before it launches: a wrong one is an error, not a corruption.
 """
 
+import contextlib
 import functools
 import math
 import re
@@ -53,15 +54,24 @@ def cdiv(a, b):
 # Memory
 
 
-def _allocate(make, shape, dtype):
+@contextlib.contextmanager
+def _needing(what):
+    """The end of memory as one line. CuPy's arrays, the runtime and the driver have an error each for it."""
     try:
-        return make(shape, dtype)
-    except MemoryError:
-        wanted, (free, total) = int(np.prod(shape)) * np.dtype(dtype).itemsize, DEVICE.mem_info
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        free, total = DEVICE.mem_info
         raise UserError(
-            f"the GPU's memory is full: {size(wanted)} more are needed, {size(free)} of {size(total)} are "
-            "free; lower --batch-size, use --recompute or --dtype bfloat16, or choose a smaller --model"
+            f"the GPU's memory is full: {what} needed, {size(free)} of {size(total)} are free; lower "
+            "--batch-size, use --recompute or --dtype bfloat16, or choose a smaller --model"
         ) from None
+
+
+def _allocate(make, shape, dtype):
+    with _needing(f"{size(int(np.prod(shape)) * np.dtype(dtype).itemsize)} more are"):
+        return make(shape, dtype)
 
 
 def zeros(shape, dtype=np.float32):
@@ -87,9 +97,43 @@ def to_host(array):
     return xp.asnumpy(array)
 
 
+def _pinned(shape, dtype):
+    """An array on the host that the GPU copies from and to by itself: nobody waits."""
+    n = math.prod(shape)
+    n_bytes = n * np.dtype(dtype).itemsize
+    with _needing(f"{size(n_bytes)} of the computer's own, pinned for copies, are"):
+        return np.frombuffer(xp.cuda.alloc_pinned_memory(n_bytes), dtype, n).reshape(shape)
+
+
+def read_later(array):
+    """A function that returns what the array holds now: the GPU goes on, the function waits for the copy."""
+    host, arrived = _pinned(array.shape, array.dtype), xp.cuda.Event()
+    array.get(out=host, blocking=False)
+    arrived.record()
+
+    def read():
+        arrived.synchronize()
+        return host
+
+    return read
+
+
 def synchronize():
     """Wait until everything asked for has been computed."""
     DEVICE.synchronize()
+
+
+def now():
+    """The end of what has been asked for so far, for elapsed()."""
+    event = xp.cuda.Event()
+    event.record()
+    return event
+
+
+def elapsed(start, end):
+    """How long what was asked for between two now() took to compute, once it is."""
+    end.synchronize()
+    return xp.cuda.get_elapsed_time(start, end) / 1e3
 
 
 def free_memory():
@@ -136,8 +180,7 @@ def _prefetched(batches, stream):
         arrays = [np.ascontiguousarray(array) for array in batch]
         key = number % 2, *((array.shape, array.dtype) for array in arrays)
         if key not in slots:
-            pinned = [xp.cuda.alloc_pinned_memory(array.nbytes) for array in arrays]
-            host = [np.frombuffer(p, a.dtype, a.size).reshape(a.shape) for p, a in zip(pinned, arrays)]
+            host = [_pinned(array.shape, array.dtype) for array in arrays]
             device = [empty(array.shape, array.dtype) for array in arrays]
             slots[key] = host, device, xp.cuda.Event(), xp.cuda.Event()
             slots[key][-1].record()  # the pool's memory: what used it before may not have been computed yet
@@ -173,16 +216,18 @@ def captured(function):
         state.calls += 1
         if state.calls == 1:
             return function()
-        if state.graph is None:
-            stream = xp.cuda.Stream(non_blocking=True)
-            with stream:
-                stream.begin_capture()
-                try:
-                    function()
-                finally:
-                    state.graph = stream.end_capture()
-            state.scratch = _scratch.buffer  # the recording writes there, also when others have a larger one
-        state.graph.launch()
+        with _needing("some more for a recording is"):
+            if state.graph is None:
+                stream = xp.cuda.Stream(non_blocking=True)
+                with stream:
+                    stream.begin_capture()
+                    try:
+                        function()
+                    finally:
+                        graph = stream.end_capture()
+                # The recording writes to this scratch memory, also when others have a larger one.
+                state.graph, state.scratch = graph, _scratch.buffer
+            state.graph.launch()
 
     return call
 
@@ -264,8 +309,9 @@ def load(file, kernel, shared=0):
         raise UserError(f"kernels/{file}.cu: {needs}, {has}; use a GPU of sm_80 or newer, or --device cpu")
     try:
         code = (HERE / f"{file}.cu").read_text()
-        module = xp.RawModule(code=code, options=_options(), name_expressions=[kernel])
-        function = module.get_function(kernel)
+        with _needing(f"some more to load kernels/{file}.cu is"):
+            module = xp.RawModule(code=code, options=_options(), name_expressions=[kernel])
+            function = module.get_function(kernel)
     except xp.cuda.compiler.CompileException as error:
         what = f"kernels/{file}.cu does not compile ({kernel}, sm_{CAPABILITY})"
         raise UserError(f"{what}; this is a bug, please report it with the log:\n{error}") from None
@@ -285,4 +331,6 @@ def launch(file, kernel, grid, block, *arguments, shared=0):
     grid, block = (shape if isinstance(shape, tuple) else (shape,) for shape in (grid, block))
     plain = {int: np.int32, float: np.float32, type(None): lambda _: np.uint64(0)}
     arguments = tuple(plain.get(type(argument), lambda x: x)(argument) for argument in arguments)
-    load(file, kernel, shared)(grid, block, arguments, shared_mem=shared)
+    function = load(file, kernel, shared)
+    with _needing(f"some more to run {kernel} is"):
+        function(grid, block, arguments, shared_mem=shared)

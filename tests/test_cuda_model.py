@@ -3,6 +3,8 @@
 In the emulator, or on a GPU where there is one (tests/card.py). Read test_cuda.py before.
 """
 
+import gc
+import itertools
 import json
 import os
 import re
@@ -24,6 +26,7 @@ import train
 from console import UserError
 
 cuda = card.cuda()
+XP, gpu = cuda.xp, sys.modules[cuda.launch.__module__]
 ROOT = Path(__file__).parents[1]
 CONFIG = gpt2.GPT2Config(n_layer=2, n_head=2, n_embd=128, n_positions=40, vocab_size=300)  # HS 64
 ODD = gpt2.GPT2Config(n_layer=1, n_head=3, n_embd=21, n_positions=20, vocab_size=61)
@@ -176,6 +179,48 @@ def test_train_and_sample(shards, tmp_path, capsys, dtype):
     assert texts[0] == texts[1] and len(texts[0][0]["ids"]) == 6
 
 
+def test_a_step_is_asked_for_before_anything_is_read(shards, tmp_path, monkeypatch):
+    """The order in which train.py asks the card for work and reads results, a letter for each.
+
+    F forward, B backward, E evaluation (e: of tokens that were not prefetched), A AdamW; c a copy to be read
+    later is asked for, l a loss is read, n a norm; ! anything else that waits for the card.
+    """
+    order, read_later = [], cuda.read_later
+
+    def logged(place, name, letter):
+        function = getattr(place, name)
+
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            order.append(letter(*args) if callable(letter) else letter)
+            return result
+
+        monkeypatch.setattr(place, name, call)
+
+    def later(array):
+        read, letter = read_later(array), "l" if array.ndim == 2 else "n"
+        order.append("c")
+        return lambda: (order.append(letter), read())[1]
+
+    for place, name, letter in [
+        (gpt2.GPT2, "forward", "F"),
+        (gpt2.GPT2, "backward", "B"),
+        (gpt2.GPT2, "losses", lambda model, tokens, _: "E" if isinstance(tokens, cuda.xp.ndarray) else "e"),
+        (cuda, "adamw", "A"),  # twice an update: what decays and what does not
+        (cuda.xp, "asnumpy", "!"),
+        (cuda, "synchronize", "!"),
+    ]:
+        logged(place, name, letter)
+    monkeypatch.setattr(cuda, "read_later", later)
+    sizes = "--n-layer 1 --n-head 2 --n-embd 32 --seq-len 16 --total-batch-tokens 64 --batch-size 2 --steps 4"
+    rare = "--eval-tokens 64 --eval-every 0 --sample-every 0 --save-every 0 --sample-tokens 2"
+    train.main(f"--data {shards} --device cuda {sizes} {rare} --out {tmp_path / 'run'}".split())
+    gradients = "FcB" * 2  # what a loss waits for is asked for before the last backward pass
+    step = "ll" + "cAA"  # the update is judged by the loss, and asked for before its norm is read
+    assert f"!{gradients}{step}" + f"{gradients}n{step}" * 3 + "n!" in "".join(order)
+    assert "!EcEcll!" in "".join(order)
+
+
 def test_a_gpu_without_bfloat16(monkeypatch, capsys):
     monkeypatch.setattr(cuda, "DTYPES", {"float32": np.float32})
     assert kernels.choose("cuda", "bfloat16") == ("cuda", "float32")
@@ -239,6 +284,92 @@ def test_memory_is_estimated_and_its_end_is_said(monkeypatch):
     assert 15e9 < sizes[1] < sizes[0] < 60e9
     with pytest.raises(UserError, match=r"memory is full: 2.2 TB more .* lower --batch-size"):
         cuda.empty((1 << 40,), ml_dtypes.bfloat16)
+
+
+def test_the_micro_batch_is_what_the_cards_memory_allows(shards, tmp_path, monkeypatch, capsys):
+    """train.py without --batch-size on cards of different size: the rows it takes, or one line."""
+    sizes = "--n-layer 1 --n-head 2 --n-embd 32 --seq-len 16 --total-batch-tokens 128 --steps 1"
+    rare = "--eval-tokens 16 --sample-tokens 2"
+
+    def rows(free, dtype, name):
+        monkeypatch.setattr(cuda, "free_memory", lambda: free)
+        where = f"--data {shards} --device cuda --dtype {dtype} --out {tmp_path / name}"
+        train.main(f"{where} {sizes} {rare}".split())
+        return json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["flags"]["batch_size"]
+
+    assert rows(1e12, "float32", "all") == 8
+    config = gpt2.read_config(tmp_path / "all" / "step_000001")
+    for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
+        enough = {B: sum(config.memory(B, 16, itemsize, False, cuda.LOGITS).values()) for B in (1, 4)}
+        assert rows(enough[4] / cuda.SHARE + 1, dtype, f"{dtype}-four") == 4
+        assert rows(enough[4] / cuda.SHARE - 9, dtype, f"{dtype}-two") == 2  # 3 does not divide 8
+        monkeypatch.setattr(gpt2, "GPT2", None)  # nothing is allocated
+        with pytest.raises(
+            UserError, match=r"training takes .* are free; lower --batch-size 1, use --recomp"
+        ):
+            rows(enough[1] - 1, dtype, f"{dtype}-none")
+        monkeypatch.undo()
+    monkeypatch.setattr(cuda, "BATCH_TOKENS", 47)
+    assert rows(1e12, "float32", "few") == 2
+
+
+def test_the_estimate_of_memory_is_what_training_takes():
+    """What CuPy's pool gave for two steps, beside config.memory(); kernels' working memory is small."""
+    gc.collect()
+    pool, before = XP.get_default_memory_pool(), XP.get_default_memory_pool().used_bytes()
+    model = gpt2.GPT2(CONFIG, "cuda", "float32")
+    optimizer, weights = gpt2.AdamW(model), cuda.zeros((16, 40))
+    for batch in model.prefetch(batches(CONFIG, 16, 40, 2)):
+        model.forward(*batch, weights)
+        model.backward()
+        optimizer.step(1e-3)
+    taken, estimate = pool.used_bytes() - before, sum(CONFIG.memory(16, 40, 4, False, cuda.LOGITS).values())
+    assert 0.9 * taken < estimate < 1.1 * taken
+
+
+@pytest.mark.skipif(XP.__version__ != "emulator", reason="a card's CuPy cannot be told where to fail")
+@pytest.mark.parametrize(
+    "place, name, error",
+    [
+        (XP, "alloc", MemoryError("Out of memory allocating 512 bytes (allocated so far: 0 bytes).")),
+        (XP.cuda, "alloc_pinned_memory", RuntimeError("cudaErrorMemoryAllocation: out of memory")),
+        (XP.cuda.Stream, "end_capture", RuntimeError("cudaErrorMemoryAllocation: out of memory")),
+        (XP.RawModule, "get_function", RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory")),
+        (XP.RawKernel, "__call__", RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory")),
+    ],
+)
+def test_memory_may_end_anywhere(monkeypatch, place, name, error):
+    """At the n-th allocation, recording, load or launch of training and decoding, for every n: one line."""
+    config = gpt2.GPT2Config(n_layer=1, n_head=1, n_embd=4, n_positions=4, vocab_size=8)
+    function = getattr(place, name)
+
+    def failing(*args, **kwargs):
+        result = function(*args, **kwargs)
+        if next(calls) == 0:
+            raise error
+        return result
+
+    def train_and_decode():
+        model = gpt2.GPT2(config, "cuda")
+        optimizer, cache = gpt2.AdamW(model), model.new_cache(1, 4)
+        for batch in model.prefetch(batches(config, 1, 3, 2)):
+            model.forward(*batch)
+            model.backward()
+            optimizer.step(1e-3)
+        for _ in range(3):
+            model.decode([[1]], cache)
+
+    monkeypatch.setattr(place, name, failing)
+    for n in itertools.count(0, 9 if place in (XP.RawModule, XP.RawKernel) else 1):  # launches are many
+        calls, gpu._scratch.buffer = itertools.count(-n), None
+        cuda.load.cache_clear()
+        try:
+            train_and_decode()
+        except UserError as end:
+            assert re.match("the GPU's memory is full: .* needed, .* are free; lower --batch-size", str(end))
+        else:
+            break  # fewer than n
+    assert n > 0
 
 
 def test_heads_that_are_too_wide():

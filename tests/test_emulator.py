@@ -684,7 +684,49 @@ def test_raw_copies_and_the_memory_pool():
     assert free <= total
 
 
-# ------------------------------------------------------------------------------------------- a smaller card
+# ------------------------------------------------------------------------------------------- the sanitizers
+
+
+def alone(program, *arguments, **environment):
+    """A Python program in a process of its own: what subprocess.run returns."""
+    path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    environment = os.environ | path | environment
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+
+
+BEYOND = r"""
+import emulator
+import numpy as np
+
+code = '''
+__device__ __noinline__ float element(const float* numbers, int i) { return numbers[i]; }
+extern "C" __global__ void beyond(float* out, int i) {
+    float numbers[4] = {5, 6, 7, 8};
+    out[threadIdx.x] = element(numbers, i);
+}
+'''
+cupy = emulator.install()
+kernel, out = cupy.RawModule(code=code).get_function("beyond"), cupy.zeros(32, np.float32)
+for i in 3, 4:
+    kernel((1,), (32,), (out, np.int32(i)))
+    print(i, out.get()[0], flush=True)
+"""
+
+
+def test_the_sanitizers_see_what_the_guards_cannot():
+    """A thread that reads beyond its own array, through a pointer: in memory that is there."""
+    assert alone(BEYOND).stdout.startswith("3 8.0\n4 ")
+    environment = compiler.sanitizer_environment()
+    if not all(map(os.path.isabs, environment["LD_PRELOAD"].split(":"))):
+        pytest.skip(f"{compiler.compiler()[0]} has no library for -fsanitize=address on this machine")
+    done = alone(BEYOND, EMULATOR_SANITIZE="1", **environment)
+    assert done.returncode and done.stdout == "3 8.0\n", done.stderr
+    assert "AddressSanitizer: stack-buffer-overflow" in done.stderr
+    assert "in element(float const*, int)" in done.stderr and "in beyond" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------- smaller cards
 
 TURING = """
 import numpy as np
@@ -711,8 +753,41 @@ print(device, dtype)
 
 def test_a_card_below_sm_80_trains_in_float32():
     """Turing has 64 KB of shared memory for a block: attention's float tiles are smaller there."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    command = [sys.executable, "-c", TURING]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    done = alone(TURING)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "cuda float32\n" and "computing in float32" in done.stderr
+
+
+AMPERE = """
+import sys
+import emulator
+emulator.install(int(sys.argv[1]))
+import test_cuda
+from emulator.launcher import launched
+from test_kernels import attention, case, matmul, matmul_transposed
+
+test_cuda.cuda.SMS = 1  # then large tiles are for small matrices too
+for one in (
+    case(matmul, "weight bias", inp=(2, 67, 72), weight=(72, 136), bias=(136,)),
+    case(matmul_transposed, "wte", inp=(2, 67, 72), wte=(136, 72)),
+    case(attention, qkv=(1, 130, 3 * 64), n_head=1),
+    case(attention, qkv=(1, 70, 3 * 128), n_head=1),
+    case(attention, qkv=(1, 70, 3 * 40), n_head=2),
+):
+    test_cuda.test_operation(*one.values, "bfloat16")
+print(*(name for file, name in launched), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("capability, stages", [(80, 4), (86, 3)])
+def test_cards_with_less_shared_memory_have_tiles_that_fit(capability, stages):
+    """A100 and RTX 30: 163 and 99 KB for a block, which the tiles of sm_90 would exceed."""
+    done = alone(AMPERE, capability, HANDMADE_EMULATOR="0", HANDMADE_GPU="0")
+    assert done.returncode == 0, done.stderr
+    kernels = done.stdout.splitlines()
+    tiles = {name.partition("true, ")[2].rstrip(">") for name in kernels if name.startswith("matmul_bf16")}
+    assert {tile.split("true, ")[-1] for tile in tiles} == {f"128, 128, 32, 64, 64, {stages}"}
+    for HS in (64, 128):
+        assert f"attention_forward_tensor<{HS}>" in kernels
+        assert f"attention_backward_queries_tensor<{HS}>" in kernels
+    assert "attention_backward_keys_flash<bf16, 64>" in kernels

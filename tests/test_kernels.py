@@ -434,6 +434,13 @@ def test_same_bits_every_time_and_on_any_number_of_threads(case):
 # What the cases above leave out
 
 
+def test_reading_later_is_reading_what_was_there():
+    array, start = np.arange(3.0), cpu.now()
+    read = cpu.read_later(array)
+    array.fill(9)
+    assert read().tolist() == [0, 1, 2] and 0 <= cpu.elapsed(start, cpu.now()) < 60
+
+
 def test_outputs_that_are_inputs():
     rng = np.random.default_rng(8)
     a, b, weight, bias = (rng.standard_normal(s) for s in [(2, 3, 7), (2, 3, 7), (7,), (7,)])

@@ -207,7 +207,7 @@ def test_evaluation_reads_the_text_in_order_and_no_token_twice():
 
 def test_bits_per_byte_by_hand():
     class Model:
-        ops = gpt2.kernels.load("cpu")
+        ops, prefetch = gpt2.kernels.load("cpu"), staticmethod(iter)
 
         def losses(self, tokens, targets):  # ln 2 for even targets, 3 ln 2 for odd ones
             return (math.log(2) * (1 + 2 * (targets % 2))).astype(np.float32)
@@ -277,7 +277,7 @@ class Trouble:
 
     def __init__(self, monkeypatch, loss=(), gradient=(), factor=math.nan):
         self.passes, self.changed, self.grads = -2, [], []  # two warm passes, of one micro-batch each
-        forward, backward, step = gpt2.GPT2.forward, gpt2.GPT2.backward, gpt2.AdamW.step
+        forward, backward, step = gpt2.GPT2.forward, gpt2.GPT2.backward, gpt2.AdamW.update
 
         def bad_forward(model, *args):
             losses = forward(model, *args)
@@ -292,14 +292,14 @@ class Trouble:
         def watched(optimizer, *args):
             state = lambda: [a.copy() for a in (optimizer.model.flat_params, optimizer.m, optimizer.v)]
             before = state()
-            norm = step(optimizer, *args)
+            norm = step(optimizer, *args)  # a function: the norm is read later
             self.changed.append([not np.array_equal(a, b) for a, b in zip(before, state())])
             self.grads.append(np.abs(optimizer.model.flat_grads).max())
             return norm
 
         monkeypatch.setattr(gpt2.GPT2, "forward", bad_forward)
         monkeypatch.setattr(gpt2.GPT2, "backward", bad_backward)
-        monkeypatch.setattr(gpt2.AdamW, "step", watched)
+        monkeypatch.setattr(gpt2.AdamW, "update", watched)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -480,7 +480,7 @@ class Killed(BaseException):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(start, tmp_path, whole, monkeypatch):
-    step = gpt2.AdamW.step
+    step = gpt2.AdamW.update
 
     def mortal(optimizer, *args):
         if optimizer.steps == 13:
@@ -488,7 +488,7 @@ def test_a_killed_run_goes_on_bit_for_bit(start, tmp_path, whole, monkeypatch):
         return step(optimizer, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gpt2.AdamW, "step", mortal)
+        patch.setattr(gpt2.AdamW, "update", mortal)
         with pytest.raises(Killed):
             start("run", "--save-every", 10)
     assert len(losses_of(tmp_path / "run")) == 13
@@ -544,8 +544,8 @@ def test_a_run_begins_with_short_rows_and_goes_on_bit_for_bit(start, tmp_path, m
 SLOW = """
 import signal, sys, time, gpt2, train, console
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also below a shell's `&`, which ignores Ctrl-C
-step, seconds = gpt2.AdamW.step, float(sys.argv.pop(1))
-gpt2.AdamW.step = lambda *args: (time.sleep(seconds), step(*args))[1]
+step, seconds = gpt2.AdamW.update, float(sys.argv.pop(1))
+gpt2.AdamW.update = lambda *args: (time.sleep(seconds), step(*args))[1]
 console.run(train.main)
 """
 
