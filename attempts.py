@@ -104,7 +104,7 @@ def log_probabilities(model, some, most):
     """For each attempt log p of every token given those before it, (T,), 0 for the first."""
     order = sorted(range(len(some)), key=lambda i: len(some[i].tokens))  # as micro_batches() will have them
     rows, found = [(some[i].tokens, some[i].drawn) for i in order], []
-    for tokens, targets, _ in batches.micro_batches(rows, most):
+    for tokens, targets, _ in batches.micro_batches(rows, most, model.config.n_positions):
         found += list(-model.ops.to_host(model.losses(tokens, targets)))
     found = dict(zip(order, found))
     return [np.append(0.0, found[i][: len(a.tokens) - 1]) for i, a in enumerate(some)]

@@ -13,15 +13,16 @@ import numpy as np
 SETUP = 96  # what a micro-batch costs before its first token, in tokens: measured, tiny model, 2 cores
 
 
-def micro_batches(rows, most, multiple=8):
+def micro_batches(rows, most, room, multiple=8):
     """Yield (tokens, targets, weights), each (B, T) with B * T <= most where a row allows, for all rows.
+
+    T is a multiple of 8, but for rows that need more than that of the `room`, the model's context.
 
     Which rows go together is chosen for the least work, by dynamic programming over the sorted lengths: a cut
     saves padding and costs SETUP.
     """
     rows = sorted(rows, key=lambda row: len(row[0]))
-    longest = max((len(tokens) - 1 for tokens, _ in rows), default=0)  # no wider: the context may end there
-    width = [min(-(-(len(tokens) - 1) // multiple) * multiple, longest) for tokens, _ in rows]
+    width = [min(-(-(len(tokens) - 1) // multiple) * multiple, room) for tokens, _ in rows]
     best = [(0, 0)]  # for the first j rows: (work, where the last micro-batch begins)
     for j in range(1, len(rows) + 1):
         T = width[j - 1]
@@ -45,7 +46,7 @@ def micro_batches(rows, most, multiple=8):
 def accumulate(model, rows, most):
     """Add the gradient of sum(weights * losses) over all rows to model.grads, and return that sum."""
     rows, read = [(tokens, weights) for tokens, weights in rows if np.any(weights[1:])], []
-    for tokens, targets, weights in micro_batches(rows, most):
+    for tokens, targets, weights in micro_batches(rows, most, model.config.n_positions):
         losses = model.forward(tokens, targets, weights, sparse=True)  # (n,) where the weight is not 0
         read.append((model.ops.read_later(losses), weights[weights != 0]))
         model.backward()

@@ -64,10 +64,10 @@ def weighted(rows):
 
 def evaluate(model, rows, most):
     """The mean loss, in nats, of what the assistant must say."""
-    objective = 0.0
-    for tokens, targets, weights in batches.micro_batches(weighted(rows), most):
-        objective += float((model.ops.to_host(model.losses(tokens, targets)) * weights).sum())
-    return objective
+    read = []
+    for tokens, targets, weights in batches.micro_batches(weighted(rows), most, model.config.n_positions):
+        read.append((model.ops.read_later(model.losses(tokens, targets)), weights))
+    return sum(float((losses() * weights).sum()) for losses, weights in read)
 
 
 def show(tokenizer, conversations):
