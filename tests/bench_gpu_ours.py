@@ -465,19 +465,23 @@ def config():
 
 
 def training():
-    """Tokens a second as train.py gets them: batches from the host, the norm read after every step."""
+    """Tokens a second as train.py gets them: batches from the host, and of each step the loss is read while
+    its backward pass runs, the norm while the next step does."""
     model, steps = gpt2.GPT2(config(), "cuda", "bfloat16"), SETTINGS["steps"]
     optimizer, per_token = gpt2.AdamW(model), model.config.flops_per_token(T)
     for rows in SETTINGS["batches"]:
-        blocks = [rng.integers(V, size=(rows, T + 1)) for _ in range(3 + steps)]
+        blocks, norm = [rng.integers(V, size=(rows, T + 1)) for _ in range(3 + steps)], None
         try:
             for i, batch in enumerate(model.prefetch((block[:, :-1], block[:, 1:]) for block in blocks)):
                 if i == 3:  # those were to warm up
                     ops.synchronize()
                     start = time.perf_counter()
-                model.forward(*batch)
+                loss = ops.read_later(model.forward(*batch))
                 model.backward()
-                optimizer.step(1e-4)
+                if norm:
+                    norm()
+                loss()
+                norm = optimizer.update(1e-4)
             ops.synchronize()
             rate = steps * rows * T / (time.perf_counter() - start)
             say(work="training", batch=rows, rate=rate, flops_per_token=per_token)
@@ -505,11 +509,10 @@ def curve(folder):
     np.savez(folder / "weights.npz", **weights)
     optimizer, losses = gpt2.AdamW(model), []
     for step, block in enumerate(np.load(folder / "batches.npy")):
-        mean = model.forward(block[:, :-1], block[:, 1:])
+        losses.append(ops.read_later(model.forward(block[:, :-1], block[:, 1:])))
         model.backward()
         optimizer.step(6e-4 * min(1, (step + 1) / 20))
-        losses.append(float(ops.to_host(mean).mean(dtype=np.float64)))
-    say(work="curve", losses=losses)
+    say(work="curve", losses=[float(read().mean(dtype=np.float64)) for read in losses])
 
 
 if __name__ == "__main__":
