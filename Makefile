@@ -113,7 +113,7 @@ GPU_TESTS ?= 160
 gpu-check: lint  # the tests have so many seconds, bench_gpu.py has 300: under eight minutes together
 	@command -v nvidia-smi >/dev/null || { echo "error: no NVIDIA GPU here (nvidia-smi is missing)"; exit 2; }
 	@status=0; HANDMADE_GPU=1 timeout -s INT -k 10 $(GPU_TESTS) $(PY) -m pytest tests/test_cuda*.py || status=$$?; \
-	[ $$status -lt 124 ] || echo "error: the tests took more than $(GPU_TESTS) seconds and were stopped"; \
+	[ $$status -lt 124 ] || echo "error: the tests took more than $(GPU_TESTS) seconds and were stopped; the second time all kernels are compiled"; \
 	$(PY) tests/bench_gpu.py --write $(ARGS) || status=1; exit $$status
 
 clean:

@@ -85,6 +85,10 @@ class GPT2Config:
         """
         n, exact = self.n_params(), max(itemsize, 4)
         stored, statistics = activation_shapes(self, B, T, self.n_layer, True, recompute)
+        evaluation = activation_shapes(
+            self, B, T, 1, False, recompute
+        )  # it has arrays of its own, of one layer
+        stored, statistics = stored + evaluation[0], statistics + evaluation[1]
         logits = chunk_rows(self, B * T, logits) * self.padded_vocab_size
         return {
             "parameters": n * itemsize + (n * exact if itemsize < exact else 0),

@@ -246,7 +246,9 @@ Emily buys a apples at $b each, c oranges at $d each and pays with $E|what comes
 Emily pays $D for a apples at $b each and c oranges, $e comes back|what is an orange|a*b, D-e, #-#1, #/c
 Emily has a bags of b apples and c bags of d oranges, e are bad|how many are good|a*b, c*d, #1+#, #-e
 Emily has A apples, eats b, finds c bags of d, shares all with e children|how many each|A-b, c*d, #1+#, #/e"""
-LARGEST = 20  # number in a story: few enough sums for a small model to know them all
+# The largest number in a story of one or two steps: few enough sums for a small model to know them all. In
+# the longer ones, which want a calculator, every fifth answer would be 1, and practice finds that out.
+LARGEST = 20
 NAMES = re.findall(r"\w+", "Emily Tom Anna Ben Maria Omar Sara Ali Mary Lucy Nora Mia Ivan Leo Rosa Noah")
 FRUITS = re.findall(
     r"\w+", "apple orange pear melon lemon banana plum mango kiwi fig lime date peanut carrot"
@@ -254,16 +256,16 @@ FRUITS = re.findall(
 
 
 def story(rng, level, wording):
-    """A word problem of `level` steps, with numbers that go well: every result is whole, 1 to LARGEST."""
+    """A word problem of `level` steps, with numbers that go well: every result is whole and not too large."""
     told = [line.split("|") for line in STORIES.split("\n") if line.count(",", line.rindex("|")) == level - 1]
     told_of, ask, formulas = rng.choice(told)
-    facts, steps = told_of, []
+    facts, steps, largest = told_of, [], LARGEST if level <= 2 else 99
     while len(steps) < level:
-        named = {x: str(rng.randint(2, 9) if x.islower() else rng.randint(10, LARGEST)) for x in "abcdeABCDE"}
+        named = {x: str(rng.randint(2, 9) if x.islower() else rng.randint(10, largest)) for x in "abcdeABCDE"}
         steps = []
         for formula in formulas.split(", "):
             left, op, right = (named.get(sign, sign) for sign in re.findall(r"#1|\S", formula))
-            if not (value := whole(left, op, right)) or int(value) > LARGEST:
+            if not (value := whole(left, op, right)) or int(value) > largest:
                 break
             steps.append(f"{left} {op} {right} = {value}")
             named |= {"#": value, "#1": named.get("#1", value)}

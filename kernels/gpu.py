@@ -12,6 +12,7 @@ import functools
 import math
 import re
 import shutil
+import weakref
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,6 +116,7 @@ def read_later(array):
         arrived.synchronize()
         return host
 
+    weakref.finalize(read, arrived.synchronize).atexit = False  # until then nobody else gets the memory
     return read
 
 
@@ -300,6 +302,9 @@ def _options():
     return "-std=c++17", f"-I{HERE}", f"-UHEADERS_{zlib.crc32(headers)}"
 
 
+_allowed = {}  # (file, kernel): bytes; it only grows, because CuPy gives the same function every time
+
+
 @functools.cache
 def load(file, kernel, shared=0):
     """A kernel of a .cu file, compiled for this card, allowed so many bytes of dynamic shared memory."""
@@ -319,7 +324,8 @@ def load(file, kernel, shared=0):
         remedy = "NVRTC may be missing: python -m pip install -r requirements-cuda.txt"
         raise UserError(f"kernels/{file}.cu cannot be compiled or loaded ({error}); {remedy}") from None
     if shared:  # without it 48 KB are the most, less what the kernel declares statically
-        function.max_dynamic_shared_size_bytes = shared
+        _allowed[file, kernel] = most = max(shared, _allowed.get((file, kernel), 0))
+        function.max_dynamic_shared_size_bytes = most
     return function
 
 

@@ -470,13 +470,14 @@ def training():
     model, steps = gpt2.GPT2(config(), "cuda", "bfloat16"), SETTINGS["steps"]
     optimizer, per_token = gpt2.AdamW(model), model.config.flops_per_token(T)
     for rows in SETTINGS["batches"]:
+        weights = ops.to_device(np.full(rows * T, 1 / (rows * T), np.float32)).reshape(rows, T)
         blocks, norm = [rng.integers(V, size=(rows, T + 1)) for _ in range(3 + steps)], None
         try:
             for i, batch in enumerate(model.prefetch((block[:, :-1], block[:, 1:]) for block in blocks)):
                 if i == 3:  # those were to warm up
                     ops.synchronize()
                     start = time.perf_counter()
-                loss = ops.read_later(model.forward(*batch))
+                loss = ops.read_later(model.forward(*batch, weights))
                 model.backward()
                 if norm:
                     norm()

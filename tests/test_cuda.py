@@ -257,6 +257,14 @@ def test_wrong_arguments_are_errors():
         cuda.matmul_backward(None, new((8, 3)).T, None, x, x[..., :3].copy(), new((3, 8)))
 
 
+def test_what_a_kernel_was_allowed_it_stays_allowed():
+    """CuPy gives the same function every time: what one launch asks for, the next must not take away."""
+    for V in (500, 20, 500):
+        logits, targets, losses = cuda.zeros((3, V + 4)), cuda.zeros(3, np.int32), cuda.empty(3)
+        cuda.classifier(losses, logits, targets, cuda.zeros(3), V)
+        np.testing.assert_allclose(cuda.to_host(losses), np.log(V), rtol=1e-6)
+
+
 def test_a_kernel_that_does_not_compile(tmp_path, monkeypatch):
     (tmp_path / "broken.cu").write_text("__global__ void broken(int* out) {\n    out[0] = nothing;\n}\n")
     monkeypatch.setattr(gpu, "HERE", tmp_path)

@@ -528,6 +528,14 @@ def test_without_reasoning_gym_its_tasks_say_what_to_install(monkeypatch):
         problems("reasoning_gym:chain_sum")
 
 
+@pytest.mark.parametrize("task", ["arithmetic", "word"])
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+def test_no_answer_is_right_often(task, level):
+    """Whoever always says the same is right less often than every sixth time, of long problems every 20th."""
+    answers = Counter(p.answer for p in some(task, level=level, n=2000))
+    assert answers.most_common(1)[0][1] / 2000 < (1 / 6 if level <= 2 else 1 / 20)
+
+
 def test_reasoning_gym():
     pytest.importorskip("reasoning_gym")
     with pytest.raises(UserError, match="no levels"):

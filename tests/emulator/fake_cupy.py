@@ -543,12 +543,17 @@ class CompileException(Exception):
 
 
 class RawModule:
-    """A .cu text, compiled at the first get_function."""
+    """A .cu text, compiled at the first get_function. Equal modules are one, and share their functions, with
+    what was allowed to these: as in CuPy."""
+
+    known = {}  # noqa: RUF012
 
     def __init__(self, *, code, options=(), name_expressions=None, backend="nvrtc", jitify=False):
         self.code, self.options = code, tuple(options)
         self.names = list(name_expressions or compiler.kernel_names(code))
-        self.library, self.functions = None, {}
+        self.library = None
+        key = code, self.options, tuple(self.names), _state.capability
+        self.functions = self.known.setdefault(key, {})
 
     def compile(self, log_stream=None):
         if self.library is not None:
