@@ -145,7 +145,9 @@ def questions(flags, split, n=None):
 def compare(flags, model, tokenizer, optimizer, tested):
     """train and dpo: update(step, lr) and examine(), both with the assistant's own answers in order."""
     talk = lambda some: attempts.sample(model, tokenizer, some, flags.attempts, flags.max_tokens, flags.seed)
-    groups, others = talk(list(questions(flags, "train", flags.questions))), talk(tested)
+    asked = list(questions(flags, "train", flags.questions))
+    console.say(f"asking {len(asked)} questions and {len(tested)} held-out ones, {flags.attempts} times each")
+    groups, others = talk(asked), talk(tested)
     groups = [group for group in groups if orderings([group])]
     if not groups or not orderings(others):
         raise UserError("no answer is better than another; give more --questions or another --task")
@@ -220,7 +222,8 @@ def main(argv=None):
         rng, some = random.Random(flags.seed), questions(flags, "train", flags.questions)
         talks = [dict(messages=mixture.turns(p.prompt, dressed(p.solution, rng))) for p in some]
         run.parent.mkdir(parents=True, exist_ok=True)
-        return run.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+        run.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+        return console.say(f"{len(talks)} conversations: {run}")
     model, tokenizer = attempts.load(flags.init_from, flags)
     optimizer = gpt2.AdamW(model, weight_decay=0.0)
     tested = list(questions(flags, "test", flags.eval_problems))
