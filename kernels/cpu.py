@@ -24,6 +24,7 @@ xp = np  # the array library; cupy in cuda.py
 DTYPES = {"float32": np.float32, "float64": np.float64}
 LOGITS = 1 << 22  # elements of a chunk of logits
 BATCH_TOKENS, SHARE = 8192, 0.5  # a micro-batch by default: at most these tokens, this part of the memory
+AHEAD = False  # nothing is won by asking for a step before the last one's norm is read
 SCORES = 1 << 17  # elements of a block of attention scores
 BLOCK = 128  # rows and columns of a block of attention scores
 FEW = 800_000  # multiplications that OpenBLAS does without packing the operands: with few rows, twice as fast

@@ -48,6 +48,7 @@ if CAPABILITY < 80:
     del DTYPES["bfloat16"]  # its tensor cores came with sm_80
 LOGITS = 1 << 28  # elements of a chunk of logits: half a gigabyte of bf16
 BATCH_TOKENS, SHARE = 1 << 17, 0.9  # a micro-batch by default: at most these tokens, this part of the memory
+AHEAD = True  # a step is asked for before the last one's norm is read: so the GPU never waits for Python
 RUNGS = {}  # what a benchmark or a test wants instead: "matmul": a tile, "slices", "attention": "flash" ..
 
 
