@@ -110,14 +110,11 @@ class Interrupt:
 
     def __init__(self):
         self.asked = False
-        self.before = {name: signal.signal(name, self._ask) for name in (signal.SIGINT, signal.SIGTERM)}
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self._ask)
 
     def _ask(self, name, frame):
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
         say("\nfinishing this step; once more to stop at once")
-
-    def restore(self):
-        for name, handler in self.before.items():
-            signal.signal(name, handler)
