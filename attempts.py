@@ -78,16 +78,17 @@ def prompt_of(tokenizer, problem):
 
 
 def fitting(model, tokenizer, problems):
-    """Those of some problems whose prompts leave room for an answer; UserError if 100 in a row do not."""
-    too_long = 0
-    for problem in problems:
-        n, room = len(prompt_of(tokenizer, problem)), model.config.n_positions
-        too_long = too_long + 1 if n >= room else 0
-        if too_long == 100:
-            what = f"a prompt of {problem.task} has {n} tokens and fills the model's context of {room}"
-            raise UserError(f"{what}; lower --level, or train a model with more --n-positions")
-        if not too_long:
+    """Those of some problems whose prompts leave room for an answer; UserError if not one of 100 does."""
+    fits, room = False, model.config.n_positions
+    for i, problem in enumerate(problems):
+        if len(prompt_of(tokenizer, problem)) < room:
+            fits = True
             yield problem
+        elif i >= 100 and not fits:
+            break
+    if not fits:
+        what = f"the prompts of {problem.task} fill the model's context of {room} tokens"
+        raise UserError(f"{what}; lower --level, or train a model with more --n-positions")
 
 
 def shared_out(team, problems, each, max_tokens, seed, first=0, temperature=1.0):
@@ -110,6 +111,10 @@ def log_probabilities(model, some, most):
     return [np.append(0.0, found[i][: len(a.tokens) - 1]) for i, a in enumerate(some)]
 
 
+def mean(values):
+    return float(np.mean(list(values)))
+
+
 def pass_at_k(n, correct, k):
     """The chance that one of k attempts is right, if `correct` of n were; unbiased (Chen et al. 2021)."""
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
@@ -125,7 +130,7 @@ def majority(group):
 def evaluate(team, tokenizer, mix, flags, judge):
     """[{what: measure}] on test problems of each (task, level): pass@1 is greedy, the rest of --k samples,
     which judge(groups) may add its own to. No problem comes twice: easy levels may have fewer than asked."""
-    results, line, k, mean = [], console.Line(), flags.k, lambda values: float(np.mean(values))
+    results, line, k = [], console.Line(), flags.k
     for task, level in mix:
         line.show(f"evaluating {task}, level {level}")
         stream = fitting(team.model, tokenizer, tasks.problems(task, "test", level, flags.seed))

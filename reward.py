@@ -30,6 +30,7 @@ import gpt2
 import mixture
 import runs
 import tasks
+from attempts import mean
 from console import UserError, duration, number
 
 # ------------------------------------------------------------------------------------ what "people" prefer
@@ -114,7 +115,6 @@ def reward_rows(tokenizer, some, pull):
 
 
 flat = itertools.chain.from_iterable
-mean = lambda values: float(np.mean(list(values)))
 
 
 def judge(flags, tokenizer):

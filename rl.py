@@ -27,7 +27,7 @@ import gpt2
 import reward
 import runs
 import tasks
-from attempts import log_probabilities
+from attempts import log_probabilities, mean
 from console import UserError, duration, number
 from train import learning_rate
 
@@ -140,7 +140,7 @@ def gather(team, judge, problems, step, flags):
 
 def described(groups, n_kept, flags):
     """What a step's attempts are like: means, entropy in nats a token, how many groups had a signal."""
-    every, mean = list(itertools.chain(*groups)), lambda values: float(np.mean(list(values)))
+    every = list(itertools.chain(*groups))
     found = dict(reward=mean(a.reward for a in every), correct=mean(a.correct for a in every))
     found |= dict(length=mean(len(a.said) for a in every))
     found["entropy"] = -mean(a.logprobs.sum() for a in every) / mean(a.drawn.sum() for a in every)
@@ -251,10 +251,10 @@ def train(flags, checkpoint, mix, tested):
         line.clear(f"step {step}, on test problems:\n{attempts.table(results)}")
         names = [name for name in ("pass@1", "length", "score", "reward") if name in results[0]]
         practised = [row for row in results if (row["task"], row["level"]) in mix] or results
-        mean = {name: sum(row[name] for row in practised) / len(practised) for name in names}
+        means = {name: mean(row[name] for row in practised) for name in names}
         before = [event["score"] for event in runs.read_log(run) if "results" in event and "score" in event]
-        log.write("eval", step=step, correct=mean.pop("pass@1"), **mean, results=results)
-        if "score" in mean and mean["score"] > max(before, default=-1):  # --reward model: before it is fooled
+        log.write("eval", step=step, correct=means.pop("pass@1"), **means, results=results)
+        if means.get("score", -1) > max(before, default=-1):  # --reward model: before it is fooled
             runs.save_checkpoint(
                 run / "best", step, model, tokenizer, optimizer, 1, stage="rl", flags=vars(flags)
             )

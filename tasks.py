@@ -129,15 +129,7 @@ def split_of(key):
 MARK = re.compile(r"\banswer\b[*_ ]*:", re.I)
 NUMBER = re.compile(r"(-?)\$? ?((?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?) ?[$%]?((?: ?\b[a-z]+){0,2})", re.A)
 UNITS = set(re.findall(r"\w+", "dollar people children year letter time dot sq square km"))
-TIMES = {
-    "percent",
-    "cent",
-    "dozen",
-    "hundred",
-    "thousand",
-    "million",
-    "billion",
-}  # after these it is another number
+TIMES = set(re.findall(r"\w+", "dozen hundred thousand million billion"))  # behind these it is another number
 
 
 def marked(text):
@@ -151,13 +143,8 @@ def numeric(line, prompt=""):
     """The number that is all of a line but its unit: '$1,234.50' or '9 apples', if the prompt has apples."""
     found = NUMBER.fullmatch(line.lower()) if len(line) < 100 else None
     units = UNITS | {word.rstrip("s") for word in re.findall("[a-z]+s", prompt.lower())} - TIMES
-    percent = "%" in prompt or "percent" in prompt.lower()
-    if (
-        not found
-        or not found[2]
-        or ("%" in line and not percent)
-        or not {unit.rstrip("s") for unit in found[3].split()} <= units
-    ):
+    known = found and {unit.rstrip("s") for unit in found[3].split()} <= units
+    if not known or not found[2] or ("%" in line and not re.search("%|percent", prompt)):
         return None
     return Fraction(found[1] + found[2].replace(",", ""))
 
@@ -168,7 +155,8 @@ def votes(texts, prompt=""):
     for i, text in enumerate(texts):
         if answer := marked(text):
             value = numeric(answer, prompt)
-            found.setdefault((spelt(answer) or answer) if value is None else value, []).append(i)
+            word = answer if re.search(r"\d", answer) else spelt(answer) or answer  # 3 + 5 is not 3 * 5
+            found.setdefault(word if value is None else value, []).append(i)
     return sorted(found.values(), key=len, reverse=True)
 
 

@@ -791,8 +791,8 @@ def test_problems_go_on_where_a_run_stopped(seed, n):
         (["--eval-level", "9"], ["no level 9"]),
         (["--attempts", "1"], ["--attempts 1", "best-of"]),
         (["--reward", "model", "--method", "best-of"], ["--method best-of", "choose one"]),
-        (["--task", "long", "--level", "1"], ["fills", "context of 64"]),
-        (["--task", "long", "--level", "1", "--eval-every", "0"], ["fills", "context of 64"]),
+        (["--task", "long", "--level", "1"], ["fill", "context of 64"]),
+        (["--task", "long", "--level", "1", "--eval-every", "0"], ["fill", "context of 64"]),
         (["--init-from", "nowhere"], ["nowhere", "no checkpoint"]),
         (["--prompts", "0"], ["--prompts"]),
         (["--resume"], ["nothing to resume"]),
@@ -807,6 +807,12 @@ def test_problems_that_leave_no_room_for_an_answer_are_left_out(start, tmp_path)
     assert (done := start("run", "--task", "some long")).status == 0, done.err
     assert len(events(tmp_path / "run", "step")) == 6
     assert all(r["problems"] == 2 for e in events(tmp_path / "run", "eval") for r in e["results"])
+
+
+def test_a_file_of_problems_that_are_all_too_long_is_refused(taught):
+    """Also a short one, whose test problems come once."""
+    with pytest.raises(UserError, match="prompts of long fill the model's context of 64"):
+        list(attempts.fitting(taught, BYTES, [Choice("?" * 80, task="long")] * 5))
 
 
 def test_a_base_model_is_refused(start, tmp_path):

@@ -924,6 +924,7 @@ def test_what_counts_as_a_vote():
         [2],
     ]
     assert tasks.votes(["Answer: UQTS", "Answer: uqts"]) == [[0, 1]]
+    assert tasks.votes(["Answer: 3 + 5", "Answer: 3 * 5", "Answer: 3 + 5"]) == [[0, 2], [1]]
     assert tasks.votes([]) == tasks.votes(["x"]) == []
 
 

@@ -528,6 +528,14 @@ def test_without_reasoning_gym_its_tasks_say_what_to_install(monkeypatch):
         problems("reasoning_gym:chain_sum")
 
 
+def test_a_unit_of_the_question_is_forgiven():
+    cents = tasks.Problem("gsm8k", "How many cents are left, and how many percent?", "", "9")
+    assert cents.verify("Answer: 9 cents") == cents.verify("Answer: 9%") == 1.0
+    assert (
+        tasks.Problem("gsm8k", "How many dozens?", "", "9").verify("Answer: 9 dozens") == 0.0
+    )  # it may be 108
+
+
 @pytest.mark.parametrize("task", ["arithmetic", "word"])
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
 def test_no_answer_is_right_often(task, level):
