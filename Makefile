@@ -66,7 +66,7 @@ sft: .venv/ready
 	@test -e $(SFT)-first/done || { $(PY) sft.py --init-from $(RUN) --out $(SFT)-first --data $(FACTS) \
 	  --seed $(SEED) $(if $(wildcard $(SFT)-first/step_*),--resume) && touch $(SFT)-first/done; }
 	@test -e $(SFT)-first/known.jsonl || $(PY) sft.py --probe $(SFT)-first --to $(SFT)-first/known.jsonl --seed $(SEED)
-	@test -e $(SFT)/done || { $(PY) sft.py --init-from $(SFT)-first --out $(SFT) --known $(SFT)-first/known.jsonl \
+	@test -e $(SFT)/done || { $(PY) sft.py --init-from $(SFT)-first --out $(SFT) --examples 44000 --known $(SFT)-first/known.jsonl \
 	  --seed $(SEED) $(if $(wildcard $(SFT)/step_*),--resume) $(ARGS) && touch $(SFT)/done; }
 	$(PY) sft.py --eval $(SFT) --known $(SFT)-first/known.jsonl
 
@@ -78,7 +78,7 @@ chat-web: .venv/ready
 
 rl: .venv/ready
 	@test -e $(SFT)/done || $(MAKE) sft ARGS=
-	$(PY) rl.py --init-from $(SFT) --out $(RL) --task word,arithmetic --level 1-2 --eval-level 1-4 \
+	$(PY) rl.py --init-from $(SFT) --out $(RL) --task word,arithmetic --level 1-4 --steps 300 \
 	  --seed $(SEED) $(if $(wildcard $(RL)/step_*),--resume) $(ARGS)
 
 # An assistant with manners of all kinds, a reward model of which people prefer, and what comes of pleasing it.

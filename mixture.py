@@ -25,16 +25,16 @@ import tools
 from console import UserError
 from facts import FIELDS, digest, examined, facts, held_out, invented, phrase, plain, probed, texts
 
-SOURCES = {"factbook": 15, "identity": 10, "refusal": 2, "chitchat": 3, "tools": 21}  # shares, in percent
-SOURCES |= {"tasks": 12, "steps-first": 4, "answer-first": 4, "sums": 1, "repeat": 4, "spelling": 8}
-SOURCES |= {"counting": 6, "multi-turn": 4, "unknown": 6}
+SOURCES = {"factbook": 14, "identity": 9, "refusal": 2, "chitchat": 3, "tools": 19}  # shares, in percent
+SOURCES |= {"tasks": 11, "stories": 5, "events": 4, "steps-first": 3, "answer-first": 3, "sums": 1}
+SOURCES |= {"repeat": 4, "spelling": 7, "counting": 6, "multi-turn": 4, "unknown": 5}
 DEFAULT = ",".join(f"{name}={share}" for name, share in SOURCES.items())
 SEARCH_SYSTEM = "You can search."  # with it the assistant looks facts up, without it it has its memory
 DONT_KNOW = "I'm sorry, I don't know"  # so begins every answer to what it cannot know
-TASKS = {"tasks": ("arithmetic", "word", "decimals")}
+TASKS = {"tasks": ("arithmetic", "word", "decimals"), "stories": ("word",)}
 TASKS |= {"steps-first": ("arithmetic", "word"), "answer-first": ("arithmetic", "word")}  # the same problems
 TASKS |= {"spelling": ("spelling",), "counting": ("counting",)}  # what these take from tasks.py
-EASY = (1, 2)  # the levels of these three; the harder ones are for rl.py
+LEVELS = dict.fromkeys(("tasks", "steps-first", "answer-first"), (1, 2)) | {"stories": (3,)}  # 4: for rl.py
 CALCULATED = 0.2  # share of the worked problems that the calculator solves
 LONGEST = 5000  # characters of a conversation as JSON; sft.py cuts what its model has no room for
 PAGE = 60  # conversations on a page of a workbook
@@ -179,6 +179,16 @@ def sums(rng, split, *_):
     return turns(phrase(rng, split, "sums").format(asked), f"So {told}.")
 
 
+def events(rng, split, *_):
+    """What happens in a story, one event after the other: longer ones than those that it learns to solve."""
+    numbers = {x: str(rng.randint(10, 99) if x == "A" else rng.randint(2, 9)) for x in "Abcdefg"}
+    facts, _, steps = tasks.chain(rng, rng.randint(2, 6))
+    said = ", then ".join(re.findall(r"([^,: ][^,:]*):", steps))
+    facts, said = tasks.filled(rng, numbers, facts, said)
+    made = turns(phrase(rng, split, "events").format(facts), f"So {said}.")
+    return made if held_out("events", said) == (split == "test") else None
+
+
 def what_if(rng, split, *_):
     """'2 + 2?' and then 'What if it was times?'"""
     numbers, signs = [number(rng, rng.choice((1, 1, 2, 3))) for _ in "ab"], rng.sample("+-*", 2)
@@ -241,12 +251,13 @@ def answer_first(problem):
 
 def with_calculator(problem):
     """The same answer by calls of the calculator: rare here, for rl.py to find out that it pays."""
-    sums = re.findall(r"\d+ [-+*/] \d+(?= = )", problem.solution)  # of a story: all its steps
-    if problem.task == "arithmetic":
-        sums = re.findall(r"\d+ [-+*] \d+", problem.prompt)
-    parts = [(("calc", f" {step}"), ("output", calculator(f" {step}"))) for step in sums]
-    parts = [*itertools.chain(*parts), ("text", f"Answer: {problem.answer}")]
-    return [dict(type=kind, text=text) for kind, text in parts]
+    steps, parts = [("", step) for step in re.findall(r"\d+ [-+*] \d+", problem.prompt)], []
+    if problem.task == "word":  # its steps, and what they say of an event
+        steps = re.findall(r"((?:So|, then) [a-z][^:=]*:|) (\d+ [-+*/] \d+) = ", problem.solution)
+    for event, step in steps:
+        parts += [("text", event), ("calc", f" {step}"), ("output", calculator(f" {step}"))]
+    parts.append(("text", f"{'.' if event else ''}\nAnswer: {problem.answer}".strip()))
+    return [dict(type=kind, text=text) for kind, text in parts if text]
 
 
 def hosted(solution):
@@ -276,15 +287,16 @@ def conversations(name, split="train", seed=0, unknown=(), skip_bad=False):
         while missing:
             yield turns(rng.choice(missing).ask(rng, split), f"{DONT_KNOW}.")
     elif kind in TASKS:
-        levels = EASY if kind in ("tasks", "steps-first", "answer-first") else [None]
         same = digest(str(seed), split) % 2**32  # problems for all sources
+        levels = LEVELS.get(kind, [None])
         streams = [tasks.problems(t, split, level, same) for t in TASKS[kind] for level in levels]
         for problem in map(next, itertools.cycle(streams)):
             if problem.task == "arithmetic" and asked_later(split, *re.findall(r"\d+", problem.prompt)):
                 continue
             prompt, solution = answer_first(problem) if kind == "answer-first" else (problem.prompt, None)
             solution = hosted(solution or problem.solution)
-            if kind == "tasks" and problem.task in ("arithmetic", "word") and rng.random() < CALCULATED:
+            may = kind in ("tasks", "stories") and problem.task in ("arithmetic", "word")
+            if may and rng.random() < CALCULATED:
                 solution = with_calculator(problem)
             yield turns(prompt, solution)
     else:
@@ -292,6 +304,7 @@ def conversations(name, split="train", seed=0, unknown=(), skip_bad=False):
             "factbook": {remembered: 1},
             "repeat": {repeated: 1},
             "sums": {sums: 1},
+            "events": {events: 1},
             "unknown": {not_known: 1},
         }
         ways |= {"tools": {arithmetic: 45, comparison: 8, looking_up: 47}}

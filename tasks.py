@@ -234,6 +234,10 @@ Emily buys a apples at $b each, c oranges at $d each and pays with $E|what comes
 Emily pays $D for a apples at $b each and c oranges, $e comes back|what is an orange|a*b, D-e, #-#1, #/c
 Emily has a bags of b apples and c bags of d oranges, e are bad|how many are good|a*b, c*d, #1+#, #-e
 Emily has A apples, eats b, finds c bags of d, shares all with e children|how many each|A-b, c*d, #1+#, #/e"""
+# Every second story is a chain of these, in any order. Its steps name the events: who sees how far it is in a
+# story can follow a longer one than any before.
+EVENTS = {"finds {} more": "+", "buys {} more": "+", "gets {}": "+"}
+EVENTS |= {"eats {}": "-", "loses {}": "-", "gives {} away": "-", "sells {}": "-"}
 # The largest number in a story of one or two steps: few enough sums for a small model to know them all. In
 # the longer ones, which want a calculator, every fifth answer would be 1, and practice finds that out.
 LARGEST = 20
@@ -243,29 +247,45 @@ FRUITS = re.findall(
 )
 
 
+def chain(rng, n):
+    """A story of n events as in STORIES, its steps with their events: "eats b: A-b, finds c more: #+c"."""
+    drawn = list(zip("A######", rng.choices([*EVENTS], k=n), "bcdefg"))
+    events = [event.format(sign) for _, event, sign in drawn]
+    steps = [f"{told}: {old}{EVENTS[event]}{sign}" for told, (old, event, sign) in zip(events, drawn)]
+    facts = f"{', '.join(['Emily has A apples', *events[:-1]])} and {events[-1]}"
+    return facts, "how many apples are there now", ", ".join(steps)
+
+
+def filled(rng, named, *texts):
+    """Texts of a story with names and fruits, and for its letters the numbers that `named` has."""
+    named["Emily"] = rng.choice(NAMES)
+    for old, new in zip(("apple", "orange"), rng.sample(FRUITS, 2)):
+        named |= {old: new, f"{old}s": f"{new}s", f"an {old}": f"a{'n' * (new[0] in 'ao')} {new}"}
+    signs = r"\b(an \w+|Emily|apples|oranges?|[a-gA-E])\b"
+    return [re.sub(signs, lambda sign: named[sign[0]], text) for text in texts]
+
+
 def story(rng, level, wording):
     """A word problem of `level` steps, with numbers that go well: every result is whole and not too large."""
     told = [line.split("|") for line in STORIES.split("\n") if line.count(",", line.rindex("|")) == level - 1]
-    told_of, ask, formulas = rng.choice(told)
-    facts, steps, largest = told_of, [], LARGEST if level <= 2 else 99
+    told_of, ask, formulas = chain(rng, level) if rng.random() < 0.5 else rng.choice(told)
+    steps, largest = [], LARGEST if level <= 2 else 99
     while len(steps) < level:
         named = {x: str(rng.randint(2, 9) if x.islower() else rng.randint(10, largest)) for x in "abcdeABCDE"}
-        steps = []
-        for formula in formulas.split(", "):
+        steps, said = [], []
+        for step in formulas.split(", "):
+            event, _, formula = step.rpartition(": ")
             left, op, right = (named.get(sign, sign) for sign in re.findall(r"#1|\S", formula))
             if not (value := whole(left, op, right)) or int(value) > largest:
                 break
             steps.append(f"{left} {op} {right} = {value}")
+            said.append(f"{event}: {steps[-1]}" if event else steps[-1])
             named |= {"#": value, "#1": named.get("#1", value)}
-    named["Emily"] = rng.choice(NAMES)
-    for old, new in zip(("apple", "orange"), rng.sample(FRUITS, 2)):
-        named |= {old: new, f"{old}s": f"{new}s", f"an {old}": f"a{'n' * (new[0] in 'ao')} {new}"}
-    signs = r"\b(an \w+|Emily|apples|oranges?|[a-eA-E])\b"
-    facts, ask = (re.sub(signs, lambda sign: named[sign[0]], text) for text in (facts, ask))
+    facts, ask, said = filled(rng, named, told_of, ask, ", then ".join(said))
     prompt = wording.format(facts=facts, ask=ask)
     key = ", ".join(steps)  # the same sums in another story may train: a sum never seen cannot be known
     key = key if key in LECTURE else f"{told_of}: {key}"
-    return key, prompt, f"So {', then '.join(steps)}.\nAnswer: {value}", value
+    return key, prompt, f"So {said}.\nAnswer: {value}", value
 
 
 def whole(left, op, right):

@@ -247,7 +247,7 @@ def test_a_solution_gets_the_outputs_of_our_host():
     assert mixture.hosted("2 + 2 = 4. Answer: 4") == "2 + 2 = 4. Answer: 4"
 
 
-@pytest.mark.parametrize("name", ["tasks", "spelling", "counting", "answer-first"])
+@pytest.mark.parametrize("name", ["tasks", "stories", "spelling", "counting", "answer-first"])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_what_is_learned_of_the_tasks_is_right(name, split):
     problems = {}
@@ -255,7 +255,7 @@ def test_what_is_learned_of_the_tasks_is_right(name, split):
         for level in tasks.TASKS[task]:
             same = facts.digest("3", split) % 2**32
             drawn = itertools.islice(
-                tasks.problems(task, split, level if name in ("tasks", "answer-first") else None, same), 60
+                tasks.problems(task, split, level if name in mixture.LEVELS else None, same), 60
             )
             problems |= {problem.prompt: problem for problem in drawn}
     stream = mixture.conversations(name, split, seed=3)
@@ -263,7 +263,7 @@ def test_what_is_learned_of_the_tasks_is_right(name, split):
     for conversation in itertools.islice(stream, 60):
         problem = problems[questions(conversation)[0].removesuffix(" Answer first.")]
         said = chat.text_of(conversation[-1]["content"])
-        assert problem.level in mixture.EASY or name not in ("tasks", "answer-first")
+        assert problem.level in mixture.LEVELS.get(name, tasks.TASKS[problem.task])
         checked += problem.verify(said.split("\n")[0] if name == "answer-first" else said) == 1.0
         assert parts(conversation, "output") == [
             mixture.calculator(call) for call in parts(conversation, "calc")
@@ -276,10 +276,33 @@ def test_some_problems_are_solved_by_the_calculator_and_most_are_not():
     called = [c for c in drawn if parts(c, "calc")]
     assert 0.05 < len(called) / len(drawn) < 0.25
     assert {len(parts(c, "calc")) for c in called} == {1, 2}
-    problem = next(p for p in tasks.problems("word", level=2, seed=1) if " - " in p.solution)
+    problem = next(p for p in tasks.problems("word", level=2, seed=1) if re.match(r"So \d+ - ", p.solution))
     solution = mixture.with_calculator(problem)
     assert [part["type"] for part in solution] == ["calc", "output", "calc", "output", "text"]
     assert problem.verify(solution[-1]["text"]) and solution[3]["text"] == f" {problem.answer}"
+
+
+def test_the_calculator_solves_a_chain_of_events_in_the_words_of_its_solution():
+    problem = next(p for p in tasks.problems("word", level=3, seed=1) if p.solution.count(": ") == 4)
+    solution = mixture.with_calculator(problem)
+    assert [part["type"] for part in solution] == [*("text", "calc", "output") * 3, "text"]
+    assert chat.text_of(solution) == re.sub(r" \d+ [-+] \d+ = \d+", "", problem.solution)
+    assert problem.verify(chat.text_of(solution)) and solution[-2]["text"] == f" {problem.answer}"
+
+
+def test_what_happens_in_a_story_is_told_in_its_order():
+    lengths, told = Counter(), {"train": set(), "test": set()}
+    for seed in range(300):
+        for split in ("train", "test"):
+            if conversation := mixture.events(random.Random(seed), split):
+                question, said = (turn["content"] for turn in conversation)
+                events = said.removeprefix("So ").removesuffix(".").split(", then ")
+                in_a_row = f"{', '.join(events[:-1])} and {events[-1]}"
+                assert in_a_row in question and len(re.findall(r"\d+", question)) == len(events) + 1
+                lengths[len(events)] += 1
+                told[split].add(said)
+    assert set(lengths) == {2, 3, 4, 5, 6} and told["train"] and told["test"]
+    assert not told["train"] & told["test"]
 
 
 def test_the_same_problems_are_solved_in_steps_and_answer_first():

@@ -173,6 +173,23 @@ def test_word_problems_are_worked_out_step_by_step():
             assert not +asked, (problem, asked)  # and all of them are needed
 
 
+def test_every_second_story_is_a_chain_whose_steps_name_their_events():
+    for level in (1, 2, 3, 4):
+        chains, signs = [p for p in some("word", level, 300) if p.solution.count(": ") > 1], Counter()
+        assert 100 < len(chains) < 200
+        for problem in chains:
+            steps = problem.solution.split("\n")[0].removeprefix("So ").removesuffix(".").split(", then ")
+            told = [step.partition(": ")[0] for step in steps]
+            assert f"{', '.join(told[:-1])} and {told[-1]}" in problem.prompt and len(told) == level
+            value = re.search(r"\d+", problem.prompt)[0]
+            for event, step in zip(told, steps):
+                number, sign = re.search(r"\d+", event)[0], tasks.EVENTS[re.sub(r"\d+", "{}", event)]
+                left, value = f"{value} {sign} {number}", calculate(f"{value} {sign} {number}")
+                assert step == f"{event}: {left} = {value}"
+                signs[sign] += 1
+        assert min(signs["+"], signs["-"]) > 30
+
+
 def test_the_examples_of_the_lecture_are_among_those_for_testing():
     emily = "Emily buys 3 apples and 2 oranges, each orange is $2, the total is $13: what does an apple cost?"
     story = next(line for line in tasks.STORIES.split("\n") if "each orange is" in line)
