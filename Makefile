@@ -20,7 +20,7 @@ help:
 	@echo "make sample   let it write:  make sample ARGS='--prompt \"Capital:\" --num-samples 3'"
 	@echo "make sft      make an assistant of it, with tools (8 minutes), and examine it"
 	@echo "make chat     talk to the assistant; make chat-web: in the browser"
-	@echo "make rl       let it practise problems whose answers can be checked (2 minutes)"
+	@echo "make rl       let it practise problems whose answers can be checked (3 minutes)"
 	@echo "make rlhf     let it please a reward model, and watch how that is fooled (6 minutes)"
 	@echo "make plot     draw its loss and learning rate"
 	@echo "make test     lint, and run all tests"
