@@ -66,8 +66,8 @@ sft: .venv/ready
 	@test -e $(SFT)-first/done || { $(PY) sft.py --init-from $(RUN) --out $(SFT)-first --data $(FACTS) \
 	  --seed $(SEED) $(if $(wildcard $(SFT)-first/step_*),--resume) && touch $(SFT)-first/done; }
 	@test -e $(SFT)-first/known.jsonl || $(PY) sft.py --probe $(SFT)-first --to $(SFT)-first/known.jsonl --seed $(SEED)
-	@test -e $(SFT)/done || { $(PY) sft.py --init-from $(SFT)-first --out $(SFT) --examples 48000 --known $(SFT)-first/known.jsonl \
-	  --seed $(SEED) $(if $(wildcard $(SFT)/step_*),--resume) $(ARGS) && touch $(SFT)/done; }
+	@test -e $(SFT)/done || { $(PY) sft.py --init-from $(SFT)-first --out $(SFT) --examples 48000 \
+	  --known $(SFT)-first/known.jsonl --seed $(SEED) $(if $(wildcard $(SFT)/step_*),--resume) $(ARGS) && touch $(SFT)/done; }
 	$(PY) sft.py --eval $(SFT) --known $(SFT)-first/known.jsonl
 
 chat: .venv/ready

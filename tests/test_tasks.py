@@ -174,6 +174,7 @@ def test_word_problems_are_worked_out_step_by_step():
 
 
 def test_every_second_story_is_a_chain_whose_steps_name_their_events():
+    more = {"finds", "buys", "gets"}
     for level in (1, 2, 3, 4):
         chains, signs = [p for p in some("word", level, 300) if p.solution.count(": ") > 1], Counter()
         assert 100 < len(chains) < 200
@@ -183,7 +184,7 @@ def test_every_second_story_is_a_chain_whose_steps_name_their_events():
             assert f"{', '.join(told[:-1])} and {told[-1]}" in problem.prompt and len(told) == level
             value = re.search(r"\d+", problem.prompt)[0]
             for event, step in zip(told, steps):
-                number, sign = re.search(r"\d+", event)[0], tasks.EVENTS[re.sub(r"\d+", "{}", event)]
+                number, sign = re.search(r"\d+", event)[0], "+" if event.split()[0] in more else "-"
                 left, value = f"{value} {sign} {number}", calculate(f"{value} {sign} {number}")
                 assert step == f"{event}: {left} = {value}"
                 signs[sign] += 1
