@@ -44,7 +44,7 @@ It runs on Linux, on x86-64 and (never tried) aarch64. Settings, environment var
 
 import sys
 
-from . import fake_cupy
+from . import fake_cupy, launcher
 from .compiler import CompileError
 from .launcher import KernelError
 
@@ -53,6 +53,7 @@ __all__ = ["CompileError", "KernelError", "install"]
 
 def install(capability=90):
     """Put the stand-in at the place of CuPy, as a card of this compute capability, and return it."""
+    launcher.runtime()  # it is libcuda.so.1 for whoever asks from now on
     fake_cupy.cuda.set_capability(capability)
     sys.modules.update(fake_cupy.modules())
     return fake_cupy

@@ -117,16 +117,15 @@ def _run(command, what):
         )
 
 
-def _build(sources, name, what, extra=(), races=False):
+def _build(sources, name, what, extra=(), races=False, link=()):
     """Compile {file name: text}, the first one being the program, into a library; return its path.
 
     Nothing happens if the cache has it. A library is written beside its place and renamed, so that several
     processes can do this at once.
     """
     options = [*flags(races), *extra]
-    key = "\0".join(
-        [compiler_version(), *compiler(), *options, *sources, *sources.values(), _headers(), _machine()]
-    )
+    words = [compiler_version(), *compiler(), *options, *link, *sources, *sources.values()]
+    key = "\0".join([*words, _headers(), _machine()])
     target = cache_directory() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
     if target.exists():
         os.utime(target)
@@ -139,7 +138,7 @@ def _build(sources, name, what, extra=(), races=False):
         )
         include = ["-I", temporary, "-I", str(INCLUDE)]
         _run([*compiler(), *options, *include, "-x", "c++", "-c", program, "-o", result], what)
-        link = ["-fsanitize=address,undefined"] if SANITIZE else []
+        link = [*link, "-fsanitize=address,undefined"] if SANITIZE else link
         _run([*compiler(), *link, "-shared", result, "-o", library, "-lm"], what)
         os.replace(library, target)
     _prune(target.parent)
@@ -170,13 +169,33 @@ def _headers():
     return "".join(path.read_text() for path in sorted(INCLUDE.iterdir()))
 
 
+ATTRIBUTE = r"(?:(?:__align__|alignas)\s*\([^()]*\)\s*)?"
+
+
 def _translate(text):
-    """`extern static` is no C++: the dynamic array gets a word of its own. Line numbers stay."""
+    """What C++ and the emulator's headers cannot say themselves. Line numbers stay.
+
+    `extern __shared__ T name[]`, which is no C++, becomes a pointer to the dynamic shared memory of the block
+    that the thread belongs to.
+    """
     if match := re.search(r"^.*\b(asm|__asm__)\b\s*(volatile)?\s*\(.*$", text, re.MULTILINE):
         raise CompileError(
-            f"inline assembly belongs in ptx.cuh, of which the emulator has its own: {match[0].strip()}"
+            "inline assembly belongs in ptx.cuh and ptx_hopper.cuh, of which the emulator has its own: "
+            + match[0].strip()
         )
-    return re.sub(r"\bextern\s+__shared__\b", "extern __dynamic_shared__", text)
+    bare = re.sub(r"//[^\n]*", "", text)
+    for before, name in re.findall(r"(\w+)\s+(?:const\s+)?TensorMap\s+(\w+)\s*[,)]", bare):
+        if before != "__grid_constant__":
+            raise CompileError(
+                f"the parameter {name} must be a `const __grid_constant__ TensorMap`, or a reference"
+            )
+    pattern = rf"\bextern\s+__shared__\s+{ATTRIBUTE}([\w:]+(?:\s+[\w:]+)*?)\s+{ATTRIBUTE}(\w+)\s*\[\s*\]\s*;"
+    text = re.sub(pattern, r"\1* const \2 = (\1*)emulator::dynamic_shared;", text)
+    if match := re.search(r"^.*\bextern\s+__shared__\b.*$", text, re.MULTILINE):
+        raise CompileError(
+            f"write it as extern __shared__ __align__(16) unsigned char name[]: {match[0].strip()}"
+        )
+    return text
 
 
 def _collect(text, directories, found):
@@ -202,17 +221,40 @@ def _origin(code, directories):
     return "kernel.cu"
 
 
+PARENTHESES = r"\((?:[^()]|\([^()]*\))*\)"
+
+
+def _kernels(code, before=""):
+    """[(what stands between __global__ and the name of a kernel, its name)] for the kernels of a text."""
+    bare = re.sub(r"//[^\n]*|/\*.*?\*/", " ", code, flags=re.DOTALL)
+    words = rf"(?:(?:__launch_bounds__|__cluster_dims__)\s*{PARENTHESES}\s*)*"
+    return re.findall(rf"{before}__global__\s+({words}void\s+{words})(\w+)\s*\(", bare)
+
+
 def kernel_names(code, plain=True):
     """The names of all kernels of a text; with `plain`, of the extern "C" ones, which are no templates."""
-    bare = re.sub(r"//[^\n]*|/\*.*?\*/", " ", code, flags=re.DOTALL)
-    bounds = r"(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?"
-    before = r'extern\s+"C"\s+' if plain else ""
-    return re.findall(rf"{before}__global__\s+{bounds}void\s+{bounds}(\w+)\s*\(", bare)
+    return [name for _, name in _kernels(code, r'extern\s+"C"\s+' if plain else "")]
+
+
+def cluster_sizes(code):
+    """{name: blocks in a cluster} of the kernels with __cluster_dims__, which must be numbers: (2, 1, 1)."""
+    sizes = {}
+    for words, name in _kernels(code):
+        if match := re.search(rf"__cluster_dims__\s*({PARENTHESES})", words):
+            numbers = re.fullmatch(r"\(\s*([1-8])\s*(?:,\s*1\s*){0,2}\)", match[1])
+            if not numbers:
+                raise CompileError(f"{name}: __cluster_dims__{match[1]} is not of the form (2, 1, 1)")
+            sizes[name] = int(numbers[1])
+    return sizes
 
 
 def compile_module(code, options=(), names=(), capability=90):
     """Compile `code` for the kernels `names`; -D and -I count among the options. Returns the path."""
     options = [option.strip() for option in options]
+    if re.search(r'#\s*include\s*"(ptx_)?hopper.cuh"', code) and not any(
+        "_90a" in option for option in options
+    ):
+        raise CompileError("a kernel for Hopper needs the option -arch=sm_90a")
     directories, macros = [], [f"-D__CUDA_ARCH__={capability}0"]
     words = iter(options)
     for word in words:
@@ -236,8 +278,9 @@ def compile_module(code, options=(), names=(), capability=90):
 
 
 def compile_runtime():
-    """Compile runtime.cpp."""
-    return _build({"runtime.cpp": (HERE / "runtime.cpp").read_text()}, "runtime", "runtime.cpp")
+    """Compile runtime.cpp. Once it is loaded, whoever opens libcuda.so.1 gets it: it makes tensor maps."""
+    sources = {"runtime.cpp": (HERE / "runtime.cpp").read_text()}
+    return _build(sources, "runtime", "runtime.cpp", link=["-Wl,-soname,libcuda.so.1"])
 
 
 def open_library(path, instance=0):

@@ -560,10 +560,11 @@ class RawModule:
             return
         try:
             path = compiler.compile_module(self.code, self.options, self.names, _state.capability)
+            clusters = compiler.cluster_sizes(self.code)
         except compiler.CompileError as error:
             raise CompileException(str(error), self.code, options=self.options) from None
         kernels = {*compiler.kernel_names(self.code, plain=False), *compiler.kernel_names(self.code)}
-        self.library = launcher.Library(path, self.names, kernels)
+        self.library = launcher.Library(path, self.names, kernels, clusters)
 
     def get_function(self, name):
         if name not in self.functions:

@@ -11,7 +11,9 @@ import functools
 import os
 import re
 import signal
+import struct
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,9 +23,12 @@ from . import compiler
 
 MAX_THREADS = 1024
 STACK_BYTES = (1 << 20) if compiler.SANITIZE else (1 << 17)
+SHARED_GUARD, SHARED_STRIDE = 0x10000, 0x60000  # as in emulator.h
 STATIC_SHARED_LIMIT = 48 * 1024  # and of dynamic shared memory, until the kernel's attribute is raised
 OPTIN_SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227}  # KB, by compute capability
 
+
+MAP_MAGIC = 0x50414D524F534E54  # as in tensor_map.h
 
 launched = collections.Counter()  # {(stem of the .cu file, kernel with its template's arguments): launches}
 
@@ -63,7 +68,7 @@ class _Failure(ctypes.Structure):
         ("thread", ctypes.c_uint * 3),
         ("address", ctypes.c_void_p),
         ("instruction", ctypes.c_void_p),
-        ("message", ctypes.c_char * 1024),
+        ("message", ctypes.c_char * 2048),
     ]
 
 
@@ -78,6 +83,7 @@ class _Launch(ctypes.Structure):
         ("arguments", ctypes.c_void_p),
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint * 3),
+        ("cluster", ctypes.c_uint64),
         ("dynamic_bytes", ctypes.c_uint64),
         ("order", ctypes.c_int64),
         ("next_block", ctypes.c_void_p),
@@ -90,6 +96,9 @@ class _Launch(ctypes.Structure):
         ("failure", ctypes.c_void_p),
         ("enter", ctypes.c_void_p),
         ("leave", ctypes.c_void_p),
+        ("find_array", ctypes.c_void_p),
+        ("adding", ctypes.c_void_p),
+        ("copies", ctypes.c_int64),
     ]
 
 
@@ -137,6 +146,7 @@ def runtime():
     library.emulator_release.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
     library.emulator_intact.restype = ctypes.c_int64
     library.emulator_intact.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
+    library.emulator_find.restype = ctypes.c_int
     library.emulator_stacks.restype = ctypes.c_void_p
     library.emulator_stacks.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
     return library
@@ -146,6 +156,7 @@ class Memory:
     """One allocation, filled with 0xff (NaN), between pages that cannot be touched."""
 
     live = {}  # address: bytes of every allocation  # noqa: RUF012
+    objects = weakref.WeakValueDictionary()  # address: the Memory  # noqa: RUF012
     in_use = 0
 
     def __init__(self, n_bytes):
@@ -156,6 +167,7 @@ class Memory:
         if self.bytes > 4096:
             ctypes.memset(self.address, 0xFF, self.bytes)
         Memory.live[self.address] = self.bytes
+        Memory.objects[self.address] = self
         Memory.in_use += self.bytes
 
     def __del__(self):
@@ -178,6 +190,17 @@ class Memory:
         return f"{-at} bytes before its beginning" if at < 0 else f"{at - 1} bytes after its end"
 
 
+def _mapped(argument):
+    """The Memory behind a tensor map, as include/tensor_map.h has it; None if `argument` is none."""
+    if not isinstance(argument, (np.ndarray, np.void)) or argument.nbytes != 128:
+        return None
+    magic, address = struct.unpack_from("<QQ", argument.tobytes())
+    if magic != MAP_MAGIC:
+        return None
+    start, n_bytes = nearest(address) or (0, 0)
+    return Memory.objects.get(start) if start <= address < start + n_bytes else None
+
+
 def nearest(address):
     """What lies at or near an address that faulted: (start, bytes) of the closest allocation, or None."""
     starts = sorted(Memory.live)
@@ -197,6 +220,17 @@ def nearest(address):
 def setting(name, default):
     """An environment variable of the emulator, read at each launch so that a test may change it."""
     return os.environ.get(name, default)
+
+
+COPIES = {"mixed": 0, "eager": 1, "late": 2}
+
+
+def _copies():
+    """EMULATOR_COPIES, when TMA's copies arrive: mixed, by chance; eager, at once; late, when all wait."""
+    text = setting("EMULATOR_COPIES", "mixed")
+    if text not in COPIES:
+        raise KernelError(f"EMULATOR_COPIES={text} is none of {', '.join(COPIES)}")
+    return COPIES[text]
 
 
 def _order():
@@ -222,14 +256,17 @@ def _stacks(worker):
 
 def _is_shared(symbol):
     """Whether a symbol is a shared variable: _ZZ begins the name of a variable inside of a function."""
-    return symbol == "shared_memory" or (symbol.startswith("_ZZ") and not symbol.startswith("_ZZN8emulator"))
+    return symbol == "emulator_shared_memory" or (
+        symbol.startswith("_ZZ") and not symbol.startswith("_ZZN8emulator")
+    )
 
 
 class Library:
-    """A compiled module, loaded once per worker: `names` as asked for, `kernels` as in the text."""
+    """A compiled module, loaded once per worker: `names` as asked for, `kernels` as in the text, `clusters`
+    the sizes of those that have one."""
 
-    def __init__(self, path, names, kernels=()):
-        self.path, self.names, self.kernels = path, list(names), kernels
+    def __init__(self, path, names, kernels=(), clusters=()):
+        self.path, self.names, self.kernels, self.clusters = path, list(names), kernels, dict(clusters)
         self.file = path.stem.rpartition("-")[0]  # matmul of matmul.cu
         self.symbols = compiler.symbols(path)
         spans = [(at, at + n) for name, (at, n) in self.symbols.items() if _is_shared(name)]
@@ -255,7 +292,7 @@ class Library:
         mine = self._prefix(index)
         found = []
         for symbol, (value, size) in self.symbols.items():
-            if symbol == "shared_memory" or not _is_shared(symbol):
+            if symbol == "emulator_shared_memory" or not _is_shared(symbol):
                 continue
             own = symbol[3:].startswith(mine)
             if own or not symbol[3:].startswith(kernels):
@@ -288,6 +325,7 @@ class Kernel:
         self.shared_variables = library.shared_variables(self.index)
         # Which other functions a kernel calls is not known: their variables do not count for the limits.
         self.static_bytes = sum(size for _, size, own in self.shared_variables if own)
+        self.cluster = library.clusters.get(name.partition("<")[0], 1)
         self.max_dynamic_shared_size_bytes = STATIC_SHARED_LIMIT - self.static_bytes
         self.seconds_per_block = None
 
@@ -310,6 +348,8 @@ class Kernel:
                 raise KernelError(f"{self.name}: {what} {sizes} is over the limit of {limit}")
         if block[0] * block[1] * block[2] > MAX_THREADS:
             raise KernelError(f"{self.name}: block {block} has more than {MAX_THREADS} threads")
+        if self.cluster > 1:
+            self._check_cluster(grid, block)
         if self.static_bytes > STATIC_SHARED_LIMIT:
             raise KernelError(
                 f"{self.name}: {self.static_bytes} bytes of static shared memory, "
@@ -327,6 +367,23 @@ class Kernel:
                 f"{self.max_dynamic_shared_size_bytes} are allowed: set max_dynamic_shared_size_bytes"
             )
         return grid, block
+
+    def _check_cluster(self, grid, block):
+        threads = block[0] * block[1] * block[2]
+        if grid[0] % self.cluster:
+            raise KernelError(f"{self.name}: grid {grid} does not divide into clusters of {self.cluster}")
+        if threads % 128:
+            raise KernelError(f"{self.name}: block {block} of a cluster is not of whole warpgroups")
+        if threads * self.cluster > MAX_THREADS:
+            raise KernelError(
+                f"{self.name}: {self.cluster} blocks of {threads} threads, but the emulator has "
+                f"{MAX_THREADS} for a cluster"
+            )
+        if self.shared_variables:
+            raise KernelError(
+                f"{self.name}: the emulator has no static shared variables for clusters, neither in the "
+                "kernel nor in functions of its file: take dynamic shared memory"
+            )
 
     def pack(self, arguments):
         """The arguments as ctypes values, each checked against the kernel's parameter."""
@@ -373,7 +430,10 @@ class Kernel:
         same = has == kind or {has, kind} <= {"i", "u", "v"} or kind == "s"
         if not same or argument.dtype.itemsize != parameter.bytes:
             raise wrong(f"{argument!r} ({argument.dtype})")
-        return (ctypes.c_ubyte * parameter.bytes).from_buffer_copy(argument.tobytes())
+        room = (ctypes.c_ubyte * (parameter.bytes + 64))()  # aligned to 64, as a TensorMap must be
+        value = (ctypes.c_ubyte * parameter.bytes).from_buffer(room, -ctypes.addressof(room) % 64)
+        ctypes.memmove(value, argument.tobytes(), parameter.bytes)
+        return value
 
     # ---- the launch
 
@@ -386,7 +446,8 @@ class Kernel:
     def run(self, grid, block, arguments, packed, shared_mem):
         """Run what the checks have accepted; with EMULATOR_TWICE=1 in two orders that must agree."""
         launched[self.library.file, self.name] += 1
-        memories = {m.address: m for m in (getattr(a, "memory", None) for a in arguments) if m is not None}
+        found = [getattr(argument, "memory", None) or _mapped(argument) for argument in arguments]
+        memories = {memory.address: memory for memory in found if memory is not None}
         if setting("EMULATOR_TWICE", "0") == "0":
             self._run(grid, block, arguments, packed, shared_mem, memories, _order())
             return
@@ -406,9 +467,9 @@ class Kernel:
                 )
 
     def _run(self, grid, block, arguments, packed, shared_mem, memories, order):
-        blocks = grid[0] * grid[1] * grid[2]
+        blocks = grid[0] * grid[1] * grid[2] // self.cluster
         pointers = (ctypes.c_void_p * len(packed))(*(ctypes.addressof(value) for value in packed))
-        next_block = ctypes.c_uint64(0)
+        next_block, adding, copies = ctypes.c_uint64(0), ctypes.c_uint32(0), _copies()
         seconds = self.seconds_per_block
         workers, pool = (1, None)
         if blocks > 1 and seconds is not None and seconds * blocks > 2e-3:
@@ -429,6 +490,7 @@ class Kernel:
                 arguments=ctypes.addressof(pointers),
                 grid=grid,
                 block=block,
+                cluster=self.cluster,
                 dynamic_bytes=shared_mem,
                 order=order,
                 next_block=ctypes.addressof(next_block),
@@ -441,6 +503,9 @@ class Kernel:
                 failure=ctypes.addressof(failure),
                 enter=ctypes.cast(functions.emulator_enter, ctypes.c_void_p).value,
                 leave=ctypes.cast(functions.emulator_leave, ctypes.c_void_p).value,
+                find_array=ctypes.cast(functions.emulator_find, ctypes.c_void_p).value,
+                adding=ctypes.addressof(adding),
+                copies=copies,
             )
             library.emulator_run(ctypes.addressof(launch))
             if failure.failed:
@@ -468,6 +533,8 @@ class Kernel:
             memory = getattr(argument, "memory", None)
             if memory is not None and memory.address == start:
                 return f"argument {i} ({argument.dtype} {argument.shape})"
+            if memory is None and (memory := _mapped(argument)) is not None and memory.address == start:
+                return f"the array of argument {i}, a tensor map"
         return f"an array of {n_bytes} bytes that is no argument"
 
     def _explain(self, failure, loaded, arguments):
@@ -480,6 +547,9 @@ class Kernel:
                 compiler.source_line(self.library.path, run + int(match[1])) or "an unknown line"
             )
             message = re.sub(r"@(-?\d+)", line, message)
+            # and $address is a place in an array
+            array = lambda match: self._describe(*(nearest(int(match[1])) or (0, 0)), arguments)
+            message = re.sub(r"\$(\d+)", array, message)
             return f"{where}: {message}"
         line = compiler.source_line(self.library.path, (failure.instruction or 0) - loaded)
         if line:
@@ -500,9 +570,12 @@ class Kernel:
             if 0 <= address - _stacks(worker) < (MAX_THREADS + 1) * STACK_BYTES and stack < 4096:
                 return f"{where}: the thread's stack of {STACK_BYTES} bytes overflows"
             _, _, base = self.library.instance(worker)
-            distance = address - (base + self.library.symbols["shared_memory"][0])
-            if -65536 <= distance < 0x50000:
-                return f"{where}: {verb} at byte {distance} of the dynamic shared memory, which is outside"
+            distance = address - (base + self.library.symbols["emulator_shared_memory"][0])
+            if (
+                -SHARED_GUARD <= distance < 8 * SHARED_STRIDE
+            ):  # the guard behind a block's memory is the next one's
+                byte = (distance + SHARED_GUARD) % SHARED_STRIDE - SHARED_GUARD
+                return f"{where}: {verb} at byte {byte} of the dynamic shared memory, which is outside"
         if found := nearest(address):
             start, n_bytes = found
             gap = (

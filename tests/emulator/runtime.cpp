@@ -1,14 +1,17 @@
-// What all compiled kernels share: guarded memory and the handler that turns a fault into an error.
+// What all compiled kernels share: guarded memory, the handler that turns a fault into an error, and tensor maps.
 //
 // An array lies at the end of its pages, and the pages before and behind cannot be touched: an access beyond
 // the end faults at once, at the cost of nothing. The bytes that are left over on the array's own pages are
 // 0xff, which reads as NaN, and `emulator_intact` tells whether they still are.
 #include <signal.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
+
+#include "tensor_map.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -20,6 +23,49 @@ static uint64_t round_up(uint64_t n, uint64_t to) { return (n + to - 1) / to * t
 
 static unsigned char* first_page(unsigned char* array, uint64_t bytes) {
     return array + round_up(bytes, ALIGNMENT) - round_up(bytes ? bytes : 1, PAGE);
+}
+
+// All arrays that live. Threads of launches look here while Python's may add and remove.
+static struct Array {
+    unsigned char *start, *end;
+} * arrays;
+static uint64_t array_count, array_capacity;
+static int arrays_locked;
+
+static void lock_arrays() {
+    while (__atomic_exchange_n(&arrays_locked, 1, __ATOMIC_ACQUIRE)) {}
+}
+static void unlock_arrays() { __atomic_store_n(&arrays_locked, 0, __ATOMIC_RELEASE); }
+
+static void add_array(unsigned char* start, uint64_t bytes) {
+    lock_arrays();
+    if (array_count == array_capacity) {
+        array_capacity = array_capacity ? 2 * array_capacity : 256;
+        arrays = (Array*)realloc(arrays, array_capacity * sizeof(Array));
+    }
+    arrays[array_count++] = {start, start + bytes};
+    unlock_arrays();
+}
+
+static void remove_array(unsigned char* start) {
+    lock_arrays();
+    for (uint64_t i = 0; i < array_count; i++)
+        if (arrays[i].start == start) {
+            arrays[i] = arrays[--array_count];
+            break;
+        }
+    unlock_arrays();
+}
+
+// Whether `address` is in an array that lives, and where that begins and ends.
+EXPORT int emulator_find(const void* address, unsigned char** start, unsigned char** end) {
+    int found = 0;
+    lock_arrays();
+    for (uint64_t i = 0; i < array_count && !found; i++)
+        if (address >= arrays[i].start && address < arrays[i].end)
+            *start = arrays[i].start, *end = arrays[i].end, found = 1;
+    unlock_arrays();
+    return found;
 }
 
 // Null when there is no memory left.
@@ -36,10 +82,12 @@ EXPORT unsigned char* emulator_allocate(uint64_t bytes) {
     unsigned char* array = first + pages - round_up(bytes, ALIGNMENT);
     unsigned char* from = array - first > 4096 ? array - 4096 : first;  // the slack in front that is watched
     memset(from, 0xff, first + pages - from);
+    add_array(array, bytes);
     return array;
 }
 
 EXPORT void emulator_release(unsigned char* array, uint64_t bytes) {
+    remove_array(array);
     munmap(first_page(array, bytes) - GUARD, GUARD + round_up(bytes ? bytes : 1, PAGE) + GUARD);
 }
 
@@ -117,4 +165,49 @@ EXPORT void emulator_watch() {
 EXPORT void emulator_unwatch() {
     if (--running) return;
     for (int i = 0; i < 5; i++) sigaction(SIGNALS[i], &before[i], nullptr);
+}
+
+// ---- tensor maps: the driver's functions, by their names
+
+static const int INVALID_VALUE = 1, NOT_SUPPORTED = 801;
+
+// Refuses what the driver refuses. NOT_SUPPORTED is what the emulator does not know.
+EXPORT int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address, const uint64_t* sizes,
+                                  const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
+                                  int interleave, int swizzle, int promotion, int outside) {
+    static const uint8_t ELEMENT_BYTES[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};  // uint8 .. tfloat32_ftz
+    if (!map || (uintptr_t)map % 64 || !address || (uintptr_t)address % 16) return INVALID_VALUE;
+    if (type < 0 || type >= (int)sizeof ELEMENT_BYTES || rank < 1 || rank > 5) return INVALID_VALUE;
+    if (!sizes || !box || !element_strides || (rank > 1 && !strides)) return INVALID_VALUE;
+    if (interleave < 0 || interleave > 2 || swizzle < 0 || swizzle > 3) return INVALID_VALUE;
+    if (promotion < 0 || promotion > 3 || outside < 0 || outside > 1) return INVALID_VALUE;
+    emulator::EncodedMap encoded = {};
+    encoded.magic = emulator::MAP_MAGIC;
+    encoded.address = (unsigned char*)address;
+    encoded.rank = rank, encoded.type = type, encoded.swizzle = swizzle;
+    encoded.element_bytes = ELEMENT_BYTES[type];
+    for (uint32_t i = 0; i < rank; i++) {
+        if (sizes[i] == 0 || sizes[i] > 1ull << 32 || box[i] == 0 || box[i] > 256) return INVALID_VALUE;
+        if (element_strides[i] == 0 || element_strides[i] > 8) return INVALID_VALUE;
+        if (i > 0 && (strides[i - 1] % 16 || strides[i - 1] >= 1ull << 40)) return INVALID_VALUE;
+        encoded.sizes[i] = sizes[i], encoded.box[i] = box[i];
+        if (i > 0) encoded.strides[i - 1] = strides[i - 1];
+    }
+    if (encoded.row_bytes() % 16) return INVALID_VALUE;
+    if (swizzle && encoded.row_bytes() > encoded.swizzle_span()) return INVALID_VALUE;
+    for (uint32_t i = 0; i < rank; i++)
+        if (element_strides[i] != 1) return NOT_SUPPORTED;
+    if (interleave || outside) return NOT_SUPPORTED;
+    encoded.sum = emulator::checksum(encoded);
+    memset(map, 0, 128);
+    memcpy(map, &encoded, sizeof encoded);
+    return 0;
+}
+
+EXPORT int cuGetErrorName(int error, const char** name) {
+    *name = error == 0               ? "CUDA_SUCCESS"
+            : error == INVALID_VALUE ? "CUDA_ERROR_INVALID_VALUE"
+            : error == NOT_SUPPORTED ? "CUDA_ERROR_NOT_SUPPORTED"
+                                     : nullptr;
+    return *name ? 0 : INVALID_VALUE;
 }

@@ -1,13 +1,13 @@
 // CUDA on the CPU: enough of the language for the .cu files of this project, for any C++17 compiler.
 //
 // The driver (compiler.py) puts this file in front of a .cu file and the result into a shared library;
-// launcher.py calls `emulator_run`. Blocks run one after another. Every CUDA thread of a block is a fiber
-// with a stack of its own, and runs until it has to wait for others: at a barrier (all fibers of the block
-// meet) or in a warp function (the lanes of the mask meet). Nothing is preempted, so a switch costs a few
-// nanoseconds, and threads that never wait run one after another on one stack. What would be a hang or a
-// wrong number on a GPU is an error that names kernel, block, thread and line.
+// launcher.py calls `emulator_run`. Blocks run one after another; only the blocks of a cluster run together.
+// Every CUDA thread is a fiber with a stack of its own, and runs until it has to wait for others: at a barrier
+// (all fibers of the block meet) or in a warp function (the lanes of the mask meet). Nothing is preempted, so
+// a switch costs a few nanoseconds, and threads that never wait run one after another on one stack. What would
+// be a hang or a wrong number on a GPU is an error that names kernel, block, thread and line.
 //
-// Read first: __init__.py, which says what this finds and what it cannot find. Then: ptx.cuh.
+// Read first: __init__.py, which says what this finds and what it cannot find. Then: ptx.cuh, ptx_hopper.cuh.
 #pragma once
 
 #include <math.h>
@@ -30,18 +30,18 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__    __attribute__((noinline))
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)  // compiler.py reads it
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 #define alignas(n)   __attribute__((aligned(n)))
 #define __restrict__ __restrict
 // A block's variable: one static object, since blocks run one after another. Where a launch uses several
 // operating system threads, each of them has loaded its own copy of the library. The driver finds these
-// objects in the library's symbol table, and `run_block` fills them with NaN before each block. The driver
-// has turned `extern __shared__` into `extern __dynamic_shared__`, because `extern static` is not C++.
+// objects in the library's symbol table, and `run_blocks` fills them with NaN before each block. Of
+// `extern __shared__` arrays the driver has made pointers: to emulator::dynamic_shared, see there.
 #define __shared__ static
-#define __dynamic_shared__
 
-extern "C" __attribute__((visibility("hidden"))) unsigned char shared_memory[];
+extern "C" __attribute__((visibility("hidden"))) unsigned char emulator_shared_memory[];
 
 struct uint3 {
     unsigned x, y, z;
@@ -88,7 +88,8 @@ static constexpr int warpSize = 32;
 
 namespace emulator {
 
-constexpr int MAX_THREADS = 1024;
+constexpr int MAX_THREADS = 1024;  // of a block, and of all blocks of a cluster together
+constexpr int MAX_CLUSTER = 8;
 
 // Where a failure happened, for launcher.py: it turns `address` and `instruction` into names.
 struct Failure {
@@ -97,7 +98,7 @@ struct Failure {
     unsigned block[3], thread[3];
     void* address;  // of the access that faulted
     void* instruction;
-    char message[1024];
+    char message[2048];
 };
 
 // Some of the shared memory.
@@ -112,6 +113,7 @@ struct Launch {
     void (*invoke)(void* kernel, void** arguments);
     void** arguments;
     unsigned grid[3], block[3];
+    uint64_t cluster;  // neighbouring blocks that run together and reach each other's barriers
     uint64_t dynamic_bytes;
     int64_t order;  // 0: threads and blocks in ascending order, -1: descending, otherwise the shuffle's seed
     uint64_t* next_block;   // counts up; shared by all operating system threads that work on this launch
@@ -123,9 +125,13 @@ struct Launch {
     Failure* failure;
     void (*enter)(void (*escape)(int, void*, void*));  // the runtime's: signals of this thread go to `escape`
     void (*leave)();
+    // The runtime's: whether `address` is in a live array, and where that begins and ends
+    int (*find_array)(const void* address, unsigned char** start, unsigned char** end);
+    uint32_t* adding;  // a lock, shared by all operating system threads of this launch, for sums in global memory
+    int64_t copies;    // EMULATOR_COPIES: 0 they arrive at some time, 1 at once, 2 as late as possible
 };
 
-enum State : uint8_t { FRESH, READY, AT_BARRIER, IN_WARP, RETURNED };
+enum State : uint8_t { FRESH, READY, AT_BARRIER, IN_WARP, WAITING, RETURNED };
 
 // A cp.async on its way.
 struct Copy {
@@ -141,6 +147,8 @@ struct Thread {
     const char* file;
     int line;
     uint32_t mask;
+    const void* object;  // WAITING: what for, as Hooks::explain understands it
+    int detail;
     // cp.async: copies in the order of issue; ends[g] = how many there were when group g was committed
     Copy* copies;
     int copy_count, copy_capacity, landed;
@@ -168,18 +176,34 @@ static Thread threads[MAX_THREADS];
 static Warp warps[MAX_THREADS / 32];
 static uint3 indices[MAX_THREADS];  // threadIdx of every thread
 static int n_threads, n_returned, current;
+static int block_threads;  // threads 0 .. block_threads - 1 are those of the cluster's first block, and so on
+static uint3 block_indices[MAX_CLUSTER];
+static uint64_t seed;  // of the block or cluster that runs, for everything that is left to chance
 static void* runner;                 // the stack pointer of run_block
 static uint16_t ready[MAX_THREADS];  // a ring: threads that can run
 static unsigned ready_head, ready_tail;
 static uint16_t order[MAX_THREADS];
-static bool backwards;  // the next phase visits `order` from its end
 static int free_stacks[MAX_THREADS + 1], n_free_stacks;
 
-static struct {
+// A block's __syncthreads.
+static struct Gathering {
     int arrived, any, all, count;     // of the barrier that is filling
     int was_any, was_all, was_count;  // of the one that was completed last
     int first;                        // the thread that came first
-} gathering;
+    bool backwards;                   // the next phase visits `order` from its end
+} gatherings[MAX_CLUSTER];
+
+// What ptx_hopper.cuh adds to the runner where a text includes it: copies and products that go on while
+// threads run. All are null otherwise.
+static struct Hooks {
+    void (*begin)();              // before the threads of a block or cluster start
+    bool (*progress)(bool idle);  // at every switch; idle: no thread can run. Whether anything has happened
+    void (*returned)();           // the running thread has returned
+    void (*explain)(const Thread&, char* text, size_t room);  // what a WAITING thread waits for
+} hooks;
+
+// The number of a thread's block in its cluster.
+inline int rank_of(int thread) { return (unsigned)thread / (unsigned)block_threads; }
 
 // Saves what a function call must keep, stores the stack pointer in *from, and goes on where `to` was saved.
 extern "C" void emulator_switch(void** from, void* to);
@@ -257,20 +281,24 @@ inline void* new_stack(unsigned char* top, void (*entry)()) {
 #error "emulator.h knows how to switch stacks on x86-64 and aarch64 only: write emulator_switch"
 #endif
 
-// The dynamic shared memory, between pages that must not be touched; see protect_shared_memory.
-#define EMULATOR_SHARED_BYTES 0x40000
+// The dynamic shared memory of the blocks of a cluster, between pages that must not be touched; see
+// protect_shared_memory. A block has its own part of the array, of which it uses the beginning.
+constexpr uint64_t SHARED_GUARD = 0x10000, SHARED_STRIDE = 0x60000;
 asm(R"(
 .pushsection .bss
 .balign 65536
-.zero 65536
-.hidden shared_memory
-.globl shared_memory
-.type shared_memory, %object
-shared_memory:
-.zero 0x50000
-.size shared_memory, 0x50000
+.zero 0x10000
+.hidden emulator_shared_memory
+.globl emulator_shared_memory
+.type emulator_shared_memory, %object
+emulator_shared_memory:
+.zero 8 * 0x60000
+.size emulator_shared_memory, 8 * 0x60000
 .popsection
 )");
+inline unsigned char* shared_of(int rank) { return emulator_shared_memory + rank * SHARED_STRIDE; }
+
+static unsigned char* dynamic_shared;  // of the running fiber's block
 
 // Leaves the kernel for good: the fibers' frames are abandoned.
 [[noreturn]] inline void abandon() {
@@ -299,12 +327,14 @@ inline void escape(int signal, void* address, void* instruction) {
 }
 
 struct Name {
-    char text[48];
+    char text[80];
 };
 inline Name name(int thread) {
     Name result;
-    uint3 i = indices[thread];
-    snprintf(result.text, sizeof result.text, "thread (%u, %u, %u)", i.x, i.y, i.z);
+    uint3 i = indices[thread], b = block_indices[rank_of(thread)];
+    int length = snprintf(result.text, sizeof result.text, "thread (%u, %u, %u)", i.x, i.y, i.z);
+    if (launch->cluster > 1)
+        snprintf(result.text + length, sizeof result.text - length, " of block (%u, %u, %u)", b.x, b.y, b.z);
     return result;
 }
 inline const char* base(const char* path) {
@@ -316,10 +346,10 @@ inline void push(int thread) { ready[ready_tail++ % MAX_THREADS] = thread; }
 
 // All that are left wait for each other: says who waits where.
 [[noreturn]] __attribute__((noinline)) inline void deadlock() {
-    char text[900];
+    char text[1900], object[300];
     int length = 0;
     bool told[MAX_THREADS] = {};
-    for (int t = 0; t < n_threads && length < 700; t++) {
+    for (int t = 0; t < n_threads && length < 1400; t++) {
         if (told[t]) continue;
         const Thread& a = threads[t];
         int alike = 0;
@@ -327,18 +357,31 @@ inline void push(int thread) { ready[ready_tail++ % MAX_THREADS] = thread; }
             const Thread& b = threads[u];
             if (a.state != b.state || (a.state != RETURNED && (a.line != b.line || a.what != b.what)))
                 continue;
+            if (a.state == WAITING && (a.object != b.object || a.detail != b.detail)) continue;
             told[u] = true, alike++;
         }
         const char* s = alike > 1 ? "s" : "";
+        object[0] = 0;
+        if (a.state == WAITING) hooks.explain(a, object, sizeof object);
         if (a.state == RETURNED)
             length += snprintf(text + length, sizeof text - length, "; %d thread%s returned, first %s", alike,
                                s, name(t).text);
         else
             length += snprintf(text + length, sizeof text - length,
-                               "; %d thread%s waiting in %s at %s:%d, first %s", alike, s, a.what,
+                               "; %d thread%s waiting in %s%s at %s:%d, first %s", alike, s, a.what, object,
                                base(a.file), a.line, name(t).text);
     }
     fail("deadlock%s", text);
+}
+
+// From now on `thread` is the running one.
+inline void become(int thread) {
+    current = thread;
+    threadIdx = indices[thread];
+    if (launch->cluster > 1) {
+        blockIdx = block_indices[rank_of(thread)];
+        dynamic_shared = shared_of(rank_of(thread));
+    }
 }
 
 void fiber();
@@ -346,8 +389,7 @@ void fiber();
 // Runs `thread` on its stack, or on a free one if it has not begun. The caller's place goes to *from.
 inline void go(int thread, void** from) {
     Thread& next = threads[thread];
-    current = thread;
-    threadIdx = indices[thread];
+    become(thread);
     if (next.state == FRESH) {
         next.stack = free_stacks[--n_free_stacks];
         // Staggered: a power of two apart, all stacks would fall into the same cache sets.
@@ -385,8 +427,8 @@ extern "C" void emulator_run(Launch* given);
 
 // The record of a byte of the kernel's shared memory, or null for any other address.
 EMULATOR_UNWATCHED inline Byte* record(const unsigned char* p) {
-    const unsigned char* start = shared_memory;
-    uint64_t bytes = EMULATOR_SHARED_BYTES;
+    const unsigned char* start = emulator_shared_memory;
+    uint64_t bytes = MAX_CLUSTER * SHARED_STRIDE;
     for (int i = 0; !(p >= start && p < start + bytes); i++) {
         if (i == launch->shared_count) return nullptr;
         start = launch->shared[i].start, bytes = launch->shared[i].bytes;
@@ -430,10 +472,18 @@ inline void new_epoch() {}
 inline void watch(bool) {}
 #endif
 
+// The thread that runs next, or -1 if all wait for each other.
+inline int take() {
+    if (hooks.progress) hooks.progress(false);
+    while (ready_head == ready_tail)
+        if (!hooks.progress || !hooks.progress(true)) return -1;
+    return ready[ready_head++ % MAX_THREADS];
+}
+
 // The running thread waits; others go on. Returns when somebody has pushed it.
 __attribute__((noinline)) inline void wait() {
-    if (ready_head == ready_tail) deadlock();
-    int me = current, next = ready[ready_head++ % MAX_THREADS];
+    int me = current, next = take();
+    if (next < 0) deadlock();
     if (next != me) go(next, &threads[me].stack_pointer);
     threads[me].state = READY;
 }
@@ -452,26 +502,27 @@ inline void fiber() {
             if (warp.meetings[i].mask >> lane & 1)
                 fail("%s returned, but lanes of its warp wait for it in %s (mask %08x)", name(me).text,
                      warp.meetings[i].what, warp.meetings[i].mask);
+        if (hooks.returned) hooks.returned();
         void* nowhere;
-        if (ready_head == ready_tail) {
+        int next = take();
+        if (next < 0) {
             if (n_returned < n_threads) deadlock();
             emulator_switch(&nowhere, runner);
         }
-        int next = ready[ready_head++ % MAX_THREADS];
         if (threads[next].state != FRESH) {
             free_stacks[n_free_stacks++] = self.stack;
             go(next, &nowhere);
         }
         threads[next].stack = self.stack;
         threads[next].state = READY;
-        current = next;
-        threadIdx = indices[next];
+        become(next);
     }
 }
 
 __attribute__((noinline)) inline void barrier(const char* what, int predicate, const char* file, int line) {
     Thread& self = threads[current];
-    auto& g = gathering;
+    int rank = rank_of(current);
+    Gathering& g = gatherings[rank];
     self.state = AT_BARRIER, self.what = what, self.file = file, self.line = line;
     if (g.arrived == 0) g.first = current, g.any = 0, g.all = 1, g.count = 0;
     const Thread& first = threads[g.first];
@@ -479,12 +530,15 @@ __attribute__((noinline)) inline void barrier(const char* what, int predicate, c
         fail("divergent barrier: %s is in %s at %s:%d while %s is in %s at %s:%d", name(current).text, what,
              base(file), line, name(g.first).text, first.what, base(first.file), first.line);
     g.arrived++, g.any |= predicate != 0, g.all &= predicate != 0, g.count += predicate != 0;
-    if (g.arrived == n_threads) {
+    if (g.arrived == block_threads) {
         g.arrived = 0, g.was_any = g.any, g.was_all = g.all, g.was_count = g.count;
         new_epoch();
         // Every other phase runs in the opposite order: of two threads each comes first in one of them.
-        backwards = !backwards;
-        for (int i = 0; i < n_threads; i++) push(order[backwards ? n_threads - 1 - i : i]);
+        g.backwards = !g.backwards;
+        for (int i = 0; i < n_threads; i++) {
+            int thread = order[g.backwards ? n_threads - 1 - i : i];
+            if (rank_of(thread) == rank) push(thread);
+        }
     }
     wait();
 }
@@ -492,7 +546,7 @@ __attribute__((noinline)) inline void barrier(const char* what, int predicate, c
 // What an instruction insists on: an address in the dynamic part or in a static shared variable.
 inline void check_shared(const void* address, size_t bytes, const char* what, const char* file, int line) {
     const unsigned char* p = (const unsigned char*)address;
-    if (p >= shared_memory && p + bytes <= shared_memory + launch->dynamic_bytes) return;
+    if (p >= dynamic_shared && p + bytes <= dynamic_shared + launch->dynamic_bytes) return;
     for (int i = 0; i < launch->shared_count; i++) {
         const Range& range = launch->shared[i];
         if (p >= range.start && p + bytes <= range.start + range.bytes) return;
@@ -500,7 +554,7 @@ inline void check_shared(const void* address, size_t bytes, const char* what, co
     if (bytes == 0) return;
     fail("%s at %s:%d: %d bytes at %p are not inside the block's shared memory (%d bytes dynamic%s)", what,
          base(file), line, (int)bytes, address, (int)launch->dynamic_bytes,
-         p >= shared_memory && p < shared_memory + EMULATOR_SHARED_BYTES ? ", this is beyond them" : "");
+         p >= dynamic_shared && p < dynamic_shared + SHARED_STRIDE ? ", this is beyond them" : "");
 }
 
 // Deposits `operand` and waits until all lanes of `mask` have done so; the last one runs `complete` on them.
@@ -538,9 +592,10 @@ __attribute__((noinline)) inline void meet(const char* what, uint32_t mask, void
 }
 
 // The thread's place in the shuffle, the same for a block whichever operating system thread runs it.
-inline void shuffle_order(uint64_t seed) {
+inline void shuffle_order() {
     for (int i = 0; i < n_threads; i++) order[i] = launch->order == -1 ? n_threads - 1 - i : i;
     if (launch->order <= 0) return;
+    uint64_t seed = emulator::seed;
     for (int i = n_threads - 1; i > 0; i--) {
         seed = seed * 6364136223846793005ull + 1442695040888963407ull;
         int j = (seed >> 33) % (i + 1);
@@ -549,14 +604,17 @@ inline void shuffle_order(uint64_t seed) {
     }
 }
 
-inline bool run_block() {
-    n_returned = 0, ready_head = ready_tail = 0, backwards = false;
-    gathering.arrived = 0;
+// Runs a block, or the blocks of a cluster.
+inline bool run_blocks() {
+    n_returned = 0, ready_head = ready_tail = 0;
     for (int i = 0; i < launch->shared_count; i++)
         memset(launch->shared[i].start, 0xff, launch->shared[i].bytes);
     uint64_t slack = (launch->dynamic_bytes + 65535) / 4096 * 4096;  // to the next page's end, at least
     if (slack > launch->dynamic_bytes + 4096) slack = (launch->dynamic_bytes + 4095) / 4096 * 4096;
-    memset(shared_memory, 0xff, slack);
+    for (uint64_t rank = 0; rank < launch->cluster; rank++) {
+        memset(shared_of(rank), 0xff, slack);
+        gatherings[rank].arrived = 0, gatherings[rank].backwards = false;
+    }
     for (int t = 0; t < n_threads; t++) {
         threads[t].state = FRESH;
         threads[t].copy_count = threads[t].landed = threads[t].groups = threads[t].groups_done = 0;
@@ -568,21 +626,23 @@ inline bool run_block() {
     }
     n_free_stacks = 0;
     for (int s = MAX_THREADS - 1; s >= 0; s--) free_stacks[n_free_stacks++] = s;
+    if (hooks.begin) hooks.begin();
     new_epoch();
     watch(true);
     go(ready[ready_head++ % MAX_THREADS], &runner);
     watch(false);
     if (launch->failure->failed) return false;
-    for (uint64_t i = launch->dynamic_bytes; i < slack; i++)
-        if (shared_memory[i] != 0xff) {
-            launch->failure->failed = 1;
-            memcpy(launch->failure->block, &blockIdx, sizeof blockIdx);
-            memcpy(launch->failure->thread, &threadIdx, sizeof threadIdx);
-            snprintf(launch->failure->message, sizeof launch->failure->message,
-                     "a thread of the block wrote %d bytes beyond the %d bytes of dynamic shared memory",
-                     (int)(i - launch->dynamic_bytes), (int)launch->dynamic_bytes);
-            return false;
-        }
+    for (uint64_t rank = 0; rank < launch->cluster; rank++)
+        for (uint64_t i = launch->dynamic_bytes; i < slack; i++)
+            if (shared_of(rank)[i] != 0xff) {
+                launch->failure->failed = 1;
+                memcpy(launch->failure->block, &block_indices[rank], sizeof block_indices[rank]);
+                memcpy(launch->failure->thread, &threadIdx, sizeof threadIdx);
+                snprintf(launch->failure->message, sizeof launch->failure->message,
+                         "a thread of the block wrote %d bytes beyond the %d bytes of dynamic shared memory",
+                         (int)(i - launch->dynamic_bytes), (int)launch->dynamic_bytes);
+                return false;
+            }
     return true;
 }
 
@@ -590,15 +650,18 @@ inline bool run_block() {
 
 extern "C" int mprotect(void*, size_t, int) noexcept(true);
 
-// The pages before the dynamic shared memory and behind its last byte's page fault when touched.
+// The pages before the dynamic shared memory of each block and behind its last byte's page fault when touched.
 static uint64_t open_shared_bytes = ~0ull;
 static void protect_shared_memory(uint64_t bytes) {
+    using namespace emulator;
     if (bytes == open_shared_bytes) return;
     open_shared_bytes = bytes;
     uint64_t open = (bytes + 4095) / 4096 * 4096;
-    mprotect(shared_memory, 0x50000, 3);
-    mprotect(shared_memory - 65536, 65536, 0);
-    mprotect(shared_memory + open, 0x50000 - open, 0);
+    mprotect(shared_of(0) - SHARED_GUARD, SHARED_GUARD, 0);
+    for (int rank = 0; rank < MAX_CLUSTER; rank++) {
+        mprotect(shared_of(rank), open, 3);
+        mprotect(shared_of(rank) + open, SHARED_STRIDE - open, 0);
+    }
 }
 
 // Runs blocks of one launch until none is left or one has failed.
@@ -608,25 +671,33 @@ extern "C" EMULATOR_UNWATCHED __attribute__((visibility("default"))) void emulat
     launch = given;
     gridDim = dim3(launch->grid[0], launch->grid[1], launch->grid[2]);
     blockDim = dim3(launch->block[0], launch->block[1], launch->block[2]);
-    n_threads = blockDim.x * blockDim.y * blockDim.z;
-    for (int t = 0; t < n_threads; t++)
-        indices[t] = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
+    block_threads = blockDim.x * blockDim.y * blockDim.z;
+    n_threads = block_threads * launch->cluster;
+    for (int i = 0; i < n_threads; i++) {
+        unsigned t = i % block_threads;
+        indices[i] = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
+    }
     protect_shared_memory(launch->dynamic_bytes);
 #if defined(__x86_64__)
     unsigned rounding = __builtin_ia32_stmxcsr();
     __builtin_ia32_ldmxcsr(rounding | 0x8040);  // denormals are zero, as with CuPy's default -ftz=true
 #endif
     launch->enter(escape);
-    uint64_t total = (uint64_t)gridDim.x * gridDim.y * gridDim.z;
+    uint64_t total = (uint64_t)gridDim.x * gridDim.y * gridDim.z / launch->cluster;
     for (;;) {
         uint64_t turn = __atomic_fetch_add(launch->next_block, 1, __ATOMIC_RELAXED);
         if (turn >= total || __atomic_load_n(&launch->failure->failed, __ATOMIC_RELAXED)) break;
-        uint64_t block =
+        uint64_t first =
             launch->order == -1 || (launch->order > 0 && launch->order & 1) ? total - 1 - turn : turn;
-        blockIdx = {(unsigned)(block % gridDim.x), (unsigned)(block / gridDim.x % gridDim.y),
-                    (unsigned)(block / gridDim.x / gridDim.y)};
-        shuffle_order(launch->order * 0x9e3779b97f4a7c15ull + block);
-        if (!run_block()) break;
+        for (uint64_t rank = 0; rank < launch->cluster; rank++) {
+            uint64_t block = first * launch->cluster + rank;
+            block_indices[rank] = {(unsigned)(block % gridDim.x), (unsigned)(block / gridDim.x % gridDim.y),
+                                   (unsigned)(block / gridDim.x / gridDim.y)};
+        }
+        blockIdx = block_indices[0], dynamic_shared = shared_of(0);
+        seed = launch->order * 0x9e3779b97f4a7c15ull + first;
+        shuffle_order();
+        if (!run_blocks()) break;
     }
     launch->leave();
 #if defined(__x86_64__)
@@ -649,17 +720,17 @@ inline void __syncthreads(EMULATOR_PLACE) {
 inline int __syncthreads_or(int predicate, EMULATOR_PLACE) {
     emulator::barrier("__syncthreads_or", predicate, file, line);
     EMULATOR_FENCE;
-    return emulator::gathering.was_any;
+    return emulator::gatherings[emulator::rank_of(emulator::current)].was_any;
 }
 inline int __syncthreads_and(int predicate, EMULATOR_PLACE) {
     emulator::barrier("__syncthreads_and", predicate, file, line);
     EMULATOR_FENCE;
-    return emulator::gathering.was_all;
+    return emulator::gatherings[emulator::rank_of(emulator::current)].was_all;
 }
 inline int __syncthreads_count(int predicate, EMULATOR_PLACE) {
     emulator::barrier("__syncthreads_count", predicate, file, line);
     EMULATOR_FENCE;
-    return emulator::gathering.was_count;
+    return emulator::gatherings[emulator::rank_of(emulator::current)].was_count;
 }
 
 namespace emulator {
@@ -1005,7 +1076,8 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     }
     return result;
 }
-inline long long clock64() { return 0; }
+static long long emulator_clock;
+inline long long clock64() { return emulator_clock += 100; }
 inline void __nanosleep(unsigned) {}
 inline void __trap() { emulator::fail("__trap() was called"); }
 #undef assert
