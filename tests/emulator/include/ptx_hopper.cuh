@@ -1121,10 +1121,10 @@ inline void wgmma_wait(EMULATOR_PLACE) {
 template <int N>
 inline void wgmma_results(float (&d)[N], EMULATOR_PLACE) {
     using namespace emulator;
-    if (const Warpgroup* group = warpgroups[current / WARPGROUP])
-        for (const Accumulator& accumulator : group->accumulators)
-            if (accumulator.under_way && accumulator.arrays[current % WARPGROUP] == d)
-                fail("wgmma_results at %s:%d: products into these accumulators are under way", base(file), line);
+    const Warpgroup* group = warpgroups[current / WARPGROUP];
+    for (int64_t i = group ? group->done : 0; i < hopper[current].issued; i++)  // those that this thread issued
+        if (group->accumulators[group->products[i % MAX_PRODUCTS].accumulator].arrays[current % WARPGROUP] == d)
+            fail("wgmma_results at %s:%d: products into these accumulators are under way", base(file), line);
     EMULATOR_FENCE;
 }
 
