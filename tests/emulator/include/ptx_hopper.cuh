@@ -110,7 +110,9 @@ struct Mbarrier {
     int count, pending;  // arrivals of a phase, and how many are missing
     int64_t bytes;       // expected and not yet arrived, or, negative, arrived before they were expected
     int64_t phase;
-    int waiting;  // the first thread of the list, or -1
+    int waiting;     // the first thread of the list, or -1
+    int64_t seen;    // phases before this one have ended, and a thread of the block has seen it
+    int64_t remote;  // the last phase to which another block has sent something since cluster_sync, or -1
 };
 static Mbarrier mbarriers[MAX_BARRIERS];
 static int barrier_count;
@@ -162,7 +164,10 @@ __attribute__((noinline)) inline void barrier_wait(const void* address, int pari
     Mbarrier& barrier = the_barrier(address, "barrier_wait", file, line);
     if (parity >> 1)
         fail("barrier_wait at %s:%d: a parity is 0 or 1, not %d", base(file), line, parity);
-    if ((barrier.phase & 1) != parity) return;
+    if ((barrier.phase & 1) != parity) {
+        barrier.seen = barrier.phase;
+        return;
+    }
     int64_t phase = barrier.phase;
     hopper[current].next = barrier.waiting, barrier.waiting = current;
     switch_to_others("barrier_wait", &barrier, parity, file, line);
@@ -170,6 +175,7 @@ __attribute__((noinline)) inline void barrier_wait(const void* address, int pari
         fail("barrier_wait at %s:%d: the barrier at %s was in phase %lld before this thread saw the end of "
              "phase %lld: on a card it might wait for ever",
              base(file), line, place(address).text, (long long)barrier.phase, (long long)phase);
+    barrier.seen = barrier.phase;
 }
 
 // ---- Named barriers and the barrier of the cluster --------------------------------------------------------
@@ -212,6 +218,7 @@ static int cluster_arrived;
 inline bool cluster_is_complete() {
     if (cluster_arrived == 0 || cluster_arrived + n_returned < n_threads) return false;
     new_epoch();
+    for (int i = 0; i < barrier_count; i++) mbarriers[i].remote = -1;
     while (cluster_arrived) push(cluster_waiting[--cluster_arrived]);
     return true;
 }
@@ -356,6 +363,7 @@ inline void land(int i) {
     Bulk& bulk = bulks[i];
     fill_box(bulk);
     bulk.barrier->bytes -= bulk.bytes;
+    if (rank_of(bulk.thread) != bulk.rank) bulk.barrier->remote = bulk.barrier->phase;
     int was = current;
     blame(bulk.thread);
     settle(*bulk.barrier, bulk.what, bulk.file, bulk.line);
@@ -846,17 +854,29 @@ __attribute__((noinline)) inline void wgmma_wait(int keep, const char* file, int
 
 // ---- What the runner calls --------------------------------------------------------------------------------
 
-static int lagging = -1;  // a warpgroup that is held back, until `lag_ends`, or nobody else can run
+// Threads lag_first .. lag_last - 1, a warpgroup or a block of a cluster, are held back until `lag_ends`, or
+// until nobody else can run.
+static int lag_first, lag_last;
 static uint64_t lag_ends;
 static uint16_t parked[MAX_THREADS];
 static int n_parked;
 
+inline void draw_lag() {
+    int group = chance(4) || launch->cluster == 1 ? WARPGROUP : block_threads;
+    int groups = (n_threads + group - 1) / group, which = chance(groups + 1);
+    lag_first = which * group, lag_last = lag_first + group;  // which == groups: nobody
+    lag_ends = now + 64 + chance(1024);
+}
+
 inline void begin_hopper() {
     while (bulk_count) forget(bulk_count - 1);
-    barrier_count = cluster_arrived = n_parked = 0, lagging = -1, lag_ends = 0;
+    barrier_count = cluster_arrived = n_parked = 0;
     now = 0, next_due = NEVER;
     chance_state = seed * 0x9e3779b97f4a7c15 + 0x2545f4914f6cdd1d;
     if (!chance_state) chance_state = 1;
+    // The first of a cluster's blocks begins when the second has to wait for it, or the other way round.
+    lag_first = chance(launch->cluster) * block_threads, lag_last = lag_first + block_threads, lag_ends = NEVER;
+    if (launch->cluster == 1) lag_last = lag_ends = 0;
     memset(hopper, 0, sizeof hopper);
     memset(returned_threads, 0, sizeof returned_threads);
     for (auto& of_block : named_barriers)
@@ -887,16 +907,19 @@ inline bool progress(bool idle) {
         find_next_due();
         happened = true;
     }
-    if (barrier_count) {  // a kernel with mbarriers: threads need not keep pace
-        if (now >= lag_ends) {
+    if (barrier_count || launch->cluster > 1) {  // threads need not keep pace
+        bool torn = ready_head != ready_tail && ready[ready_head % MAX_THREADS] / 32 == current / 32;
+        if (now >= lag_ends && !torn) {  // the lanes of a warp keep together
             while (n_parked) push(parked[--n_parked]);
-            lagging = chance(3) ? chance((n_threads + WARPGROUP - 1) / WARPGROUP) : -1;
-            lag_ends = now + 64 + chance(1024);
+            draw_lag();
         }
-        while (ready_head != ready_tail && ready[ready_head % MAX_THREADS] / WARPGROUP == lagging)
-            parked[n_parked++] = ready[ready_head++ % MAX_THREADS];
+        while (ready_head != ready_tail) {
+            int next = ready[ready_head % MAX_THREADS];
+            if (next < lag_first || next >= lag_last) break;
+            parked[n_parked++] = next, ready_head++;
+        }
         if (ready_head == ready_tail && n_parked) {
-            lagging = -1;
+            lag_last = lag_first, lag_ends = now + 64;
             while (n_parked) push(parked[--n_parked]);
             happened = true;
         }
@@ -932,6 +955,12 @@ inline void thread_returned() {
         if (bulks[i].kind == LOAD && bulks[i].rank == rank)
             fail("the block has ended, but the %s at %s:%d is still filling its shared memory", bulks[i].what,
                  base(bulks[i].file), bulks[i].line);
+    for (int i = 0; i < barrier_count; i++)
+        if (mbarriers[i].remote >= mbarriers[i].seen &&
+            mbarriers[i].address - shared_of(rank) < (int64_t)SHARED_STRIDE && mbarriers[i].address >= shared_of(rank))
+            fail("the block has ended without waiting for what another block has sent to its barrier at %s: that "
+                 "could come too late, a cluster_sync is missing",
+                 place(mbarriers[i].address).text);
     check_registers(rank);
 }
 
@@ -1001,7 +1030,7 @@ inline void barrier_init(Barrier* barrier, int count, EMULATOR_PLACE) {
     if (find_barrier(barrier))
         fail("barrier_init at %s:%d: the barrier at %s is in use", base(file), line, place(barrier).text);
     if (barrier_count == MAX_BARRIERS) fail("barrier_init at %s:%d: too many barriers", base(file), line);
-    mbarriers[barrier_count] = {(unsigned char*)barrier, count, count, 0, 0, -1};
+    mbarriers[barrier_count] = {(unsigned char*)barrier, count, count, 0, 0, -1, 0, -1};
     *barrier = barrier_word(barrier_count++);
 }
 inline void barrier_init_fence() {}
@@ -1018,8 +1047,10 @@ inline void barrier_arrive_cluster(Barrier* barrier, int rank, EMULATOR_PLACE) {
         fail("%s at %s:%d: a cluster of %d has no block %d", what, base(file), line, (int)launch->cluster, rank);
     if (has_ended(rank))
         fail("%s at %s:%d: block %u of the cluster has ended", what, base(file), line, block_indices[rank].x);
-    unsigned char* there = (unsigned char*)barrier + (rank - rank_of(current)) * (int64_t)SHARED_STRIDE;
-    arrive(the_barrier(there, what, file, line), 0, what, file, line);
+    int64_t distance = (rank - rank_of(current)) * (int64_t)SHARED_STRIDE;
+    Mbarrier& there = the_barrier((unsigned char*)barrier + distance, what, file, line);
+    if (distance) there.remote = there.phase;
+    arrive(there, 0, what, file, line);
 }
 inline void barrier_arrive_expect(Barrier* barrier, int bytes, EMULATOR_PLACE) {
     using namespace emulator;
@@ -1034,13 +1065,18 @@ inline bool barrier_try_wait(Barrier* barrier, int parity, EMULATOR_PLACE) {
     using namespace emulator;
     check_shared(barrier, 8, "barrier_try_wait", file, line);
     Mbarrier& state = the_barrier(barrier, "barrier_try_wait", file, line);
-    if ((state.phase & 1) != parity) return true;
+    if ((state.phase & 1) != parity) {
+        state.seen = state.phase;
+        return true;
+    }
     threads[current].state = WAITING, threads[current].what = "barrier_try_wait", threads[current].file = file;
     threads[current].line = line, threads[current].object = &state, threads[current].detail = parity;
     if (ready_head == ready_tail && !progress(true)) deadlock();
     push(current);
     wait();
-    return (state.phase & 1) != parity;
+    if ((state.phase & 1) == parity) return false;
+    state.seen = state.phase;
+    return true;
 }
 inline void barrier_wait(Barrier* barrier, int parity, EMULATOR_PLACE) {
     emulator::barrier_wait(barrier, parity, file, line);
