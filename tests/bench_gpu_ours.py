@@ -1,57 +1,67 @@
-"""Our side of bench_gpu.py: times every kernel and every rung of it, and trains.
+"""Our side of bench_gpu.py: every kernel, decoding and training, a function for each kind of row.
 
-bench_gpu.py starts this file once for each section and reads one JSON object a line, so that a section that
-breaks the card's context, or hangs, takes nothing with it. Each kernel is checked against cpu.py first, at
-the size that is timed; where that would take too long, in its first and last rows.
+bench_gpu.py starts this file, and serve() answers it. Each kernel is checked against cpu.py before it is
+timed, at the size that is timed; where that would take too long, in its first and last rows. Calls are timed
+by events around a graph of one call for each of several sets of arrays, 256 MB or more together.
 """
 
-import itertools
-import json
+import contextlib
+import dataclasses
+import functools
+import gc
+import inspect
 import math
 import platform
-import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from bench_gpu import serve
 
-BEGAN, SETTINGS = time.monotonic(), json.loads(sys.argv[2])
-if SETTINGS["emulator"]:
+EMULATOR = sys.argv[1] == "emulator"
+if EMULATOR:
     import emulator
 
     emulator.install()
 
 import gpt2  # noqa: E402  CuPy, or what stands in for it, is in place now
 import kernels  # noqa: E402
-from console import UserError  # noqa: E402
 from kernels import cpu  # noqa: E402
 
 try:
     ops = kernels.load("cuda")
 except ImportError as error:
-    sys.exit(f"there is no GPU to measure ({error}); --emulator tries the script without one")
+    sys.exit(f"there is no GPU to measure ({error}): --emulator tries the script without one")
 xp, cdiv = ops.xp, ops.cdiv
-B, T, C, NH, V, R = (SETTINGS[name] for name in ("B", "T", "C", "NH", "V", "R"))
-N, P, RUNGS = B * T, SETTINGS["parameters"], not SETTINGS["quick"]
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
-ROTATE = 0 if SETTINGS["emulator"] else 256 << 20  # bytes that calls in turn must touch: several times the L2
-SECONDS = 0 if SETTINGS["emulator"] else 0.15  # of measuring, for each row; a slow kernel runs once more
-LAST = BEGAN + 0.8 * SETTINGS.get("seconds", math.inf)  # no row begins after that
+ROTATE = 0 if EMULATOR else 256 << 20  # bytes that calls in turn touch at least: several times the L2 cache
+ROUND = 0 if EMULATOR else 0.025  # seconds of a round
 TOLERANCE = 0.02  # ‖ours − reference‖ / ‖reference‖: a few roundings of bfloat16
+
+# Versions that cuda.py would not choose: {kind of row: {name: what cuda.RUNGS is to hold}}. EARLIER, at the
+# end of this file, has those that are launched here.
+TILES = [(128, 256, 64, 64, 64, 3), (128, 128, 64, 64, 64, 3), (64, 64, 64, 32, 32, 3)]  # matmul.cu's
+MATMULS = {f"mma.sync {' '.join(map(str, tile))}": {"matmul": tile} for tile in TILES}
+MATMULS |= {f"Hopper, {name}": {"matmul": name} for name in ops.HOPPER_TILES}
+ATTENTION = {"mma.sync": {"attention": "portable"}, "flash, no tensor cores": {"attention": "flash"}}
+FORCED = {"matmul": MATMULS, "matmul_dw": MATMULS, "attention_decode": {"registers": {"decode": "registers"}}}
+FORCED |= {"attention_forward": ATTENTION, "attention_backward": ATTENTION}
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Arrays, checks, the clock
 
 rng = np.random.default_rng(0)
-normals = rng.standard_normal(1 << (14 if SETTINGS["emulator"] else 23), np.float32)
+normals = rng.standard_normal(1 << (14 if EMULATOR else 23), np.float32)
 pools = {name: ops.to_device(array.astype(name)) for name, array in ((F32, normals), (BF16, normals))}
 pools["positive"] = ops.to_device(normals**2)
 
 
-def copy(to, source):
+def copy_async(to, source):
     stream = xp.cuda.get_current_stream().ptr
     xp.cuda.runtime.memcpyAsync(to.data.ptr, source.data.ptr, to.nbytes, 3, stream)  # device to device
 
@@ -63,7 +73,7 @@ def normal(*shape, dtype=BF16, pool=None):
     while start < out.size:
         begin = int(rng.integers(len(pool) // 2)) // 64 * 64  # no two arrays alike
         piece = flat[start : start + len(pool) - begin]
-        copy(piece, pool[begin : begin + len(piece)])
+        copy_async(piece, pool[begin : begin + len(piece)])
         start += len(piece)
     return out
 
@@ -72,27 +82,42 @@ def empty(*shape, dtype=BF16):
     return ops.empty(shape, dtype)
 
 
-def integers(high, *shape, low=0, dtype=np.int32):
-    return ops.to_device(rng.integers(low, high, shape, dtype))
+def zeros(*shape):
+    return ops.zeros(shape)
 
 
-def host(array, n=None):
-    """On the host in float32, ids as they are: all of it, or its first n rows and its last n."""
-    if n is None or len(array) <= 2 * n:
-        found = ops.to_host(array)
-    else:
+def integers(high, *shape, dtype=np.int32):
+    return ops.to_device(rng.integers(high, size=shape, dtype=dtype))
+
+
+def edges(length, n):
+    """The first n numbers below `length`, and the last n."""
+    return np.r_[0:n, length - n : length] if length > 2 * n else np.arange(length)
+
+
+def host(array, mark, n):
+    """On the host in float32, ids as they are: all of it; or, by its mark, the first n and the last n of its
+    rows (o, x, r), of its columns (c), or of both (k)."""
+    if mark in "oxrk" and len(array) > 2 * n:
         found = np.concatenate([ops.to_host(array[:n]), ops.to_host(array[len(array) - n :])])
-    return found.astype(np.float32) if found.dtype in (F32, BF16) else found
+    else:
+        found = ops.to_host(array)
+    if mark in "ck":
+        found = found[:, edges(found.shape[1], n)]
+    if found.dtype == BF16:  # ten times faster than astype: its bits are the upper half of a float's
+        return (found.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return found
 
 
 def checked(call, arrays, marks, reference, n):
     """Call once and return the largest relative error of the outputs; an error beyond TOLERANCE is raised.
 
-    marks has a letter for each array: o output, x input and output, r input, all three by rows, of which the
-    first n and the last n are compared; w input that every row needs; - accumulated, not looked at.
+    marks has a letter for each array: o output, x input and output, r input, of which the first n and the
+    last n rows are compared; k input and output, of which rows and columns are; c input of which the columns
+    are needed; w input that every row needs; - accumulated, not looked at.
     """
     on_host = [
-        np.zeros(array.shape, np.float32) if mark == "-" else host(array, n if mark in "oxr" else None)
+        np.zeros(array.shape, np.float32) if mark == "-" else host(array, mark, n)
         for array, mark in zip(arrays, marks)
     ]
     for array, mark in zip(arrays, marks):
@@ -102,8 +127,8 @@ def checked(call, arrays, marks, reference, n):
     reference(*on_host)
     errors = []
     for array, mark, want in zip(arrays, marks, on_host):
-        if mark in "ox":
-            got = host(array, n)
+        if mark in "oxk":
+            got = host(array, mark, n)
             if got.dtype == F32:
                 scale = max(float(np.linalg.norm(want)), 1e-30)
                 errors.append(float(np.linalg.norm(got - want)) / scale)
@@ -115,8 +140,8 @@ def checked(call, arrays, marks, reference, n):
     return error
 
 
-def seconds(call, sets):
-    """Median seconds of a call, by events around replays of a graph of one call for each set of arrays."""
+def clock(call, sets):
+    """A function that measures a round: the seconds of one call."""
 
     def every():
         for arrays in sets:
@@ -124,69 +149,67 @@ def seconds(call, sets):
 
     play = ops.captured(every)
     play(), play()  # runs, records
-    events = [xp.cuda.Event(), xp.cuda.Event()]
-    events[0].record(), play(), events[1].record(), events[1].synchronize()
-    once = xp.cuda.get_elapsed_time(*events) / 1e3
-    repeats = min(200, max(3 if once < SECONDS else 1, int(SECONDS / max(once, 1e-6))))
-    for _ in range(repeats // 3):  # until the clocks have settled
-        play()
-    events = [xp.cuda.Event() for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        play()
-        event.record()
-    events[-1].synchronize()
-    times = [xp.cuda.get_elapsed_time(*pair) for pair in itertools.pairwise(events)]
-    return statistics.median(times) / 1e3 / len(sets)
+
+    def measure(repeats):
+        play()  # the GPU is at work before the clock starts
+        start = ops.now()
+        for _ in range(repeats):
+            play()
+        return ops.elapsed(start, ops.now()) / repeats
+
+    repeats = min(200, max(1, int(ROUND / max(measure(1), 1e-6))))
+    return lambda: measure(repeats) / len(sets)
 
 
-def say(**row):
-    print(json.dumps(row), flush=True)
+@dataclasses.dataclass
+class Kernel:
+    """A row: what to launch on which arrays, and what it must compute. See checked() for marks and n."""
+
+    marks: str
+    make: Callable  # a new set of arrays
+    call: Callable
+    reference: Callable
+    flops: float = 0
+    moved: float = 0  # the fewest bytes; by default all arrays once, and twice what is input and output
+    n: int = 16
+    rotated: bool = True  # several sets take turns
+
+    def open(self):
+        """(what is to be said of the row, its timer)"""
+        sets = [self.make()]
+        n_bytes = sum(array.nbytes for array in sets[0])
+        again = sum(array.nbytes for array, mark in zip(sets[0], self.marks) if mark in "xk-")
+        kernels_of_call.clear()
+        error = checked(self.call, sets[0], self.marks, self.reference, self.n)
+        names = list(dict.fromkeys(kernels_of_call))
+        names = [name.partition("<")[0] for name in names] if len(names) > 1 else names
+        about = dict(kernel=" + ".join(names), error=error)
+        about |= dict(flops=self.flops, moved=self.moved or n_bytes + again)
+        if self.rotated:
+            sets += [self.make() for _ in range(min(127, cdiv(ROTATE, n_bytes)))]
+        return about, dict(ours=clock(self.call, sets))
 
 
-launched = []  # names of kernels, since it was cleared
+kernels_of_call = []  # the names that were launched since it was cleared
+trace = None  # or a list, of (kernel, event before it, event after it)
+plain_launch = ops.launch
 
 
 def launch(file, kernel, *arguments, **options):
-    launched.append(kernel)
+    kernels_of_call.append(kernel)
+    if trace is None:
+        return plain_launch(file, kernel, *arguments, **options)
+    start = ops.now()
     plain_launch(file, kernel, *arguments, **options)
+    trace.append((kernel, start, ops.now()))
 
 
-plain_launch, ops.launch = ops.launch, launch
+ops.launch = launch
 
 
-later = []  # the rows of slower rungs: they wait until what training uses has been measured
-
-
-def row(work, rung, *arguments, **numbers):
-    """Measure a rung, see measured(): now, if it is the chosen one."""
-    if rung == "chosen":
-        measured(work, rung, *arguments, **numbers)
-    else:
-        later.append((work, rung, *arguments, numbers))
-
-
-def measured(work, rung, marks, make, call, reference, *, flops=0, moved=None, n=16, force=None):
-    """Check and time one kernel. moved: the fewest bytes, by default all arrays once, x twice."""
-    if time.monotonic() > LAST:
-        return say(work=work, rung=rung, skipped="no time was left")
-    try:
-        ops.RUNGS.update(force or {})
-        sets = [make()]
-        n_bytes = sum(array.nbytes for array in sets[0])
-        if moved is None:
-            moved = n_bytes + sum(array.nbytes for array, mark in zip(sets[0], marks) if mark in "x-")
-        launched.clear()
-        error, kernel = checked(call, sets[0], marks, reference, n), launched[0]
-        sets += [make() for _ in range(min(39, ROTATE // n_bytes))]
-        numbers = dict(seconds=seconds(call, sets), flops=flops, moved=moved, error=error)
-        say(work=work, rung=rung, kernel=kernel, **numbers)
-    except Exception as failure:  # the next row may work
-        say(work=work, rung=rung, failed=f"{type(failure).__name__}: {failure}"[:300])
-    finally:
-        ops.RUNGS.clear()
-        sets = None
-        xp.get_default_memory_pool().free_all_blocks()
+def launched(file, kernel, grid, block, *numbers):
+    """A call that launches a kernel on the row's arrays and these numbers."""
+    return lambda *arrays: launch(file, kernel, grid, block, *arrays, *numbers)
 
 
 def both(name, *constants):
@@ -195,329 +218,537 @@ def both(name, *constants):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The kernels
+# Ceilings and matmul
+
+COPY = """
+extern "C" __global__ void copy(uint4* to, const uint4* from, int n) {  // a block a piece, a thread 4 loads
+    const int first = blockIdx.x * blockDim.x * 4 + threadIdx.x;
+    uint4 x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) if (first + i * blockDim.x < n) x[i] = from[first + i * blockDim.x];
+#pragma unroll
+    for (int i = 0; i < 4; i++) if (first + i * blockDim.x < n) to[first + i * blockDim.x] = x[i];
+}
+"""
 
 
-def card():
-    device = xp.cuda.runtime.getDeviceProperties(0)
-    about = {"card": device["name"].decode(), "memory": ops.DEVICE.mem_info[1], "sms": ops.SMS}
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout
-        driver = found.split("\n")[0]
-    except (OSError, subprocess.TimeoutExpired):
-        driver = ""
-    about["driver"] = driver or f"CUDA {xp.cuda.runtime.driverGetVersion()}"
-    versions = f"Python {platform.python_version()}, NumPy {np.__version__}, CuPy {xp.__version__}"
-    say(work="card", capability=ops.CAPABILITY, versions=versions, **about)
+def copy(n_bytes):
+    function, n = xp.RawModule(code=COPY, name_expressions=["copy"]).get_function("copy"), n_bytes // 16
+    call = lambda to, source: function((cdiv(n, 2048),), (512,), (to, source, np.int32(n)))
+    make = lambda: (empty(n_bytes // 4, dtype=F32), normal(n_bytes // 4, dtype=F32))
+    about, timers = Kernel("or", make, call, np.copyto).open()
+    return about, timers | dict(cudaMemcpyAsync=clock(copy_async, [make() for _ in range(4)]))
 
 
-def ceilings():
-    n = SETTINGS["copy_bytes"]
-    to, source = empty(n // 4, dtype=F32), normal(n // 4, dtype=F32)
-    say(work="copy", rung="cudaMemcpyAsync", seconds=seconds(copy, [(to, source)]), flops=0, moved=2 * n)
+def matmul(M, N, K):
+    make = lambda: (empty(M, N), normal(M, K), normal(K, N), normal(N))
+    return Kernel("orww", make, *both("matmul_forward"), flops=2 * M * N * K)
 
 
-TILES = [(128, 256, 64, 64, 64, 3), (128, 128, 64, 64, 64, 3), (128, 128, 32, 64, 64, 4)]
-TILES += [(128, 128, 32, 64, 64, 3), (64, 64, 64, 32, 32, 3)]  # matmul.cu's
-EDGE = np.r_[0:16, -16:0]  # the rows of dweight that are compared
+def matmul_residual(M, N, K):
+    make = lambda: (empty(M, N), normal(M, K), normal(K, N), normal(N), normal(M, N))
+    return Kernel("orwwr", make, *both("matmul_residual_forward"), flops=2 * M * N * K)
 
 
-def matmul():
-    product("qkv", C, 3 * C, "orww", both("matmul_forward"), rungs=RUNGS)
-    product("proj", C, C, "orwwr", both("matmul_residual_forward"))
-    product("fc", C, 4 * C, "oorww", both("matmul_gelu_forward"))
-    product("fc2", 4 * C, C, "orwwr", both("matmul_residual_forward"))
-
-    shapes = dict(dpre=(N, 4 * C), dw=(4 * C, C), db=(C,), dout=(N, C), act=(N, 4 * C), w=(4 * C, C))
-    shapes["pre"] = N, 4 * C
-    new = {"dpre": empty, "dw": lambda *shape: ops.zeros(shape), "db": lambda *shape: ops.zeros(shape)}
-    make = lambda: tuple(new.get(name, normal)(*shape) for name, shape in shapes.items())
-    fused = both("matmul_gelu_backward")
-    row("matmul fc2 dX GELU', dW, db", "chosen", "o--rrwr", make, *fused, flops=4 * N * 4 * C * C)
-
-    flops = 2 * R * C * V
-    make = lambda: (empty(R, V), normal(R, C), normal(V, C))
-    calls = [lambda out, inp, wte, m=m: m.matmul_forward(out, inp, wte.T, None) for m in (ops, cpu)]
-    row("matmul logits", "chosen", "orw", make, *calls, flops=flops)
-    make = lambda: (empty(R, C), normal(R, V), normal(V, C))
-    calls = [lambda dinp, dout, wte, m=m: m.matmul_forward(dinp, dout, wte, None) for m in (ops, cpu)]
-    row("matmul logits dX", "chosen", "orw", make, *calls, flops=flops)
-    make = lambda: (ops.zeros((V, C)), normal(R, V), normal(R, C), normal(V, C))
-    gradient = lambda dw, dout, inp, w: ops.matmul_backward(None, dw.T, None, dout, inp, w.T)
-    row("matmul logits dW", "chosen", "xwww", make, gradient, weight_gradient, flops=flops)
+def matmul_gelu(M, N, K):
+    make = lambda: (empty(M, N), empty(M, N), normal(M, K), normal(K, N), normal(N))
+    return Kernel("oorww", make, *both("matmul_gelu_forward"), flops=2 * M * N * K)
 
 
-def product(name, K, O, marks, forward, rungs=False):
-    """The three products of a layer: out (N, O) = inp (N, K) @ weight (K, O) with what is fused to it."""
-    work, dX, dW = f"matmul {name}", f"matmul {name} dX", f"matmul {name} dW"
-    shapes = [(N, O)] * marks.count("o") + [(N, K), (K, O), (O,), (N, O)]
-    make = lambda dtype=BF16: tuple(normal(*s, dtype=dtype) for s, _ in zip(shapes, marks))
-    flops = 2 * N * K * O
-    row(work, "chosen", marks, make, *forward, flops=flops)
-    # dX = dout @ weight.T is what matmul_backward launches for it, but alone
-    gradients = lambda: (empty(N, K), normal(N, O), normal(K, O))
+def matmul_dx(M, N, K):
+    """dinp (M, K) = dout @ weight.T: what matmul_backward launches for it, alone."""
+    make = lambda: (empty(M, K), normal(M, N), normal(K, N))
     calls = [lambda dinp, dout, w, m=m: m.matmul_forward(dinp, dout, w.T, None) for m in (ops, cpu)]
-    row(dX, "chosen", "orw", gradients, *calls, flops=flops)
-    accumulated = lambda: (ops.zeros((K, O)), normal(N, K), normal(N, O), normal(K, O))
-    gradient = lambda dw, inp, dout, w: ops.matmul_backward(None, dw, None, dout, inp, w)
-    row(dW, "chosen", "xwww", accumulated, gradient, weight_gradient, flops=flops)
-    if rungs:
-        for tile in TILES:
-            rung, force = " ".join(map(str, tile)), {"matmul": tile}
-            row(work, rung, marks, make, *forward, flops=flops, force=force)
-            row(dW, rung, "xwww", accumulated, gradient, weight_gradient, flops=flops, force=force)
-        row(work, "float32", marks, lambda: make(F32), *forward, flops=flops)
-        kernel, grid = "matmul_naive<bf16, false, false>", (cdiv(O, 32), cdiv(N, 8))
-        naive = lambda *a: launch("matmul", kernel, grid, (32, 8), *a, N, O, K)
-        row(work, "naive", marks, make, naive, forward[1], flops=flops)
+    return Kernel("orw", make, *calls, flops=2 * M * N * K)
+
+
+def matmul_dw(M, N, K):
+    """dweight (K, N) += inp.T @ dout, in float32."""
+    make = lambda: (zeros(K, N), normal(M, K), normal(M, N), normal(K, N))
+    call = lambda dw, inp, dout, w: ops.matmul_backward(None, dw, None, dout, inp, w)
+    moved = 8 * K * N + 2 * M * (K + N)
+    return Kernel("kccw", make, call, weight_gradient, flops=2 * M * N * K, moved=moved)
 
 
 def weight_gradient(dw, inp, dout, _):
-    dw += inp[:, EDGE].T @ dout
+    dw += inp.T @ dout
 
 
-def attention():
-    def inputs(dtype=BF16):
-        return empty(B, T, C, dtype=dtype), empty(B, NH, T, dtype=F32), normal(B, T, 3 * C, dtype=dtype)
+def matmul_gelu_backward(M, N, K):
+    """dpre (M, K) = (dout @ weight.T) gelu'(pre), dweight and dbias: all of the second layer's backward."""
 
-    def gradients(dtype=BF16):
-        out, lse, qkv = inputs(dtype)
+    def make():
+        pre, act = normal(M, K), empty(M, K)
+        ops.gelu_forward(act, pre)
+        return empty(M, K), zeros(K, N), zeros(N), normal(M, N), act, normal(K, N), pre
+
+    return Kernel("o--rrwr", make, *both("matmul_gelu_backward"), flops=4 * M * N * K)
+
+
+def head(M, N, K):
+    make = lambda: (empty(M, N), normal(M, K), normal(N, K))
+    calls = [lambda out, inp, wte, m=m: m.matmul_forward(out, inp, wte.T, None) for m in (ops, cpu)]
+    return Kernel("orw", make, *calls, flops=2 * M * N * K)
+
+
+def head_dx(M, N, K):
+    make = lambda: (empty(M, K), normal(M, N), normal(N, K))
+    calls = [lambda dinp, dout, wte, m=m: m.matmul_forward(dinp, dout, wte, None) for m in (ops, cpu)]
+    return Kernel("orw", make, *calls, flops=2 * M * N * K)
+
+
+def head_dw(M, N, K):
+    make = lambda: (zeros(N, K), normal(M, N), normal(M, K), normal(N, K))
+    call = lambda dw, dout, inp, w: ops.matmul_backward(None, dw.T, None, dout, inp, w.T)
+    moved = 8 * K * N + 2 * M * (K + N)
+    return Kernel("kccw", make, call, weight_gradient, flops=2 * M * N * K, moved=moved)
+
+
+def naive_matmul(M, N, K):
+    grid = cdiv(N, 32), cdiv(M, 8)
+    return launched("matmul", "matmul_naive<bf16, false, false>", grid, (32, 8), M, N, K)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def attention_arrays(B, T, NH, HS):
+    return empty(B, T, NH * HS), empty(B, NH, T, dtype=F32), normal(B, T, 3 * NH * HS)
+
+
+def attention_forward(B, T, NH, HS):
+    """Two products, of which causality leaves half."""
+    make = lambda: attention_arrays(B, T, NH, HS)
+    return Kernel("oor", make, *both("attention_forward", NH), flops=2 * B * T * T * NH * HS, n=1)
+
+
+def attention_backward(B, T, NH, HS):
+    """Five products, of which causality leaves half."""
+
+    def make():
+        out, lse, qkv = attention_arrays(B, T, NH, HS)
         ops.attention_forward(out, lse, qkv, NH)
-        return empty(B, T, 3 * C, dtype=dtype), normal(B, T, C, dtype=dtype), out, lse, qkv
+        return empty(B, T, 3 * NH * HS), normal(B, T, NH * HS), out, lse, qkv
 
-    size = T, NH, C // NH
+    return Kernel("orrrr", make, *both("attention_backward", NH), flops=5 * B * T * T * NH * HS, n=1)
 
-    def naive(out, lse, qkv):
+
+def naive_attention(B, T, NH, HS):
+    scores, size = empty(B, NH, T, T, dtype=F32), (T, NH, HS)
+
+    def call(out, lse, qkv):
         launch("attention", "attention_scores<bf16>", (cdiv(T, 256), T, B * NH), 256, scores, qkv, *size)
         launch("attention", "attention_softmax", (cdiv(T, 8), B * NH), 256, scores, lse, T)
-        launch("attention", "attention_values<bf16>", (cdiv(C, 256), T, B), 256, out, scores, qkv, *size)
+        launch(
+            "attention", "attention_values<bf16>", (cdiv(NH * HS, 256), T, B), 256, out, scores, qkv, *size
+        )
 
-    def naive_backward(dqkv, dout, out, lse, qkv):
+    return call
+
+
+def naive_attention_backward(B, T, NH, HS):
+    (scores, ds), size = (empty(B, NH, T, T, dtype=F32) for _ in range(2)), (T, NH, HS)
+
+    def call(dqkv, dout, out, lse, qkv):
         arguments, grid = (scores, ds, dout, out, lse, qkv, *size), (cdiv(T, 256), T, B * NH)
         launch("attention_backward", "attention_backward_scores<bf16>", grid, 256, *arguments)
-        arguments, grid = (dqkv, scores, ds, dout, qkv, *size), (cdiv(C, 256), T, B)
+        arguments, grid = (dqkv, scores, ds, dout, qkv, *size), (cdiv(NH * HS, 256), T, B)
         launch("attention_backward", "attention_backward_sums<bf16>", grid, 256, *arguments)
 
-    forward, backward = both("attention_forward", NH), both("attention_backward", NH)
-    for work, marks, make, calls, products in (
-        ("attention forward", "oor", inputs, forward, 2),
-        ("attention backward", "orrrr", gradients, backward, 5),
-    ):
-        flops = products * B * T * T * C  # 2 products forward, 5 backward, of which causality leaves half
-        row(work, "chosen", marks, make, *calls, flops=flops, n=1)
-        if RUNGS:
-            flash = dict(flops=flops, n=1, force={"attention": "flash"})
-            row(work, "flash, no tensor cores", marks, make, *calls, **flash)
-            row(work, "flash, float32", marks, lambda make=make: make(F32), *calls, **flash)
-    if RUNGS:
-        scores, ds = (empty(B, NH, T, T, dtype=F32) for _ in range(2))
-        flops = B * T * T * C
-        row("attention forward", "naive", "oor", inputs, naive, forward[1], flops=2 * flops, n=1)
-        slow = naive_backward, backward[1]
-        row("attention backward", "naive", "orrrr", gradients, *slow, flops=5 * flops, n=1)
+    return call
 
 
-def bandwidth():
-    f32 = lambda *shape: empty(*shape, dtype=F32)
-    weights = lambda: (normal(C), normal(C))
+# ------------------------------------------------------------------------------------------------------------
+# Bandwidth
 
-    make = lambda: (empty(N, C), f32(N), f32(N), normal(N, C), *weights())
-    calls = both("layernorm_forward")
-    row("layernorm forward", "chosen", "ooorww", make, *calls)
-    if RUNGS:
-        for rung, grid in (("rows", cdiv(N, 4)), ("naive", cdiv(N, 128))):
-            kernel = f"layernorm_forward_{rung}<bf16>"
-            one = lambda *a, kernel=kernel, grid=grid: launch("layernorm", kernel, grid, 128, *a, N, C)
-            row("layernorm forward", rung, "ooorww", make, one, calls[1])
-    make = lambda: (empty(N, C), empty(N, C), f32(N), f32(N), normal(N, C), normal(N, C), *weights())
-    row("residual + layernorm forward", "chosen", "oooorrww", make, *both("residual_layernorm_forward"))
+
+def statistics(N):
+    return empty(N, dtype=F32), empty(N, dtype=F32)  # mean and rstd
+
+
+def layernorm_forward(B, T, C):
+    make = lambda: (empty(B * T, C), *statistics(B * T), normal(B * T, C), normal(C), normal(C))
+    return Kernel("ooorww", make, *both("layernorm_forward"))
+
+
+def residual_layernorm_forward(B, T, C):
+    inputs = lambda: (normal(B * T, C), normal(B * T, C), normal(C), normal(C))
+    make = lambda: (empty(B * T, C), empty(B * T, C), *statistics(B * T), *inputs())
+    return Kernel("oooorrww", make, *both("residual_layernorm_forward"))
+
+
+def layernorm_backward(B, T, C):
+    def make():
+        arrays = *statistics(B * T), normal(B * T, C)
+        ops.layernorm_forward(empty(B * T, C), *arrays, normal(C), normal(C))
+        gradients = normal(B * T, C), zeros(C), zeros(C), normal(B * T, C)
+        return *gradients, arrays[2], normal(C), *arrays[:2]
+
+    return Kernel("xxxwwwww", make, *both("layernorm_backward"), n=B * T)
+
+
+def layernorm_rows(B, T, C):
+    return launched("layernorm", "layernorm_forward_rows<bf16>", cdiv(B * T, 4), 128, B * T, C)
+
+
+def naive_layernorm(B, T, C):
+    return launched("layernorm", "layernorm_forward_naive<bf16>", cdiv(B * T, 128), 128, B * T, C)
+
+
+def naive_layernorm_backward(B, T, C):
+    kernel, grid = "layernorm_backward_naive<bf16>", cdiv(max(B * T, C), 128)
+    return launched("layernorm", kernel, grid, 128, B * T, C)
+
+
+def gelu_forward(B, T, C):
+    return Kernel("or", lambda: (empty(B * T, C), normal(B * T, C)), *both("gelu_forward"))
+
+
+def gelu_backward(B, T, C):
+    make = lambda: (empty(B * T, C), normal(B * T, C), normal(B * T, C))
+    return Kernel("orr", make, *both("gelu_backward"))
+
+
+def residual_forward(B, T, C):
+    make = lambda: (empty(B * T, C), normal(B * T, C), normal(B * T, C))
+    return Kernel("orr", make, *both("residual_forward"))
+
+
+def naive_elementwise(kernel, B, T, C):
+    return launched("gelu", f"{kernel}_naive<bf16>", cdiv(B * T * C, 256), 256, B * T * C)
+
+
+def encoder_forward(B, T, C, V):
+    make = lambda: (empty(B, T, C), integers(V, B, T), normal(V, C), normal(T, C))
+    return Kernel("orww", make, *both("encoder_forward"), moved=4 * B * T * C, n=1)
+
+
+def encoder_backward(B, T, C, V):
+    make = lambda: (zeros(V, C), zeros(T, C), normal(B, T, C), integers(V, B, T))
+    used = V * (1 - (1 - 1 / V) ** (B * T))  # rows of wte that so many random tokens name
+    moved = int(2 * B * T * C + 8 * (used + T) * C)
+
+    def reference(dwte, dwpe, dout, ids, n=16):  # of the first n and the last n tokens and positions
+        for row, token in enumerate(edges(V, n)):
+            dwte[row] += dout[ids == token].sum(0)
+        dwpe += dout[:, edges(T, n)].sum(0)
+
+    return Kernel("xxww", make, both("encoder_backward")[0], reference, moved=moved)
+
+
+def naive_encoder(B, T, C, V):
+    return launched("encoder", "encoder_forward_naive<bf16>", cdiv(B * T * C, 256), 256, None, B * T, T, C, T)
+
+
+def naive_encoder_backward(B, T, C, V):
+    def call(dwte, dwpe, dout, ids):
+        grid, arguments = cdiv(T * C, 256), (dwpe, dout, B, T, C)
+        launch("encoder", "encoder_backward_wpe_naive<bf16>", grid, 256, *arguments)
+        grid, arguments = (cdiv(C, 256), V), (dwte, dout, ids, B * T, C)
+        launch("encoder", "encoder_backward_naive<bf16>", grid, 256, *arguments)
+
+    return call
+
+
+def classifier(M, V):
+    make = lambda: (empty(M, dtype=F32), normal(M, V), integers(V - 47, M), normal(M, dtype=F32))
+    return Kernel("oxrr", make, *both("classifier", V - 47))  # 47 of the rows of GPT-2's wte are padding
+
+
+def classifier_twice(M, V):
+    return launched("classifier", "classifier_twice<bf16>", M, 1024, V - 47, V)
+
+
+def naive_classifier(M, V):
+    return launched("classifier", "classifier_naive<bf16>", cdiv(M, 128), 128, M, V - 47, V)
+
+
+def cross_entropy(M, V):
+    make = lambda: (empty(M, dtype=F32), normal(M, V), integers(V - 47, M))
+    return Kernel("orr", make, *both("cross_entropy", V - 47))
+
+
+def adamw(P):
+    def make():
+        values = [normal(P, dtype=F32, pool=pool) for pool in (None, None, None, "positive")]
+        return *values, ops.to_device(np.ones(1, np.float32)), empty(P)
+
+    update = lambda m: lambda p, g, m1, m2, scale, out: m.adamw(p, g, m1, m2, scale, *ADAMW, out)
+    return Kernel("xxxxwo", make, update(ops), update(cpu), n=4096)
+
+
+ADAMW = 1e-3, 0.9, 0.95, 1e-8, 0.1, 10  # learning rate, betas, eps, weight decay, step
+
+
+def naive_adamw(P):
+    lr, beta1, beta2, eps, decay, step = ADAMW
+    root = math.sqrt(1 - beta2**step)
+    numbers = beta1, beta2, 1 - lr * decay, lr * root / (1 - beta1**step), eps * root
+    arguments = cdiv(P, 256), 256
+    return lambda p, g, m, v, scale, out: launch(
+        "adamw", "adamw_naive", *arguments, p, g, m, v, out, scale, *numbers, P
+    )
+
+
+def global_norm(P):
+    return Kernel("ow", lambda: (empty(1, dtype=F32), normal(P, dtype=F32)), *both("global_norm"))
+
+
+def naive_global_norm(P):
+    return launched("norm", "global_norm_naive", 1, 1024, P)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+def attention_decode(B, T, NH, HS):
+    """Attention of one token a sequence, the T-th, and its key and value into the cache."""
 
     def make():
-        arrays = f32(N), f32(N), normal(N, C)
-        ops.layernorm_forward(empty(N, C), *arrays, *weights())
-        return normal(N, C), ops.zeros(C), ops.zeros(C), normal(N, C), arrays[2], normal(C), *arrays[:2]
-
-    calls = both("layernorm_backward")
-    row("layernorm backward", "chosen", "xxxwwwww", make, *calls, n=N)
-    if RUNGS:
-        kernel, grid = "layernorm_backward_naive<bf16>", cdiv(max(N, C), 128)
-        naive = lambda *a, kernel=kernel, grid=grid: launch("layernorm", kernel, grid, 128, *a, N, C)
-        row("layernorm backward", "naive", "xxxwwwww", make, naive, calls[1], n=N)
-
-    for name, marks in (("gelu_forward", "or"), ("gelu_backward", "orr"), ("residual_forward", "orr")):
-        make = lambda marks=marks: tuple(normal(N, 4 * C) for _ in marks)
-        calls, grid, work = both(name), cdiv(N * 4 * C, 256), name.replace("_", " ")
-        row(work, "chosen", marks, make, *calls)
-        if RUNGS:
-            kernel = f"{name}_naive<bf16>"
-            naive = lambda *a, kernel=kernel, grid=grid: launch("gelu", kernel, grid, 256, *a, N * 4 * C)
-            row(work, "naive", marks, make, naive, calls[1])
-
-    tokens = lambda: integers(V, B, T)
-    make = lambda: (empty(B, T, C), tokens(), normal(V, C), normal(T, C))
-    calls = both("encoder_forward")
-    row("encoder forward", "chosen", "orww", make, *calls, moved=4 * N * C, n=1)
-    if RUNGS:
-        kernel, grid = "encoder_forward_naive<bf16>", cdiv(N * C, 256)
-        naive = lambda *a, kernel=kernel, grid=grid: launch(
-            "encoder", kernel, grid, 256, *a, None, N, T, C, T
+        cache = normal(B, NH, T, HS), normal(B, NH, T, HS)
+        return (
+            empty(B, 1, NH * HS),
+            normal(B, 1, 3 * NH * HS),
+            *cache,
+            ops.to_device(np.full(B, T - 1, np.int32)),
         )
-        row("encoder forward", "naive", "orww", make, naive, calls[1], moved=4 * N * C, n=1)
-    make = lambda: (ops.zeros((V, C)), ops.zeros((T, C)), normal(B, T, C), tokens())
-    used = V * (1 - (1 - 1 / V) ** N)  # rows of wte that N random tokens name
-    moved = int(2 * N * C + 8 * (used + T) * C)
-    calls = both("encoder_backward")
-    row("encoder backward", "chosen", "xxww", make, *calls, moved=moved, n=V)
-    if RUNGS:
 
-        def naive(dwte, dwpe, dout, ids):
-            grid, arguments = cdiv(T * C, 256), (dwpe, dout, B, T, C)
-            launch("encoder", "encoder_backward_wpe_naive<bf16>", grid, 256, *arguments)
-            grid, arguments = (cdiv(C, 256), V), (dwte, dout, ids, N, C)
-            launch("encoder", "encoder_backward_naive<bf16>", grid, 256, *arguments)
-
-        row("encoder backward", "naive", "xxww", make, naive, calls[1], moved=moved, n=V)
-
-    make = lambda: (f32(R), normal(R, V), integers(V - 47, R), normal(R, dtype=F32))
-    calls = both("classifier", V - 47)
-    row("classifier", "chosen", "oxrr", make, *calls)
-    if RUNGS:
-        twice = lambda *a: launch("classifier", "classifier_twice<bf16>", R, 1024, *a, V - 47, V)
-        row("classifier", "row read twice", "oxrr", make, twice, calls[1])
-        grid, size = cdiv(R, 128), (R, V - 47, V)
-        naive = lambda *a: launch("classifier", "classifier_naive<bf16>", grid, 128, *a, *size)
-        row("classifier", "naive", "oxrr", make, naive, calls[1])
-    make = lambda: (f32(R), normal(R, V), integers(V - 47, R))
-    row("cross entropy", "chosen", "orr", make, *both("cross_entropy", V - 47))
-
-    def make():
-        values = (normal(P, dtype=F32), normal(P, dtype=F32), normal(P, dtype=F32))
-        return *values, normal(P, dtype=F32, pool="positive"), ops.to_device(np.ones(1, np.float32)), empty(P)
-
-    numbers, step = (1e-3, 0.9, 0.95, 1e-8, 0.1), 10
-    update = lambda m: lambda p, g, m1, m2, scale, out: m.adamw(p, g, m1, m2, scale, *numbers, step, out)
-    row("AdamW", "chosen", "xxxxwo", make, update(ops), update(cpu), n=4096)
-    if RUNGS:
-        root = math.sqrt(1 - 0.95**step)
-        scalars = 0.9, 0.95, 1 - 1e-4, 1e-3 * root / (1 - 0.9**step), 1e-8 * root
-        naive = lambda p, g, m, v, scale, out: launch(
-            "adamw", "adamw_naive", cdiv(P, 256), 256, p, g, m, v, out, scale, *scalars, P
-        )
-        row("AdamW", "naive", "xxxxwo", make, naive, update(cpu), n=4096)
-    make = lambda: (f32(1), normal(P, dtype=F32))
-    row("global norm", "chosen", "ow", make, *both("global_norm"))
-    if RUNGS:
-        naive = lambda norm, grads: launch("norm", "global_norm_naive", 1, 1024, norm, grads, P)
-        row("global norm", "naive", "ow", make, naive, both("global_norm")[1])
+    return Kernel("orxxr", make, *both("attention_decode"), moved=4 * B * T * NH * HS, n=1)
 
 
-def decoding():
-    size = 1, NH, C // NH, T
+def naive_decode(B, T, NH, HS):
+    size, grid = (1, NH, HS, T), (cdiv(NH * HS, 256), 1, B)
 
-    def append(qkv, keys, values, lengths):
-        grid = cdiv(C, 256), 1, len(qkv)
+    def call(out, qkv, keys, values, lengths):
         launch("decode", "attention_append<bf16>", grid, 256, keys, values, qkv, lengths, *size)
-        return grid
+        arguments = out, qkv, keys, values, lengths, *size
+        launch("decode", "attention_decode_naive<bf16>", grid, 256, *arguments)
 
-    def one_split(out, *cache):
-        append(*cache)
-        kernel = f"attention_decode<bf16, {64 if C // NH <= 64 else 128}, 8>"
-        launch("decode", kernel, (NH, 1, len(out)), 128, out, None, *cache, *size, 1)
+    return call
 
-    def naive(out, *cache):
-        launch("decode", "attention_decode_naive<bf16>", append(*cache), 256, out, *cache, *size)
 
-    for rows in (64, 1) if not SETTINGS["emulator"] else (2,):
-        cache = rows, NH, T, C // NH
-        make = lambda rows=rows, cache=cache: (
-            empty(rows, 1, C),
-            *(normal(rows, 1, 3 * C), normal(*cache), normal(*cache)),
-            ops.to_device(np.full(rows, T - 1, np.int32)),
-        )
-        moved = rows * T * C * 4
-        work = f"decode attention, {rows} × {T}"
-        calls = both("attention_decode")
-        row(work, "chosen", "orxxr", make, *calls, moved=moved, n=1)
-        if RUNGS and rows * NH < ops.SMS:  # the chosen one splits
-            row(work, "one split", "orxxr", make, one_split, calls[1], moved=moved, n=1)
-        if RUNGS:
-            row(work, "naive", "orxxr", make, naive, calls[1], moved=moved, n=1)
-        make = lambda rows=rows: (
-            empty(rows, dtype=np.int32),
-            normal(rows, V, dtype=F32),
-            *(integers(1 << 40, rows, dtype=np.int64) for _ in range(2)),
-        )
-        for what, filters in (("", (1.0,)), (", top-k 50, top-p 0.9", (0.8, 50, 0.9))):
-            calls = [
-                lambda out, z, streams, counters, f=filters, m=m: m.sample(out, z, 7, streams, counters, *f)
-                for m in (ops, cpu)
-            ]
-            row(f"sample, {rows} × {V}{what}", "chosen", "orrr", make, *calls, moved=rows * V * 4)
+def sample(B, V, top_k=0, top_p=1.0):
+    ids = lambda: integers(1 << 40, B, dtype=np.int64)
+    make = lambda: (empty(B, dtype=np.int32), normal(B, V, dtype=F32), ids(), ids())
+    filters = 0.8 if top_k else 1.0, top_k, top_p
+    draw = lambda m: lambda out, z, streams, counters: m.sample(out, z, 7, streams, counters, *filters)
+    return Kernel("orrr", make, draw(ops), draw(cpu), moved=4 * B * V)
+
+
+def decode(B, context, **sizes):
+    """A step through model.decode, waited for as who reads the token does, a little beyond the context."""
+    model, _ = trained("bfloat16", **sizes)
+    cache = model.new_cache(B, sizes["T"])
+    model.decode(rng.integers(sizes["V"], size=(B, context)), cache)
+    token, n = rng.integers(sizes["V"], size=(B, 1)), 1 if EMULATOR else 20
+
+    def measure():
+        start = time.perf_counter()
+        for _ in range(n):
+            model.decode(token, cache)
+            ops.synchronize()
+        return (time.perf_counter() - start) / n
+
+    read = model.flat_params.nbytes + 4 * B * context * sizes["L"] * sizes["C"]
+    return dict(flops=0, moved=read), dict(ours=measure)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def config():
-    return gpt2.GPT2Config(SETTINGS["L"], NH, C, T, V)
+@functools.cache
+def trained(dtype, L, NH, C, T, V):
+    """A model and its optimizer. They stay until the end, only their activations are given back."""
+    model = gpt2.GPT2(gpt2.GPT2Config(L, NH, C, T, V), "cuda", dtype)
+    return model, gpt2.AdamW(model)
 
 
-def training():
-    """Tokens a second as train.py gets them: batches from the host, and of each step the loss is read while
+def training(B, dtype, **sizes):
+    """Seconds of a step as train.py takes it: batches from the host, and of each step the loss is read while
     its backward pass runs, the norm while the next step does."""
-    model, steps = gpt2.GPT2(config(), "cuda", "bfloat16"), SETTINGS["steps"]
-    optimizer, per_token = gpt2.AdamW(model), model.config.flops_per_token(T)
-    for rows in SETTINGS["batches"]:
-        weights = ops.to_device(np.full(rows * T, 1 / (rows * T), np.float32)).reshape(rows, T)
-        blocks, norm = [rng.integers(V, size=(rows, T + 1)) for _ in range(3 + steps)], None
-        try:
-            for i, batch in enumerate(model.prefetch((block[:, :-1], block[:, 1:]) for block in blocks)):
-                if i == 3:  # those were to warm up
-                    ops.synchronize()
-                    start = time.perf_counter()
-                loss = ops.read_later(model.forward(*batch, weights))
-                model.backward()
-                if norm:
-                    norm()
-                loss()
-                norm = optimizer.update(1e-4)
-            ops.synchronize()
-            rate = steps * rows * T / (time.perf_counter() - start)
-            say(work="training", batch=rows, rate=rate, flops_per_token=per_token)
-        except (UserError, MemoryError) as failure:
-            say(work="training", batch=rows, failed=str(failure)[:200])
-    profile(model, optimizer, rng.integers(V, size=(B, T + 1)))
+    (model, optimizer), T, V = trained(dtype, **sizes), sizes["T"], sizes["V"]
+    n = 1 if EMULATOR else min(100, max(6, (6 << 16) // (B * T)))  # of a round: six of 64 × 1024
+    weights = ops.to_device(np.full((B, T), 1 / (B * T), np.float32))
+
+    def measure():
+        blocks, norm = [rng.integers(V, size=(B, T + 1)) for _ in range(2 + n)], None
+        for i, batch in enumerate(model.prefetch((block[:, :-1], block[:, 1:]) for block in blocks)):
+            if i == 2:  # those were to warm up
+                ops.synchronize()
+                start = time.perf_counter()
+            loss = ops.read_later(model.forward(*batch, weights))
+            model.backward()
+            if norm:
+                norm()
+            loss()
+            norm = optimizer.update(1e-4)
+        norm()
+        ops.synchronize()
+        spent = (time.perf_counter() - start) / n
+        give_back(model)  # the other side needs the memory
+        return spent
+
+    return dict(flops=model.config.flops_per_token(T) * B * T), dict(ours=measure)
 
 
-def profile(model, optimizer, block):
-    """Where the time of one step goes, each operation waited for: bench_ours.py's stopwatch."""
-    from bench_ours import Timed  # noqa: PLC0415  it imports the whole project, only this needs that
+def give_back(model):
+    model.buffers.clear()
+    settle(free=True)
 
-    model.ops = timed = Timed(ops)
+
+def first_step(B, **sizes):
+    one_step(*trained("bfloat16", **sizes), rng.integers(sizes["V"], size=(B, sizes["T"] + 1)))
+    ops.synchronize()
+    return {}, {}
+
+
+def one_step(model, optimizer, block):
     model.forward(block[:, :-1], block[:, 1:])
     model.backward()
-    optimizer.step(1e-4)
-    for label, spent in timed.seconds.most_common(16):
-        say(work="profile", label=label, calls=timed.calls[label], seconds=spent, flops=timed.flops[label])
+    return optimizer.update(1e-4)
 
 
-def curve(folder):
+class Traced:
+    """The operations; each call's label and cost are kept with the launches it made, in `calls`."""
+
+    def __init__(self, cost):
+        self.cost, self.calls = cost, []  # (label, FLOP, bytes, launches)
+
+    def __getattr__(self, name):
+        function = getattr(ops, name)
+        if not inspect.isfunction(function):
+            return function
+
+        def traced(*values):
+            global trace  # noqa: PLW0603
+            trace = []
+            try:
+                return function(*values)
+            finally:
+                arguments = dict(zip(inspect.signature(function).parameters, values))
+                if trace:
+                    self.calls.append((*self.cost(name, arguments), trace))
+                trace = None
+
+        return traced
+
+
+def steps(B, **sizes):
+    """A step, and where its time goes: the operations, and the kernels of each, by events around launches."""
+    from bench_ours import cost  # noqa: PLC0415  it imports the whole project, only this needs that
+
+    model, optimizer = trained("bfloat16", **sizes)
+    block, n = rng.integers(sizes["V"], size=(B, sizes["T"] + 1)), 1 if EMULATOR else 3
+
+    def seconds():
+        start = ops.now()
+        for _ in range(n):
+            one_step(model, optimizer, block)
+        return ops.elapsed(start, ops.now()) / n
+
+    def measure():
+        seconds()  # warm
+        step, operations = seconds(), {}
+        model.ops = traced = Traced(cost)
+        try:
+            seconds()
+        finally:
+            model.ops = ops
+        for label, flops, moved, launches in traced.calls:
+            found = operations.setdefault(label, dict(calls=0, seconds=0, flops=0, moved=0, kernels={}))
+            for key, value in dict(calls=1, flops=flops, moved=moved).items():
+                found[key] += value / n
+            for kernel, start, end in launches:
+                spent = ops.elapsed(start, end) / n
+                found["seconds"] += spent
+                calls, before = found["kernels"].get(kernel, (0, 0))
+                found["kernels"][kernel] = calls + 1 / n, before + spent
+        give_back(model)
+        for label, found in operations.items():
+            kernels = [(name, round(calls), spent) for name, (calls, spent) in found["kernels"].items()]
+            found |= dict(label=label, calls=round(found["calls"]), kernels=kernels)
+        return dict(step=step, operations=list(operations.values()))
+
+    return {}, dict(ours=measure)
+
+
+def curve(B, steps, folder, **sizes):
     """Losses on the batches of folder, from weights that are left there for the peer."""
-    model = gpt2.GPT2(config(), "cuda", "bfloat16")
+    (L, NH, C, T, V), folder = (sizes[name] for name in ("L", "NH", "C", "T", "V")), Path(folder)
+    model = gpt2.GPT2(gpt2.GPT2Config(L, NH, C, T, V), "cuda", "bfloat16")
     weights = {name: ops.to_host(model.master[name]) for name in model.config.shapes()}
     np.savez(folder / "weights.npz", **weights)
-    optimizer, losses = gpt2.AdamW(model), []
-    for step, block in enumerate(np.load(folder / "batches.npy")):
-        losses.append(ops.read_later(model.forward(block[:, :-1], block[:, 1:])))
-        model.backward()
-        optimizer.step(6e-4 * min(1, (step + 1) / 20))
-    say(work="curve", losses=[float(read().mean(dtype=np.float64)) for read in losses])
+    optimizer, batches = gpt2.AdamW(model), np.load(folder / "batches.npy")
+
+    def measure():
+        losses = []
+        for step, block in enumerate(batches):
+            losses.append(ops.read_later(model.forward(block[:, :-1], block[:, 1:])))
+            model.backward()
+            optimizer.step(6e-4 * min(1, (step + 1) / 20))
+        return [float(read().mean(dtype=np.float64)) for read in losses]
+
+    return {}, dict(ours=measure)
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+
+# Each returns, for the sizes of a row, a call that takes the row's arrays.
+EARLIER = {
+    "matmul": {"naive": naive_matmul},
+    "attention_forward": {"naive": naive_attention},
+    "attention_backward": {"naive": naive_attention_backward},
+    "layernorm_forward": {"rows": layernorm_rows, "naive": naive_layernorm},
+    "layernorm_backward": {"naive": naive_layernorm_backward},
+    "encoder_forward": {"naive": naive_encoder},
+    "encoder_backward": {"naive": naive_encoder_backward},
+    "classifier": {"row read twice": classifier_twice, "naive": naive_classifier},
+    "adamw": {"naive": naive_adamw},
+    "global_norm": {"naive": naive_global_norm},
+    "attention_decode": {"naive": naive_decode},
+}
+for kind in "gelu_forward", "gelu_backward", "residual_forward":
+    EARLIER[kind] = {"naive": functools.partial(naive_elementwise, kind)}
+
+
+def card():
+    device = xp.cuda.runtime.getDeviceProperties(0)
+    about = {"card": device["name"].decode(), "memory": ops.DEVICE.mem_info[1], "sms": ops.SMS}
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+    driver = ""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout
+        driver = found.split("\n")[0]
+    about["driver"] = driver or f"CUDA {xp.cuda.runtime.driverGetVersion()}"
+    about["ours"] = f"Python {platform.python_version()}, NumPy {np.__version__}, CuPy {xp.__version__}"
+    about |= dict(capability=ops.CAPABILITY, logits=ops.LOGITS)
+    versions = {kind: [*FORCED.get(kind, ()), *EARLIER.get(kind, ())] for kind in FORCED | EARLIER}
+    return about | dict(versions=versions), {}
+
+
+def open_row(kind, sizes, version):
+    ops.RUNGS.update(FORCED.get(kind, {}).get(version, {}))
+    try:
+        found = globals()[kind](**sizes)
+        if not isinstance(found, Kernel):
+            return found
+        if version in EARLIER.get(kind, ()):
+            found.call, found.rotated = EARLIER[kind][version](**sizes), False  # slow: one set is enough
+        return found.open()
+    finally:
+        ops.RUNGS.clear()
+
+
+def settle(free):
+    if free:
+        gc.collect()
+        xp.get_default_memory_pool().free_all_blocks()
+    ops.synchronize()
 
 
 if __name__ == "__main__":
-    section = sys.argv[1]
-    globals()[section](*([Path(sys.argv[3])] if section == "curve" else []))
-    for *arguments, numbers in later:
-        measured(*arguments, **numbers)
+    serve(open_row, settle)

@@ -1,14 +1,14 @@
 """PyTorch's side of bench_gpu.py: cuBLAS, SDPA, and the rest as torch has it; then training and a loss curve.
 
-bench_gpu.py starts this file once for each section, in a Python that has torch, and reads one JSON object a
-line. Without a GPU it runs all the same, on the CPU: so it is tested. The GPT is bench_peers.py's, compiled,
-under autocast to bfloat16, with the fused AdamW and a vocabulary padded as ours is.
+bench_gpu.py starts this file in a Python that has torch, and serve() answers it. A function for each kind of
+row returns {name: (make, call)}: what of torch does the same as our kernel, on arrays of its own. Without a
+GPU it runs all the same, on the CPU: so it is tested. The GPT is bench_peers.py's, compiled, under autocast
+to bfloat16, with the fused AdamW, a vocabulary padded as ours is, and SDPA's backend left to torch.
 """
 
-import itertools
-import json
+import functools
+import gc
 import re
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -17,15 +17,14 @@ import bench_peers
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bench_gpu import serve
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-BEGAN, SETTINGS = time.monotonic(), json.loads(sys.argv[2])
-LAST = BEGAN + 0.8 * SETTINGS["seconds"]  # no row begins after that
-B, T, C, NH, V, R = (SETTINGS[name] for name in ("B", "T", "C", "NH", "V", "R"))
-N, P = B * T, SETTINGS["parameters"]
-CUDA = torch.cuda.is_available()
+EMULATOR, CUDA = sys.argv[1] == "emulator", torch.cuda.is_available()
 DEVICE, BF16 = torch.device("cuda" if CUDA else "cpu"), torch.bfloat16
-ROTATE = 256 << 20 if CUDA else 0  # bytes that calls in turn must touch: several times the L2 cache
-SECONDS = 0.15 if CUDA else 0
+ROTATE = 256 << 20 if CUDA else 0  # bytes that calls in turn touch at least: several times the L2 cache
+ROUND = 0.025 if CUDA else 0  # seconds of a round
+BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 RENAMED = [("^h", "blocks"), ("attn.c_attn", "qkv"), ("attn.c_proj", "att_proj"), ("mlp.c_fc", "fc")]
 RENAMED += [("mlp.c_proj", "mlp_proj")]
 
@@ -38,156 +37,203 @@ def integers(high, *shape):
     return torch.randint(high, shape, device=DEVICE)
 
 
-def synchronize():
-    if CUDA:
-        torch.cuda.synchronize()
+def clock(make, call, replay):
+    """A function that measures a round: the seconds of one call, queued ahead of the GPU, or in a graph."""
+    sets = [make()]
+    n_bytes = sum(x.numel() * x.element_size() for x in sets[0])
+    sets += [make() for _ in range(min(127, -(-ROTATE // n_bytes)))]
 
+    def every():
+        for arrays in sets:
+            call(*arrays)
 
-def elapsed(work, repeats):
-    """Seconds of each of `repeats` calls."""
-    if not CUDA:
-        times = [time.perf_counter()]
+    every()
+    play = every
+    if replay and CUDA:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            every()
+        play = graph.replay
+
+    def measure(repeats):
+        if not CUDA:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                play()
+            return (time.perf_counter() - start) / repeats
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        play()  # the GPU is at work before the clock starts
+        start.record()
         for _ in range(repeats):
-            work()
-            times.append(time.perf_counter())
-        return [b - a for a, b in itertools.pairwise(times)]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        work()
-        event.record()
-    synchronize()
-    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
+            play()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+
+    measure(1)
+    repeats = min(200, max(1, int(ROUND / max(measure(1), 1e-6))))
+    return lambda: measure(repeats) / len(sets)
 
 
-def say(**row):
-    print(json.dumps(row), flush=True)
-
-
-def row(work, make, call):
-    """Median seconds of call(*make()), over sets of arrays that take turns, queued ahead of the GPU."""
-    if time.monotonic() > LAST:
-        return
-    try:
-        sets = [make()]
-        n_bytes = sum(x.numel() * x.element_size() for x in sets[0])
-        sets += [make() for _ in range(min(39, ROTATE // n_bytes))]
-
-        def every():
-            for arrays in sets:
-                call(*arrays)
-
-        every()
-        once = elapsed(every, 2)[-1]
-        repeats = min(200, max(3, int(SECONDS / max(once, 1e-6))))
-        elapsed(every, repeats // 3)  # until the clocks have settled
-        say(work=work, seconds=statistics.median(elapsed(every, repeats)) / len(sets))
-    except Exception as failure:  # the next row may work
-        say(work=work, failed=f"{type(failure).__name__}: {failure}"[:300])
-    finally:
-        sets = None
-        if CUDA:
-            torch.cuda.empty_cache()
-
-
-def gradient(out, *inputs):
-    """The gradients of out = f(inputs), of which the last is out's own gradient; as often as one likes."""
-    wanted = [x for x in inputs if x.requires_grad]
-    torch.autograd.grad(out, wanted, inputs[-1], retain_graph=True)
+def gradient(out, dout, *inputs):
+    """The gradients of out = f(inputs), given out's; as often as one likes."""
+    torch.autograd.grad(out, [x for x in inputs if x.requires_grad], dout, retain_graph=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The kernels
 
 
-def ceilings():
-    n = 8192 if CUDA else 64
-    row("cuBLAS", lambda: (normal(n, n), normal(n, n), normal(n, n)), lambda a, b, c: torch.mm(a, b, out=c))
-    say(work="versions", versions=f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}", n=n)
+def copy(n_bytes):
+    make = lambda: (normal(n_bytes // 4, dtype=torch.float32), normal(n_bytes // 4, dtype=torch.float32))
+    return {"torch's copy_": (make, torch.Tensor.copy_)}
 
 
-def matmul():
-    for name, K, O in (("qkv", C, 3 * C), ("proj", C, C), ("fc", C, 4 * C), ("fc2", 4 * C, C)):
-        make = lambda K=K, O=O: (normal(N, K), normal(O, K), normal(O))
-        row(f"matmul {name}", make, F.linear)
-        make = lambda K=K, O=O: (normal(N, O), normal(O, K))
-        row(f"matmul {name} dX", make, torch.mm)
-        make = lambda K=K, O=O: (normal(N, O), normal(N, K))
-        row(f"matmul {name} dW", make, lambda dout, inp: torch.mm(dout.T, inp))
-    row("matmul logits", lambda: (normal(R, C), normal(V, C)), F.linear)
-    row("matmul logits dX", lambda: (normal(R, V), normal(V, C)), torch.mm)
-    row("matmul logits dW", lambda: (normal(R, V), normal(R, C)), lambda z, x: torch.mm(z.T, x))
+def matmul(M, N, K):
+    return {"torch": (lambda: (normal(M, K), normal(N, K), normal(N)), F.linear)}
 
 
-def heads(qkv):
-    return (part.unflatten(2, (NH, -1)).transpose(1, 2) for part in qkv.chunk(3, 2))
+def product(*shapes):
+    """A product into an array that is there already: shapes of out, a and b."""
+    return {
+        "torch": (lambda: [normal(*shape) for shape in shapes], lambda out, a, b: torch.mm(a, b, out=out))
+    }
 
 
-def attention():
-    mix = lambda qkv: F.scaled_dot_product_attention(*heads(qkv), is_causal=True).transpose(1, 2).flatten(2)
-    row("attention forward", lambda: (normal(B, T, 3 * C),), mix)
+def transposed_product(*shapes):
+    """a transposed times b."""
+    call = lambda out, a, b: torch.mm(a.T, b, out=out)
+    return {"torch": (lambda: [normal(*shape) for shape in shapes], call)}
 
+
+def matmul_dx(M, N, K):
+    return product((M, K), (M, N), (N, K))  # dout @ weight, which torch stores as (out, in)
+
+
+def matmul_dw(M, N, K):
+    return transposed_product((N, K), (M, N), (M, K))  # in bf16: ours adds to float32
+
+
+def head(M, N, K):
+    make = lambda: (normal(M, N), normal(M, K), normal(N, K))
+    return {"torch": (make, lambda out, x, wte: torch.mm(x, wte.T, out=out))}
+
+
+head_dx, head_dw = matmul_dx, matmul_dw
+
+
+def attend(backend, q, k, v):
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+
+
+def heads(B, T, NH, HS, grad=False):
+    """q, k and v (B, NH, T, HS), as they lie in what one product made."""
+    qkv = normal(B, T, 3, NH, HS)
+    return [part.transpose(1, 2).requires_grad_(grad) for part in qkv.unbind(2)]
+
+
+def attention_forward(**sizes):
+    call = lambda backend: functools.partial(attend, backend)
+    return {name: (lambda: heads(**sizes), call(backend)) for name, backend in BACKENDS.items()}
+
+
+def attention_backward(**sizes):
+    def make(backend):
+        qkv = heads(**sizes, grad=True)
+        out = attend(backend, *qkv)
+        return out, torch.randn_like(out), *qkv
+
+    return {name: (functools.partial(make, backend), gradient) for name, backend in BACKENDS.items()}
+
+
+def attention_decode(B, T, NH, HS):
+    make = lambda: (normal(B, NH, 1, HS), normal(B, NH, T, HS), normal(B, NH, T, HS))
+    return {name: (make, functools.partial(attend, backend)) for name, backend in BACKENDS.items()}
+
+
+def norm(x, w, b):
+    return F.layer_norm(x, x.shape[-1:], w, b)
+
+
+def layernorm_forward(B, T, C):
+    return {"torch": (lambda: (normal(B * T, C), normal(C), normal(C)), norm)}
+
+
+def residual_layernorm_forward(B, T, C):
+    make = lambda: (normal(B * T, C), normal(B * T, C), normal(C), normal(C))
+    return {"torch": (make, lambda x, y, w, b: norm(x + y, w, b))}
+
+
+def layernorm_backward(B, T, C):
     def make():
-        qkv = normal(B, T, 3 * C, grad=True)
-        return mix(qkv), qkv, normal(B, T, C)
+        inputs = normal(B * T, C, grad=True), normal(C, grad=True), normal(C, grad=True)
+        return norm(*inputs), normal(B * T, C), *inputs
 
-    row("attention backward", make, gradient)
+    return {"torch": (make, gradient)}
 
 
-def bandwidth():
-    norm = lambda x, w, b: F.layer_norm(x, (C,), w, b)
-    weights = lambda grad=False: (normal(C, grad=grad), normal(C, grad=grad))
-    row("layernorm forward", lambda: (normal(N, C), *weights()), norm)
-    make = lambda: (normal(N, C), normal(N, C), *weights())
-    row("residual + layernorm forward", make, lambda x, y, w, b: norm(x + y, w, b))
+def gelu_forward(B, T, C):
+    return {"torch": (lambda: (normal(B * T, C),), lambda x: F.gelu(x, approximate="tanh"))}
 
-    def make():
-        x, (w, b) = normal(N, C, grad=True), weights(True)
-        return norm(x, w, b), x, w, b, normal(N, C)
 
-    row("layernorm backward", make, gradient)
-    row("gelu forward", lambda: (normal(N, 4 * C),), lambda x: F.gelu(x, approximate="tanh"))
+def gelu_backward(B, T, C):
     back = lambda dout, x: torch.ops.aten.gelu_backward(dout, x, approximate="tanh")
-    row("gelu backward", lambda: (normal(N, 4 * C), normal(N, 4 * C)), back)
-    row("residual forward", lambda: (normal(N, 4 * C), normal(N, 4 * C)), torch.add)
+    return {"torch": (lambda: (normal(B * T, C), normal(B * T, C)), back)}
 
+
+def residual_forward(B, T, C):
+    return {"torch": (lambda: (normal(B * T, C), normal(B * T, C)), torch.add)}
+
+
+def encoder_forward(B, T, C, V):
     make = lambda: (integers(V, B, T), normal(V, C), normal(T, C))
-    row("encoder forward", make, lambda tokens, wte, wpe: F.embedding(tokens, wte) + wpe)
+    return {"torch": (make, lambda tokens, wte, wpe: F.embedding(tokens, wte) + wpe)}
+
+
+def encoder_backward(B, T, C, V):
     back = lambda dout, tokens: torch.ops.aten.embedding_dense_backward(dout, tokens, V, -1, False)
-    row("encoder backward", lambda: (normal(B, T, C), integers(V, B, T)), back)
-
-    make = lambda: (normal(R, V, grad=True), integers(V, R))
-
-    def classify(logits, targets):
-        torch.autograd.grad(F.cross_entropy(logits, targets), logits)
-
-    row("classifier", make, classify)
-    row("cross entropy", make, lambda logits, targets: F.cross_entropy(logits.detach(), targets))
-
-    parameter = normal(P, dtype=torch.float32, grad=True)
-    parameter.grad = normal(P, dtype=torch.float32)
-    optimizer = torch.optim.AdamW([parameter], lr=1e-3, fused=True)
-    row("AdamW", lambda: (parameter,), lambda _: optimizer.step())
-    row("global norm", lambda: (parameter.grad,), torch.linalg.vector_norm)
+    return {"torch": (lambda: (normal(B, T, C), integers(V, B, T)), back)}
 
 
-def decoding():
-    for rows in (64, 1) if CUDA else (2,):
-        make = lambda rows=rows: (normal(rows, NH, 1, C // NH), *(normal(rows, NH, T, C // NH),) * 2)
-        row(f"decode attention, {rows} × {T}", make, F.scaled_dot_product_attention)
-        make = lambda rows=rows: (normal(rows, V, dtype=torch.float32),)
-        row(f"sample, {rows} × {V}", make, lambda z: torch.multinomial(F.softmax(z, 1), 1))
+def classifier(M, V):
+    call = lambda logits, targets: torch.autograd.grad(F.cross_entropy(logits, targets), logits)
+    return {"torch": (lambda: (normal(M, V, grad=True), integers(V, M)), call)}
+
+
+def cross_entropy(M, V):
+    return {"torch": (lambda: (normal(M, V), integers(V, M)), F.cross_entropy)}
+
+
+def adamw(P):
+    def make():
+        parameter = normal(P, dtype=torch.float32, grad=True)
+        parameter.grad = normal(P, dtype=torch.float32)
+        optimizers[parameter] = torch.optim.AdamW([parameter], lr=1e-3, fused=True)
+        return (parameter,)
+
+    optimizers = {}
+    return {"torch": (make, lambda parameter: optimizers[parameter].step())}
+
+
+def global_norm(P):
+    return {"torch": (lambda: (normal(P, dtype=torch.float32),), torch.linalg.vector_norm)}
+
+
+def sample(B, V):
+    make = lambda: (normal(B, V, dtype=torch.float32),)
+    return {"torch": (make, lambda logits: torch.multinomial(F.softmax(logits, 1), 1))}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def trainer(weights=None):
+def trainer(L, NH, C, T, V, weights=None, compiled=CUDA):
     """(a function that trains on a batch and returns the loss, the optimizer)."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    model = bench_peers.GPT(SETTINGS["L"], NH, C, T, V)
+    model = bench_peers.GPT(L, NH, C, T, V)
     if weights is not None:
         names = dict(model.named_parameters())
         with torch.no_grad():
@@ -200,7 +246,7 @@ def trainer(weights=None):
     groups = model.optimizer(6e-4, 0.95).param_groups  # decay for matrices alone
     groups = [dict(params=group["params"], weight_decay=group["weight_decay"]) for group in groups]
     optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
-    run = torch.compile(model, dynamic=False) if SETTINGS["compile"] else model
+    run = torch.compile(model, dynamic=False) if compiled else model
 
     def step(tokens, targets):
         with torch.autocast(DEVICE.type, BF16):
@@ -214,46 +260,74 @@ def trainer(weights=None):
     return step, optimizer
 
 
-def training():
-    step, _ = trainer()
-    slowest = 0  # seconds, nearly all of them the compiler's, which looks at each size anew
-    for rows in SETTINGS["batches"]:
-        began = time.monotonic()
-        if began + slowest > BEGAN + SETTINGS["seconds"]:
-            break
+trained = functools.cache(trainer)  # the compiler looks at each size of batch anew, but the model is one
+
+
+def training(B, dtype, **sizes):
+    """The timer of a step; the batch is on the GPU."""
+    (step, _), V, T = trained(**sizes), sizes["V"], sizes["T"]
+    n = min(100, max(6, (6 << 16) // (B * T))) if CUDA else 1  # of a round, as many as ours
+
+    def measure():
+        tokens = integers(V, B, T + 1)
+        for _ in range(2):
+            step(tokens[:, :-1], tokens[:, 1:])
+        settle(free=False)
+        start = time.perf_counter()
+        for _ in range(n):
+            step(tokens[:, :-1], tokens[:, 1:])
+        settle(free=False)
+        spent = (time.perf_counter() - start) / n
+        settle(free=True)  # the other side needs the memory
+        return spent
+
+    measure()  # compiles
+    return measure
+
+
+def curve(B, steps, folder, **sizes):
+    """Losses on the batches of folder, from the weights that ours began with. Compiling would take longer."""
+
+    def measure():
+        step, optimizer = trainer(**sizes, weights=np.load(Path(folder) / "weights.npz"), compiled=False)
+        losses = []
+        for i, block in enumerate(np.load(Path(folder) / "batches.npy")):
+            for group in optimizer.param_groups:
+                group["lr"] = 6e-4 * min(1, (i + 1) / 20)
+            block = torch.from_numpy(block.astype(np.int64)).to(DEVICE)  # noqa: PLW2901
+            losses.append(step(block[:, :-1], block[:, 1:]))
+        return [float(loss) for loss in losses]
+
+    return measure
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+
+def open_row(kind, sizes, version):
+    if kind == "card":
+        return dict(torch=f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}"), {}
+    if kind in ("training", "curve"):
+        return {}, {"torch": globals()[kind](**sizes)}
+    timers, failures = {}, []
+    for name, (make, call) in globals()[kind](**sizes).items():
         try:
-            tokens = integers(V, rows, T + 1)
-            for _ in range(3):  # compile, warm up
-                step(tokens[:, :-1], tokens[:, 1:])
-            synchronize()
-            start = time.perf_counter()
-            for _ in range(SETTINGS["steps"]):
-                step(tokens[:, :-1], tokens[:, 1:])
-            synchronize()
-            rate = SETTINGS["steps"] * rows * T / (time.perf_counter() - start)
-            memory = torch.cuda.mem_get_info() if CUDA else (0, 0)
-            say(work="training", batch=rows, rate=rate, memory=memory[1] - memory[0])
-        except RuntimeError as failure:  # out of memory, for one
-            say(work="training", batch=rows, failed=str(failure)[:200])
-        slowest = max(slowest, time.monotonic() - began)
-        if CUDA:
-            torch.cuda.empty_cache()
+            timers[name] = clock(make, call, replay=kind == "attention_decode")
+        except Exception as failure:  # of SDPA's backends one may not be there
+            failures.append(f"{name}: {type(failure).__name__}: {failure}"[:300])
+            settle(free=True)
+    return dict(failures=failures), timers
 
 
-def curve(folder):
-    """Losses on the batches of folder, from the weights that ours began with."""
-    step, optimizer = trainer(np.load(folder / "weights.npz"))
-    losses = []
-    for i, block in enumerate(np.load(folder / "batches.npy")):
-        for group in optimizer.param_groups:
-            group["lr"] = 6e-4 * min(1, (i + 1) / 20)
-        block = torch.from_numpy(block.astype(np.int64)).to(DEVICE)  # noqa: PLW2901
-        losses.append(step(block[:, :-1], block[:, 1:]))
-    say(work="curve", losses=[float(loss) for loss in losses])
+def settle(free):
+    if CUDA and free:
+        gc.collect()
+        torch.cuda.empty_cache()
+    if CUDA:
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
-    if not CUDA and not SETTINGS["emulator"]:
+    if not CUDA and not EMULATOR:
         sys.exit("this torch has no CUDA")
-    section = sys.argv[1]
-    globals()[section](*([Path(sys.argv[3])] if section == "curve" else []))
+    serve(open_row, settle)

@@ -141,6 +141,34 @@ def train_by_clock(folder, name, steps):
 # Where the time goes
 
 
+# What an operation reads and writes besides; every other array it only reads or only writes.
+IN_PLACE = {"layernorm_backward": ("dinp", "dweight", "dbias"), "classifier": ("logits",)}
+IN_PLACE |= dict.fromkeys(("matmul_backward", "matmul_gelu_backward"), ("dweight", "dbias"))
+IN_PLACE |= {"adamw": ("params", "grads", "m", "v")}
+
+
+def cost(name, arguments):
+    """(label, FLOP, the fewest bytes to be moved) of an operation with these arguments, {name: value}."""
+    label, flops, arrays = name, 0, {key: x for key, x in arguments.items() if hasattr(x, "nbytes")}
+    moved = sum(x.nbytes for x in arrays.values())
+    moved += sum(x.nbytes for key, x in arrays.items() if key in IN_PLACE.get(name, ()))
+    if name.startswith("matmul"):
+        (out,) = (arguments[key] for key in ("out", "dout") if key in arguments)  # (..., out)
+        rows, weight = out.size // out.shape[-1], arguments["weight"]
+        flops = 2 * rows * weight.size * (2 if "backward" in name else 1)
+        label = f"{name} {weight.shape[0]} to {weight.shape[1]}"
+    elif name.startswith("attention"):  # causality leaves half of 2 products forward, of 5 backward
+        B, T, width = arguments["qkv"].shape
+        flops = B * T * T * width // 3 * (5 if "backward" in name else 2)
+    elif name == "encoder_forward":  # of wte only the tokens' rows
+        moved += min(0, arguments["out"].nbytes - arguments["wte"].nbytes)
+    elif name == "encoder_backward":  # of dwte only the tokens' rows, at most one a token; read and written
+        rows = min(len(arguments["dwte"]), arguments["tokens"].size)
+        width = arguments["dwte"].nbytes // len(arguments["dwte"])
+        moved += 2 * rows * width - arguments["dwte"].nbytes + arguments["dwpe"].nbytes
+    return label, flops, moved
+
+
 class Timed:
     """The operations of a device, with a stopwatch on every call."""
 
@@ -157,16 +185,7 @@ class Timed:
             result = function(*values)
             self.ops.synchronize()
             seconds = time.perf_counter() - start
-            arguments = dict(zip(inspect.signature(function).parameters, values))
-            label, flops = name, 0
-            if name.startswith("matmul"):
-                (out,) = (arguments[key] for key in ("out", "dout") if key in arguments)  # (..., out)
-                rows, weight = out.size // out.shape[-1], arguments["weight"]
-                flops = 2 * rows * weight.size * (2 if "backward" in name else 1)
-                label = f"{name} {weight.shape[0]} to {weight.shape[1]}"
-            elif name.startswith("attention"):  # causality leaves half of 2 products forward, of 5 backward
-                B, T, width = arguments["qkv"].shape
-                flops = B * T * T * width // 3 * (5 if "backward" in name else 2)
+            label, flops, _ = cost(name, dict(zip(inspect.signature(function).parameters, values)))
             for counter, value in ((self.seconds, seconds), (self.calls, 1), (self.flops, flops)):
                 counter[label] += value
             return result
