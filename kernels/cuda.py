@@ -59,34 +59,30 @@ RUNGS = {}  # what a benchmark or a test wants instead: "matmul": a tile, "slice
 def encoder_forward(out, tokens, wte, wpe, offsets=None):
     what = "encoder_forward: out S B T C, tokens int B T, wte S V C, wpe S P C, offsets? int B"
     n = check(what, out, tokens, wte, wpe, offsets)
-    N, packs = n.B * n.T, cdiv(n.C, WIDTH[n.S])
-    arguments = out, tokens, wte, wpe, offsets, N, n.T, n.C, n.P
-    launch("encoder", f"encoder_forward<{n.S}>", cdiv(N * packs, 256), 256, *arguments)
+    arguments = out, tokens, wte, wpe, offsets, n.B * n.T, n.T, n.C, n.P
+    launch("encoder", f"encoder_forward<{n.S}>", cdiv(n.B * n.T, 8), 256, *arguments)
 
 
-_count = []  # (V,) int32: how often each token stands in a batch
+_chunk_count = []  # (1,) int32: of token_groups; zero, and the kernels leave it zero
 
 
 def encoder_backward(dwte, dwpe, dout, tokens):
     what = "encoder_backward: dout S B T C, dwte float V C, dwpe float P C, tokens int B T"
     n = check(what, dout, dwte, dwpe, tokens)
-    N, packs, strips = n.B * n.T, cdiv(n.C, WIDTH[n.S]), cdiv(n.C, 32 * WIDTH[n.S])
     if n.T > n.P:
         raise ValueError(f"encoder_backward: dwpe has {n.P} positions, dout {n.T}")
-    if len(_count) == 0 or len(_count[0]) < n.V:
-        _count[:] = [zeros(n.V, np.int32)]  # the kernels leave it zero
-    ints = [(n.V + 1, np.int32), (N, np.int32), (N, np.int32), (N, np.int32)]
-    starts, place, grouped, order, partials = scratch(*ints, (cdiv(N, 32) * n.C, np.float32))
-    rows, S = cdiv(N, 256), n.S
-    launch("encoder", f"encoder_backward_wpe<{S}>", cdiv(n.T * packs, 256), 256, dwpe, dout, n.B, n.T, n.C)
-    launch("encoder", "token_count", rows, 256, place, *_count, tokens, N)
-    launch("encoder", "token_starts", 1, 1024, starts, *_count, n.V)
-    launch("encoder", "token_scatter", rows, 256, grouped, starts, place, tokens, N)
-    launch("encoder", "token_order", rows, 256, order, starts, grouped, tokens, N)
-    arguments = dwte, partials, dout, tokens, starts, order, N, n.C
-    launch("encoder", f"encoder_backward_wte<{S}>", (cdiv(N, 8), strips), 256, *arguments)
-    arguments = dwte, partials, tokens, starts, order, N, n.C
-    launch("encoder", f"encoder_backward_join<{S}>", (rows, strips), 256, *arguments)
+    if not _chunk_count:
+        _chunk_count.append(zeros(1, np.int32))
+    N, slots, most = n.B * n.T, cdiv(n.B * n.T, 32), min(n.B * n.T, n.V + n.B * n.T // 32)
+    wanted = (N, np.int32), (4 * most, np.int32), (2 * slots, np.int32), (slots * n.C, np.float32)
+    order, chunks, groups, partials = scratch(*wanted)
+    bits = max(6, (cdiv(n.V, 400) - 1).bit_length())  # of a token's number, that choose a block
+    arguments = order, chunks, *_chunk_count, groups, tokens, N, n.V, bits
+    launch("encoder", "token_groups", 1 << bits, 1024, *arguments, shared=4 * 33 * cdiv(n.V, 1 << bits))
+    arguments = dwte, dwpe, partials, dout, order, chunks, *_chunk_count, n.B, n.T, n.C
+    launch("encoder", f"encoder_backward<{n.S}, 16, 4>", 4 * SMS, 256, *arguments)
+    arguments = dwte, partials, groups, *_chunk_count, N, n.C
+    launch("encoder", "encoder_backward_join", (cdiv(slots, 8), cdiv(n.C, 128)), 256, *arguments)
 
 
 def take_rows(out, inp, rows):

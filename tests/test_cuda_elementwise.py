@@ -245,7 +245,7 @@ def test_encoder_forward(dtype, shift, C):
     for offsets in None, np.array([0, 4, 11], np.int32):  # the last row runs over the end of wpe
         expected = np.empty((B, T, C))
         cpu.encoder_forward(expected, tokens, *wide(wte, wpe), offsets)
-        for rung, threads in ("_naive", B * T * C), ("", B * T * cdiv(C, 16 // dtype.itemsize)):
+        for rung, threads in ("_naive", B * T * C), ("", B * T * 32):
 
             def compute(rung=rung, threads=threads, offsets=offsets):
                 out = empty((B, T, C), dtype, shift)
@@ -258,68 +258,118 @@ def test_encoder_forward(dtype, shift, C):
             check(twice(compute)[0], expected)
 
 
+def text(kind, N, V):
+    """N tokens: one repeated, all different, as frequent as in a text, or in groups of every kind: 1, 31, 32
+    and 63 rows are one chunk, 64, 65, 95, 96 and 97 two and three."""
+    lengths = {0: 1, 3: 31, 4: 32, 7: 63, 8: 64, 20: 65, 55: 95, 56: 96, 30: 97}
+    rng = np.random.default_rng(1)
+    if kind == "repeated":
+        return np.full(N, V - 1, np.int32)
+    if kind == "different":
+        return rng.permutation(V)[:N].astype(np.int32)
+    if kind == "zipf":
+        return np.minimum(rng.zipf(1.3, N) - 1, V - 1).astype(np.int32)
+    assert sum(lengths.values()) == N
+    return rng.permutation(np.repeat(list(lengths), list(lengths.values()))).astype(np.int32)
+
+
+def token_groups(tokens, V, bits):
+    """order, chunks (n, 4) and groups (slots, 2) on the device, and the counter of chunks."""
+    N, keys = tokens.size, cdiv(V, 1 << bits)
+    order, count = empty(N, np.int32), device(np.zeros(1, np.int32))
+    chunks, groups = empty((min(N, V + N // 32), 4), np.int32), empty((cdiv(N, 32), 2), np.int32)
+    arguments = order, chunks, count, groups, device(tokens), N, V, bits
+    launch("encoder.cu", "token_groups", 1 << bits, 1024, *arguments, shared=4 * 33 * keys)
+    return order, chunks, groups, count
+
+
+@pytest.mark.parametrize("kind", ["repeated", "different", "zipf", "groups"])
+@pytest.mark.parametrize("V, bits", [(600, 0), (600, 6), (60, 2), (50257, 7)])
+def test_token_groups(kind, V, bits):
+    N = 544 if kind == "groups" else min(V, 1500)
+    tokens = text(kind, N, V)
+
+    def compute():
+        order, chunks, groups, count = token_groups(tokens, V, bits)
+        n = int(count.get()[0])
+        found = chunks.get()[:n]
+        groups = groups.get()
+        groups[groups[:, 1] == 0, 0] = 0  # nobody reads that
+        return order, device(found[found[:, 1].argsort()]), device(groups)
+
+    order, chunks, groups = twice(compute)
+    ordered = tokens[order]
+    starts = np.flatnonzero(np.diff(ordered, prepend=-1))  # of the groups in order
+    for first, last in zip(starts, [*starts[1:], N]):  # each has the rows of a token, ascending
+        assert np.array_equal(order[first:last], np.flatnonzero(tokens == ordered[first]))
+    assert sorted(ordered[starts]) == sorted(set(tokens.tolist()))
+    expected, joined = [], np.zeros((cdiv(N, 32), 2), int)
+    for first, last in zip(starts, [*starts[1:], N]):
+        pieces, slot = max(1, (last - first) // 32), cdiv(first, 32)
+        ends = [*range(first + 32, first + 32 * pieces, 32), last]
+        for i, end in enumerate(ends):
+            expected.append([ordered[first], first + 32 * i, end, slot + i if pieces > 1 else -1])
+        if pieces > 1:
+            joined[slot] = ordered[first], pieces
+    assert np.array_equal(chunks, expected)
+    assert np.array_equal(groups, joined)
+
+
 @both_dtypes
 @both_alignments
 @pytest.mark.parametrize("C", CHANNELS)
-def test_encoder_backward(dtype, shift, C):
-    """Groups of every kind: absent, 1, 31, 32, 63 (one chunk), 64, 65, 95, 96, 97 (two and three)."""
+@pytest.mark.parametrize("kind", ["groups", "zipf"])
+def test_encoder_backward(dtype, shift, C, kind):
     B, T, V, S = 4, 136, 57, NAMES[dtype]
-    lengths = {0: 1, 3: 31, 4: 32, 7: 63, 8: 64, 20: 65, 55: 95, 56: 96, 30: 97}
     N = B * T
-    assert sum(lengths.values()) == N
-    tokens = np.repeat(list(lengths), list(lengths.values())).astype(np.int32)
-    tokens = np.random.default_rng(1).permutation(tokens).reshape(B, T)
+    tokens = text(kind, N, V)
     dout, dwte, dwpe = random(2, (B, T, C), dtype), random(3, (V, C), F32), random(4, (T + 1, C), F32)
     expected = wide(dwte, dwpe)
-    cpu.encoder_backward(*expected, wide(dout)[0], tokens)
-    size = 16 // dtype.itemsize
-    packs, strips = cdiv(C, size), cdiv(C, 32 * size)
+    cpu.encoder_backward(*expected, wide(dout)[0], tokens.reshape(B, T))
     ids, dy = device(tokens), device(dout, shift)
 
     def naive():
-        total = device(dwte)
-        launch("encoder.cu", f"encoder_backward_naive<{S}>", (cdiv(C, 256), V), 256, total, dy, ids, N, C)
-        return [total]
+        dwte_there, dwpe_there, grid = device(dwte), device(dwpe), (cdiv(C, 256), V)
+        launch("encoder.cu", f"encoder_backward_naive<{S}>", grid, 256, dwte_there, dy, ids, N, C)
+        name, grid = f"encoder_backward_wpe_naive<{S}>", cdiv(T * C, 256)
+        launch("encoder.cu", name, grid, 256, dwpe_there, dy, B, T, C)
+        return dwte_there, dwpe_there
 
-    def sort():
-        place, grouped, order, starts = (empty(n, np.int32) for n in (N, N, N, V + 1))
-        count = device(np.zeros(V, np.int32))
-        for _ in range(2):  # the second time shows that count was left zero
-            launch("encoder.cu", "token_count", cdiv(N, 256), 256, place, count, ids, N)
-            launch("encoder.cu", "token_starts", 1, 1024, starts, count, V)
-            launch("encoder.cu", "token_scatter", cdiv(N, 256), 256, grouped, starts, place, ids, N)
-            launch("encoder.cu", "token_order", cdiv(N, 256), 256, order, starts, grouped, ids, N)
-        return starts, order
+    def grouped(blocks):
+        totals = device(dwte, shift), device(dwpe, shift)
+        partials, (order, chunks, groups, count) = empty((cdiv(N, 32), C), F32), token_groups(tokens, V, 3)
+        arguments = *totals, partials, dy, order, chunks, count, B, T, C
+        launch("encoder.cu", f"encoder_backward<{S}, 16, 4>", blocks, 256, *arguments)
+        grid = cdiv(cdiv(N, 32), 8), cdiv(C, 128)
+        arguments = totals[0], partials, groups, count, N, C
+        launch("encoder.cu", "encoder_backward_join", grid, 256, *arguments)
+        assert count.get()[0] == 0  # ready for the next batch
+        return totals
 
-    def chunks():
-        total, partials = device(dwte, shift), empty((cdiv(N, 32), C), F32)
-        starts, order = sort()
-        arguments = (ids, starts, order, N, C)
-        grids = (cdiv(N, 8), strips), (cdiv(N, 256), strips)
-        launch("encoder.cu", f"encoder_backward_wte<{S}>", grids[0], 256, total, partials, dy, *arguments)
-        launch("encoder.cu", f"encoder_backward_join<{S}>", grids[1], 256, total, partials, *arguments)
-        return [total]
-
-    def positions(name, threads):
-        total = device(dwpe, shift)
-        launch("encoder.cu", f"{name}<{S}>", cdiv(threads, 256), 256, total, dy, B, T, C)
-        return [total]
-
-    starts, order = twice(sort)
-    np.testing.assert_array_equal(order, np.argsort(tokens.reshape(-1), kind="stable"))
-    np.testing.assert_array_equal(starts, np.searchsorted(np.sort(tokens.reshape(-1)), np.arange(V + 1)))
-    check(twice(naive)[0], expected[0])
-    check(twice(chunks)[0], expected[0])
-    for rung in ("encoder_backward_wpe_naive", T * C), ("encoder_backward_wpe", T * packs):
-        check(twice(lambda rung=rung: positions(*rung))[0], expected[1])
+    results = twice(lambda: grouped(9))
+    for result, reference in zip(results, expected):
+        check(result, reference)
+    for result, other in zip(results, twice(lambda: grouped(3))):  # nor do the bits depend on the grid
+        np.testing.assert_array_equal(result, other)
+    for result, reference in zip(twice(naive), expected):
+        check(result, reference)
 
 
-def test_token_starts_of_a_large_vocabulary():
-    count = np.random.default_rng(1).integers(0, 9, 50257, np.int32)
-    starts, counter = empty(len(count) + 1, np.int32), device(count)
-    launch("encoder.cu", "token_starts", 1, 1024, starts, counter, len(count))
-    np.testing.assert_array_equal(starts.get(), np.concatenate([[0], count.cumsum()]))
-    assert not counter.get().any()
+@pytest.mark.parametrize("kind", ["repeated", "different", "zipf"])
+def test_encoder_backward_of_any_text(kind):
+    """As cuda.py launches it; in one repeated token all rows are of one group."""
+    B, T, V, C = 5, 512, 3000, 16
+    tokens, dout = text(kind, B * T, V).reshape(B, T), random(2, (B, T, C), BF16)
+    expected = np.zeros((V, C)), np.zeros((T, C))
+    cpu.encoder_backward(*expected, wide(dout)[0], tokens)
+
+    def compute():
+        totals = cuda.zeros((V, C)), cuda.zeros((T, C))
+        cuda.encoder_backward(*totals, device(dout), device(tokens))
+        return totals
+
+    for result, reference in zip(twice(compute), expected):
+        check(result, reference, terms=50 if kind == "repeated" else 0)
 
 
 # ------------------------------------------------------------------------------------------------------------

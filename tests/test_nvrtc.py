@@ -58,8 +58,7 @@ def nvrtc():
 
 WAYS = "forward", "backward"
 ELEMENTWISE = "gelu_forward", "gelu_backward", "residual_forward"
-ENCODER = ["forward_naive", "forward", "backward_naive", "backward_wpe_naive", "backward_wpe"]
-ENCODER += ["backward_wte", "backward_join"]
+ENCODER = "forward_naive", "forward", "backward_naive", "backward_wpe_naive"
 USES = [  # epilogue, A_T, B_T, whether the output is float32 in any case
     ("STORE", False, False, False),  # dinp of the tied head
     ("STORE", False, True, False),  # dinp, and the logits of training
@@ -128,7 +127,8 @@ def variants(capability, monkeypatch):
     }
     for file, kernels in plain.items():
         names.setdefault(file, set()).update(f"{kernel}<{S}>" for kernel in kernels for S in both)
-    names["encoder"] |= {"token_count", "token_starts", "token_scatter", "token_order"}
+    names["encoder"] |= {f"encoder_backward<{S}, 16, 4>" for S in both}
+    names["encoder"] |= {"token_groups", "encoder_backward_join"}
     names["norm"] = {"global_norm_naive", "square_sums", "global_norm_finish", "clip_scale"}
     names["adamw"] = {"adamw_naive", "adamw"}
     if capability < 80:  # neither bf16 nor cp.async
@@ -193,7 +193,7 @@ def launches(capability, monkeypatch, training_only=False):
         as_card(capability, patch)
         patch.setattr(cuda, "launch", launch)
         patch.setattr(cuda, "scratch", lambda *wanted: [ghost(n, dtype=dtype) for n, dtype in wanted])
-        patch.setattr(cuda, "_count", [ghost(1 << 16, dtype=np.int32)])
+        patch.setattr(cuda, "_chunk_count", [ghost(1, dtype=np.int32)])
         patch.setattr(gpu, "xp", SimpleNamespace(ndarray=Ghost))
         cuda._slices.cache_clear()  # it knows this card's number of multiprocessors
         step("bfloat16" if capability >= 80 else "float32")
