@@ -1,15 +1,22 @@
 """The emulator itself: each facility against NumPy, and each mistake that it must report, made on purpose."""
 
+import ctypes
+import functools
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import emulator
+import hypothesis
 import ml_dtypes
 import numpy as np
 import pytest
 from emulator import KernelError, compiler
+from hypothesis import strategies as st
+from ml_dtypes import bfloat16 as bf16
 
 cupy = emulator.install()
 ROOT = Path(__file__).parents[1]
@@ -245,7 +252,8 @@ I = np.int32
 
 def run(name, *arguments, grid=(1,), block=(32,), shared_mem=0, module=MODULE):
     """Launch with NumPy arrays sent to the device; returns the first array argument."""
-    sent = [cupy.asarray(a) if isinstance(a, np.ndarray) else a for a in arguments]
+    host = lambda a: isinstance(a, np.ndarray) and a.itemsize < 128  # a tensor map goes by value
+    sent = [cupy.asarray(a) if host(a) else a for a in arguments]
     module.get_function(name)(grid, block, tuple(sent), shared_mem=shared_mem)
     return next((a.get() for a in sent if isinstance(a, cupy.ndarray)), None)
 
@@ -570,6 +578,620 @@ def test_without_a_compiler_ziglang_is_one(monkeypatch):
     monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(compiler.CompileError, match=r"no C.. compiler: install .*pip install ziglang"):
         compiler.compiler.__wrapped__()
+
+
+# ----------------------------------------------------------------------------------------------------- Hopper
+
+HOPPER = r"""
+#include "ptx_hopper.cuh"
+
+#define SHARED extern __shared__ __align__(1024) unsigned char shared_memory[]
+
+__device__ Barrier* one_barrier(unsigned char* at, int count) {     // made by thread 0, for all
+    Barrier* barrier = (Barrier*)at;
+    if (threadIdx.x == 0) barrier_init(barrier, count), barrier_init_fence();
+    __syncthreads();
+    return barrier;
+}
+
+// ---- TMA: `bytes` of a box, and the barrier behind them
+
+__device__ void dump(unsigned char* out, const unsigned char* shared, int bytes) {
+    for (int i = threadIdx.x; i < bytes; i += blockDim.x) out[i] = shared[i];
+}
+extern "C" __global__ void load_2d(const __grid_constant__ TensorMap map, unsigned char* out, int bytes,
+                                   int x, int y, int shift) {
+    SHARED;
+    Barrier* full = one_barrier(shared_memory + bytes, 1);
+    if (threadIdx.x == 0) {
+        barrier_arrive_expect(full, bytes);
+        tma_load(shared_memory + shift, map, full, x, y);
+    }
+    barrier_wait(full, 0);
+    dump(out, shared_memory, bytes);
+}
+extern "C" __global__ void load_4d(const __grid_constant__ TensorMap map, unsigned char* out, int bytes,
+                                   int x, int y, int z, int w) {
+    SHARED;
+    Barrier* full = one_barrier(shared_memory + bytes, 1);
+    if (threadIdx.x == 0) {
+        barrier_arrive_expect(full, bytes);
+        tma_load(shared_memory, map, full, x, y, z, w);
+    }
+    barrier_wait(full, 0);
+    dump(out, shared_memory, bytes);
+}
+extern "C" __global__ void load_bulk(unsigned char* out, const unsigned char* inp, int bytes) {
+    SHARED;
+    Barrier* full = one_barrier(shared_memory + bytes, 1);
+    if (threadIdx.x == 0) {
+        barrier_arrive_expect(full, bytes);
+        bulk_load(shared_memory, inp, bytes, full);
+    }
+    barrier_wait(full, 0);
+    dump(out, shared_memory, bytes);
+}
+extern "C" __global__ void store_2d(const __grid_constant__ TensorMap map, const unsigned char* inp,
+                                    int bytes, int x, int y, int add) {
+    SHARED;
+    for (int i = threadIdx.x; i < bytes; i += blockDim.x) shared_memory[i] = inp[i];
+    async_proxy_fence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        if (add) tma_add(map, shared_memory, x, y);
+        else tma_store(map, shared_memory, x, y);
+        bulk_commit();
+        bulk_wait<0>();
+    }
+}
+extern "C" __global__ void store_4d(const __grid_constant__ TensorMap map, const unsigned char* inp,
+                                    int bytes, int x, int y, int z, int w) {
+    SHARED;
+    for (int i = threadIdx.x; i < bytes; i += blockDim.x) shared_memory[i] = inp[i];
+    async_proxy_fence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        tma_store(map, shared_memory, x, y, z, w);
+        bulk_commit();
+        bulk_wait<0>();
+    }
+}
+
+// ---- wgmma: out (64, N) = a (64, 64) @ b (64, N), as TMA lays them, plus 1
+
+template <int N, bool A_MN, bool B_MN, bool REGISTERS>
+__global__ void product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
+                        float* out, const __nv_bfloat16* a) {
+    SHARED;
+    unsigned char *a_tile = shared_memory, *b_tile = shared_memory + 8192;
+    constexpr int BOXES = B_MN ? (N + 63) / 64 : 1, BYTES = B_MN ? BOXES * 8192 : N * 128;
+    Barrier* full = one_barrier(b_tile + BYTES, 1);
+    if (threadIdx.x == 0) {
+        barrier_arrive_expect(full, 8192 + BYTES);
+        tma_load(a_tile, a_map, full, 0, 0);
+        for (int c = 0; c < BOXES; c++) tma_load(b_tile + c * 8192, b_map, full, c * 64, 0);
+    }
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, column = lane % 4 * 2;
+    float d[N / 2];
+    for (int i = 0; i < N / 2; i++) d[i] = 1;
+    barrier_wait(full, 0);
+    wgmma_fence();
+    for (int k = 0; k < 4; k++) {
+        Descriptor right = advance(describe(b_tile, B_MN ? 8192 : 16), k * (B_MN ? 2048 : 32));
+        if constexpr (REGISTERS) {
+            uint32_t left[4];
+            for (int i = 0; i < 4; i++)
+                left[i] = *(const uint32_t*)(a + (row + i % 2 * 8) * 64 + k * 16 + column + i / 2 * 8);
+            wgmma<B_MN>(d, left, right, true);
+        } else {
+            wgmma<A_MN, B_MN>(d, advance(describe(a_tile), k * (A_MN ? 2048 : 32)), right, true);
+        }
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_results(d);
+    for (int i = 0; i < N / 2; i++)
+        out[(row + i % 4 / 2 * 8) * N + i / 4 * 8 + column + i % 2] = d[i];
+}
+
+// ---- A pipeline: out (64, 64) += the sum over blocks of a (64, 64) @ b (64, 64), and its mistakes
+
+enum Mistake { NONE, NO_FULL_WAIT, NO_EMPTY_WAIT, EARLY_RELEASE, NO_RELEASE, MORE_BYTES,
+               FEWER_BYTES, NO_FENCE, TOUCHED, NO_LAST_WAIT, NO_COMMIT, NO_BULK_WAIT,
+               NO_BULK_COMMIT, NO_READ_WAIT, TWO_ARRIVALS, OVERWRITTEN, OTHER_LINE, PRODUCER_STAYS
+               };
+
+extern "C" __global__ void __launch_bounds__(256, 1) pipeline(
+    const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
+    const __grid_constant__ TensorMap out_map, int blocks, int mistake) {
+    SHARED;
+    unsigned char* box = shared_memory + 2 * 16384;
+    Barrier *full = (Barrier*)(box + 8192), *empty = full + 2;
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < 2; s++) barrier_init(full + s, 1), barrier_init(empty + s, 1);
+        barrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x >= 128) {
+        registers_decrease<40>();
+        for (int i = 0; i < blocks && threadIdx.x == 128; i++) {
+            unsigned char* stage = shared_memory + i % 2 * 16384;
+            if (mistake != NO_EMPTY_WAIT) barrier_wait(empty + i % 2, i / 2 % 2 ^ 1);
+            int bytes = mistake == MORE_BYTES ? 16384 + 128 : mistake == FEWER_BYTES ? 16384 - 128 : 16384;
+            barrier_arrive_expect(full + i % 2, bytes);
+            tma_load(stage, a_map, full + i % 2, i * 64, 0);
+            tma_load(stage + 8192, b_map, full + i % 2, 0, i * 64);
+        }
+        if (mistake == PRODUCER_STAYS) named_barrier_sync<256>(1);
+        return;
+    }
+    registers_increase<232>();
+    float d[32];
+    for (int i = 0; i < blocks; i++) {
+        unsigned char* stage = shared_memory + i % 2 * 16384;
+        if (mistake != NO_FULL_WAIT) barrier_wait(full + i % 2, i / 2 % 2);
+        if (mistake != NO_FENCE || i == 0) wgmma_fence();
+        Descriptor a = describe(stage), b = describe(stage + 8192);
+        for (int k = 0; k < 4; k++)
+            if (mistake == OTHER_LINE && threadIdx.x == 77)
+                wgmma<false, true>(d, advance(a, k * 32), advance(b, k * 2048), i + k > 0);
+            else wgmma<false, true>(d, advance(a, k * 32), advance(b, k * 2048), i + k > 0);
+        if (mistake != NO_COMMIT) wgmma_commit();
+        if (mistake == TOUCHED && threadIdx.x == 5) d[7] = 0;
+        if (mistake == EARLY_RELEASE && threadIdx.x == 0) barrier_arrive(empty + i % 2);
+        if (mistake != NO_LAST_WAIT || i < blocks - 1) wgmma_wait<0>();
+        if (mistake == TWO_ARRIVALS && threadIdx.x == 1) barrier_arrive(empty + i % 2);
+        if (mistake == OVERWRITTEN && threadIdx.x == 1) empty[1] = 0;
+        if (mistake != EARLY_RELEASE && mistake != NO_RELEASE && threadIdx.x == 0)
+            barrier_arrive(empty + i % 2);
+    }
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
+    for (int half = 0; half < 2; half++) {                  // 64 rows of 32 floats
+        if (threadIdx.x == 0 && mistake != NO_READ_WAIT) bulk_wait_read<0>();
+        named_barrier_sync<128>(1);
+        for (int i = 0; i < 16; i++) {
+            int m = row + lane / 4 + i % 4 / 2 * 8, n = i / 4 * 8 + lane % 4 * 2 + i % 2;
+            ((float*)box)[m * 32 + (n / 4 ^ m % 8) * 4 + n % 4] = d[16 * half + i];
+        }
+        async_proxy_fence();
+        named_barrier_sync<128>(1);
+        if (threadIdx.x == 0) {
+            tma_add(out_map, box, half * 32, 0);
+            if (mistake != NO_BULK_COMMIT) bulk_commit();
+        }
+    }
+    if (threadIdx.x == 0 && mistake != NO_BULK_WAIT) bulk_wait<0>();
+}
+
+// ---- Barriers and their mistakes
+
+extern "C" __global__ void barriers(float* out, int mistake) {
+    __shared__ Barrier barrier[3];
+    if (threadIdx.x == 0) {
+        if (mistake != 1) barrier_init(barrier, 64);
+        if (mistake == 2) barrier_init(barrier, 64);
+        if (mistake == 3) barrier_init((Barrier*)((char*)barrier + 4), 64);
+        if (mistake == 4) barrier_init((Barrier*)out, 64);
+        if (mistake == 5) barrier_init(barrier + 1, 0);
+        barrier_init_fence();
+    }
+    __syncthreads();
+    barrier_arrive(barrier);                                // the first phase has ended when all have arrived
+    barrier_wait(barrier, 0);
+    if (mistake == 6) barrier_wait(barrier, 2);
+    for (int i = 0; i < (mistake == 7 && threadIdx.x == 3 ? 2 : 1); i++) barrier_arrive(barrier);
+    while (!barrier_try_wait(barrier, 1)) {}
+    if (mistake == 8 && threadIdx.x < 32) barrier_wait(barrier, 0);         // no third phase ever ends
+    out[threadIdx.x] = 1;
+}
+// The last of two warps sees phase 0 end when phase 1 has ended too.
+extern "C" __global__ void falls_behind(int* out) {
+    __shared__ Barrier barrier;
+    if (threadIdx.x == 0) barrier_init(&barrier, 1);
+    __syncthreads();
+    if (threadIdx.x < 32) barrier_wait(&barrier, 0);
+    else if (threadIdx.x == 32) barrier_arrive(&barrier), barrier_arrive(&barrier);
+}
+extern "C" __global__ void named(float* out, int number, int mistake) {
+    __shared__ float values[256];
+    values[threadIdx.x] = threadIdx.x;
+    if (mistake == 1 && threadIdx.x < 128) named_barrier_sync<256>(number);
+    else if (mistake == 2 && threadIdx.x == 200) return;
+    else if (mistake == 3) named_barrier_sync<64>(number);  // any 64 threads of 256: the warps are torn apart
+    else named_barrier_sync<128>(number + threadIdx.x / 128);
+    out[threadIdx.x] = values[threadIdx.x ^ 127];
+}
+extern "C" __global__ void many_registers() {
+    if (threadIdx.x < 128) registers_decrease<40>();
+    else registers_increase<240>();
+}
+extern "C" __global__ void through_registers(unsigned* out, const unsigned* inp) {   // through shared memory
+    SHARED;
+    for (int i = threadIdx.x; i < 128; i += 32) ((unsigned*)shared_memory)[i] = inp[i];
+    __syncwarp();
+    unsigned r[4];
+    ldmatrix_x4(r, shared_memory + threadIdx.x * 16);
+    stmatrix_x4(shared_memory + 512 + threadIdx.x * 16, r[0], r[1], r[2], r[3]);
+    __syncwarp();
+    for (int i = threadIdx.x; i < 128; i += 32) out[i] = ((unsigned*)shared_memory)[128 + i];
+}
+
+// ---- A cluster: each block loads a half of 64 rows for both, three times, and says when it has read them
+
+extern "C" __global__ void __launch_bounds__(128, 1) __cluster_dims__(2, 1, 1)
+share(const __grid_constant__ TensorMap map, unsigned char* out, int mistake) {
+    SHARED;
+    Barrier *full = (Barrier*)(shared_memory + 8192), *empty = full + 1;
+    int rank = cluster_rank(), cluster = blockIdx.x / 2;
+    if (threadIdx.x == 0) {
+        barrier_init(full, 1), barrier_init(empty, mistake == 1 ? 1 : 2);
+        barrier_init_fence();
+    }
+    __syncthreads();
+    if (mistake != 2) cluster_sync();
+    for (int i = 0; i < 3; i++) {
+        if (threadIdx.x == 0) {
+            barrier_wait(empty, i % 2 ^ 1);
+            barrier_arrive_expect(full, 8192);
+            tma_load_multicast(shared_memory + rank * 4096, map, full, i * 64, cluster * 64 + rank * 32,
+                               mistake == 3 ? 4 : 3);
+        }
+        barrier_wait(full, i % 2);
+        dump(out + (blockIdx.x * 3 + i) * 8192, shared_memory, 8192);
+        __syncthreads();
+        int other = mistake == 4 ? 2 : mistake == 5 ? rank : threadIdx.x;
+        if (threadIdx.x < 2) barrier_arrive_cluster(empty, other);
+    }
+    if (mistake != 6) cluster_sync();
+}
+"""
+CUDA_TYPE = {"uint8": 0, "float32": 7, "bfloat16": 9}
+MISTAKES = re.findall(r"\w+", re.search(r"Mistake {(.*?)}", HOPPER, re.DOTALL)[1])
+BOOLS = "false", "true"
+PRODUCTS = [f"product<{N}, {a}, {b}, false>" for N in (64, 128, 192) for a in BOOLS for b in BOOLS]
+PRODUCTS += [f"product<{N}, false, {b}, true>" for N in (64, 160, 256) for b in BOOLS]
+
+
+@functools.cache
+def hopper():
+    names = [*PRODUCTS, *compiler.kernel_names(HOPPER)]
+    return cupy.RawModule(code=HOPPER, options=("-arch=sm_90a",), name_expressions=names)
+
+
+def launch(name, *arguments, bytes=0, grid=1, block=128):
+    return run(name, *arguments, grid=(grid,), block=(block,), shared_mem=bytes, module=hopper())
+
+
+def encode(array, box, swizzle=3, /, **changes):
+    """(the driver's answer, a tensor map of the array): sizes and box as in NumPy, the outermost first."""
+    memory = np.zeros(192, np.uint8)
+    encoded = memory[-memory.ctypes.data % 64 :][:128]
+    sizes, strides = array.shape[::-1], array.strides[:-1][::-1]
+    words = dict(
+        map=encoded.ctypes.data, type=CUDA_TYPE[str(array.dtype)], rank=len(sizes), address=array.data.ptr,
+        sizes=sizes, strides=strides, box=box[::-1], steps=[1] * len(sizes), interleave=0, swizzle=swizzle,
+        promotion=2, outside=0,
+    ) | changes  # fmt: skip
+    kinds = dict(map=ctypes.c_void_p, address=ctypes.c_void_p, sizes=ctypes.c_uint64, strides=ctypes.c_uint64)
+    values = [
+        (kinds.get(name, ctypes.c_uint32) * len(value))(*value)
+        if isinstance(value, (list, tuple))
+        else kinds.get(name, ctypes.c_int)(value)
+        for name, value in words.items()
+    ]
+    return ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(*values), encoded.view("V128")
+
+
+def map_of(array, box, swizzle=3):
+    status, encoded = encode(array, box, swizzle)
+    assert status == 0
+    return encoded
+
+
+def swizzled(rows, swizzle=3):
+    """Rows of a box as TMA lays them into shared memory: 16-byte chunks change places by their address."""
+    data = np.ascontiguousarray(rows).view(np.uint8).reshape(-1, 16)
+    address = np.arange(len(data)) * 16
+    return data[(address ^ (address >> 7 & (1 << swizzle) - 1) << 4) // 16].ravel()
+
+
+def clipped(array, start, box):
+    """What lies in a box of an array: zeros outside."""
+    result = np.zeros(box, array.dtype)
+    inside = [(max(s, 0), min(s + b, n)) for s, b, n in zip(start, box, array.shape)]
+    if all(low < high for low, high in inside):
+        to = tuple(slice(low - s, high - s) for (low, high), s in zip(inside, start))
+        result[to] = array[tuple(slice(low, high) for low, high in inside)]
+    return result
+
+
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(data=st.data(), swizzle=st.integers(0, 3), dtype=st.sampled_from([np.float32, bf16]))
+def test_tma_loads_boxes_and_clips_them(data, swizzle, dtype):
+    n, each = np.dtype(dtype).itemsize, 16 // np.dtype(dtype).itemsize
+    width = (16 << swizzle if swizzle else 16 * data.draw(st.integers(1, 16))) // n
+    rows = data.draw(st.integers(1, 64))
+    shape = data.draw(st.tuples(st.integers(1, 100), st.integers(1, 40)))
+    shape = shape[0], shape[1] * each  # rows are multiples of 16 bytes
+    y = data.draw(st.integers(-rows - 2, shape[0] + 2))
+    x = data.draw(st.integers(-width // each - 1, shape[1] // each + 1)) * each
+    inp = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    source, box = cupy.asarray(inp), (rows, width)
+    out = cupy.empty(rows * width * n, np.uint8)
+    total = -(-out.size // 8) * 8
+    launch("load_2d", map_of(source, box, swizzle), out, I(out.size), I(x), I(y), I(0), bytes=total + 8)
+    np.testing.assert_array_equal(out.get(), swizzled(clipped(inp, (y, x), box), swizzle))
+
+
+@hypothesis.settings(max_examples=25)
+@hypothesis.given(
+    shape=st.tuples(*[st.integers(1, n) for n in (3, 70, 4, 3)]),
+    start=st.tuples(*[st.integers(low, high) for low, high in ((-1, 3), (-40, 70), (-1, 4), (-1, 3))]),
+    box=st.sampled_from([(1, 32, 1, 64), (2, 8, 3, 64), (1, 64, 1, 64)]),
+)
+def test_tma_in_four_dimensions(shape, start, box):
+    shape, start = (*shape[:3], 32 * shape[3]), (*start[:3], 8 * start[3])
+    inp = np.random.default_rng(1).normal(size=shape).astype(bf16)
+    source, out = cupy.asarray(inp), cupy.empty(2 * math.prod(box), np.uint8)
+    place = [I(i) for i in start[::-1]]
+    launch("load_4d", map_of(source, box), out, I(out.size), *place, bytes=out.size + 8)
+    expected = swizzled(clipped(inp, start, box).reshape(-1, 64))
+    np.testing.assert_array_equal(out.get(), expected)
+    if min(start) < 0:
+        return
+    target = cupy.zeros(shape, bf16)
+    launch("store_4d", map_of(target, box), expected, I(out.size), *place, bytes=out.size)
+    inside = clipped(np.ones(box, bool), [-s for s in start], shape)
+    np.testing.assert_array_equal(target.get(), np.where(inside, inp, 0))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, bf16])
+@pytest.mark.parametrize(
+    "y, x, add", [(0, 0, 0), (8, 64, 0), (60, 96, 0), (60, 96, 1), (0, 0, 1), (70, 0, 1)]
+)
+def test_tma_stores_and_adds_what_is_inside(dtype, y, x, add):
+    width = 128 // np.dtype(dtype).itemsize
+    box, before = np.random.default_rng(2).normal(size=(2, 70, 112)).astype(dtype)
+    box = box[:16, :width]
+    target = cupy.asarray(before)
+    launch("store_2d", map_of(target, box.shape), swizzled(box), I(2048), I(x), I(y), I(add), bytes=2048)
+    expected, part = before.copy(), box[: max(70 - y, 0), : 112 - x]
+    expected[y : y + 16, x : x + width] = part + expected[y : y + 16, x : x + width] if add else part
+    np.testing.assert_array_equal(target.get(), expected)
+
+
+def test_bulk_loads_are_bytes():
+    inp, out = np.random.default_rng(3).integers(0, 256, 4096).astype(np.uint8), cupy.empty(4096, np.uint8)
+    np.testing.assert_array_equal(launch("load_bulk", out, inp, I(4096), bytes=4104), inp)
+    with pytest.raises(KernelError, match=r"bulk_load at .*:\d+: goes 16 bytes beyond the end of argument 1"):
+        launch("load_bulk", out, inp[:4080], I(4096), bytes=4104)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ((0, 4, 0), r"tma_load at kernel.cu:\d+: the innermost coordinate 4, 8 bytes, is not a multiple of 16"),
+    ((16, 0, 0), "byte 16 of shared memory is not aligned to 1024"),
+    ((1024, 0, 0), "is not inside the .* bytes of dynamic shared memory"),
+])  # fmt: skip
+def test_loads_that_the_card_refuses(arguments, message):
+    source, (shift, x, y) = cupy.zeros((64, 64), bf16), map(I, arguments)
+    with pytest.raises(KernelError, match=message):
+        launch("load_2d", map_of(source, (64, 64)), empty(8192, np.uint8), I(8192), x, y, shift, bytes=8200)
+
+
+def test_stores_that_the_card_refuses():
+    inp, target = np.zeros(2048, np.uint8), cupy.zeros((64, 64), bf16)
+    for y, x in ((-1, 0), (0, -8)):
+        with pytest.raises(KernelError, match="only loads may begin outside"):
+            launch("store_2d", map_of(target, (16, 64)), inp, I(2048), I(x), I(y), I(0), bytes=2048)
+
+
+def test_maps_that_are_none():
+    out, source = cupy.empty(8192, np.uint8), cupy.zeros((64, 64), bf16)
+    good = map_of(source, (64, 64))
+
+    def load(encoded):
+        launch("load_2d", encoded, out, I(8192), I(0), I(0), I(0), bytes=8200)
+
+    load(good)
+    changed = good.view(np.uint8).copy()
+    changed[20] ^= 1
+    with pytest.raises(KernelError, match="this is no tensor map"):
+        load(changed.view("V128"))
+    _, longer = encode(source, (64, 64), sizes=(64, 65), box=(64, 65))
+    with pytest.raises(
+        KernelError, match="goes 128 bytes beyond the end of the array of argument 0, a tensor map"
+    ):
+        launch("load_2d", longer, out, I(8320), I(0), I(0), I(0), bytes=8328)
+    del source
+    with pytest.raises(KernelError, match="there is no array: it was freed"):
+        load(good)
+    with pytest.raises(KernelError, match="4 coordinates for a tensor map of 2 dimensions"):
+        launch("load_4d", good, out, I(8192), *[I(0)] * 4, bytes=8200)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(strides=(24,)), dict(box=(64, 0)), dict(box=(64, 257)), dict(box=(4, 64)), dict(box=(128, 64)),
+    dict(sizes=(0, 64)), dict(rank=6), dict(rank=0), dict(type=20), dict(address=0), dict(swizzle=4),
+])  # fmt: skip
+def test_maps_that_the_driver_refuses(changes):
+    array = cupy.zeros((64, 64), bf16)
+    assert encode(array, (64, 64))[0] == 0 and encode(array, (64, 64), **changes)[0] == 1
+    for name, distance in (("address", 8), ("map", 32)):
+        there = dict(address=array.data.ptr, map=array.data.ptr // 64 * 64)[name]
+        assert encode(array, (64, 64), **{name: there + distance})[0] == 1
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_wgmma(name):
+    N, a_mn, b_mn, _ = re.findall(r"\d+|true|false", name)
+    rng = np.random.default_rng(4)
+    a, b = (rng.normal(size=s).astype(bf16) for s in ((64, 64), (64, int(N))))
+    expected = 1 + a.astype("f8") @ b.astype("f8")
+    stored = a.T if a_mn == "true" else a, b if b_mn == "true" else b.T
+    left, right = (cupy.asarray(np.ascontiguousarray(matrix)) for matrix in stored)
+    maps = map_of(left, (64, 64)), map_of(right, (64 if b_mn == "true" else int(N), 64))
+    out = launch(name, *maps, empty((64, int(N))), a, bytes=6 * 8192)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-4)
+
+
+def run_pipeline(mistake="NONE", blocks=5):
+    """The result and what it should be."""
+    rng = np.random.default_rng(5)
+    a, b = rng.normal(size=(64, 64 * blocks)).astype(bf16), rng.normal(size=(64 * blocks, 64)).astype(bf16)
+    left, right, out = cupy.asarray(a), cupy.asarray(b), cupy.zeros((64, 64), np.float32)
+    maps = map_of(left, (64, 64)), map_of(right, (64, 64)), map_of(out, (64, 32))
+    launch("pipeline", *maps, I(blocks), I(MISTAKES.index(mistake)), bytes=5 * 8192 + 32, block=256)
+    return out.get(), a.astype("f8") @ b.astype("f8")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("EMULATOR_COPIES", "mixed"), ("EMULATOR_COPIES", "eager"), ("EMULATOR_COPIES", "late"),
+    ("EMULATOR_ORDER", "reverse"), ("EMULATOR_ORDER", "9"), ("EMULATOR_TWICE", "1"),
+])  # fmt: skip
+def test_a_pipeline_of_copies_and_products(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    np.testing.assert_allclose(*run_pipeline(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("mistake, message", [
+    ("NO_FULL_WAIT", r"wgmma at .*: (a|b) at byte \d+ of shared memory is still being filled by the tma"),
+    ("NO_EMPTY_WAIT", "more arrivals than the 1 of the barrier|still being filled|has not been waited for"),
+    ("EARLY_RELEASE", r"tma_load at .*: byte \d+ of shared memory is an operand of the wgmma at .*, which"),
+    ("NO_RELEASE", r"deadlock; 128 threads waiting in barrier_wait\(barrier at byte 40960 of shared memory, "
+                   r"parity 1; its phase 1 lacks 1 arrival\) at kernel.cu:\d+, first thread \(0, 0, 0\); "
+                   r"1 thread waiting in barrier_wait\(barrier at byte 40976"),
+    ("MORE_BYTES", r"deadlock; 128 threads waiting in barrier_wait\(barrier at byte 40960 of shared memory, "
+                   r"parity 0; its phase 0 lacks 0 arrivals and 128 bytes\)"),
+    ("FEWER_BYTES", "phase 0 of the barrier at byte 40960 of shared memory got 128 bytes more than were "
+                    "expected|still being filled"),
+    ("NO_FENCE", "no wgmma_fence since the last wgmma_commit"),
+    ("TOUCHED", r"thread \(5, 0, 0\): wgmma at .*: d\[7\] was written before wgmma_wait had waited for it"),
+    ("NO_LAST_WAIT", "returned, but no wgmma_wait has waited for its wgmma|is an operand of"),
+    ("NO_COMMIT", "is an operand of the wgmma at .*, which has not been waited for|no wgmma_fence"),
+    ("NO_BULK_WAIT", r"thread \(0, 0, 0\) returned without bulk_wait<0>"),
+    ("NO_BULK_COMMIT", r"thread \(0, 0, 0\) returned without bulk_commit"),
+    ("TWO_ARRIVALS", "more arrivals than|before this thread saw|deadlock|still being filled|is an operand"),
+    ("OVERWRITTEN", "the barrier at byte 40984 of shared memory was not initialised, or was overwritten"),
+    ("OTHER_LINE", "another thread of the warpgroup is at .*, or has other operands"),
+    ("PRODUCER_STAYS", r"named_barrier_sync<\d+>\(1\) at .* waits for \d+ threads there"),
+])  # fmt: skip
+def test_mistakes_in_a_pipeline(mistake, message):
+    with pytest.raises(KernelError, match=message):
+        run_pipeline(mistake)
+
+
+def test_a_buffer_that_is_written_before_its_store_has_read_it(monkeypatch):
+    monkeypatch.setenv("EMULATOR_COPIES", "late")
+    out, expected = run_pipeline("NO_READ_WAIT")
+    assert np.abs(out[:, :32] - expected[:, :32]).max() > 1  # these rows are the other half's
+    np.testing.assert_allclose(out[:, 32:], expected[:, 32:], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("mistake, message", [
+    (1, "barrier_arrive at .*: the barrier at 0x.* was not initialised"),
+    (2, "is in use"),
+    (3, "is not aligned to 8 bytes"),
+    (4, "not inside the block's shared memory"),
+    (5, "a count of 0 arrivals"),
+    (6, "a parity is 0 or 1, not 2"),
+    (7, r"barrier_arrive at .*: more arrivals|deadlock|before this thread saw"),
+    (8, r"deadlock; 32 threads waiting in barrier_wait\(barrier at 0x.*, parity 0; its phase 2 lacks 64"),
+])  # fmt: skip
+def test_mistakes_with_barriers(mistake, message):
+    assert (launch("barriers", empty(64), I(0), block=64) == 1).all()
+    with pytest.raises(KernelError, match=message):
+        launch("barriers", empty(64), I(mistake), block=64)
+
+
+def test_who_waits_must_not_fall_a_phase_behind():
+    with pytest.raises(
+        KernelError, match="in phase 2 before this thread saw the end of phase 0: on a card it might"
+    ):
+        launch("falls_behind", empty(1, I), block=64)
+
+
+@pytest.mark.parametrize("number, mistake, message", [
+    (15, 0, "the number 16 is not one of 1 .. 15"),
+    (0, 0, "the number 0 is not one of"),
+    (1, 1, r"deadlock.*named_barrier_sync\(1\) \(128 of 256 threads are there\)"),
+    (1, 2, r"deadlock; .*127 threads waiting in named_barrier_sync\(2\) \(127 of 128 threads are there\)"),
+    (1, 3, r"only \d+ lanes of the warp of thread .* are among its threads"),
+])  # fmt: skip
+def test_named_barriers(number, mistake, message):
+    out = launch("named", empty(256), I(3), I(0), block=256)
+    np.testing.assert_array_equal(out, np.arange(256) ^ 127)
+    with pytest.raises(KernelError, match=message):
+        launch("named", empty(256), I(number), I(mistake), block=256)
+
+
+def test_an_sm_has_65536_registers():
+    with pytest.raises(KernelError, match="leave the block 66560 registers"):
+        launch("many_registers", block=384)
+
+
+def test_stmatrix_is_the_inverse_of_ldmatrix():
+    inp = np.random.default_rng(6).integers(0, 2**32, 128).astype(np.uint32)
+    out = launch("through_registers", empty(128, np.uint32), inp, bytes=1024, block=32)
+    np.testing.assert_array_equal(out, inp)
+
+
+def shared_by_clusters(mistake=0, blocks=4):
+    inp = np.random.default_rng(7).normal(size=(blocks * 32, 192)).astype(bf16)
+    source, out = cupy.asarray(inp), cupy.empty((blocks, 3, 8192), np.uint8)
+    launch("share", map_of(source, (32, 64)), out, I(mistake), bytes=8208, grid=blocks)
+    return inp, out.get()
+
+
+@pytest.mark.parametrize("order", ["forward", "1", "2"])
+def test_clusters_share_loads(order, monkeypatch):
+    monkeypatch.setenv("EMULATOR_ORDER", order)
+    inp, out = shared_by_clusters()
+    for block in range(4):
+        for i in range(3):
+            box = inp[block // 2 * 64 :][:64, 64 * i : 64 * i + 64]
+            np.testing.assert_array_equal(out[block, i], swizzled(box))
+
+
+@pytest.mark.parametrize("mistake, message", [
+    (1, "are still being filled|more arrivals than|has ended|could come too late"),
+    (2, r"the barrier at byte 8192 of shared memory of block \d was not initialised"),
+    (3, "the blocks 0x4 are not blocks of a cluster of 2"),
+    (4, "a cluster of 2 has no block 2"),
+    (5, "more arrivals than|deadlock|are still being filled"),
+    (6, "could come too late, a cluster_sync is missing|has ended"),
+])  # fmt: skip
+def test_mistakes_in_clusters(mistake, message):
+    with pytest.raises(KernelError, match=message):
+        shared_by_clusters(mistake)
+
+
+def test_launches_of_clusters():
+    with pytest.raises(KernelError, match=r"grid \(3, 1, 1\) does not divide into clusters of 2"):
+        shared_by_clusters(blocks=3)
+    code = """extern "C" __global__ void __cluster_dims__({}) k(int* x) {{
+        __shared__ int y[9];
+        y[x[0]] = 1, x[0] = y[x[1]];
+    }}"""
+    module = cupy.RawModule(code=code.format("2, 1, 1"))
+    with pytest.raises(KernelError, match="no static shared variables for clusters"):
+        run("k", empty(2, I), grid=(2,), block=(128,), module=module)
+    with pytest.raises(
+        cupy.cuda.compiler.CompileException, match=r"k: __cluster_dims__\(SIZE\) is not of the form"
+    ):
+        cupy.RawModule(code=code.format("SIZE")).get_function("k")
+
+
+@pytest.mark.parametrize("code, message", [
+    ("void k(const TensorMap map) {}", "map must be a `const __grid_constant__ TensorMap`"),
+    ("void k() { extern __shared__ float a[4]; }", "write it as extern __shared__"),
+    ("void k() { float d[36]; wgmma<false, false>(d, 0, 0, true); }", "wgmma for N = 64, 128, 160, 192 and"),
+])  # fmt: skip
+def test_hopper_programs_that_do_not_compile(code, message):
+    code = f'#include "ptx_hopper.cuh"\nextern "C" __global__ {code}'
+    with pytest.raises(cupy.cuda.compiler.CompileException, match=message):
+        cupy.RawModule(code=code, options=("-arch=sm_90a",)).get_function("k")
+    with pytest.raises(cupy.cuda.compiler.CompileException, match="needs the option -arch=sm_90a"):
+        cupy.RawModule(code=code).get_function("k")
 
 
 # ------------------------------------------------------------------------------------------------------ races

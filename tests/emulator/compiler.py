@@ -189,8 +189,8 @@ def _translate(text):
             raise CompileError(
                 f"the parameter {name} must be a `const __grid_constant__ TensorMap`, or a reference"
             )
-    pattern = rf"\bextern\s+__shared__\s+{ATTRIBUTE}([\w:]+(?:\s+[\w:]+)*?)\s+{ATTRIBUTE}(\w+)\s*\[\s*\]\s*;"
-    text = re.sub(pattern, r"\1* const \2 = (\1*)emulator::dynamic_shared;", text)
+    pattern = rf"\bextern\s+__shared__\s+{ATTRIBUTE}([\w:]+(?:\s+[\w:]+)*?)\s+{ATTRIBUTE}(\w+)\s*\[\s*\]"
+    text = re.sub(pattern, r"\1* const \2 = (\1*)emulator::dynamic_shared", text)
     if match := re.search(r"^.*\bextern\s+__shared__\b.*$", text, re.MULTILINE):
         raise CompileError(
             f"write it as extern __shared__ __align__(16) unsigned char name[]: {match[0].strip()}"

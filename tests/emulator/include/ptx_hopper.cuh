@@ -96,6 +96,11 @@ inline void switch_to_others(const char* what, const void* object, int detail, c
     wait();
 }
 
+inline void let_others_run() {
+    push(current);
+    wait();
+}
+
 // Whether all threads of a block have returned.
 static int returned_threads[MAX_CLUSTER];
 inline bool has_ended(int rank) { return returned_threads[rank] == block_threads; }
@@ -395,26 +400,18 @@ inline bool overlaps(const unsigned char* a, int64_t a_bytes, const unsigned cha
 
 // ---- TMA: what begins -------------------------------------------------------------------------------------
 
-// Every byte that a box touches is in the array that the map was made for.
+static unsigned char *array_start, *array_end;  // of the array that was found last in this block
+
+// Every byte that a box touches is in the array where it begins.
 inline void check_global(const unsigned char* first, const unsigned char* last, const char* what,
                          const char* file, int line) {
-    static unsigned char *start, *end;  // of the array that was found last
-    static uint64_t of_seed = ~0ull;
-    if (of_seed != seed || first < start || first >= end) {
-        of_seed = seed;
-        if (!launch->find_array(first, &start, &end)) {
-            of_seed = ~0ull, start = end = nullptr;
-            unsigned char *s, *e;
-            if (launch->find_array(last - 1, &s, &e))
-                fail("%s at %s:%d: begins %lld bytes before $%llu", what, base(file), line, (long long)(s - first),
-                     (unsigned long long)s);
-            fail("%s at %s:%d: at %p there is no array: it was freed, or the map is wrong", what, base(file), line,
-                 first);
-        }
-    }
-    if (last > end)
+    bool found = first >= array_start && first < array_end;
+    if (!found && !launch->find_array(first, &array_start, &array_end))
+        fail("%s at %s:%d: at %p there is no array: it was freed, or the map is wrong", what, base(file), line,
+             first);
+    if (last > array_end)
         fail("%s at %s:%d: goes %lld bytes beyond the end of $%llu", what, base(file), line,
-             (long long)(last - end), (unsigned long long)start);
+             (long long)(last - array_end), (unsigned long long)array_start);
 }
 
 inline void check_in_flight(const Bulk& bulk, const char* what, const char* file, int line);
@@ -544,6 +541,11 @@ __attribute__((noinline)) inline void load_bytes(void* shared, const void* globa
 // All but the `keep` latest groups of this thread are read, or read and written.
 __attribute__((noinline)) inline void wait_for_bulk(int keep, bool written) {
     HopperThread& self = hopper[current];
+    for (int i = 0; i < bulk_count; i++)
+        if (bulks[i].kind != LOAD && bulks[i].thread == current && !bulks[i].read) {
+            let_others_run();  // who writes too early does so now
+            break;
+        }
     for (int i = bulk_count - 1; i >= 0; i--) {
         if (bulks[i].kind == LOAD || bulks[i].thread != current || bulks[i].group >= self.groups - keep) continue;
         if (!bulks[i].read) step(i);
@@ -601,7 +603,7 @@ struct Operand {
     bool mn_major;
 
     // The bytes it spans are `pieces()` times `piece_bytes()`, chunk_bytes apart.
-    int pieces() const { return mn_major ? side / 64 : 1; }
+    int pieces() const { return mn_major ? (side + 63) / 64 : 1; }
     int piece_bytes() const { return mn_major ? 2048 : side * 128; }
     unsigned char* piece(int i) const { return (unsigned char*)((uintptr_t)start & ~1023ull) + i * chunk_bytes; }
 };
@@ -845,6 +847,7 @@ __attribute__((noinline)) inline void wgmma_wait(int keep, const char* file, int
         switch_to_others("wgmma_wait", &group, 0, file, line);
         return;
     }
+    let_others_run();  // who goes on too early does so now
     if (self.committed > keep) complete_products(group, first, group.ends[(self.committed - keep - 1) % MAX_GROUPS]);
     new_epoch();
     group.waiting = 0;
@@ -871,6 +874,7 @@ inline void draw_lag() {
 inline void begin_hopper() {
     while (bulk_count) forget(bulk_count - 1);
     barrier_count = cluster_arrived = n_parked = 0;
+    array_start = array_end = nullptr;
     now = 0, next_due = NEVER;
     chance_state = seed * 0x9e3779b97f4a7c15 + 0x2545f4914f6cdd1d;
     if (!chance_state) chance_state = 1;
