@@ -70,7 +70,13 @@ def _needing(what):
         ) from None
 
 
+_recording = False  # while captured() records
+
+
 def _allocate(make, shape, dtype):
+    if _recording:  # played later, it would write to memory that belongs to others by then
+        what = "the first call, which is not recorded, must bring everything to its size"
+        raise RuntimeError(f"{np.dtype(dtype)} {shape} would be allocated inside of a recording; {what}")
     with _needing(f"{size(int(np.prod(shape)) * np.dtype(dtype).itemsize)} more are"):
         return make(shape, dtype)
 
@@ -153,7 +159,8 @@ def scratch(*wanted):
     """
     sizes = [cdiv(n * np.dtype(dtype).itemsize, 256) * 256 for n, dtype in wanted]
     if _scratch.buffer is None or _scratch.buffer.size < sum(sizes):
-        _scratch.buffer = None
+        if not _recording:
+            _scratch.buffer = None  # so that its memory can be part of the new one
         _scratch.buffer = empty(sum(sizes), np.uint8)
     arrays, start = [], 0
     for (n, dtype), n_bytes in zip(wanted, sizes):
@@ -215,6 +222,7 @@ def captured(function):
     state = SimpleNamespace(calls=0, graph=None, scratch=None)
 
     def call():
+        global _recording  # noqa: PLW0603
         state.calls += 1
         if state.calls == 1:
             return function()
@@ -224,8 +232,10 @@ def captured(function):
                 with stream:
                     stream.begin_capture()
                     try:
+                        _recording = True
                         function()
                     finally:
+                        _recording = False
                         graph = stream.end_capture()
                 # The recording writes to this scratch memory, also when others have a larger one.
                 state.graph, state.scratch = graph, _scratch.buffer
@@ -240,6 +250,7 @@ def captured(function):
 NAMES = {np.dtype(np.float32): "float", np.dtype(np.int32): "int", np.dtype(np.int64): "long"}
 NAMES[np.dtype(ml_dtypes.bfloat16)] = "bf16"
 WIDTH = {"float": 4, "bf16": 8}  # elements in 16 bytes, the most that a thread reads at once
+MOST = 2**31 - 1  # elements of an array: kernels take sizes as int
 
 
 @functools.cache
@@ -273,6 +284,9 @@ def check(what, *arrays):
             fits &= element in WIDTH and found.setdefault("S", element) == element
         else:
             fits &= element == kind or (kind == "W" and element in ("float", found["S"]))
+        if array.size > MOST:
+            what = f"{operation}: {name} {shape} has {array.size:,} elements, a kernel counts to {MOST:,}"
+            raise UserError(f"{what}; lower --batch-size, or choose a smaller --model")
         if dims[0][1] == "N" and len(shape) >= len(dims) - 1:
             leading = len(shape) - len(dims) + 1
             shape = math.prod(shape[:leading]), *shape[leading:]
@@ -297,9 +311,12 @@ def aligned(*arrays):
 
 @functools.cache
 def _options():
-    """CuPy's cache looks at the .cu file and at these, so what the file includes must be among them."""
+    """CuPy's cache looks at the .cu file and at these, so what the file includes must be among them.
+
+    -ftz=true: denormal numbers are 0, and exp2f, rsqrtf and division need no extra steps for them.
+    """
     headers = b"".join(path.read_bytes() for path in sorted(HERE.glob("*.cuh")))
-    return "-std=c++17", f"-I{HERE}", f"-UHEADERS_{zlib.crc32(headers)}"
+    return "-std=c++17", "-ftz=true", f"-I{HERE}", f"-UHEADERS_{zlib.crc32(headers)}"
 
 
 _allowed = {}  # (file, kernel): bytes; it only grows, because CuPy gives the same function every time

@@ -6,6 +6,7 @@ and must give the same bits. How near they must be in bfloat16 says test_operati
 """
 
 import sys
+from types import SimpleNamespace
 
 import card
 import numpy as np
@@ -222,6 +223,21 @@ def test_prefetch_and_recordings():
     assert i == 4
 
 
+def test_nothing_is_allocated_inside_of_a_recording():
+    """Not even scratch memory that must grow; and the next recording may be made."""
+    large = (0 if gpu._scratch.buffer is None else gpu._scratch.buffer.size) + 4096
+    for allocate in (lambda _: cuda.zeros(3), lambda n: cuda.scratch((n, np.uint8))):
+        sizes = iter([1, large])
+        play = cuda.captured(lambda allocate=allocate, sizes=sizes: allocate(next(sizes)))
+        play()
+        with pytest.raises(RuntimeError, match="would be allocated inside of a recording"):
+            play()
+    x = cuda.zeros((1, 8))
+    play = cuda.captured(lambda: cuda.residual_forward(x, x, x))
+    play(), play(), x.fill(1), play()
+    assert (cuda.to_host(x) == 2).all() and cuda.scratch((large, np.uint8))
+
+
 def test_reading_later_is_reading_what_was_there():
     """Nobody waits before the values are wanted; until then what was asked for is not even begun."""
     array, stream, start = cuda.to_device(np.arange(3, dtype=np.float32)), cuda.xp.cuda.Stream(), cuda.now()
@@ -255,6 +271,19 @@ def test_wrong_arguments_are_errors():
         cuda.attention_forward(new((1, 2, 6)), new((1, 3, 2)), new((1, 2, 18)), 2)
     with pytest.raises(ValueError, match="the same way"):
         cuda.matmul_backward(None, new((8, 3)).T, None, x, x[..., :3].copy(), new((3, 8)))
+
+
+def test_more_elements_than_a_kernel_counts(monkeypatch):
+    class Ghost(np.ndarray):
+        device = property(lambda self: gpu.DEVICE)
+
+    monkeypatch.setattr(gpu, "xp", SimpleNamespace(ndarray=Ghost))
+    one = np.zeros((1, 1, 1), np.float32)
+    large, largest = (np.broadcast_to(one, (1 << 20, n, 1)).view(Ghost) for n in (2048, 2047))
+    with pytest.raises(UserError, match=r"out \(1048576, 2048, 1\) has 2,147,483,648 .*; lower --batch-size"):
+        cuda.gelu_forward(large, large)
+    with pytest.raises(ValueError, match="not contiguous"):  # as far as that it would do
+        cuda.gelu_forward(largest, largest)
 
 
 def test_what_a_kernel_was_allowed_it_stays_allowed():
