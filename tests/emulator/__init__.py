@@ -12,51 +12,53 @@ What it finds, each an error that names the kernel and, where there is one, bloc
 - a barrier that not all threads reach, or that they reach at different lines; a thread that has returned
   while others wait; a warp function that not all lanes of its mask reach, or whose mask names absent lanes
 - access outside of an array: each ends where its memory ends, and the next page faults; the bytes left over
-  for alignment, and those in front, are NaN and are checked after every launch. Access outside of the dynamic
-  shared memory. An index outside of an array of known size (registers, static shared memory)
+  for alignment, and those in front, are NaN and are checked after every launch. Access outside of the
+  dynamic shared memory. An index outside of an array of known size (registers, static shared memory)
 - misaligned vectors, cp.async and ldmatrix; integer division by zero; a shift by too much; a stack overflow
 - uninitialised memory: arrays from `empty`, and all shared memory before each block, hold NaN (bytes 0xff)
 - cp.async that is not waited for: the data land at the wait, until then there is NaN
-- on Hopper, copies and products that are not waited for, or whose memory is taken too early. TMA's loads land
-  at a time of chance, and NaN is there until then; stores read and write late; wgmma computes in wgmma_wait,
-  from what is in shared memory then, and its accumulators are NaN until then. Errors at once: a load to where
-  another load, a store or a product is still at work, a product of what is still being loaded, stmatrix onto
-  what a store has not read, accumulators written too early, a thread that ends before its stores or products
-- mbarriers that were not initialised, or overwritten; arrivals and bytes that are too many; who waits and falls
-  a whole phase behind. A deadlock says which barrier lacks how many arrivals and bytes
+- on Hopper, copies and products that are not waited for, or whose memory is taken too early. TMA's loads
+  land at a time of chance, and NaN is there until then; stores read and write late; wgmma computes in
+  wgmma_wait, from what is in shared memory then, and its accumulators are NaN until then. Errors at once: a
+  load to where another load, a store or a product is still at work, a product of what is still being
+  loaded, stmatrix onto what a store has not read, accumulators written too early, a thread that ends before
+  its stores or products
+- mbarriers that were not initialised, or overwritten; arrivals and bytes that are too many; who waits and
+  falls a whole phase behind. A deadlock says which barrier lacks how many arrivals and bytes
 - TMA and wgmma that a card would refuse: coordinates, alignment, descriptors, tensor maps that are none or
   reach beyond their array; products without wgmma_fence; threads of a warpgroup that disagree
 - in clusters: a block that ends, or has not begun, while the other sends to it
 - too much shared memory, too many threads, a grid over the limits
 - arguments of the wrong number, kind, size or element type
-- asynchrony of the host: work on any stream but the null stream runs when something waits for it, not earlier
+- asynchrony of the host: work on any stream but the null stream runs when something waits for it, not
+  earlier
 - races, in three ways. Threads and blocks run in a shuffled order, reversed after every barrier, so that a
-  missing barrier usually gives wrong numbers; on Hopper whole warpgroups and blocks of a cluster are held back
-  for a while. EMULATOR_TWICE=1 runs each launch forwards and backwards and compares the bits.
-  EMULATOR_RACES=1 watches every access to shared memory, and names both lines; there any phase of an mbarrier,
-  named barrier, cluster_sync or wgmma_wait that ends puts all accesses before it in order with all after it,
-  and copies and products are not watched, so it finds less in kernels with these
+  missing barrier usually gives wrong numbers; on Hopper whole warpgroups and blocks of a cluster are held
+  back for a while. EMULATOR_TWICE=1 runs each launch forwards and backwards and compares the bits.
+  EMULATOR_RACES=1 watches every access to shared memory, and names both lines; there any phase of an
+  mbarrier, named barrier, cluster_sync or wgmma_wait that ends puts all accesses before it in order with
+  all after it, and copies and products are not watched, so it finds less in kernels with these
 
-What it cannot find: mistakes of memory order and proxy fences, async_proxy_fence and barrier_init_fence among
-them (every write is seen at once by all); an ordinary write to shared memory that a store has not read yet, or
-a read of what has landed by luck before it was waited for, unless the numbers show it (try several
-EMULATOR_ORDER); registers of a wgmma's left operand that change before the wait; races in global memory whose
-orders happen to agree; bank conflicts, uncoalesced access, registers and all else about speed; an endless loop
-(give pytest a timeout); access outside of a view that stays inside of the array behind it; variables of device
-functions in the limit of shared memory; differences in the GPU's fast mathematics (__expf is exact here, and
-tensor cores round a little differently).
+What it cannot find: mistakes of memory order and proxy fences, async_proxy_fence and barrier_init_fence
+among them (every write is seen at once by all); an ordinary write to shared memory that a store has not
+read yet, or a read of what has landed by luck before it was waited for, unless the numbers show it (try
+several EMULATOR_ORDER); registers of a wgmma's left operand that change before the wait; races in global
+memory whose orders happen to agree; bank conflicts, uncoalesced access, registers and all else about speed;
+an endless loop (give pytest a timeout); access outside of a view that stays inside of the array behind it;
+variables of device functions in the limit of shared memory; differences in the GPU's fast mathematics
+(__expf is exact here, and tensor cores round a little differently).
 
-Not there: static shared memory in clusters, more than 1024 threads in a cluster, wgmma of other types than bf16
-and other swizzles than 128 bytes, tensor maps with interleaving or element strides, and boxes that are narrower
-than their swizzle.
+Not there: static shared memory in clusters, more than 1024 threads in a cluster, wgmma of other types than
+bf16 and other swizzles than 128 bytes, tensor maps with interleaving or element strides, and boxes that are
+narrower than their swizzle.
 
 It runs on Linux, on x86-64 and (never tried) aarch64. Settings, environment variables all:
     EMULATOR_ORDER      forward, reverse, or a seed for the shuffle (1)
     EMULATOR_TWICE      1: compare two orders, see above
     EMULATOR_RACES      1: watch shared memory, see above; ten times slower, and compiled anew
     EMULATOR_THREADS    operating system threads for the blocks of one launch (all cores, 4 at most)
-    EMULATOR_COPIES     when the copies of TMA arrive: mixed, by chance (the default), eager, at once, or late,
-                        when all threads wait
+    EMULATOR_COPIES     when TMA's copies arrive: by chance (mixed, the default), at once (eager), or when all
+                        threads wait (late)
     EMULATOR_EAGER      1: work on streams runs at once, so that an error's traceback shows the launch
     EMULATOR_SANITIZE   1: compile with -fsanitize=address,undefined; from tests/, start Python with
                         env EMULATOR_SANITIZE=1 $(python -m emulator) python -m pytest ...
