@@ -446,9 +446,10 @@ class GPT2:
         tokens, offsets, last = inputs[:N].reshape(B, T), inputs[N : N + B], inputs[N + B :]
         x = ops.empty((B, self.config.n_embd), self.type)
         logits = ops.empty((B, len(self.wte)), self.exact)
+        empty_cache = T > 1 and not cache.lengths.any()  # a step is used again while the cache fills
 
         def attention(i, s):
-            ops.attention_decode(s.att, s.qkv, keys[i], values[i], offsets)
+            ops.attention_decode(s.att, s.qkv, keys[i], values[i], offsets, empty_cache)
 
         def run():
             self._blocks(a, tokens, attention, offsets)

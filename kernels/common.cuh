@@ -28,6 +28,11 @@ template <typename T> __device__ inline T from_float(float x);
 template <> __device__ inline float from_float<float>(float x) { return x; }
 template <> __device__ inline bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 
+// The two bf16 of a register.
+__device__ inline float2 unpack_bf16(uint32_t pair) {
+    return make_float2(__int_as_float(pair << 16), __int_as_float(pair & 0xffff0000u));
+}
+
 // ---- 16 bytes at a time: 4 floats or 8 bf16 ---------------------------------------------------------------
 
 // A warp that loads packs asks for 512 contiguous bytes in one instruction, which is what it takes to keep
@@ -46,6 +51,17 @@ template <typename T> __device__ inline Pack<T> load_pack(const T* address) {
 }
 template <typename T> __device__ inline void store_pack(T* address, const Pack<T>& pack) {
     *reinterpret_cast<int4*>(address) = *reinterpret_cast<const int4*>(&pack);
+}
+// Its floats. bf16 come out of a register in pairs, by a shift and a mask.
+template <typename T> __device__ inline void to_floats(float (&x)[Pack<T>::size], const Pack<T>& pack) {
+    if constexpr (sizeof(T) == 2) {
+        for (int i = 0; i < Pack<T>::size; i += 2) {
+            const float2 pair = unpack_bf16(reinterpret_cast<const uint32_t*>(&pack)[i / 2]);
+            x[i] = pair.x, x[i + 1] = pair.y;
+        }
+    } else {
+        for (int i = 0; i < Pack<T>::size; i++) x[i] = pack[i];
+    }
 }
 // Floats as they are stored. bf16 go in pairs, which is one fast instruction; each alone is one at an eighth of
 // the rate.

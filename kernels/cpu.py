@@ -478,11 +478,12 @@ def attention_backward(dqkv, dout, out, lse, qkv, n_head):
     parallel(body, _shares(B, n_head, min(T, BLOCK) ** 2))
 
 
-def attention_decode(out, qkv, keys, values, lengths):
+def attention_decode(out, qkv, keys, values, lengths, empty_cache=False):
     """Attention of T new tokens a row, out (B, T, C) from qkv (B, T, 3C), to a cache of earlier ones.
 
     Row b has lengths[b] tokens in keys and values (B, NH, Tmax, HS). The new keys and values are written
     behind them, and query t sees positions 0 .. lengths[b] + t. Rows may have different lengths.
+    empty_cache: they are all 0, as the host may know; on a GPU a prompt is ordinary causal attention then.
     """
     B, T, C = out.shape
     NH, Tmax = keys.shape[1:3]

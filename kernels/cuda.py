@@ -342,20 +342,27 @@ def attention_backward(dqkv, dout, out, lse, qkv, n_head):
             launch(file, kernel, grid, 256, *arguments, HS, shared=4 * tile + scores)
 
 
-def attention_decode(out, qkv, keys, values, lengths):
+def attention_decode(out, qkv, keys, values, lengths, empty_cache=False):
     what = "attention_decode: out S B T C, qkv S B T 3C, keys S B H M D, values S B H M D, lengths int B"
     n = check(what, out, qkv, keys, values, lengths)
     HS, HP, _ = _attention_rung(n)
     if HS != n.D:
         raise ValueError(f"attention_decode: {n.H} heads of {n.D} channels are not {n.C}")
+    if n.T > 1:
+        arguments = keys, values, qkv, lengths, n.T, n.H, HS, n.M
+        launch("decode", f"attention_append<{n.S}>", (cdiv(n.C, 256), n.T, n.B), 256, *arguments)
+        if empty_cache:  # every token looks back at its own prompt alone
+            (lse,) = scratch((n.B * n.H * n.T, np.float32))
+            return attention_forward(out, lse.reshape(n.B, n.H, n.T), qkv, n.H)
     width = WIDTH[n.S] if HS % WIDTH[n.S] == 0 and aligned(out, qkv, keys, values) else 1
     blocks = n.B * n.T * n.H
-    splits = 1 if blocks >= SMS else min(cdiv(2 * SMS, blocks), cdiv(n.M, 64))
+    splits = max(1, min(6 * SMS // blocks, cdiv(n.M, 64), 32))
     partial = scratch((blocks * splits * (HS + 2), np.float32))[0] if splits > 1 else None
-    arguments = keys, values, qkv, lengths, n.T, n.H, HS, n.M
-    launch("decode", f"attention_append<{n.S}>", (cdiv(n.C, 256), n.T, n.B), 256, *arguments)
+    kernel, ring = f"attention_decode<{n.S}, {HP}, {width}>", 0
+    if width > 1 and CAPABILITY >= 80 and RUNGS.get("decode") != "registers":
+        kernel, ring = f"attention_decode_async<{n.S}, {HP}>", max(32768, 128 * HP * qkv.itemsize)
     arguments = out, partial, qkv, keys, values, lengths, n.T, n.H, HS, n.M, splits
-    launch("decode", f"attention_decode<{n.S}, {HP}, {width}>", (n.H * splits, n.T, n.B), 128, *arguments)
+    launch("decode", kernel, (n.H * splits, n.T, n.B), 128, *arguments, shared=ring)
     if splits > 1:
         arguments = out, partial, blocks, HS, splits
         launch("decode", f"attention_decode_combine<{n.S}>", cdiv(blocks, 4), 128, *arguments)

@@ -107,6 +107,7 @@ def module(file):
             names += [
                 f"attention_decode<{storage}, {HP}, {w}>" for HP in (64, 128) for w in (1, WIDTH[storage])
             ]
+            names += [f"attention_decode_async<{storage}, {HP}>" for HP in (64, 128)]
     if file == "attention.cu":
         names += ["attention_softmax", "attention_forward_tensor<64>", "attention_forward_tensor<128>"]
     elif file == "attention_backward.cu":
@@ -268,7 +269,7 @@ def test_the_future_does_not_matter(rung, dtype, HS):
 # ----------------------------------------------------------------------------------------------------- decode
 
 
-@pytest.mark.parametrize("splits", ["naive", 1, 3])
+@pytest.mark.parametrize(("rung", "splits"), [("naive", 1), ("registers", 3), ("async", 1), ("async", 3)])
 @pytest.mark.parametrize("T", [1, 5])
 @pytest.mark.parametrize(
     ("dtype", "HS", "vector"),
@@ -277,9 +278,11 @@ def test_the_future_does_not_matter(rung, dtype, HS):
         *[("bfloat16", 20, False), ("bfloat16", 64, True), ("bfloat16", 128, True)],
     ],
 )
-def test_decode(dtype, HS, vector, T, splits):
+def test_decode(dtype, HS, vector, T, rung, splits):
     """Rows of different lengths, the first one empty, the last one filling its cache; unused cache is NaN."""
-    NH, Tmax, storage = 2, 90, STORAGE[dtype]
+    if rung == "async" and not vector:
+        pytest.skip("needs accesses of 16 bytes")
+    NH, Tmax, storage = 2, 300, STORAGE[dtype]
     lengths = np.array([0, 37, Tmax - T], np.int32)
     B, C = len(lengths), NH * HS
     total = int(lengths.max()) + T
@@ -297,14 +300,20 @@ def test_decode(dtype, HS, vector, T, splits):
     k_device, v_device, qkv_device = (to_device(x, dtype) for x in (keys, values, new))
     out, lengths_device = poisoned((B, T, C), dtype), cupy.asarray(lengths)
     grid, name = (ceil_div(C, 256), T, B), f"attention_append<{storage}>"
-    launch("decode.cu", name, grid, 256, k_device, v_device, qkv_device, lengths_device, T, NH, HS, Tmax)
+    if rung == "naive" or T > 1:  # else the others append by themselves
+        append = k_device, v_device, qkv_device, lengths_device, T, NH, HS, Tmax
+        launch("decode.cu", name, grid, 256, *append)
     arguments = qkv_device, k_device, v_device, lengths_device, T, NH, HS, Tmax
-    if splits == "naive":
+    if rung == "naive":
         launch("decode.cu", f"attention_decode_naive<{storage}>", grid, 256, out, *arguments)
     else:
         partial = poisoned((B, T, NH, splits, HS + 2), "float32") if splits > 1 else None
-        name = f"attention_decode<{storage}, {64 if HS <= 64 else 128}, {WIDTH[storage] if vector else 1}>"
-        launch("decode.cu", name, (NH * splits, T, B), 128, out, partial, *arguments, splits)
+        HP, width = 64 if HS <= 64 else 128, WIDTH[storage] if vector else 1
+        name, ring = f"attention_decode<{storage}, {HP}, {width}>", 0
+        if rung == "async":
+            name, ring = f"attention_decode_async<{storage}, {HP}>", max(32768, 128 * HP * 16 // width)
+        grid = NH * splits, T, B
+        launch("decode.cu", name, grid, 128, out, partial, *arguments, splits, shared=ring)
         if splits > 1:
             name, grid = f"attention_decode_combine<{storage}>", (ceil_div(B * T * NH, 4),)
             launch("decode.cu", name, grid, 128, out, partial, B * T * NH, HS, splits)

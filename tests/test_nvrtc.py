@@ -115,6 +115,7 @@ def variants(capability, monkeypatch):
     names["decode"] = {
         f"attention_decode<{head}, {w}>" for head in heads for w in (1, 4 if "float" in head else 8)
     }
+    names["decode"] |= {f"attention_decode_async<{head}>" for head in heads}
     plain = {
         "decode": ["attention_append", "attention_decode_naive", "attention_decode_combine"],
         "attention": ["attention_scores", "attention_values"],
@@ -132,7 +133,7 @@ def variants(capability, monkeypatch):
     names["norm"] = {"global_norm_naive", "square_sums", "global_norm_finish", "clip_scale"}
     names["adamw"] = {"adamw_naive", "adamw"}
     if capability < 80:  # neither bf16 nor cp.async
-        new = re.compile(r"bf16|_tensor<|^classifier<")
+        new = re.compile(r"bf16|_tensor<|_async<|^classifier<")
         names = {file: {name for name in kernels if not new.search(name)} for file, kernels in names.items()}
     return names
 
