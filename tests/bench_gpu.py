@@ -59,11 +59,13 @@ D12 = dict(rounds=5, limit=60, B=64, T=1024, V=50304, parameters=124_475_904, sq
 D12 |= dict(d12=dict(L=12, NH=12, C=768, T=1024, V=50304), tiny=dict(L=4, NH=4, C=128, T=64, V=1024))
 D12 |= dict(models={"124M": (768, 65536), "1558M": (1600, 16384)})  # channels, and rows of the products
 D12 |= dict(wide=dict(B=16, T=1024, NH=16, HS=128), batches=(64, 32, 16), decoded=(64, 1), context=450)
-D12 |= dict(first=4, curve=(16, 200), tiny_batch=16)  # tiny: 1,024 tokens a step, as train.py has it
+D12 |= dict(
+    first=4, curve=dict(B=16, steps=200), tiny_batch=16
+)  # tiny: 1,024 tokens a step, as train.py has it
 TINY = D12 | dict(rounds=1, limit=1200, B=2, T=32, V=256, parameters=4096, square=64, copied=1 << 16)
 TINY |= dict(d12=dict(L=1, NH=2, C=128, T=32, V=256), tiny=dict(L=1, NH=2, C=32, T=16, V=256))
 TINY |= dict(models={"124M": (128, 64)}, wide=dict(B=1, T=32, NH=1, HS=128), batches=(2,), decoded=(2,))
-TINY |= dict(context=4, first=1, curve=(2, 3), tiny_batch=2)
+TINY |= dict(context=4, first=1, curve=dict(B=2, steps=3), tiny_batch=2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -130,19 +132,6 @@ def training(s, card):
     return [*rows, row("training", "tiny", peer=False, B=s["tiny_batch"], dtype="float32", **s["tiny"])]
 
 
-def steps(s, card):
-    return [row("steps", peer=False, B=max(s["batches"]), **s["d12"])]
-
-
-def start(s, card):
-    return [row("first_step", "first step", peer=False, B=s["first"], **s["d12"])]
-
-
-def curve(s, card):
-    B, n = s["curve"]
-    return [row("curve", B=B, steps=n, folder=s["folder"], **s["d12"])]
-
-
 def versions(s, card):
     """The first row of a kind once more, for each version of it that ours can be made to run."""
     first = {row["kind"]: row for row in bandwidth(s, card)[::-1] + decoding(s, card)[::-1]}
@@ -152,7 +141,13 @@ def versions(s, card):
 
 
 SECTIONS = dict(ceilings=ceilings, matmul=matmul, attention=attention, bandwidth=bandwidth, decoding=decoding)
-SECTIONS |= dict(training=training, steps=steps, start=start, curve=curve, versions=versions)
+SECTIONS |= {
+    "training": training,
+    "steps": lambda s, card: [row("steps", peer=False, B=max(s["batches"]), **s["d12"])],
+    "start": lambda s, card: [row("first_step", peer=False, B=s["first"], **s["d12"])],
+    "curve": lambda s, card: [row("curve", **s["curve"], folder=s["folder"], **s["d12"])],
+    "versions": versions,
+}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -211,15 +206,18 @@ class Side:
         for line in process.stdout:
             if line.startswith("{") and line.endswith("}\n"):  # compilers print on it, too
                 lines.put(json.loads(line))
-        lines.put(None)
 
     def answer(self, limit):
         """The answer to what was asked; {"failed": why} if there is none within so many seconds."""
-        try:
-            answer = self.lines.get(timeout=max(limit, 0.1))
-            why = "" if answer is not None else f"it ended with status {self.process.wait()}"
-        except queue.Empty:
-            answer, why = None, f"no answer within {limit:.0f} s"
+        end, answer, why = time.monotonic() + limit, None, ""
+        while answer is None and not why:
+            try:
+                answer = self.lines.get(timeout=min(1, max(0.1, end - time.monotonic())))
+            except queue.Empty:
+                if self.process.poll() is not None:
+                    why = f"it ended with status {self.process.returncode}"
+                elif time.monotonic() > end:
+                    why = f"no answer within {limit:.0f} s"
         if why:
             self.log.seek(0)
             said = self.log.read().decode(errors="replace").strip().splitlines()
@@ -289,11 +287,11 @@ def first_step(row, settings, command, until):
     return row | dict(about=about, ours=[] if failed else [spent], peers={}, wrong=failed, notes=[])
 
 
-def text_batches(B, T, n):
-    """(n, B, T + 1) bytes of our own source files, in random windows: text, always at hand."""
+def text_batches(B, T, steps):
+    """(steps, B, T + 1) bytes of our own source files, in random windows: text, always at hand."""
     files = sorted([*HERE.parent.glob("*.py"), *HERE.parent.glob("kernels/*.*"), *HERE.glob("*.py")])
     text = b"".join(path.read_bytes() for path in files if path != RESULTS)
-    starts = np.random.default_rng(0).integers(len(text) - T - 1, size=(n, B, 1))
+    starts = np.random.default_rng(0).integers(len(text) - T - 1, size=(steps, B, 1))
     return np.frombuffer(text, np.uint8)[starts + np.arange(T + 1)].astype(np.int32)
 
 
@@ -613,13 +611,15 @@ def main(argv=None):
     if "ceilings" not in sections:
         sections = ["ceilings", *sections]  # shares and floors are of them
     settings, until = (TINY, began + 1e6) if flags.emulator else (D12, began + flags.seconds)
-    python = None if flags.emulator and not flags.peer_python else bench.peer_python(flags.peer_python)
     script = lambda side: [HERE / f"bench_gpu_{side}.py", "emulator" if flags.emulator else "gpu"]
+    about = dict(do="open", kind="card", sizes={}, version=None)
     sides = [Side([sys.executable, *script("ours")], bench.OUR_PATH)]
-    sides += [Side([python, *script("peers")])] if python else []
     try:
-        for side in sides:
-            side.ask(do="open", kind="card", sizes={}, version=None)
+        sides[0].ask(**about)
+        python = None if flags.emulator and not flags.peer_python else bench.peer_python(flags.peer_python)
+        if python:
+            sides.append(Side([python, *script("peers")]))
+            sides[1].ask(**about)
         card, *torch = (side.answer(settings["limit"]) for side in sides)
         if "failed" in card:
             raise console.UserError(card["failed"].partition(": ")[2] or card["failed"])
@@ -644,8 +644,8 @@ def main(argv=None):
 
 def measure(report, sections, settings, ours, theirs, until, flags):
     """Measure the rows of the sections. The report is written after each row, printed after each section."""
-    B, n = settings["curve"]
-    np.save(Path(settings["folder"]) / "batches.npy", text_batches(B, settings["T"], n))
+    batches = text_batches(**settings["curve"], T=settings["T"])
+    np.save(Path(settings["folder"]) / "batches.npy", batches)
     for i, section in enumerate(sections):
         began = time.monotonic()
         due = min(began + share(section, sections[i + 1 :], until - began), until - LEAST)

@@ -286,9 +286,7 @@ def matmul_gelu_backward(M, N, K):
 
 
 def head(M, N, K):
-    make = lambda: (empty(M, N), normal(M, K), normal(N, K))
-    calls = [lambda out, inp, wte, m=m: m.matmul_forward(out, inp, wte.T, None) for m in (ops, cpu)]
-    return Kernel("orw", make, *calls, flops=2 * M * N * K)
+    return matmul_dx(M, K, N)  # wte (V, C) lies as the weight of a dX does
 
 
 def head_dx(M, N, K):
@@ -302,11 +300,6 @@ def head_dw(M, N, K):
     call = lambda dw, dout, inp, w: ops.matmul_backward(None, dw.T, None, dout, inp, w.T)
     moved = 8 * K * N + 2 * M * (K + N)
     return Kernel("kccw", make, call, weight_gradient, flops=2 * M * N * K, moved=moved)
-
-
-def naive_matmul(M, N, K):
-    grid = cdiv(N, 32), cdiv(M, 8)
-    return launched("matmul", "matmul_naive<bf16, false, false>", grid, (32, 8), M, N, K)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -388,35 +381,13 @@ def layernorm_backward(B, T, C):
     return Kernel("xxxwwwww", make, *both("layernorm_backward"), n=B * T)
 
 
-def layernorm_rows(B, T, C):
-    return launched("layernorm", "layernorm_forward_rows<bf16>", cdiv(B * T, 4), 128, B * T, C)
+def elementwise(name, marks, B, T, C):
+    return Kernel(marks, lambda: tuple(normal(B * T, C) for _ in marks), *both(name))
 
 
-def naive_layernorm(B, T, C):
-    return launched("layernorm", "layernorm_forward_naive<bf16>", cdiv(B * T, 128), 128, B * T, C)
-
-
-def naive_layernorm_backward(B, T, C):
-    kernel, grid = "layernorm_backward_naive<bf16>", cdiv(max(B * T, C), 128)
-    return launched("layernorm", kernel, grid, 128, B * T, C)
-
-
-def gelu_forward(B, T, C):
-    return Kernel("or", lambda: (empty(B * T, C), normal(B * T, C)), *both("gelu_forward"))
-
-
-def gelu_backward(B, T, C):
-    make = lambda: (empty(B * T, C), normal(B * T, C), normal(B * T, C))
-    return Kernel("orr", make, *both("gelu_backward"))
-
-
-def residual_forward(B, T, C):
-    make = lambda: (empty(B * T, C), normal(B * T, C), normal(B * T, C))
-    return Kernel("orr", make, *both("residual_forward"))
-
-
-def naive_elementwise(kernel, B, T, C):
-    return launched("gelu", f"{kernel}_naive<bf16>", cdiv(B * T * C, 256), 256, B * T * C)
+gelu_forward = functools.partial(elementwise, "gelu_forward", "or")
+gelu_backward = functools.partial(elementwise, "gelu_backward", "orr")
+residual_forward = functools.partial(elementwise, "residual_forward", "orr")
 
 
 def encoder_forward(B, T, C, V):
@@ -437,10 +408,6 @@ def encoder_backward(B, T, C, V):
     return Kernel("xxww", make, both("encoder_backward")[0], reference, moved=moved)
 
 
-def naive_encoder(B, T, C, V):
-    return launched("encoder", "encoder_forward_naive<bf16>", cdiv(B * T * C, 256), 256, None, B * T, T, C, T)
-
-
 def naive_encoder_backward(B, T, C, V):
     def call(dwte, dwpe, dout, ids):
         grid, arguments = cdiv(T * C, 256), (dwpe, dout, B, T, C)
@@ -454,14 +421,6 @@ def naive_encoder_backward(B, T, C, V):
 def classifier(M, V):
     make = lambda: (empty(M, dtype=F32), normal(M, V), integers(V - 47, M), normal(M, dtype=F32))
     return Kernel("oxrr", make, *both("classifier", V - 47))  # 47 of the rows of GPT-2's wte are padding
-
-
-def classifier_twice(M, V):
-    return launched("classifier", "classifier_twice<bf16>", M, 1024, V - 47, V)
-
-
-def naive_classifier(M, V):
-    return launched("classifier", "classifier_naive<bf16>", cdiv(M, 128), 128, M, V - 47, V)
 
 
 def cross_entropy(M, V):
@@ -481,22 +440,8 @@ def adamw(P):
 ADAMW = 1e-3, 0.9, 0.95, 1e-8, 0.1, 10  # learning rate, betas, eps, weight decay, step
 
 
-def naive_adamw(P):
-    lr, beta1, beta2, eps, decay, step = ADAMW
-    root = math.sqrt(1 - beta2**step)
-    numbers = beta1, beta2, 1 - lr * decay, lr * root / (1 - beta1**step), eps * root
-    arguments = cdiv(P, 256), 256
-    return lambda p, g, m, v, scale, out: launch(
-        "adamw", "adamw_naive", *arguments, p, g, m, v, out, scale, *numbers, P
-    )
-
-
 def global_norm(P):
     return Kernel("ow", lambda: (empty(1, dtype=F32), normal(P, dtype=F32)), *both("global_norm"))
-
-
-def naive_global_norm(P):
-    return launched("norm", "global_norm_naive", 1, 1024, P)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -622,13 +567,13 @@ class Traced:
         if not inspect.isfunction(function):
             return function
 
-        def traced(*values):
+        def traced(*values, **named):
             global trace  # noqa: PLW0603
             trace = []
             try:
-                return function(*values)
+                return function(*values, **named)
             finally:
-                arguments = dict(zip(inspect.signature(function).parameters, values))
+                arguments = dict(zip(inspect.signature(function).parameters, values)) | named
                 if trace:
                     self.calls.append((*self.cost(name, arguments), trace))
                 trace = None
@@ -697,22 +642,59 @@ def curve(B, steps, folder, **sizes):
 # ------------------------------------------------------------------------------------------------------------
 
 
-# Each returns, for the sizes of a row, a call that takes the row's arrays.
+def naive_adamw(P):
+    lr, beta1, beta2, eps, decay, step = ADAMW
+    root = math.sqrt(1 - beta2**step)
+    numbers = beta1, beta2, 1 - lr * decay, lr * root / (1 - beta1**step), eps * root, P
+    grid = cdiv(P, 256), 256
+    return lambda p, g, m, v, scale, out: launch(
+        "adamw", "adamw_naive", *grid, p, g, m, v, out, scale, *numbers
+    )
+
+
+def naive_elementwise(name):
+    name = f"{name}_naive<bf16>"
+    return lambda B, T, C: launched("gelu", name, cdiv(B * T * C, 256), 256, B * T * C)
+
+
+def naive_layernorm(name, rows):
+    name = f"layernorm_{name}<bf16>"
+    return lambda B, T, C: launched("layernorm", name, cdiv(max(B * T, C), rows), 128, B * T, C)
+
+
+# Each makes, of the sizes of a row, a call that takes the row's arrays.
 EARLIER = {
-    "matmul": {"naive": naive_matmul},
+    "matmul": {
+        "naive": lambda M, N, K: launched(
+            "matmul", "matmul_naive<bf16, false, false>", (cdiv(N, 32), cdiv(M, 8)), (32, 8), M, N, K
+        )
+    },
     "attention_forward": {"naive": naive_attention},
     "attention_backward": {"naive": naive_attention_backward},
-    "layernorm_forward": {"rows": layernorm_rows, "naive": naive_layernorm},
-    "layernorm_backward": {"naive": naive_layernorm_backward},
-    "encoder_forward": {"naive": naive_encoder},
+    "layernorm_forward": {
+        "rows": naive_layernorm("forward_rows", 4),
+        "naive": naive_layernorm("forward_naive", 128),
+    },
+    "layernorm_backward": {"naive": naive_layernorm("backward_naive", 128)},
+    "encoder_forward": {
+        "naive": lambda B, T, C, V: launched(
+            "encoder", "encoder_forward_naive<bf16>", cdiv(B * T * C, 256), 256, None, B * T, T, C, T
+        )
+    },
     "encoder_backward": {"naive": naive_encoder_backward},
-    "classifier": {"row read twice": classifier_twice, "naive": naive_classifier},
+    "classifier": {
+        "row read twice": lambda M, V: launched("classifier", "classifier_twice<bf16>", M, 1024, V - 47, V),
+        "naive": lambda M, V: launched(
+            "classifier", "classifier_naive<bf16>", cdiv(M, 128), 128, M, V - 47, V
+        ),
+    },
     "adamw": {"naive": naive_adamw},
-    "global_norm": {"naive": naive_global_norm},
+    "global_norm": {"naive": lambda P: launched("norm", "global_norm_naive", 1, 1024, P)},
     "attention_decode": {"naive": naive_decode},
 }
-for kind in "gelu_forward", "gelu_backward", "residual_forward":
-    EARLIER[kind] = {"naive": functools.partial(naive_elementwise, kind)}
+EARLIER |= {
+    kind: {"naive": naive_elementwise(kind)} for kind in ("gelu_forward", "gelu_backward", "residual_forward")
+}
 
 
 def card():

@@ -1,9 +1,9 @@
 """PyTorch's side of bench_gpu.py: cuBLAS, SDPA, and the rest as torch has it; then training and a loss curve.
 
-bench_gpu.py starts this file in a Python that has torch, and serve() answers it. A function for each kind of
-row returns {name: (make, call)}: what of torch does the same as our kernel, on arrays of its own. Without a
-GPU it runs all the same, on the CPU: so it is tested. The GPT is bench_peers.py's, compiled, under autocast
-to bfloat16, with the fused AdamW, a vocabulary padded as ours is, and SDPA's backend left to torch.
+bench_gpu.py starts this file in a Python that has torch, and serve() answers it. KINDS has what of torch does
+the same as our kernel, on arrays of its own. Without a GPU it runs all the same, on the CPU: so it is tested.
+The GPT is bench_peers.py's, compiled, under autocast to bfloat16, with the fused AdamW, a vocabulary padded
+as ours is, and SDPA's backend left to torch.
 """
 
 import functools
@@ -21,7 +21,7 @@ from bench_gpu import serve
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EMULATOR, CUDA = sys.argv[1] == "emulator", torch.cuda.is_available()
-DEVICE, BF16 = torch.device("cuda" if CUDA else "cpu"), torch.bfloat16
+DEVICE, BF16, F32 = torch.device("cuda" if CUDA else "cpu"), torch.bfloat16, torch.float32
 ROTATE = 256 << 20 if CUDA else 0  # bytes that calls in turn touch at least: several times the L2 cache
 ROUND = 0.025 if CUDA else 0  # seconds of a round
 BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -84,44 +84,6 @@ def gradient(out, dout, *inputs):
 # The kernels
 
 
-def copy(n_bytes):
-    make = lambda: (normal(n_bytes // 4, dtype=torch.float32), normal(n_bytes // 4, dtype=torch.float32))
-    return {"torch's copy_": (make, torch.Tensor.copy_)}
-
-
-def matmul(M, N, K):
-    return {"torch": (lambda: (normal(M, K), normal(N, K), normal(N)), F.linear)}
-
-
-def product(*shapes):
-    """A product into an array that is there already: shapes of out, a and b."""
-    return {
-        "torch": (lambda: [normal(*shape) for shape in shapes], lambda out, a, b: torch.mm(a, b, out=out))
-    }
-
-
-def transposed_product(*shapes):
-    """a transposed times b."""
-    call = lambda out, a, b: torch.mm(a.T, b, out=out)
-    return {"torch": (lambda: [normal(*shape) for shape in shapes], call)}
-
-
-def matmul_dx(M, N, K):
-    return product((M, K), (M, N), (N, K))  # dout @ weight, which torch stores as (out, in)
-
-
-def matmul_dw(M, N, K):
-    return transposed_product((N, K), (M, N), (M, K))  # in bf16: ours adds to float32
-
-
-def head(M, N, K):
-    make = lambda: (normal(M, N), normal(M, K), normal(N, K))
-    return {"torch": (make, lambda out, x, wte: torch.mm(x, wte.T, out=out))}
-
-
-head_dx, head_dw = matmul_dx, matmul_dw
-
-
 def attend(backend, q, k, v):
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
@@ -133,96 +95,91 @@ def heads(B, T, NH, HS, grad=False):
     return [part.transpose(1, 2).requires_grad_(grad) for part in qkv.unbind(2)]
 
 
-def attention_forward(**sizes):
-    call = lambda backend: functools.partial(attend, backend)
-    return {name: (lambda: heads(**sizes), call(backend)) for name, backend in BACKENDS.items()}
-
-
-def attention_backward(**sizes):
-    def make(backend):
-        qkv = heads(**sizes, grad=True)
-        out = attend(backend, *qkv)
-        return out, torch.randn_like(out), *qkv
-
-    return {name: (functools.partial(make, backend), gradient) for name, backend in BACKENDS.items()}
-
-
-def attention_decode(B, T, NH, HS):
-    make = lambda: (normal(B, NH, 1, HS), normal(B, NH, T, HS), normal(B, NH, T, HS))
-    return {name: (make, functools.partial(attend, backend)) for name, backend in BACKENDS.items()}
+def attended(backend, **sizes):
+    """What attention's gradient takes."""
+    qkv = heads(**sizes, grad=True)
+    out = attend(backend, *qkv)
+    return out, torch.randn_like(out), *qkv
 
 
 def norm(x, w, b):
     return F.layer_norm(x, x.shape[-1:], w, b)
 
 
-def layernorm_forward(B, T, C):
-    return {"torch": (lambda: (normal(B * T, C), normal(C), normal(C)), norm)}
+def normed(B, T, C):
+    """What layernorm's gradient takes."""
+    inputs = normal(B * T, C, grad=True), normal(C, grad=True), normal(C, grad=True)
+    return norm(*inputs), normal(B * T, C), *inputs
 
 
-def residual_layernorm_forward(B, T, C):
-    make = lambda: (normal(B * T, C), normal(B * T, C), normal(C), normal(C))
-    return {"torch": (make, lambda x, y, w, b: norm(x + y, w, b))}
+def optimized(P):
+    parameter, grad = normal(P, dtype=F32, grad=True), normal(P, dtype=F32)
+    parameter.grad = grad
+    parameter.optimizer = torch.optim.AdamW([parameter], lr=1e-3, fused=True)
+    return (parameter,)
 
 
-def layernorm_backward(B, T, C):
-    def make():
-        inputs = normal(B * T, C, grad=True), normal(C, grad=True), normal(C, grad=True)
-        return norm(*inputs), normal(B * T, C), *inputs
-
-    return {"torch": (make, gradient)}
+def random(*shapes, dtype=BF16):
+    """A function that makes a set of arrays of these shapes."""
+    return lambda: [normal(*shape, dtype=dtype) for shape in shapes]
 
 
-def gelu_forward(B, T, C):
-    return {"torch": (lambda: (normal(B * T, C),), lambda x: F.gelu(x, approximate="tanh"))}
-
-
-def gelu_backward(B, T, C):
-    back = lambda dout, x: torch.ops.aten.gelu_backward(dout, x, approximate="tanh")
-    return {"torch": (lambda: (normal(B * T, C), normal(B * T, C)), back)}
-
-
-def residual_forward(B, T, C):
-    return {"torch": (lambda: (normal(B * T, C), normal(B * T, C)), torch.add)}
-
-
-def encoder_forward(B, T, C, V):
-    make = lambda: (integers(V, B, T), normal(V, C), normal(T, C))
-    return {"torch": (make, lambda tokens, wte, wpe: F.embedding(tokens, wte) + wpe)}
-
-
-def encoder_backward(B, T, C, V):
-    back = lambda dout, tokens: torch.ops.aten.embedding_dense_backward(dout, tokens, V, -1, False)
-    return {"torch": (lambda: (normal(B, T, C), integers(V, B, T)), back)}
-
-
-def classifier(M, V):
-    call = lambda logits, targets: torch.autograd.grad(F.cross_entropy(logits, targets), logits)
-    return {"torch": (lambda: (normal(M, V, grad=True), integers(V, M)), call)}
-
-
-def cross_entropy(M, V):
-    return {"torch": (lambda: (normal(M, V), integers(V, M)), F.cross_entropy)}
-
-
-def adamw(P):
-    def make():
-        parameter = normal(P, dtype=torch.float32, grad=True)
-        parameter.grad = normal(P, dtype=torch.float32)
-        optimizers[parameter] = torch.optim.AdamW([parameter], lr=1e-3, fused=True)
-        return (parameter,)
-
-    optimizers = {}
-    return {"torch": (make, lambda parameter: optimizers[parameter].step())}
-
-
-def global_norm(P):
-    return {"torch": (lambda: (normal(P, dtype=torch.float32),), torch.linalg.vector_norm)}
-
-
-def sample(B, V):
-    make = lambda: (normal(B, V, dtype=torch.float32),)
-    return {"torch": (make, lambda logits: torch.multinomial(F.softmax(logits, 1), 1))}
+aten = torch.ops.aten
+# Of each kind of row, given its sizes: what makes a set of arrays, and the call. Weights are (out, in) here.
+KINDS = {
+    "copy": lambda n_bytes: (random((n_bytes // 4,), (n_bytes // 4,), dtype=F32), torch.Tensor.copy_),
+    "matmul": lambda M, N, K: (random((M, K), (N, K), (N,)), F.linear),
+    "matmul_dx": lambda M, N, K: (
+        random((M, K), (M, N), (N, K)),
+        lambda dx, dout, w: torch.mm(dout, w, out=dx),
+    ),
+    "matmul_dw": lambda M, N, K: (
+        random((N, K), (M, N), (M, K)),
+        lambda dw, dout, x: torch.mm(dout.T, x, out=dw),
+    ),
+    "head": lambda M, N, K: (random((M, N), (M, K), (N, K)), lambda out, x, w: torch.mm(x, w.T, out=out)),
+    "layernorm_forward": lambda B, T, C: (random((B * T, C), (C,), (C,)), norm),
+    "residual_layernorm_forward": lambda B, T, C: (
+        random((B * T, C), (B * T, C), (C,), (C,)),
+        lambda x, y, w, b: norm(x + y, w, b),
+    ),
+    "layernorm_backward": lambda **sizes: (functools.partial(normed, **sizes), gradient),
+    "gelu_forward": lambda B, T, C: (random((B * T, C)), functools.partial(F.gelu, approximate="tanh")),
+    "gelu_backward": lambda B, T, C: (
+        random((B * T, C), (B * T, C)),
+        functools.partial(aten.gelu_backward, approximate="tanh"),
+    ),
+    "residual_forward": lambda B, T, C: (random((B * T, C), (B * T, C)), torch.add),
+    "encoder_forward": lambda B, T, C, V: (
+        lambda: (integers(V, B, T), normal(V, C), normal(T, C)),
+        lambda tokens, wte, wpe: F.embedding(tokens, wte) + wpe,
+    ),
+    "encoder_backward": lambda B, T, C, V: (
+        lambda: (normal(B, T, C), integers(V, B, T)),
+        lambda dout, tokens: aten.embedding_dense_backward(dout, tokens, V, -1, False),
+    ),
+    "classifier": lambda M, V: (
+        lambda: (normal(M, V, grad=True), integers(V, M)),
+        lambda logits, targets: torch.autograd.grad(F.cross_entropy(logits, targets), logits),
+    ),
+    "cross_entropy": lambda M, V: (lambda: (normal(M, V), integers(V, M)), F.cross_entropy),
+    "adamw": lambda P: (lambda: optimized(P), lambda parameter: parameter.optimizer.step()),
+    "global_norm": lambda P: (random((P,), dtype=F32), torch.linalg.vector_norm),
+    "sample": lambda B, V: (random((B, V), dtype=F32), lambda z: torch.multinomial(F.softmax(z, 1), 1)),
+}
+KINDS |= {"head_dx": KINDS["matmul_dx"], "head_dw": KINDS["matmul_dw"]}  # dW in bf16: ours adds to float32
+# The same for a backend of SDPA.
+ATTENTION = {
+    "attention_forward": lambda backend, **sizes: (
+        functools.partial(heads, **sizes),
+        functools.partial(attend, backend),
+    ),
+    "attention_backward": lambda backend, **sizes: (functools.partial(attended, backend, **sizes), gradient),
+    "attention_decode": lambda backend, B, T, NH, HS: (
+        random((B, NH, 1, HS), (B, NH, T, HS), (B, NH, T, HS)),
+        functools.partial(attend, backend),
+    ),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -309,11 +266,13 @@ def open_row(kind, sizes, version):
         return dict(torch=f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}"), {}
     if kind in ("training", "curve"):
         return {}, {"torch": globals()[kind](**sizes)}
+    if kind not in ATTENTION:
+        return {}, {"torch": clock(*KINDS[kind](**sizes), replay=False)}
     timers, failures = {}, []
-    for name, (make, call) in globals()[kind](**sizes).items():
+    for name, backend in BACKENDS.items():
         try:
-            timers[name] = clock(make, call, replay=kind == "attention_decode")
-        except Exception as failure:  # of SDPA's backends one may not be there
+            timers[name] = clock(*ATTENTION[kind](backend, **sizes), replay=kind == "attention_decode")
+        except Exception as failure:  # the other backend may be there
             failures.append(f"{name}: {type(failure).__name__}: {failure}"[:300])
             settle(free=True)
     return dict(failures=failures), timers
