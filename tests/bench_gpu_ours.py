@@ -233,7 +233,7 @@ extern "C" __global__ void copy(uint4* to, const uint4* from, int n) {  // a blo
 
 
 def copy(n_bytes):
-    function, n = xp.RawModule(code=COPY, name_expressions=["copy"]).get_function("copy"), n_bytes // 16
+    function, n = xp.RawModule(code=COPY).get_function("copy"), n_bytes // 16
     call = lambda to, source: function((cdiv(n, 2048),), (512,), (to, source, np.int32(n)))
     make = lambda: (empty(n_bytes // 4, dtype=F32), normal(n_bytes // 4, dtype=F32))
     about, timers = Kernel("or", make, call, np.copyto).open()
