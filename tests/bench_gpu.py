@@ -38,6 +38,15 @@ BUDGET = 290  # seconds for all of them; settings have the `limit` of one answer
 COMPILING, LEAST = 45, 3  # what torch.compile takes; and too little to begin a row with
 PEAKS = {"H200": 989.5, "H100": 989.5, "A100": 312}  # TFLOP/s, bf16 without sparsity; datasheets, SXM
 
+NOTES = {  # what a reader of a section's table must know
+    "matmul": "dX and dW are the gradients of the product before them. torch's dW is rounded to bf16, ours is "
+    "added to float32. A fused row has no peer: its time is shown as a multiple of the plain row's.",
+    "attention": "torch's is the faster of SDPA's backends cuDNN and FlashAttention. FLOP are those of the half "
+    "of the scores that causality leaves.",
+    "bandwidth": "The rate is of the fewest bytes that must be moved, the share of the measured copy.",
+    "decoding": "The logits of a step of decoding are waited for, because the next token depends on them.",
+    "training": "The two sides take turns, and each gives its activations' memory back after its turn.",
+}
 TARGETS = {  # what is held to what: at least or at most, what must be reached, and the aim
     "124M matmuls, cuBLAS's time over ours, geometric mean": ("≥", 1.0, 1.1),
     "124M matmuls, the least": ("≥", 0.9, 0.9),
@@ -543,7 +552,8 @@ class Report:
         except Exception as error:  # the measurements count, and --out keeps them
             text = f"This section cannot be shown: {type(error).__name__}: {error}\n"
         spent = f"\nMeasured in {self.spent[name]:.0f} s.\n" if name in self.spent else ""
-        return f"## {name.capitalize()}\n\n{text}{spent}"
+        note = f"{NOTES[name]}\n\n" if name in NOTES else ""
+        return f"## {name.capitalize()}\n\n{note}{text}{spent}"
 
     def failures(self, which):
         """What failed on our side ("wrong") or on torch's ("notes")."""

@@ -149,7 +149,8 @@ IN_PLACE |= {"adamw": ("params", "grads", "m", "v")}
 
 def cost(name, arguments):
     """(label, FLOP, the fewest bytes to be moved) of an operation with these arguments, {name: value}."""
-    label, flops, arrays = name, 0, {key: x for key, x in arguments.items() if hasattr(x, "nbytes")}
+    label, flops = name, 0
+    arrays = {key: x for key, x in arguments.items() if isinstance(getattr(x, "nbytes", None), int)}
     moved = sum(x.nbytes for x in arrays.values())
     moved += sum(x.nbytes for key, x in arrays.items() if key in IN_PLACE.get(name, ()))
     if name.startswith("matmul"):

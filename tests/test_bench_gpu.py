@@ -8,8 +8,11 @@ from pathlib import Path
 
 import bench
 import bench_gpu
+import bench_ours
+import numpy as np
 import pytest
 
+import gpt2
 from console import UserError
 
 HERE = Path(__file__).parent
@@ -127,6 +130,28 @@ def test_seconds_are_shared_out():
     assert bench_gpu.share("matmul", later, 290) == 175
     assert bench_gpu.share("matmul", later, 100) == pytest.approx(100 * 55 / 170)
     assert bench_gpu.share("curve", [], 3) == 3
+
+
+def test_costs_of_a_step():
+    """FLOP and bytes of operations, as bench.py --profile and the table of a step have them."""
+    model = gpt2.GPT2(gpt2.GPT2Config(1, 2, 32, 8, 128))
+    model.ops = bench_ours.Timed(model.ops)
+    tokens = np.zeros((3, 9), np.int32)
+    model.forward(tokens[:, :-1], tokens[:, 1:])
+    model.backward()
+    flops = model.ops.flops
+    assert flops["matmul_forward 32 to 96"] == 2 * 24 * 32 * 96
+    assert flops["matmul_gelu_backward 128 to 32"] == 4 * 24 * 32 * 128
+    assert flops["attention_forward"] == 2 * 3 * 8 * 8 * 32 and flops["adamw"] == 0
+    wte, wpe, out = np.zeros((128, 32)), np.zeros((8, 32)), np.zeros((3, 8, 32))  # float64: 256 bytes a row
+    known = dict(tokens=tokens[:, 1:], wte=wte, wpe=wpe, dwte=wte, dwpe=wpe)
+    forward = {key: known[key] for key in ("tokens", "wte", "wpe")} | dict(out=out)
+    backward = {key: known[key] for key in ("tokens", "dwte", "dwpe")} | dict(dout=out)
+    assert bench_ours.cost("encoder_forward", forward)[2] == 24 * 4 + 256 * (24 + 24 + 8)
+    assert bench_ours.cost("encoder_backward", backward)[2] == 24 * 4 + 256 * (24 + 2 * 24 + 2 * 8)
+    assert (
+        bench_ours.cost("classifier", dict(logits=wte, targets=tokens, vocab_size=5))[2] == 256 * 256 + 27 * 4
+    )
 
 
 def measured(kind, work, ours, peers=None, about=None, **sizes):
