@@ -150,7 +150,7 @@ def test_layernorm_forward(dtype, shift, C):
     rungs = [
         (f"layernorm_forward_naive<{T}>", cdiv(N, 128)),
         (f"layernorm_forward_rows<{T}>", cdiv(N, 4)),
-        (f"layernorm_forward<{T}, {vectors(C, dtype)}>", cdiv(N, 4)),
+        *[(f"layernorm_forward<{T}, {vectors(C, dtype)}>", grid) for grid in (1, 2, cdiv(N, 4))],
     ]
     for name, grid in rungs:
 
