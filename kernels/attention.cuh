@@ -13,9 +13,6 @@
 #include "common.cuh"
 #include "ptx.cuh"
 
-inline constexpr float LOG2E = 1.4426950408889634f;   // exp(x) = exp2(x log2(e)), and exp2 is one instruction
-inline constexpr float LN2 = 0.6931471805599453f;
-
 // 1 / sqrt(HS), for powers of two: exp2(softmax_scale(HS) * q·k - lse * LOG2E) is a probability.
 __device__ inline float softmax_scale(int HS) { return LOG2E / sqrtf(static_cast<float>(HS)); }
 
@@ -139,11 +136,6 @@ __device__ inline void load_tile_async(bf16* tile, const bf16* inp, int stride, 
         const bf16* source = inp + static_cast<size_t>(min(t, T - 1)) * stride + chunk * 8;
         cp_async_16(swizzled<HS>(tile, row, chunk), source, t < T ? 16 : 0);
     }
-}
-
-__device__ inline uint32_t pack_bf16(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
 // A 16 x 16 block is one ldmatrix of four 8 x 8 matrices. For the left operand, and for Y in P @ Y, which is

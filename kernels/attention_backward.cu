@@ -29,8 +29,8 @@
 // The floor: five products, 5 B T² C FLOP with causality, for 16 B T C bytes of bf16. Above it by 7/5, the
 // price of no atomics, and by what attention.cu says.
 //
-// Workspace: rows (B, NH, Tp) float2, aligned to 16 bytes, with Tp = T rounded up to a multiple of 64. Of the
-// naive rung: p and ds (B, NH, T, T) float32.
+// Workspace: rows (B, NH, Tp) float2, aligned to 16 bytes, with Tp = T rounded up to a multiple of 64 (of 128
+// for attention_hopper.cu). Of the naive rung: p and ds (B, NH, T, T) float32.
 
 #include "attention.cuh"
 
@@ -90,8 +90,8 @@ __global__ void attention_backward_sums(Storage* dqkv, const float* p, const flo
 // Eight lanes share a row: 8 lanes x 16 bytes are a head of 64 bf16.
 template <typename Storage>
 __global__ void attention_backward_prepare(float2* rows, const Storage* dout, const Storage* out,
-                                           const float* lse, int B, int T, int NH, int HS) {
-    const int Tp = ceil_div(T, 64) * 64, lane = threadIdx.x % 8;
+                                           const float* lse, int B, int T, int Tp, int NH, int HS) {
+    const int lane = threadIdx.x % 8;
     const int index = blockIdx.x * (blockDim.x / 8) + threadIdx.x / 8;      // over (B, Tp, NH)
     const int h = index % NH, t = index / NH % Tp, b = index / NH / Tp;
     const bool real = b < B && t < T;

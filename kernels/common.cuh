@@ -16,6 +16,8 @@ using uint32_t = unsigned int;
 inline constexpr int WARP = 32;           // threads per warp
 inline constexpr unsigned ALL_LANES = 0xffffffffu;
 #define MINUS_INFINITY __int_as_float(0xff800000)          // INFINITY is a host header's
+inline constexpr float LOG2E = 1.4426950408889634f;   // exp(x) = exp2(x log2(e)), and exp2 is one instruction
+inline constexpr float LN2 = 0.6931471805599453f;
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -28,7 +30,11 @@ template <typename T> __device__ inline T from_float(float x);
 template <> __device__ inline float from_float<float>(float x) { return x; }
 template <> __device__ inline bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 
-// The two bf16 of a register.
+// Two floats as bf16 in the two halves of a register, and back: what tensor cores and ldmatrix handle.
+__device__ inline uint32_t pack_bf16(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
 __device__ inline float2 unpack_bf16(uint32_t pair) {
     return make_float2(__int_as_float(pair << 16), __int_as_float(pair & 0xffff0000u));
 }

@@ -8,6 +8,7 @@ card has.
   letters as in cpu.py; S is the storage type, "float" or "bf16", that all arrays marked with it share
 """
 
+import collections
 import functools
 import math
 
@@ -30,6 +31,7 @@ from kernels.gpu import (  # noqa: F401  what cpu.py has besides operations is a
     elapsed,
     empty,
     free_memory,
+    head_map,
     launch,
     load,
     now,
@@ -37,6 +39,7 @@ from kernels.gpu import (  # noqa: F401  what cpu.py has besides operations is a
     read_later,
     scratch,
     synchronize,
+    tensor_map,
     to_device,
     to_host,
     xp,
@@ -46,7 +49,7 @@ from kernels.gpu import (  # noqa: F401  what cpu.py has besides operations is a
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 if CAPABILITY < 80:
     del DTYPES["bfloat16"]  # its tensor cores came with sm_80
-LOGITS = 1 << 28  # elements of a chunk of logits: half a gigabyte of bf16
+LOGITS = 8192 * 50304  # elements of a chunk of logits: 8,192 rows of GPT-2's, 0.8 gigabytes of bf16
 BATCH_TOKENS, SHARE = 1 << 17, 0.9  # a micro-batch by default: at most these tokens, this part of the memory
 AHEAD = True  # a step is asked for before the last one's norm is read: so the GPU never waits for Python
 RUNGS = {}  # what a benchmark or a test wants instead: "matmul": a tile, "slices", "attention": "flash" ..
@@ -100,8 +103,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     what = "layernorm_forward: out S N C, mean float N, rstd float N, inp S N C, weight S C, bias S C"
     n = check(what, out, mean, rstd, inp, weight, bias)
     kernel = _vectors("layernorm_forward", n, {"bf16": 7, "float": 13})
-    blocks = cdiv(n.N, 4) if "rows" in kernel else min(6 * SMS, cdiv(n.N, 4))
-    launch("layernorm", kernel, blocks, 128, out, mean, rstd, inp, weight, bias, n.N, n.C)
+    launch("layernorm", kernel, cdiv(n.N, 4), 128, out, mean, rstd, inp, weight, bias, n.N, n.C)
 
 
 def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, weight, bias):
@@ -160,7 +162,7 @@ def residual_forward(out, inp1, inp2):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Matmul: matmul.cu says what the tiles are; which one wins where is a guess until it is measured
+# Matmul: matmul.cu and matmul_hopper.cu say what the tiles are
 
 
 def _tile(S, M, N, K, packed, split):
@@ -172,8 +174,6 @@ def _tile(S, M, N, K, packed, split):
         return (128, 128, 8, 8, 8) if blocks >= SMS else (64, 64, 16, 4, 4)
     if not packed:
         return 64, 64, 32, 32, 32, 3
-    if M <= 16:
-        return 16, 32, 64, 16, 16, 6  # decoding
     if blocks < SMS:
         return 64, 64, 64, 32, 32, 3
     if SHARED >= 200 * 1024:  # sm_90
@@ -194,11 +194,80 @@ def _slices(tile, M, N, K, shared):
     return min(range(1, max(1, min(64, K // (8 * BK))) + 1), key=seconds)
 
 
+def _skinny_stages(rows):
+    """How many stages matmul_skinny's ring has on this card: 0 if the kernel does not fit."""
+    stages = min(6, (SHARED - 11264) // ((rows + 1) * 16384))  # less what it declares statically
+    return stages if stages >= 2 else 0
+
+
+HopperTile = collections.namedtuple("HopperTile", "BM BN stages pingpong speed epilogue")
+HOPPER_TILES = {  # what an H200 does: TFLOP/s of all its multiprocessors; seconds that a tile's epilogue adds
+    "pingpong": HopperTile(128, 192, 4, True, 700, 0),
+    "narrow": HopperTile(128, 192, 4, False, 740, 2.2e-6),
+    "wide": HopperTile(128, 256, 4, False, 740, 2.5e-6),
+}
+
+
+@functools.cache
+def _hopper_choice(M, N, K, split, forced):
+    """(name of the tile, slices of K): whatever is predicted to take the shortest time."""
+
+    def seconds(name, slices):
+        tile = HOPPER_TILES[name]
+        rounds = cdiv(cdiv(M, tile.BM) * cdiv(N, tile.BN) * slices, SMS)
+        each = 2 * tile.BM * tile.BN * K / slices / (tile.speed * 1e12 / SMS) + tile.epilogue
+        partials = 2 * slices * M * N * 4 / 3.5e12 if slices > 1 else 0  # written and read
+        return rounds * each + partials
+
+    most = max(1, min(32, K // 1024)) if split else 1
+    names = [forced] if forced else HOPPER_TILES
+    return min(((name, s) for name in names for s in range(1, most + 1)), key=lambda choice: seconds(*choice))
+
+
+def _hopper_product(out, a, b, a_t, b_t, epilogue, M, N, K, extra, bias, forced):
+    """_product by matmul_hopper.cu, whose table says what the maps, the grid and the shared memory are."""
+    name, slices = _hopper_choice(M, N, K, epilogue == "ACCUMULATE", forced)
+    slices = RUNGS.get("slices", slices) if epilogue == "ACCUMULATE" else 1
+    BM, BN, stages, pingpong, *_ = HOPPER_TILES[name]
+    target, stride = out, cdiv(M, 64) * 64 * N
+    if slices > 1:
+        epilogue, (partials,) = "STORE", scratch((slices * stride, np.float32))
+        target = partials.reshape(-1, N)
+    rows = BM if pingpong else BM // 2
+    each = 2 if epilogue == "BIAS_GELU" else 1  # outputs
+    boxes = rows // 64 * (BN * out.itemsize // 128) * each  # that a consumer stores of a tile
+    fixed = stages * (BM + BN) * 128 + 8 * (2 * stages + 2) + 4 * BN
+    most = (SHARED - fixed) // (2 * (8192 + 8))
+    ring = next(r for r in (4, 3, 2) if r <= most and boxes % r == 0 and r % each == 0)
+    flags = str(a_t).lower(), str(b_t).lower(), BM, BN, stages, str(pingpong).lower(), ring
+    kernel = f"matmul_hopper<{', '.join(map(str, (NAMES[out.dtype], epilogue, *flags)))}>"
+    maps = tensor_map(a, 64 if a_t else BM), tensor_map(b, BN if b_t else 64), tensor_map(target, 64)
+    arguments = *maps, maps[2] if extra is None else tensor_map(extra, 64), bias, M, N, K, slices
+    grid, shared = min(SMS, cdiv(M, BM) * cdiv(N, BN) * slices), fixed + 2 * ring * (8192 + 8)
+    launch("matmul_hopper", kernel, grid, 384, *arguments, shared=shared)
+    if slices > 1:
+        _add_partials(out, partials, M * N, stride, slices)
+
+
 def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None):
     """out (M, N) = a (M, K) @ b (K, N) and the epilogue; a_t: a lies as (K, M), b_t: b lies as (N, K)."""
     S, O = NAMES[a.dtype], NAMES[out.dtype]
     rows = N, M if a_t else K, K if b_t else N
     packed = aligned(out, a, b, extra, bias) and all(length % WIDTH[S] == 0 for length in rows)
+    forced = RUNGS.get("matmul") if RUNGS.get("matmul") in HOPPER_TILES else None
+    large = M * N * K >= 1 << 27 and M >= 128 and "matmul" not in RUNGS  # else latency is what counts
+    if CAPABILITY == 90 and S == "bf16" and packed and (large or forced):
+        matrices = [array.reshape(-1, length) for array, length in zip((a, b), (rows[1], rows[2]))]
+        flat = [array if array is None else array.reshape(-1, N) for array in (out, extra)]
+        extra = flat[1]
+        return _hopper_product(flat[0], *matrices, a_t, b_t, epilogue, M, N, K, extra, bias, forced)
+    arguments = out, extra, bias, a, b, M, N, K
+    rows = 1 if M <= 16 else 4  # times 16
+    stages = _skinny_stages(rows)
+    if S == "bf16" and packed and not a_t and M <= 64 and stages and "matmul" not in RUNGS:
+        kernel = f"matmul_skinny<{O}, {epilogue}, {str(b_t).lower()}, {rows}, {stages}>"
+        shared = stages * (rows + 1) * 16384
+        return launch("matmul", kernel, cdiv(N, 16), 256, *arguments, shared=shared)
     tile = _tile(S, M, N, K, packed, split=epilogue == "ACCUMULATE")
     BM, BN, BK, WM, WN, *stages = tile
     shared = stages[0] * (BM + BN) * BK * 2 if stages else 0
@@ -214,7 +283,12 @@ def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None):
     grid = cdiv(M, BM) * cdiv(N, BN), 1, slices
     launch("matmul", kernel, grid, threads, target, extra, bias, a, b, M, N, K, k_slice, shared=shared)
     if slices > 1:
-        launch("matmul", "add_partials", cdiv(M * N, 256), 256, out, target, np.uint64(M * N), slices)
+        _add_partials(out, target, M * N, M * N, slices)
+
+
+def _add_partials(out, partials, size, stride, slices):
+    sizes = np.uint64(size), np.uint64(stride)
+    launch("matmul", "add_partials", cdiv(size, 1024), 256, out, partials, *sizes, slices)
 
 
 def _stored(weight):
@@ -281,7 +355,7 @@ def _bias_gradient(dbias, dout, n):
     packed = str(aligned(dout) and n.O % WIDTH[n.S] == 0).lower()
     arguments = partials, dout, n.N, n.O, cdiv(n.N, slices)
     launch("matmul", f"column_partials<{n.S}, {packed}>", (blocks, slices), 256, *arguments)
-    launch("matmul", "add_partials", cdiv(n.O, 256), 256, dbias, partials, np.uint64(n.O), slices)
+    _add_partials(dbias, partials, n.O, n.O, slices)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -299,6 +373,11 @@ def _attention_rung(n, *arrays):
     return HS, 64 if HS <= 64 else 128, tensor and RUNGS.get("attention") != "flash"
 
 
+def _on_hopper():
+    """Whether attention_hopper.cu runs: it needs wgmma."""
+    return CAPABILITY == 90 and RUNGS.get("attention") != "portable"
+
+
 def _float_tile(HP):
     """FloatTile of attention.cuh: its rows, the bytes of a tile of channels, and those of its scores."""
     rows = 4096 // HP if CAPABILITY >= 80 else 2048 // HP
@@ -310,6 +389,13 @@ def attention_forward(out, lse, qkv, n_head):
     HS, HP, tensor = _attention_rung(n, out, qkv)
     if n_head != n.H:
         raise ValueError(f"attention_forward: lse is for {n.H} heads, not {n_head}")
+    if tensor and _on_hopper():
+        queries, keys, shared = (192, 128, 139360) if HS == 64 else (128, 128, 229472)
+        maps = head_map(qkv, 3, n.H, queries), head_map(qkv, 3, n.H, keys), head_map(out, 1, n.H, 64)
+        grid, threads = min(SMS, n.B * n.H * cdiv(n.T, queries)), 2 * queries + 128
+        arguments = *maps, lse, n.B, n.T, n.H
+        kernel = f"attention_forward_hopper<{HS}>"
+        return launch("attention_hopper", kernel, grid, threads, *arguments, shared=shared)
     if tensor:
         queries, shared = (128, 49152) if HS == 64 else (64, 81920)
         grid, kernel = (n.H, cdiv(n.T, queries), n.B), f"attention_forward_tensor<{HS}>"
@@ -325,12 +411,27 @@ def attention_backward(dqkv, dout, out, lse, qkv, n_head):
     HS, HP, tensor = _attention_rung(n, dqkv, dout, out, qkv)
     if n_head != n.H:
         raise ValueError(f"attention_backward: lse is for {n.H} heads, not {n_head}")
-    rows_per_head = cdiv(n.T, 64) * 64
-    (rows,) = scratch((n.B * n.H * rows_per_head * 2, np.float32))  # float2: lse and D of every query
+    hopper = tensor and _on_hopper()
+    Tp = cdiv(n.T, 128) * 128 if hopper else cdiv(n.T, 64) * 64
+    (rows,) = scratch((n.B * n.H * Tp * 2, np.float32))  # float2: lse and D of every query
     rows, file = rows.view(np.complex64), "attention_backward"
-    arguments = rows, dout, out, lse, n.B, n.T, n.H, HS
-    grid = cdiv(n.B * rows_per_head * n.H, 32)
-    launch(file, f"attention_backward_prepare<{n.S}>", grid, 256, *arguments)
+    arguments = rows, dout, out, lse, n.B, n.T, Tp, n.H, HS
+    launch(file, f"attention_backward_prepare<{n.S}>", cdiv(n.B * Tp * n.H, 32), 256, *arguments)
+    if hopper:
+        grid = min(SMS, n.B * n.H * cdiv(n.T, 128))
+        for owner, queries, keys, shared in (
+            ("keys", 128 if HS == 64 else 64, 128, {64: 149568, 128: 164912}),
+            ("queries", 128, 128 if HS == 64 else 64, {64: 147520, 128: 163888}),
+        ):
+            maps = (
+                head_map(qkv, 3, n.H, keys),
+                head_map(qkv, 3, n.H, queries),
+                head_map(dout, 1, n.H, queries),
+            )
+            arguments = *maps, head_map(dqkv, 3, n.H, 64), rows, n.B, n.T, Tp, n.H
+            kernel = f"attention_backward_{owner}_hopper<{HS}>"
+            launch("attention_hopper", kernel, grid, 384, *arguments, shared=shared[HS])
+        return
     arguments = dqkv, dout, qkv, rows, n.T, n.H
     for owner, tensor_shared in (("keys", {64: 50176, 128: 49408}), ("queries", {64: 49152, 128: 65536})):
         if tensor:

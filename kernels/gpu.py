@@ -8,6 +8,7 @@ before it launches: a wrong one is an error, not a corruption.
 """
 
 import contextlib
+import ctypes
 import functools
 import math
 import re
@@ -309,14 +310,81 @@ def aligned(*arrays):
     return all(array is None or array.data.ptr % 16 == 0 for array in arrays)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Tensor maps
+
+
+def tensor_map(array, box_rows):
+    """The map of a matrix (rows, columns) for TMA: boxes of 128 bytes by box_rows rows, 128-byte swizzle.
+
+    It goes to a kernel by value, as a `const __grid_constant__ TensorMap`. The row length in bytes and the
+    address must be multiples of 16.
+    """
+    rows, columns = array.shape
+    return _encoded(array.data.ptr, array.dtype, (columns, rows), (box_rows,))
+
+
+def head_map(array, n_parts, n_head, box_rows):
+    """The map of (B, T, n_parts * n_head * HS) for TMA: boxes of 64 channels of one head by box_rows tokens.
+
+    Coordinates in the kernel are channel, head (of all parts), token, row of the batch.
+    """
+    B, T, C = array.shape
+    heads = n_parts * n_head
+    return _encoded(array.data.ptr, array.dtype, (C // heads, heads, T, B), (1, box_rows, 1))
+
+
+@functools.lru_cache(8192)
+def _encoded(address, dtype, sizes, box):
+    """128 bytes from the driver's cuTensorMapEncodeTiled, which CuPy does not offer.
+
+    sizes are innermost first, of an array without gaps; the box is 128 bytes wide and then as given. The
+    constants are those of cuda.h: float32 is type 7, bfloat16 type 9; swizzle 3 is 128 bytes; promotion 2
+    fetches 128 bytes at once into L2.
+    """
+    types = {"float": 7, "bf16": 9}
+    itemsize, rank = dtype.itemsize, len(sizes)
+    strides = [itemsize * math.prod(sizes[: i + 1]) for i in range(rank - 1)]
+    memory = np.zeros(192, np.uint8)
+    start = -memory.ctypes.data % 64
+    encoded = memory[start : start + 128]
+    arguments = [
+        ctypes.c_void_p(encoded.ctypes.data),
+        ctypes.c_int(types[NAMES[dtype]]),
+        ctypes.c_uint32(rank),
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * rank)(*sizes),
+        (ctypes.c_uint64 * (rank - 1))(*strides),
+        (ctypes.c_uint32 * rank)(128 // itemsize, *box),
+        (ctypes.c_uint32 * rank)(*[1] * rank),
+        *(
+            ctypes.c_int(number) for number in (0, 3, 2, 0)
+        ),  # no interleaving, swizzle, promotion, zeros outside
+    ]
+    status = _driver().cuTensorMapEncodeTiled(*arguments)
+    if status:
+        raise RuntimeError(f"cuTensorMapEncodeTiled refuses {dtype} {sizes} at {address:#x}: error {status}")
+    return encoded.view("V128")
+
+
 @functools.cache
-def _options():
+def _driver():
+    return ctypes.CDLL("libcuda.so.1")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Compiling and loading
+
+
+@functools.cache
+def _options(file=""):
     """CuPy's cache looks at the .cu file and at these, so what the file includes must be among them.
 
     -ftz=true: denormal numbers are 0, and exp2f, rsqrtf and division need no extra steps for them.
     """
     headers = b"".join(path.read_bytes() for path in sorted(HERE.glob("*.cuh")))
-    return "-std=c++17", "-ftz=true", f"-I{HERE}", f"-UHEADERS_{zlib.crc32(headers)}"
+    common = "-std=c++17", "-ftz=true", f"-I{HERE}", f"-UHEADERS_{zlib.crc32(headers)}"
+    return (*common, "-arch=sm_90a") if file.endswith("_hopper") else common
 
 
 _allowed = {}  # (file, kernel): bytes; it only grows, because CuPy gives the same function every time
@@ -332,7 +400,7 @@ def load(file, kernel, shared=0):
     try:
         code = (HERE / f"{file}.cu").read_text()
         with _needing(f"some more to load kernels/{file}.cu is"):
-            module = xp.RawModule(code=code, options=_options(), name_expressions=[kernel])
+            module = xp.RawModule(code=code, options=_options(file), name_expressions=[kernel])
             function = module.get_function(kernel)
     except xp.cuda.compiler.CompileException as error:
         what = f"kernels/{file}.cu does not compile ({kernel}, sm_{CAPABILITY})"

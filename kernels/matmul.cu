@@ -15,14 +15,16 @@
 //   matmul_naive       ceil(N / 32), ceil(M / 8), 1      32, 8               0
 //   matmul_float       ceil(M / BM) ceil(N / BN), 1, S   (BM/TM) (BN/TN)     0
 //   matmul_bf16        ceil(M / BM) ceil(N / BN), 1, S   (BM/WM) (BN/WN) 32  STAGES (BM + BN) BK 2
-//   add_partials       ceil(size / 256), 1, 1            256                 0
+//   matmul_skinny      ceil(N / 16), 1, 1                256                 STAGES (MI + 1) 16384
+//   add_partials       ceil(size / 1024), 1, 1           256                 0
 //   column_partials    ceil(N / (512 / sizeof T)), S, 1  256                 0
 //
 //   matmul_naive<T, A_T, B_T>(T* out, T* a, T* b, T* bias or null, int M, int N, int K)
 //   matmul_float<EPILOGUE, A_T, B_T, ALIGNED, BM, BN, BK, TM, TN> and
 //   matmul_bf16<O, EPILOGUE, A_T, B_T, ALIGNED, BM, BN, BK, WM, WN, STAGES>
 //       (O* out, O* extra, O* bias, T* a, T* b, int M, int N, int K, int k_slice)     T = float = O; T = bf16
-//   add_partials(float* out, float* partials, size_t size, int slices)
+//   matmul_skinny<O, EPILOGUE, B_T, MI, STAGES>(O* out, O* extra, O* bias, bf16* a, bf16* b, int M, int N, int K)
+//   add_partials(float* out, float* partials, size_t size, size_t stride, int slices)
 //   column_partials<T, ALIGNED>(float* partials, T* dout, int rows, int N, int rows_per_slice)
 //
 //   tiles of matmul_float    128, 128, 8, 8, 8         256 threads, TM x TN outputs each
@@ -33,7 +35,6 @@
 //                            128, 128, 32, 64, 64, 3   128 threads,  49152 bytes: two on sm_86 and sm_89
 //                            64, 64, 64, 32, 32, 3     128 threads,  49152 bytes: small outputs
 //                            64, 64, 32, 32, 32, 3     128 threads,  24576 bytes: whatever is not ALIGNED
-//                            16, 32, 64, 16, 16, 6      64 threads,  36864 bytes: M <= 16, decoding
 //
 // ALIGNED: every pointer is a multiple of 16 bytes, and N and the row lengths of A and B as they are stored
 // are multiples of 8 (bf16) or 4 (float). Otherwise elements are moved one by one: any size works, slower.
@@ -49,10 +50,8 @@
 // 128 x 128, 85 at 128 x 256. At 450 TFLOP/s that is 7 or 5.3 TB/s, more than memory has (3.35) and as much
 // as the L2 cache gives: hence large tiles, and the order of tile_of().
 
-#include "common.cuh"
+#include "matmul.cuh"
 #include "ptx.cuh"
-
-enum Epilogue { STORE, BIAS, BIAS_GELU, BIAS_RESIDUAL, GELU_GRAD, ACCUMULATE };
 
 // ---- Rung 1: one thread per output ------------------------------------------------------------------------
 
@@ -83,17 +82,6 @@ template <bool ALIGNED, typename T>
 __device__ inline void store_part(T* address, const Pack<T>& pack, int count) {
     if constexpr (ALIGNED) store_pack(address, pack);
     else for (int i = 0; i < Pack<T>::size; i++) if (i < count) address[i] = pack[i];
-}
-
-// Which tile a block computes. Blocks start in the order of their numbers, so neighbours in number should
-// share rows of A and columns of B in the L2 cache: 16 tiles down, then one column to the right.
-struct Tile { int m, n; };
-template <int BM, int BN>
-__device__ inline Tile tile_of(int block, int M, int N) {
-    constexpr int DOWN = 16;
-    const int band_size = DOWN * ceil_div(N, BN), band = block / band_size, inside = block % band_size;
-    const int height = min(DOWN, ceil_div(M, BM) - band * DOWN);
-    return {(band * DOWN + inside % height) * BM, inside / height * BN};
 }
 
 // 16 bytes of outputs, x, at (row, col) go to memory. `extra` (M, N) is the pre-activation that BIAS_GELU
@@ -354,17 +342,113 @@ matmul_bf16(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int M
     }
 }
 
+// ---- Version 4, bf16: few rows, as in decoding ------------------------------------------------------------
+
+// For M <= 16 MI rows the work is to read B once, and what counts is how much of it is asked for at a time. A
+// block owns 16 columns and all of K: each of its 8 warps takes every eighth 64 of k, through a ring of STAGES
+// of its own, so that nobody waits for anybody until the 8 sums are added, in their order. With 6 stages and
+// K = 3072 a block asks for all that it will ever read at once. B is aligned, as are the rows of A and out.
+// Not measured yet (the version before, tiles of 16 x 32 and K walked by one pipeline: 556 us for a token of
+// GPT-2 124M on an H200, this and all other kernels).
+template <typename O, Epilogue EPILOGUE, bool B_T, int MI, int STAGES>
+__global__ void __launch_bounds__(256)
+matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int M, int N, int K) {
+    constexpr int WARPS = 8, BN = 16, BK = 64, ROWS = 16 * MI, CHUNKS = BK / 8;
+    constexpr int B_COLS = B_T ? BK : BN, B_CHUNKS = B_COLS / 8;
+    extern __shared__ __align__(16) unsigned char shared_memory[];
+    __shared__ __align__(16) float partial[WARPS][16][BN + 4];
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, n0 = blockIdx.x * BN;
+    bf16* const a_tiles = reinterpret_cast<bf16*>(shared_memory) + warp * STAGES * (ROWS + BN) * BK;
+    bf16* const b_tiles = a_tiles + STAGES * ROWS * BK;     // STAGES x (64, 16), or (16, 64) if B_T
+    const int blocks = ceil_div(ceil_div(K, BK) - warp, WARPS);     // of this warp, each 64 of k
+
+    auto load = [&](int block) {                            // rows of A from M on stay as they are
+        bf16* const a_tile = a_tiles + block % STAGES * ROWS * BK;
+        bf16* const b_tile = b_tiles + block % STAGES * BN * BK;
+        const int k0 = (block * WARPS + warp) * BK;
+        if (block < blocks) {
+#pragma unroll
+            for (int i = 0; i < ROWS * CHUNKS / WARP; i++) {
+                const int row = (i * WARP + lane) / CHUNKS, chunk = (i * WARP + lane) % CHUNKS;
+                const int k = k0 + chunk * 8, count = max(0, min(8, K - k));
+                if (row < M) cp_async_16(a_tile + swizzle<BK>(row, chunk), a + (size_t)row * K + min(k, K - 8), count * 2);
+            }
+#pragma unroll
+            for (int i = 0; i < BN * BK / 8 / WARP; i++) {
+                const int row = (i * WARP + lane) / B_CHUNKS, chunk = (i * WARP + lane) % B_CHUNKS;
+                const int n = n0 + (B_T ? row : chunk * 8), k = k0 + (B_T ? chunk * 8 : row);
+                const bool there = n < N && k < K;
+                const bf16* const from = !there ? b : B_T ? b + (size_t)n * K + k : b + (size_t)k * N + n;
+                cp_async_16(b_tile + swizzle<B_COLS>(row, chunk), from, there ? 16 : 0);
+            }
+        }
+        cp_async_commit();
+    };
+    for (int block = 0; block < STAGES; block++) load(block);
+    float sums[MI][2][4] = {};
+    for (int block = 0; block < blocks; block++) {
+        cp_async_wait<STAGES - 1>();
+        __syncwarp();                                       // every lane's part of the stage is there
+        const bf16* const a_tile = a_tiles + block % STAGES * ROWS * BK;
+        const bf16* const b_tile = b_tiles + block % STAGES * BN * BK;
+#pragma unroll
+        for (int step = 0; step < BK / 16; step++) {
+            uint32_t b_frags[4], a_frags[4];
+            load_fragment<false, B_T, BN, BK>(b_frags, b_tile, 0, step * 16);
+            const uint32_t left[2] = {b_frags[0], b_frags[1]}, right[2] = {b_frags[2], b_frags[3]};
+#pragma unroll
+            for (int i = 0; i < MI; i++) {
+                load_fragment<true, true, ROWS, BK>(a_frags, a_tile, i * 16, step * 16);
+                mma_m16n8k16(sums[i][0], a_frags, left);
+                mma_m16n8k16(sums[i][1], a_frags, right);
+            }
+        }
+        __syncwarp();                                       // nobody reads this stage again
+        load(block + STAGES);
+    }
+#pragma unroll
+    for (int i = 0; i < MI; i++) {                          // 16 rows at a time
+        __syncthreads();                                    // the rows before have been added up
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            partial[warp][lane / 4 + j / 2 % 2 * 8][j / 4 * 8 + lane % 4 * 2 + j % 2] = sums[i][j / 4][j % 4];
+        __syncthreads();
+        constexpr int SIZE = Pack<O>::size, PER_ROW = BN / SIZE;
+        const int row = threadIdx.x / PER_ROW, col = threadIdx.x % PER_ROW * SIZE;
+        if (row < 16 && i * 16 + row < M && n0 + col < N) {
+            float x[SIZE] = {};
+            for (int w = 0; w < WARPS; w++)
+                for (int e = 0; e < SIZE; e++) x[e] += partial[w][row][col + e];
+            finish<EPILOGUE, true>(out, extra, bias, x, i * 16 + row, n0 + col, N);
+        }
+    }
+}
+
 // ---- Sums in a fixed order --------------------------------------------------------------------------------
 
-// out[i] += partials[0][i] + partials[1][i] + ...: the second half of the split dweight and of the bias
-// gradient. Bandwidth alone: (slices + 2) size 4 bytes.
-__global__ void add_partials(float* out, const float* partials, size_t size, int slices) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= size) return;
-    float sum = 0.0f;
+// out[i] += partials[0][i] + partials[1][i] + ..., `stride` elements from one slice to the next: the second half
+// of the split dweight, here and in matmul_hopper.cu, and of the bias gradient. Four elements a thread.
+// Bandwidth alone: (slices + 2) size 4 bytes, which the L2 cache holds in part.
+__global__ void __launch_bounds__(256)
+add_partials(float* out, const float* partials, size_t size, size_t stride, int slices) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i + 4 > size || !aligned(out, 0) || !aligned(partials, stride)) {
+        for (size_t j = i; j < min(i + 4, size); j++) {
+            float sum = 0.0f;
+            for (int s = 0; s < slices; s++) sum += partials[s * stride + j];
+            out[j] += sum;
+        }
+        return;
+    }
+    Pack<float> sum = {};
 #pragma unroll 4
-    for (int s = 0; s < slices; s++) sum += partials[s * size + i];
-    out[i] += sum;
+    for (int s = 0; s < slices; s++) {
+        const Pack<float> part = load_pack(partials + s * stride + i);
+        for (int j = 0; j < 4; j++) sum[j] += part[j];
+    }
+    Pack<float> total = load_pack(out + i);
+    for (int j = 0; j < 4; j++) total[j] += sum[j];
+    store_pack(out + i, total);
 }
 
 // partials (S, N): the column sums of each slice of the rows of dout (rows, N), for dbias. A lane owns 16

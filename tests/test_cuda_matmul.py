@@ -11,6 +11,8 @@ import pytest
 import test_cuda_elementwise as elementwise
 from test_cuda_elementwise import BF16, F32, NAMES, cdiv, random
 
+cuda = card.cuda()
+
 # As in matmul.cu's table: BM, BN, BK, then WM, WN, STAGES of bf16 or TM, TN of float.
 BF16_TILES = [
     (128, 256, 64, 64, 64, 3),
@@ -19,7 +21,6 @@ BF16_TILES = [
     (128, 128, 32, 64, 64, 3),
     (64, 64, 64, 32, 32, 3),
     (64, 64, 32, 32, 32, 3),
-    (16, 32, 64, 16, 16, 6),
 ]
 FLOAT_TILES = [(128, 128, 8, 8, 8), (64, 64, 16, 4, 4)]
 ALIGNED_SIZES = [(8, 8, 8), (72, 136, 40), (129, 104, 200), (264, 264, 136)]  # rows of A need not be aligned
@@ -100,15 +101,19 @@ def product(operands, tile, sizes, use, aligned, slices=1):
         launch(name, (cdiv(M, BM) * cdiv(N, BN), 1, slices), (threads,), arguments + sizes, shared)
         if slices > 1:
             total, size = device(before), M * N
-            launch(
-                "add_partials", (cdiv(size, 256),), (256,), (total, out, np.uint64(size), np.int32(slices))
-            )
+            arguments = total, out, np.uint64(size), np.uint64(size), np.int32(slices)
+            launch("add_partials", (cdiv(size, 1024),), (256,), arguments)
             out = total
         results.append((out.get().reshape(M, N), out_extra.get()))
+    hold(results, use, a, b, bias, extra, before, slices)
+
+
+def hold(results, use, a, b, bias, extra, before, slices=1):
+    """Two runs gave the same bits, and these are the product with its epilogue: results are (out, extra)."""
+    epilogue = use[0]
     assert results[0][0].tobytes() == results[1][0].tobytes()
     assert results[0][1].tobytes() == results[1][1].tobytes()
     result, result_extra = results[0]
-
     expected = a.astype(np.float64) @ b.astype(np.float64)
     if epilogue.startswith("BIAS"):
         expected += bias.astype(np.float64)
@@ -122,6 +127,29 @@ def product(operands, tile, sizes, use, aligned, slices=1):
     elif epilogue == "ACCUMULATE" or slices > 1:
         expected += before
     check(result, expected)
+
+
+def hopper(tile, sizes, use, monkeypatch, slices=1, multiprocessors=4):
+    """As product(), by matmul_hopper.cu; few multiprocessors have many tiles each."""
+    if cuda.CAPABILITY != 90:
+        pytest.skip("matmul_hopper.cu needs a card of compute capability 9.0")
+    (M, N, K), (epilogue, a_t, b_t, out_dtype) = sizes, use
+    a, b = random(1, (M, K), BF16, K**-0.5), random(2, (K, N), BF16)  # outputs of size 1
+    bias, extra = random(3, N, BF16), random(4, (M, N), BF16)
+    before = random(5, (M, N), np.float32)
+    monkeypatch.setattr(cuda, "SMS", multiprocessors)
+    monkeypatch.setattr(cuda, "RUNGS", {"matmul": tile, "slices": slices})
+    cuda._hopper_choice.cache_clear()
+    results = []
+    for _ in range(2):
+        out = device(before) if epilogue == "ACCUMULATE" else card.empty((M, N), out_dtype or BF16)
+        uses_extra = epilogue in ("BIAS_GELU", "BIAS_RESIDUAL", "GELU_GRAD")
+        out_extra = card.empty((M, N), BF16) if epilogue == "BIAS_GELU" else device(extra)
+        stored = device(a.T if a_t else a), device(b.T if b_t else b)
+        fused = (out_extra if uses_extra else None), (device(bias) if "BIAS" in epilogue else None)
+        cuda._product(out, *stored, a_t, b_t, epilogue, M, N, K, *fused)
+        results.append((out.get(), out_extra.get()))
+    hold(results, use, a, b, bias, extra, before)
 
 
 def naive(operands, sizes, a_t, b_t, with_bias):
@@ -167,6 +195,27 @@ def test_bf16(tile, use):
         product(BF16, tile, wanted(use, sizes), use, aligned=True)
 
 
+@pytest.mark.parametrize("use", [use for use in USES if not use[1]], ids=use_name)
+@pytest.mark.parametrize("rows, stages", [(1, 6), (1, 2), (4, 2)])
+def test_skinny(rows, stages, use):
+    """Few rows: a K that no warp needs to share, one that all share, and one that passes the ring twice."""
+    epilogue, _, b_t, out_dtype = use
+    out_dtype = out_dtype or BF16
+    for M, N, K in [(1, 8, 8), (16 * rows - 3, 40, 72), (16 * rows, 24, 2 * 8 * 64 + 520)]:
+        a, b = random(1, (M, K), BF16, K**-0.5), random(2, (K, N), BF16)
+        bias, extra = random(3, N, out_dtype), random(4, (M, N), out_dtype)
+        results = []
+        for _ in range(2):
+            out = card.empty((M, N), out_dtype)
+            out_extra = card.empty((M, N), out_dtype) if epilogue == "BIAS_GELU" else device(extra)
+            arguments = out, out_extra, device(bias), device(a), device(b.T if b_t else b)
+            name = f"matmul_skinny<{NAMES[out_dtype]}, {epilogue}, {str(b_t).lower()}, {rows}, {stages}>"
+            sizes = tuple(map(np.int32, (M, N, K)))
+            launch(name, (cdiv(N, 16),), (256,), arguments + sizes, stages * (rows + 1) * 16384)
+            results.append((out.get(), out_extra.get()))
+        hold(results, use, a, b, bias, extra, None)
+
+
 @pytest.mark.parametrize("use", USES, ids=use_name)
 def test_bf16_without_alignment(use):
     for sizes in [*ODD_SIZES, (72, 136, 40)]:
@@ -191,6 +240,51 @@ def test_every_tile_is_computed_once(operands, tile):
     product(operands, tile, (64 * 16, 64 * 2, 16), USES[0], True)
 
 
+# Not multiples of any tile, an M below a box, a K that ends within a stage; more tiles than blocks.
+HOPPER_SIZES = [(8, 8, 8), (200, 328, 136), (520, 264, 72)]
+HOPPER_USES = [use for use in USES if use[:3] != ("STORE", True, False)]  # those slices are ACCUMULATE's own
+
+
+@pytest.mark.parametrize("use", HOPPER_USES, ids=use_name)
+@pytest.mark.parametrize("tile", cuda.HOPPER_TILES)
+def test_hopper(tile, use, monkeypatch):
+    for sizes in HOPPER_SIZES:
+        hopper(tile, wanted(use, sizes), use, monkeypatch)
+
+
+@pytest.mark.parametrize("tile", cuda.HOPPER_TILES)
+@pytest.mark.parametrize("slices", [2, 3])
+def test_hopper_split_over_the_tokens(tile, slices, monkeypatch):
+    """Sums over K in slices of unequal length; rows of the partial sums are padded to 64."""
+    for sizes in [(72, 264, 500), (136, 200, 264)]:
+        hopper(tile, sizes, ("ACCUMULATE", True, False, F32), monkeypatch, slices)
+
+
+@pytest.mark.parametrize("tile", ["pingpong", "wide"])
+def test_hopper_pipeline_wraps(tile, monkeypatch):
+    """Many tiles a block and more stages than the ring has, so that every barrier passes many phases."""
+    hopper(tile, (1300, 400, 704), ("BIAS_RESIDUAL", False, False, None), monkeypatch, multiprocessors=2)
+    hopper(tile, (1300, 400, 64), ("GELU_GRAD", False, True, None), monkeypatch, multiprocessors=2)
+
+
+@pytest.mark.parametrize("a_t, b_t", [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("stages", [1, 4])
+def test_hopper_simple(a_t, b_t, stages):
+    """The first two versions of the climb: one warpgroup, with and without loads ahead."""
+    if cuda.CAPABILITY != 90:
+        pytest.skip("matmul_hopper.cu needs a card of compute capability 9.0")
+    for M, N, K in [(8, 8, 8), (200, 264, 456)]:
+        a, b = random(1, (M, K), BF16, K**-0.5), random(2, (K, N), BF16)
+        out, stored = card.empty((M, N), BF16), (device(a.T if a_t else a), device(b.T if b_t else b))
+        maps = [
+            cuda.tensor_map(matrix, 64 if across else 128) for matrix, across in zip(stored, (a_t, not b_t))
+        ]
+        name = f"matmul_hopper_simple<{str(a_t).lower()}, {str(b_t).lower()}, {stages}>"
+        grid = cdiv(M, 128) * cdiv(N, 128)
+        cuda.launch("matmul_hopper", name, grid, 128, *maps, out, M, N, K, shared=stages * 32776)
+        check(out.get(), a.astype(np.float64) @ b.astype(np.float64))
+
+
 @pytest.mark.parametrize("operands", [F32, BF16], ids=NAMES.get)
 @pytest.mark.parametrize(
     "rows, N, slices", [(1, 1, 1), (7, 33, 2), (100, 129, 3), (65, 512, 4), (333, 264, 5)]
@@ -205,8 +299,8 @@ def test_bias_gradient(operands, rows, N, slices):
             name = f"column_partials<{NAMES[operands]}, {str(aligned).lower()}>"
             sizes = (np.int32(rows), np.int32(N), np.int32(per_slice))
             launch(name, (cdiv(N, columns), slices), (256,), (partials, device(dout), *sizes))
-            arguments = (total, partials, np.uint64(N), np.int32(slices))
-            launch("add_partials", (cdiv(N, 256),), (256,), arguments)
+            arguments = (total, partials, np.uint64(N), np.uint64(N), np.int32(slices))
+            launch("add_partials", (cdiv(N, 1024),), (256,), arguments)
             results.append(total.get())
         assert results[0].tobytes() == results[1].tobytes()
         check(results[0], dbias + dout.astype(np.float64).sum(0))

@@ -1,0 +1,495 @@
+// Causal self-attention on Hopper, forward and backward, bf16, head sizes 64 and 128, any T: the third version
+// of attention.cu and attention_backward.cu, which say what is computed, with wgmma and TMA. Read these and
+// matmul_hopper.cu before.
+//
+//     kernel                                grid                 block     dynamic shared bytes
+//     attention_forward_hopper<HS>          at most one per SM   512, 384  Forward<HS>::SHARED
+//     attention_backward_keys_hopper<HS>    the same             384       BackwardKeys<HS>::SHARED
+//     attention_backward_queries_hopper<HS> the same             384       BackwardQueries<HS>::SHARED
+//
+//     forward(map q, map kv, map out, float* lse, int B, int T, int NH)
+//     keys, queries(map kv, map q, map dout, map dqkv, float2* rows, int B, int T, int Tp, int NH)
+//
+// The maps are head_map's of qkv (B, T, 3 NH, HS), out, dout (B, T, NH, HS) and dqkv: q and dout in boxes of
+// QUERIES tokens, kv of KEYS, out and dqkv of 64. rows (B, NH, Tp) holds lse log2(e) and D of every query, made
+// by attention_backward_prepare, with Tp = T rounded up to a multiple of 128.
+//
+// One producer warpgroup loads; two or three consumers own 64 rows each, of queries or of keys, and keep the
+// scores, their exponentials and the sums in registers: what wgmma leaves in registers as a result is, rounded
+// to bf16, what it takes from registers as its left operand. A head of 128 channels lies in shared memory as
+// two boxes of 64, one behind the other.
+//
+// The floor: forward 2, backward 5 products of B T² C FLOP, of which causality leaves half. Above it backward
+// by 7/5, the price of owning queries in one kernel and keys in another: no sum leaves its registers, so the
+// same bits come out every time. Above it in all three by the exponentials (16 a clock and SM: at head size 64
+// as many clocks as half of the products), which the other consumers' products hide, and by the diagonal.
+
+#include "hopper.cuh"
+
+// 1 / sqrt(HS), for powers of two: exp2(softmax_scale(HS) q·k - lse log2(e)) is a probability.
+template <int HS> __device__ inline float scale_log2() { return LOG2E / (HS == 64 ? 8.0f : 11.313708498984761f); }
+template <int HS> __device__ inline float scale() { return 1.0f / (HS == 64 ? 8.0f : 11.313708498984761f); }
+
+// ---- Tasks: a tile of one head, in an order that suits the L2 cache ---------------------------------------
+
+// 64 heads at a time, so that their keys and values stay in the L2 cache; of these first all first tiles, then
+// all second ones. The kernel sees to it that tile 0 has most to do.
+struct Task { int tile, head, b, h; };
+__device__ inline Task task_of(int number, int tiles, int heads, int NH) {
+    constexpr int GROUP = 64;
+    const int group = number / (GROUP * tiles), inside = number % (GROUP * tiles);
+    const int width = min(GROUP, heads - group * GROUP), head = group * GROUP + inside % width;
+    return {inside / width, head, head / NH, head % NH};
+}
+
+// ---- Products of a warpgroup ------------------------------------------------------------------------------
+
+// Starts scores (64, 2 HALF) = x (64, HS) @ yᵀ. x and y are rows of boxes that are X_ROWS and Y_ROWS high.
+template <int HS, int X_ROWS, int Y_ROWS, int HALF>
+__device__ inline void start_scores(float (&scores)[HALF], const bf16* x, const bf16* y) {
+    const Descriptor a = describe(x), b = describe(y);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < HS / 16; k++)
+        wgmma<false, false>(scores, advance(a, k / 4 * X_ROWS * 128 + k % 4 * 32),
+                            advance(b, k / 4 * Y_ROWS * 128 + k % 4 * 32), k > 0);
+    wgmma_commit();
+}
+
+// Starts acc (64, HS) += weights (64, 4 COUNT) @ y (4 COUNT, HS), the weights in registers.
+template <int HS, int Y_ROWS, int COUNT>
+__device__ inline void start_sums(float (&acc)[HS / 2], const uint32_t (&weights)[COUNT], const bf16* y,
+                                  bool accumulate) {
+    const Descriptor b = describe(y, Y_ROWS * 128);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < COUNT / 4; k++)
+        wgmma<true>(acc, weights + 4 * k, advance(b, k * 2048), accumulate || k > 0);
+    wgmma_commit();
+}
+
+// Stores acc (64, HS) times f0 (rows g) and f1 (rows g + 8) as bf16 through boxes of 64 columns. Rows from T on
+// are clipped by TMA.
+template <int HS>
+__device__ inline void store_rows(const TensorMap& map, bf16* boxes, const float (&acc)[HS / 2], float f0, float f1,
+                                  int head, int row, int b, int barrier) {
+    const int thread = threadIdx.x % WARPGROUP;
+    if (thread == 0) bulk_wait_read<0>();
+    named_barrier_sync<WARPGROUP>(barrier);
+#pragma unroll
+    for (int c = 0; c < HS; c += 16) {
+        const float* x = acc + c / 2;
+        stmatrix_x4(fragment(boxes + c / 64 * (BOX_BYTES / 2), c % 64), pack_bf16(x[0] * f0, x[1] * f0),
+                    pack_bf16(x[2] * f1, x[3] * f1), pack_bf16(x[4] * f0, x[5] * f0),
+                    pack_bf16(x[6] * f1, x[7] * f1));
+    }
+    async_proxy_fence();
+    named_barrier_sync<WARPGROUP>(barrier);
+    if (thread == 0) {
+#pragma unroll
+        for (int half = 0; half < HS / 64; half++)
+            tma_store(map, boxes + half * (BOX_BYTES / 2), half * 64, head, row, b);
+        bulk_commit();
+    }
+}
+
+// Starts the load of a box of 64 or 128 channels.
+template <int HS, int ROWS>
+__device__ inline void load_rows(bf16* tile, const TensorMap& map, Barrier* full, int head, int row, int b) {
+#pragma unroll
+    for (int half = 0; half < HS / 64; half++)
+        tma_load(tile + half * ROWS * 64, map, full, half * 64, head, row, b);
+}
+
+// ---- Forward ----------------------------------------------------------------------------------------------
+
+template <int HS> struct Forward {
+    static constexpr int CONSUMERS = HS == 64 ? 3 : 2, QUERIES = 64 * CONSUMERS, KEYS = 128, STAGES = 2;
+    static constexpr int REGISTERS = CONSUMERS == 3 ? 160 : 232, Q_BUFFERS = 2;
+    static constexpr int Q = QUERIES * HS, KV = KEYS * HS, OUT = 64 * HS;   // elements of a tile
+    static constexpr int SHARED = 2 * (Q_BUFFERS * Q + 2 * STAGES * KV + CONSUMERS * OUT) +
+                                  8 * (2 * Q_BUFFERS + 4 * STAGES);
+};
+
+// A block owns QUERIES queries and walks the keys from the diagonal down to 0, in tiles of KEYS. Scores, online
+// softmax and sums as in attention.cu: not measured yet.
+template <int HS>
+__global__ void __launch_bounds__(WARPGROUP * (Forward<HS>::CONSUMERS + 1), 1)
+attention_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap kv_map,
+                         const __grid_constant__ TensorMap out_map, float* lse, int B, int T, int NH) {
+    using Tile = Forward<HS>;
+    constexpr int CONSUMERS = Tile::CONSUMERS, QUERIES = Tile::QUERIES, KEYS = Tile::KEYS, STAGES = Tile::STAGES;
+    constexpr int Q_BUFFERS = Tile::Q_BUFFERS;
+    extern __shared__ __align__(1024) unsigned char shared_memory[];
+    bf16* const q_tiles = reinterpret_cast<bf16*>(shared_memory);           // Q_BUFFERS x (QUERIES, HS)
+    bf16* const k_tiles = q_tiles + Q_BUFFERS * Tile::Q;                    // STAGES x (KEYS, HS)
+    bf16* const v_tiles = k_tiles + STAGES * Tile::KV;                      // STAGES x (KEYS, HS)
+    bf16* const boxes = v_tiles + STAGES * Tile::KV;                        // CONSUMERS x (64, HS)
+    Barrier* const q_full = reinterpret_cast<Barrier*>(boxes + CONSUMERS * Tile::OUT);
+    Barrier* const q_empty = q_full + Q_BUFFERS;
+    Barrier* const k_full = q_empty + Q_BUFFERS;
+    Barrier* const k_empty = k_full + STAGES;
+    Barrier* const v_full = k_empty + STAGES;
+    Barrier* const v_empty = v_full + STAGES;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Q_BUFFERS; i++) barrier_init(q_full + i, 1), barrier_init(q_empty + i, CONSUMERS);
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(k_full + i, 1), barrier_init(k_empty + i, CONSUMERS);
+            barrier_init(v_full + i, 1), barrier_init(v_empty + i, CONSUMERS);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    const int tiles = ceil_div(T, QUERIES), heads = B * NH, last = tiles * heads;
+    const int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
+    RingPosition<STAGES> at;
+    RingPosition<Q_BUFFERS> q_at;
+
+    if (warpgroup == 0) {                                   // the producer
+        registers_decrease<(CONSUMERS == 3 ? 32 : 40)>();
+        if (thread == 0)
+            for (int number = blockIdx.x; number < last; number += gridDim.x, q_at.next()) {
+                const Task task = task_of(number, tiles, heads, NH);
+                const int first_query = (tiles - 1 - task.tile) * QUERIES;
+                barrier_wait(q_empty + q_at.stage, q_at.parity ^ 1);
+                barrier_arrive_expect(q_full + q_at.stage, Tile::Q * 2);
+                load_rows<HS, QUERIES>(q_tiles + q_at.stage * Tile::Q, q_map, q_full + q_at.stage, task.h,
+                                       first_query, task.b);
+                for (int block = ceil_div(min(first_query + QUERIES, T), KEYS) - 1; block >= 0; block--, at.next()) {
+                    barrier_wait(k_empty + at.stage, at.parity ^ 1);
+                    barrier_arrive_expect(k_full + at.stage, Tile::KV * 2);
+                    load_rows<HS, KEYS>(k_tiles + at.stage * Tile::KV, kv_map, k_full + at.stage, NH + task.h,
+                                        block * KEYS, task.b);
+                    barrier_wait(v_empty + at.stage, at.parity ^ 1);
+                    barrier_arrive_expect(v_full + at.stage, Tile::KV * 2);
+                    load_rows<HS, KEYS>(v_tiles + at.stage * Tile::KV, kv_map, v_full + at.stage, 2 * NH + task.h,
+                                        block * KEYS, task.b);
+                }
+            }
+        return;
+    }
+    registers_increase<Tile::REGISTERS>();                  // a consumer
+    const int consumer = warpgroup - 1, lane = thread % WARP, warp = thread / WARP;
+    const float factor = scale_log2<HS>();
+    for (int number = blockIdx.x; number < last; number += gridDim.x, q_at.next()) {
+        const Task task = task_of(number, tiles, heads, NH);
+        const int first_query = (tiles - 1 - task.tile) * QUERIES, first_row = first_query + 64 * consumer;
+        const int row = first_row + warp * 16 + lane / 4;   // this lane's rows are row and row + 8
+        const int loaded = ceil_div(min(first_query + QUERIES, T), KEYS);   // blocks of keys
+        const int used = first_row < T ? min(loaded, ceil_div(first_row + 64, KEYS)) : 0;
+        const bf16* const q_tile = q_tiles + q_at.stage * Tile::Q + consumer * 64 * 64;
+        float acc[HS / 2] = {}, scores[KEYS / 2];
+        float maximum[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {};   // of row and row + 8; lane's own keys
+        barrier_wait(q_full + q_at.stage, q_at.parity);
+        for (int block = loaded - 1; block >= used; block--, at.next()) {   // above this consumer's diagonal
+            barrier_wait(k_full + at.stage, at.parity);
+            barrier_wait(v_full + at.stage, at.parity);
+            named_barrier_sync<WARPGROUP>(1 + consumer);    // or a late warp could miss a phase
+            if (thread == 0) barrier_arrive(k_empty + at.stage), barrier_arrive(v_empty + at.stage);
+        }
+        for (int block = used - 1; block >= 0; block--, at.next()) {
+            barrier_wait(k_full + at.stage, at.parity);
+            start_scores<HS, QUERIES, KEYS>(scores, q_tile, k_tiles + at.stage * Tile::KV);
+            wgmma_wait<0>();
+            wgmma_results(scores);
+            if (thread == 0) barrier_arrive(k_empty + at.stage);
+
+            const int key = block * KEYS + lane % 4 * 2;    // this lane's keys are key + 8 j and its neighbour
+            if (block * KEYS + KEYS - 1 > first_row) {      // the diagonal
+#pragma unroll
+                for (int i = 0; i < KEYS / 2; i++)
+                    if (key + i / 4 * 8 + i % 2 > row + i % 4 / 2 * 8) scores[i] = MINUS_INFINITY;
+            }
+            float rescale[2];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float highest = maximum[r];
+#pragma unroll
+                for (int i = 2 * r; i < KEYS / 2; i += 4) highest = fmaxf(highest, fmaxf(scores[i], scores[i + 1]));
+                highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, 1));
+                highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, 2));
+                rescale[r] = exp2f((maximum[r] - highest) * factor);
+                maximum[r] = highest;
+                const float offset = highest * factor;
+                float block_sum = 0.0f;
+#pragma unroll
+                for (int i = 2 * r; i < KEYS / 2; i += 4) {
+                    scores[i] = exp2f(scores[i] * factor - offset);
+                    scores[i + 1] = exp2f(scores[i + 1] * factor - offset);
+                    block_sum += scores[i] + scores[i + 1];
+                }
+                sum[r] = sum[r] * rescale[r] + block_sum;
+            }
+            uint32_t weights[KEYS / 4];
+#pragma unroll
+            for (int i = 0; i < KEYS / 4; i++) weights[i] = pack_bf16(scores[2 * i], scores[2 * i + 1]);
+#pragma unroll
+            for (int i = 0; i < HS / 2; i++) acc[i] *= rescale[i % 4 / 2];
+            barrier_wait(v_full + at.stage, at.parity);
+            start_sums<HS, KEYS>(acc, weights, v_tiles + at.stage * Tile::KV, true);
+            wgmma_wait<0>();
+            wgmma_results(acc);
+            if (thread == 0) barrier_arrive(v_empty + at.stage);
+        }
+        if (thread == 0) barrier_arrive(q_empty + q_at.stage);
+        if (used == 0) continue;                            // all rows lie beyond T
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            sum[r] += __shfl_xor_sync(ALL_LANES, sum[r], 1);
+            sum[r] += __shfl_xor_sync(ALL_LANES, sum[r], 2);
+            if (lane % 4 == 0 && row + 8 * r < T)
+                lse[static_cast<size_t>(task.head) * T + row + 8 * r] = maximum[r] * factor * LN2 + logf(sum[r]);
+        }
+        store_rows<HS>(out_map, boxes + consumer * Tile::OUT, acc, 1.0f / sum[0], 1.0f / sum[1], task.h, first_row,
+                       task.b, 1 + consumer);
+    }
+    if (thread == 0) bulk_wait<0>();
+}
+
+// ---- Backward: dK and dV ----------------------------------------------------------------------------------
+
+template <int HS> struct BackwardKeys {
+    static constexpr int CONSUMERS = 2, KEYS = 64 * CONSUMERS, QUERIES = HS == 64 ? 128 : 64, STAGES = 2;
+    static constexpr int KV_BUFFERS = HS == 64 ? 2 : 1;
+    static constexpr int KV = KEYS * HS, Q = QUERIES * HS, OUT = 64 * HS;   // elements of a tile
+    static constexpr int ROWS = QUERIES * 8;                                // bytes
+    static constexpr int SHARED = 2 * (2 * KV_BUFFERS * KV + 2 * STAGES * Q + CONSUMERS * OUT) + STAGES * ROWS +
+                                  8 * (2 * KV_BUFFERS + 2 * STAGES);
+};
+
+// A block owns KEYS keys and walks the queries from the last down to the diagonal. Scores lie transposed, a row
+// for each key: Pᵀ and dSᵀ are the left operands of dV and dK. Not measured yet.
+template <int HS>
+__global__ void __launch_bounds__(WARPGROUP * 3, 1)
+attention_backward_keys_hopper(const __grid_constant__ TensorMap kv_map, const __grid_constant__ TensorMap q_map,
+                               const __grid_constant__ TensorMap dout_map, const __grid_constant__ TensorMap dqkv_map,
+                               const float2* rows, int B, int T, int Tp, int NH) {
+    using Tile = BackwardKeys<HS>;
+    constexpr int CONSUMERS = Tile::CONSUMERS, KEYS = Tile::KEYS, QUERIES = Tile::QUERIES, STAGES = Tile::STAGES;
+    constexpr int KV_BUFFERS = Tile::KV_BUFFERS;
+    extern __shared__ __align__(1024) unsigned char shared_memory[];
+    bf16* const k_tiles = reinterpret_cast<bf16*>(shared_memory);           // KV_BUFFERS x (KEYS, HS)
+    bf16* const v_tiles = k_tiles + KV_BUFFERS * Tile::KV;                  // KV_BUFFERS x (KEYS, HS)
+    bf16* const q_tiles = v_tiles + KV_BUFFERS * Tile::KV;                  // STAGES x (QUERIES, HS)
+    bf16* const dout_tiles = q_tiles + STAGES * Tile::Q;                    // STAGES x (QUERIES, HS)
+    bf16* const boxes = dout_tiles + STAGES * Tile::Q;                      // CONSUMERS x (64, HS)
+    float2* const rows_tiles = reinterpret_cast<float2*>(boxes + CONSUMERS * Tile::OUT);  // STAGES x (QUERIES,)
+    Barrier* const kv_full = reinterpret_cast<Barrier*>(rows_tiles + STAGES * QUERIES);
+    Barrier* const kv_empty = kv_full + KV_BUFFERS;
+    Barrier* const full = kv_empty + KV_BUFFERS;
+    Barrier* const empty = full + STAGES;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < KV_BUFFERS; i++) barrier_init(kv_full + i, 1), barrier_init(kv_empty + i, CONSUMERS);
+        for (int i = 0; i < STAGES; i++) barrier_init(full + i, 1), barrier_init(empty + i, CONSUMERS);
+        barrier_init_fence();
+    }
+    __syncthreads();
+    const int tiles = ceil_div(T, KEYS), heads = B * NH, last = tiles * heads, blocks = ceil_div(T, QUERIES);
+    const int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
+    RingPosition<STAGES> at;
+    RingPosition<KV_BUFFERS> kv_at;
+
+    if (warpgroup == 0) {                                   // the producer
+        registers_decrease<24>();
+        if (thread == 0)
+            for (int number = blockIdx.x; number < last; number += gridDim.x, kv_at.next()) {
+                const Task task = task_of(number, tiles, heads, NH);
+                const int first_key = task.tile * KEYS;
+                barrier_wait(kv_empty + kv_at.stage, kv_at.parity ^ 1);
+                barrier_arrive_expect(kv_full + kv_at.stage, 2 * Tile::KV * 2);
+                load_rows<HS, KEYS>(k_tiles + kv_at.stage * Tile::KV, kv_map, kv_full + kv_at.stage, NH + task.h,
+                                    first_key, task.b);
+                load_rows<HS, KEYS>(v_tiles + kv_at.stage * Tile::KV, kv_map, kv_full + kv_at.stage,
+                                    2 * NH + task.h, first_key, task.b);
+                for (int block = blocks - 1; block >= first_key / QUERIES; block--, at.next()) {
+                    barrier_wait(empty + at.stage, at.parity ^ 1);
+                    barrier_arrive_expect(full + at.stage, 2 * Tile::Q * 2 + Tile::ROWS);
+                    load_rows<HS, QUERIES>(q_tiles + at.stage * Tile::Q, q_map, full + at.stage, task.h,
+                                           block * QUERIES, task.b);
+                    load_rows<HS, QUERIES>(dout_tiles + at.stage * Tile::Q, dout_map, full + at.stage, task.h,
+                                           block * QUERIES, task.b);
+                    bulk_load(rows_tiles + at.stage * QUERIES,
+                              rows + static_cast<size_t>(task.head) * Tp + block * QUERIES, Tile::ROWS,
+                              full + at.stage);
+                }
+            }
+        return;
+    }
+    registers_increase<240>();                              // a consumer
+    const int consumer = warpgroup - 1, lane = thread % WARP, warp = thread / WARP;
+    const float factor = scale_log2<HS>();
+    float p[QUERIES / 2], ds[QUERIES / 2], dk[HS / 2], dv[HS / 2];  // p and ds: (64 keys, QUERIES)
+    for (int number = blockIdx.x; number < last; number += gridDim.x, kv_at.next()) {
+        const Task task = task_of(number, tiles, heads, NH);
+        const int first_key = task.tile * KEYS + 64 * consumer, end = task.tile * KEYS / QUERIES;
+        const bf16* const k_tile = k_tiles + kv_at.stage * Tile::KV + consumer * 64 * 64;
+        const bf16* const v_tile = v_tiles + kv_at.stage * Tile::KV + consumer * 64 * 64;
+        barrier_wait(kv_full + kv_at.stage, kv_at.parity);
+        for (int block = blocks - 1; block >= end; block--, at.next()) {
+            const bf16* const q_tile = q_tiles + at.stage * Tile::Q;
+            const bf16* const dout_tile = dout_tiles + at.stage * Tile::Q;
+            // This lane's queries are 8 j + lane % 4 * 2 and its neighbour: {lse, D} of both in 16 bytes.
+            const float4* const pairs =
+                reinterpret_cast<const float4*>(rows_tiles + at.stage * QUERIES) + lane % 4;
+            barrier_wait(full + at.stage, at.parity);
+            start_scores<HS, KEYS, QUERIES>(p, k_tile, q_tile);
+            start_scores<HS, KEYS, QUERIES>(ds, v_tile, dout_tile);
+            wgmma_wait<1>();
+            wgmma_results(p);
+            if (block * QUERIES < first_key + 63) {         // the diagonal
+                const int before = first_key + warp * 16 + lane / 4 - block * QUERIES - lane % 4 * 2;
+#pragma unroll
+                for (int i = 0; i < QUERIES / 2; i++)       // key > query
+                    if (before + i % 4 / 2 * 8 > i / 4 * 8 + i % 2) p[i] = MINUS_INFINITY;
+            }
+#pragma unroll
+            for (int i = 0; i < QUERIES / 2; i += 4) {
+                const float4 pair = pairs[i];               // 16 bytes are two queries, i / 4 * 8 queries are i
+                p[i] = exp2f(p[i] * factor - pair.x), p[i + 1] = exp2f(p[i + 1] * factor - pair.z);
+                p[i + 2] = exp2f(p[i + 2] * factor - pair.x), p[i + 3] = exp2f(p[i + 3] * factor - pair.z);
+            }
+            wgmma_wait<0>();
+            wgmma_results(ds);
+            uint32_t p_left[QUERIES / 4], ds_left[QUERIES / 4];
+#pragma unroll
+            for (int i = 0; i < QUERIES / 2; i += 4) {
+                const float4 pair = pairs[i];
+                p_left[i / 2] = pack_bf16(p[i], p[i + 1]);
+                p_left[i / 2 + 1] = pack_bf16(p[i + 2], p[i + 3]);
+                ds_left[i / 2] = pack_bf16(p[i] * (ds[i] - pair.y), p[i + 1] * (ds[i + 1] - pair.w));
+                ds_left[i / 2 + 1] = pack_bf16(p[i + 2] * (ds[i + 2] - pair.y), p[i + 3] * (ds[i + 3] - pair.w));
+            }
+            start_sums<HS, QUERIES>(dv, p_left, dout_tile, block < blocks - 1);
+            start_sums<HS, QUERIES>(dk, ds_left, q_tile, block < blocks - 1);
+            wgmma_wait<0>();
+            wgmma_results(dv);
+            wgmma_results(dk);
+            if (thread == 0) barrier_arrive(empty + at.stage);
+        }
+        if (thread == 0) barrier_arrive(kv_empty + kv_at.stage);
+        bf16* const box = boxes + consumer * Tile::OUT;
+        store_rows<HS>(dqkv_map, box, dv, 1.0f, 1.0f, 2 * NH + task.h, first_key, task.b, 1 + consumer);
+        store_rows<HS>(dqkv_map, box, dk, scale<HS>(), scale<HS>(), NH + task.h, first_key, task.b, 1 + consumer);
+    }
+    if (thread == 0) bulk_wait<0>();
+}
+
+// ---- Backward: dQ -----------------------------------------------------------------------------------------
+
+template <int HS> struct BackwardQueries {
+    static constexpr int CONSUMERS = 2, QUERIES = 64 * CONSUMERS, KEYS = HS == 64 ? 128 : 64, STAGES = 2;
+    static constexpr int Q_BUFFERS = HS == 64 ? 2 : 1;
+    static constexpr int Q = QUERIES * HS, KV = KEYS * HS, OUT = 64 * HS;   // elements of a tile
+    static constexpr int SHARED = 2 * (2 * Q_BUFFERS * Q + 2 * STAGES * KV + CONSUMERS * OUT) +
+                                  8 * (2 * Q_BUFFERS + 2 * STAGES);
+};
+
+// A block owns QUERIES queries and walks the keys from the diagonal down to 0. Not measured yet.
+template <int HS>
+__global__ void __launch_bounds__(WARPGROUP * 3, 1)
+attention_backward_queries_hopper(const __grid_constant__ TensorMap kv_map, const __grid_constant__ TensorMap q_map,
+                                  const __grid_constant__ TensorMap dout_map,
+                                  const __grid_constant__ TensorMap dqkv_map, const float2* rows, int B, int T,
+                                  int Tp, int NH) {
+    using Tile = BackwardQueries<HS>;
+    constexpr int CONSUMERS = Tile::CONSUMERS, KEYS = Tile::KEYS, QUERIES = Tile::QUERIES, STAGES = Tile::STAGES;
+    constexpr int Q_BUFFERS = Tile::Q_BUFFERS;
+    extern __shared__ __align__(1024) unsigned char shared_memory[];
+    bf16* const q_tiles = reinterpret_cast<bf16*>(shared_memory);           // Q_BUFFERS x (QUERIES, HS)
+    bf16* const dout_tiles = q_tiles + Q_BUFFERS * Tile::Q;                 // Q_BUFFERS x (QUERIES, HS)
+    bf16* const k_tiles = dout_tiles + Q_BUFFERS * Tile::Q;                 // STAGES x (KEYS, HS)
+    bf16* const v_tiles = k_tiles + STAGES * Tile::KV;                      // STAGES x (KEYS, HS)
+    bf16* const boxes = v_tiles + STAGES * Tile::KV;                        // CONSUMERS x (64, HS)
+    Barrier* const q_full = reinterpret_cast<Barrier*>(boxes + CONSUMERS * Tile::OUT);
+    Barrier* const q_empty = q_full + Q_BUFFERS;
+    Barrier* const full = q_empty + Q_BUFFERS;
+    Barrier* const empty = full + STAGES;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Q_BUFFERS; i++) barrier_init(q_full + i, 1), barrier_init(q_empty + i, CONSUMERS);
+        for (int i = 0; i < STAGES; i++) barrier_init(full + i, 1), barrier_init(empty + i, CONSUMERS);
+        barrier_init_fence();
+    }
+    __syncthreads();
+    const int tiles = ceil_div(T, QUERIES), heads = B * NH, last = tiles * heads;
+    const int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
+    RingPosition<STAGES> at;
+    RingPosition<Q_BUFFERS> q_at;
+
+    if (warpgroup == 0) {                                   // the producer
+        registers_decrease<24>();
+        if (thread == 0)
+            for (int number = blockIdx.x; number < last; number += gridDim.x, q_at.next()) {
+                const Task task = task_of(number, tiles, heads, NH);
+                const int first_query = (tiles - 1 - task.tile) * QUERIES;
+                barrier_wait(q_empty + q_at.stage, q_at.parity ^ 1);
+                barrier_arrive_expect(q_full + q_at.stage, 2 * Tile::Q * 2);
+                load_rows<HS, QUERIES>(q_tiles + q_at.stage * Tile::Q, q_map, q_full + q_at.stage, task.h,
+                                       first_query, task.b);
+                load_rows<HS, QUERIES>(dout_tiles + q_at.stage * Tile::Q, dout_map, q_full + q_at.stage, task.h,
+                                       first_query, task.b);
+                for (int block = ceil_div(min(first_query + QUERIES, T), KEYS) - 1; block >= 0; block--, at.next()) {
+                    barrier_wait(empty + at.stage, at.parity ^ 1);
+                    barrier_arrive_expect(full + at.stage, 2 * Tile::KV * 2);
+                    load_rows<HS, KEYS>(k_tiles + at.stage * Tile::KV, kv_map, full + at.stage, NH + task.h,
+                                        block * KEYS, task.b);
+                    load_rows<HS, KEYS>(v_tiles + at.stage * Tile::KV, kv_map, full + at.stage, 2 * NH + task.h,
+                                        block * KEYS, task.b);
+                }
+            }
+        return;
+    }
+    registers_increase<240>();                              // a consumer
+    const int consumer = warpgroup - 1, lane = thread % WARP, warp = thread / WARP;
+    const float factor = scale_log2<HS>();
+    float p[KEYS / 2], ds[KEYS / 2], dq[HS / 2];            // p and ds: (64 queries, KEYS)
+    for (int number = blockIdx.x; number < last; number += gridDim.x, q_at.next()) {
+        const Task task = task_of(number, tiles, heads, NH);
+        const int first_query = (tiles - 1 - task.tile) * QUERIES, first_row = first_query + 64 * consumer;
+        const int row = first_row + warp * 16 + lane / 4;   // this lane's rows are row and row + 8
+        const int loaded = ceil_div(min(first_query + QUERIES, T), KEYS);   // blocks of keys
+        const int used = first_row < T ? min(loaded, ceil_div(first_row + 64, KEYS)) : 0;
+        const bf16* const q_tile = q_tiles + q_at.stage * Tile::Q + consumer * 64 * 64;
+        const bf16* const dout_tile = dout_tiles + q_at.stage * Tile::Q + consumer * 64 * 64;
+        const float2* const own = rows + static_cast<size_t>(task.head) * Tp + row;     // Tp covers all QUERIES
+        const float2 own0 = own[0], own1 = own[8];          // {lse, D}
+        barrier_wait(q_full + q_at.stage, q_at.parity);
+        for (int block = loaded - 1; block >= used; block--, at.next()) {   // above this consumer's diagonal
+            barrier_wait(full + at.stage, at.parity);
+            named_barrier_sync<WARPGROUP>(1 + consumer);    // or a late warp could miss a phase
+            if (thread == 0) barrier_arrive(empty + at.stage);
+        }
+        for (int block = used - 1; block >= 0; block--, at.next()) {
+            const bf16* const k_tile = k_tiles + at.stage * Tile::KV;
+            barrier_wait(full + at.stage, at.parity);
+            start_scores<HS, QUERIES, KEYS>(p, q_tile, k_tile);
+            start_scores<HS, QUERIES, KEYS>(ds, dout_tile, v_tiles + at.stage * Tile::KV);
+            wgmma_wait<1>();
+            wgmma_results(p);
+            if (block * KEYS + KEYS - 1 > first_row) {      // the diagonal
+                const int before = row - block * KEYS - lane % 4 * 2;
+#pragma unroll
+                for (int i = 0; i < KEYS / 2; i++)          // key > query
+                    if (i / 4 * 8 + i % 2 > before + i % 4 / 2 * 8) p[i] = MINUS_INFINITY;
+            }
+#pragma unroll
+            for (int i = 0; i < KEYS / 2; i++) p[i] = exp2f(p[i] * factor - (i % 4 < 2 ? own0.x : own1.x));
+            wgmma_wait<0>();
+            wgmma_results(ds);
+            uint32_t ds_left[KEYS / 4];
+#pragma unroll
+            for (int i = 0; i < KEYS / 4; i++) {
+                const float D = i % 2 == 0 ? own0.y : own1.y;
+                ds_left[i] = pack_bf16(p[2 * i] * (ds[2 * i] - D), p[2 * i + 1] * (ds[2 * i + 1] - D));
+            }
+            start_sums<HS, KEYS>(dq, ds_left, k_tile, block < used - 1);
+            wgmma_wait<0>();
+            wgmma_results(dq);
+            if (thread == 0) barrier_arrive(empty + at.stage);
+        }
+        if (thread == 0) barrier_arrive(q_empty + q_at.stage);
+        if (used > 0)
+            store_rows<HS>(dqkv_map, boxes + consumer * Tile::OUT, dq, scale<HS>(), scale<HS>(), task.h, first_row,
+                           task.b, 1 + consumer);
+    }
+    if (thread == 0) bulk_wait<0>();
+}
