@@ -103,7 +103,8 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     what = "layernorm_forward: out S N C, mean float N, rstd float N, inp S N C, weight S C, bias S C"
     n = check(what, out, mean, rstd, inp, weight, bias)
     kernel = _vectors("layernorm_forward", n, {"bf16": 7, "float": 13})
-    launch("layernorm", kernel, cdiv(n.N, 4), 128, out, mean, rstd, inp, weight, bias, n.N, n.C)
+    blocks = cdiv(n.N, 4) if "rows" in kernel else min(6 * SMS, cdiv(n.N, 4))
+    launch("layernorm", kernel, blocks, 128, out, mean, rstd, inp, weight, bias, n.N, n.C)
 
 
 def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, weight, bias):
