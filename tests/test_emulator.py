@@ -1,7 +1,6 @@
 """The emulator itself: each facility against NumPy, and each mistake that it must report, made on purpose."""
 
 import ctypes
-import functools
 import math
 import os
 import re
@@ -656,6 +655,18 @@ extern "C" __global__ void store_4d(const __grid_constant__ TensorMap map, const
         bulk_wait<0>();
     }
 }
+extern "C" __global__ void write_and_store(const __grid_constant__ TensorMap map, int stmatrix, int fenced) {
+    SHARED;
+    if (stmatrix) stmatrix_x4(shared_memory + threadIdx.x * 16, 0, 0, 0, 0);
+    else *(int4*)(shared_memory + threadIdx.x * 16) = int4{0, 0, 0, 0};
+    if (fenced || threadIdx.x != 9) async_proxy_fence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        tma_store(map, shared_memory, 0, 0);
+        bulk_commit();
+        bulk_wait<0>();
+    }
+}
 
 // ---- wgmma: out (64, N) = a (64, 64) @ b (64, N), as TMA lays them, plus 1
 
@@ -852,14 +863,13 @@ PRODUCTS = [f"product<{N}, {a}, {b}, false>" for N in (64, 128, 192) for a in BO
 PRODUCTS += [f"product<{N}, false, {b}, true>" for N in (64, 160, 256) for b in BOOLS]
 
 
-@functools.cache
-def hopper():
-    names = [*PRODUCTS, *compiler.kernel_names(HOPPER)]
-    return cupy.RawModule(code=HOPPER, options=("-arch=sm_90a",), name_expressions=names)
+SM_90A = cupy.RawModule(
+    code=HOPPER, options=("-arch=sm_90a",), name_expressions=[*PRODUCTS, *compiler.kernel_names(HOPPER)]
+)
 
 
-def launch(name, *arguments, bytes=0, grid=1, block=128):
-    return run(name, *arguments, grid=(grid,), block=(block,), shared_mem=bytes, module=hopper())
+def launch(name, *arguments, bytes=0, grid=1, block=128, module=SM_90A):
+    return run(name, *arguments, grid=(grid,), block=(block,), shared_mem=bytes, module=module)
 
 
 def encode(array, box, swizzle=3, /, **changes):
@@ -960,6 +970,30 @@ def test_tma_stores_and_adds_what_is_inside(dtype, y, x, add):
     np.testing.assert_array_equal(target.get(), expected)
 
 
+def test_what_threads_wrote_is_fenced_before_it_is_stored(monkeypatch):
+    target = cupy.zeros((4, 64), bf16)
+
+    def store(stmatrix, fenced, module=SM_90A):
+        arguments = map_of(target, (4, 64)), I(stmatrix), I(fenced)
+        launch("write_and_store", *arguments, bytes=512, block=32, module=module)
+
+    store(1, 1)
+    message = (
+        r"reads byte 144 of shared memory, to which thread \(9, 0, 0\) wrote by stmatrix_x4 without an async"
+    )
+    with pytest.raises(KernelError, match=message):
+        store(1, 0)
+    store(0, 0)  # this goes unseen
+    monkeypatch.setenv("EMULATOR_RACES", "1")
+    code = HOPPER[: HOPPER.index("// ---- wgmma")]
+    watched = cupy.RawModule(code=code, options=("-arch=sm_90a",))
+    store(0, 1, watched)
+    with pytest.raises(
+        KernelError, match=r"what thread \(9, 0, 0\) wrote at .* without an async_proxy_fence"
+    ):
+        store(0, 0, watched)
+
+
 def test_bulk_loads_are_bytes():
     inp, out = np.random.default_rng(3).integers(0, 256, 4096).astype(np.uint8), cupy.empty(4096, np.uint8)
     np.testing.assert_array_equal(launch("load_bulk", out, inp, I(4096), bytes=4104), inp)
@@ -1054,7 +1088,8 @@ def test_a_pipeline_of_copies_and_products(name, value, monkeypatch):
 
 
 @pytest.mark.parametrize("mistake, message", [
-    ("NO_FULL_WAIT", r"wgmma at .*: (a|b) at byte \d+ of shared memory is still being filled by the tma"),
+    ("NO_FULL_WAIT", r"wgmma at .*: (a|b) at byte \d+ of shared memory (is still being filled by the tma_load"
+                     r"|has been filled, but no thread has waited for the barrier at byte 40960)"),
     ("NO_EMPTY_WAIT", "more arrivals than the 1 of the barrier|still being filled|has not been waited for"),
     ("EARLY_RELEASE", r"tma_load at .*: byte \d+ of shared memory is an operand of the wgmma at .*, which"),
     ("NO_RELEASE", r"deadlock; 128 threads waiting in barrier_wait\(barrier at byte 40960 of shared memory, "

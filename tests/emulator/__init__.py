@@ -21,8 +21,9 @@ What it finds, each an error that names the kernel and, where there is one, bloc
   land at a time of chance, and NaN is there until then; stores read and write late; wgmma computes in
   wgmma_wait, from what is in shared memory then, and its accumulators are NaN until then. Errors at once: a
   load to where another load, a store or a product is still at work, a product of what is still being
-  loaded, stmatrix onto what a store has not read, accumulators written too early, a thread that ends before
-  its stores or products
+  loaded or that nobody has waited for, stmatrix onto what a store has not read, accumulators written too
+  early, a thread that ends before its stores or products, and a missing async_proxy_fence between stmatrix
+  and what reads it
 - mbarriers that were not initialised, or overwritten; arrivals and bytes that are too many; who waits and
   falls a whole phase behind. A deadlock says which barrier lacks how many arrivals and bytes
 - TMA and wgmma that a card would refuse: coordinates, alignment, descriptors, tensor maps that are none or
@@ -37,16 +38,18 @@ What it finds, each an error that names the kernel and, where there is one, bloc
   back for a while. EMULATOR_TWICE=1 runs each launch forwards and backwards and compares the bits.
   EMULATOR_RACES=1 watches every access to shared memory, and names both lines; there any phase of an
   mbarrier, named barrier, cluster_sync or wgmma_wait that ends puts all accesses before it in order with
-  all after it, and copies and products are not watched, so it finds less in kernels with these
+  all after it, and copies and products are not watched, so it finds less in kernels with these. But it finds
+  every missing async_proxy_fence
 
-What it cannot find: mistakes of memory order and proxy fences, async_proxy_fence and barrier_init_fence
-among them (every write is seen at once by all); an ordinary write to shared memory that a store has not
-read yet, or a read of what has landed by luck before it was waited for, unless the numbers show it (try
-several EMULATOR_ORDER); registers of a wgmma's left operand that change before the wait; races in global
-memory whose orders happen to agree; bank conflicts, uncoalesced access, registers and all else about speed;
-an endless loop (give pytest a timeout); access outside of a view that stays inside of the array behind it;
-variables of device functions in the limit of shared memory; differences in the GPU's fast mathematics
-(__expf is exact here, and tensor cores round a little differently).
+What it cannot find: mistakes of memory order (every write is seen at once by all), barrier_init_fence among
+them, and without EMULATOR_RACES a missing async_proxy_fence after an ordinary write; an ordinary write to
+shared memory that a store has not read yet, or an ordinary read of what has landed by luck before it was
+waited for, unless the numbers show it (try several EMULATOR_ORDER); one warpgroup that does not wait where
+another has; registers of a wgmma's left operand that change before the wait; races in global memory whose
+orders happen to agree; bank conflicts, uncoalesced access, registers and all else about speed; an endless
+loop (give pytest a timeout); access outside of a view that stays inside of the array behind it; variables
+of device functions in the limit of shared memory; differences in the GPU's fast mathematics (__expf is
+exact here, and tensor cores round a little differently).
 
 Not there: static shared memory in clusters, more than 1024 threads in a cluster, wgmma of other types than
 bf16 and other swizzles than 128 bytes, tensor maps with interleaving or element strides, and boxes that are

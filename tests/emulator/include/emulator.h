@@ -412,14 +412,17 @@ inline void go(int thread, void** from) {
 #define EMULATOR_UNWATCHED __attribute__((noinline, no_sanitize("thread")))
 #endif
 
+static uint32_t proxy_fences[MAX_THREADS];  // how often each thread has called async_proxy_fence
+
 struct Access {
     uint32_t epoch, instruction;  // the latter as a distance from emulator_run
+    uint32_t fences;              // the thread's proxy_fences
     uint16_t thread, warp_epoch;
 };
 struct Byte {
     Access write, reads[2];
 };
-static uint32_t epoch;  // counts barriers, of all blocks
+static uint32_t epoch, first_epoch;  // counts barriers, of all blocks; when this block began
 static bool watching;
 static Byte* shadow;  // of all bytes from launch->lowest to launch->highest
 
@@ -454,7 +457,7 @@ EMULATOR_UNWATCHED inline void touch(const void* address, int bytes, bool writes
                  writes ? "writes" : "reads", (int)place - 1, name(other.thread).text, j ? "reads" : "writes",
                  (int)other.instruction - 1);
         }
-        Access mine = {epoch, place, me, warp_epoch};
+        Access mine = {epoch, place, proxy_fences[me], me, warp_epoch};
         if (writes) {
             cell[i].write = mine;
         } else {
@@ -463,8 +466,19 @@ EMULATOR_UNWATCHED inline void touch(const void* address, int bytes, bool writes
         }
     }
 }
+// The last write to one of these bytes after which its thread has called no async_proxy_fence, or null.
+EMULATOR_UNWATCHED inline const Access* unfenced_write(const unsigned char* p, int bytes) {
+    Byte* cell = record(p);
+    for (int i = 0; cell && i < bytes; i++)
+        if (cell[i].write.epoch >= first_epoch && cell[i].write.fences == proxy_fences[cell[i].write.thread])
+            return &cell[i].write;
+    return nullptr;
+}
 inline void new_epoch() { epoch++; }
-inline void watch(bool on) { watching = on; }
+inline void watch(bool on) {
+    watching = on;
+    if (on) first_epoch = epoch;
+}
 #else
 #define EMULATOR_UNWATCHED
 inline void touch(const void*, int, bool, void*) {}

@@ -53,6 +53,9 @@ static struct HopperThread {
     // bulk stores: groups committed; those up to `waited` have been waited for; the last one that has a store
     int64_t groups, waited, used;
     int registers;  // what setmaxnreg has set, or 0
+    // Rows that stmatrix has written since async_proxy_fence, as far as there is room
+    const unsigned char* unfenced[32];
+    int unfenced_count;
 } hopper[MAX_THREADS];
 
 #ifdef EMULATOR_RACES
@@ -362,11 +365,22 @@ inline void forget(int i) {
     bulks[i] = bulks[--bulk_count];
 }
 
+// A load that has landed, until a thread of its block has waited for the phase of the barrier.
+struct Unseen {
+    const Mbarrier* barrier;
+    int64_t phase;
+    const unsigned char* shared;
+    int bytes;
+};
+static Unseen unseen[64];
+static int unseen_count;
+
 // A load lands and is forgotten.
 inline void land(int i) {
     Unwatched unwatched;
     Bulk& bulk = bulks[i];
     fill_box(bulk);
+    unseen[unseen_count++ % 64] = {bulk.barrier, bulk.barrier->phase, bulk.shared, bulk.bytes};
     bulk.barrier->bytes -= bulk.bytes;
     if (rank_of(bulk.thread) != bulk.rank) bulk.barrier->remote = bulk.barrier->phase;
     int was = current;
@@ -396,6 +410,22 @@ inline void find_next_due() {
 
 inline bool overlaps(const unsigned char* a, int64_t a_bytes, const unsigned char* b, int64_t b_bytes) {
     return a < b + b_bytes && b < a + a_bytes;
+}
+
+// What threads have written must be fenced before the copy engine or the tensor cores read it. Of writes those
+// by stmatrix are known; with EMULATOR_RACES all are.
+inline void check_fenced(const unsigned char* p, int bytes, const char* what, const char* file, int line) {
+    int first = rank_of(current) * block_threads;
+    for (int thread = first; thread < first + block_threads; thread++)
+        for (int i = 0; i < hopper[thread].unfenced_count; i++)
+            if (overlaps(hopper[thread].unfenced[i], 16, p, bytes))
+                fail("%s at %s:%d: it reads %s, to which %s wrote by stmatrix_x4 without an async_proxy_fence", what,
+                     base(file), line, place(hopper[thread].unfenced[i]).text, name(thread).text);
+#ifdef EMULATOR_RACES
+    if (const Access* write = unfenced_write(p, bytes))
+        fail("%s at %s:%d: it reads what %s wrote at @%d without an async_proxy_fence", what, base(file), line,
+             name(write->thread).text, (int)write->instruction - 1);
+#endif
 }
 
 // ---- TMA: what begins -------------------------------------------------------------------------------------
@@ -500,6 +530,7 @@ __attribute__((noinline)) inline void tma(Kind kind, const void* shared, const T
     if (any) check_global(first, last + map.element_bytes, what, file, line);
 
     if (kind != LOAD) {
+        check_fenced(bulk.shared, bulk.bytes, what, file, line);
         bulk.rank = rank_of(current);
         bulk.group = hopper[current].groups, hopper[current].used = bulk.group + 1;
         begin_bulk(bulk);
@@ -632,6 +663,8 @@ inline void check_operand(const Operand& operand, Descriptor descriptor, const c
     if (end > dynamic_shared + launch->dynamic_bytes)
         fail("wgmma at %s:%d: %s, from byte %d on, ends at byte %d, outside of the %d bytes of dynamic shared memory",
              base(file), line, name, start, (int)(end - dynamic_shared), (int)launch->dynamic_bytes);
+    for (int j = 0; j < operand.pieces(); j++)
+        check_fenced(operand.piece(j), operand.piece_bytes(), "wgmma", file, line);
     for (int i = 0; i < bulk_count; i++) {
         const Bulk& bulk = bulks[i];
         if (bulk.kind != LOAD || bulk.rank != rank_of(current)) continue;
@@ -640,6 +673,15 @@ inline void check_operand(const Operand& operand, Descriptor descriptor, const c
                 fail("wgmma at %s:%d: %s at byte %d of shared memory is still being filled by the %s at %s:%d: a "
                      "barrier_wait is missing",
                      base(file), line, name, start, bulk.what, base(bulk.file), bulk.line);
+    }
+    for (int i = 0; i < unseen_count && i < 64; i++) {
+        const Unseen& load = unseen[i];
+        if (load.barrier->seen > load.phase) continue;
+        for (int j = 0; j < operand.pieces(); j++)
+            if (overlaps(operand.piece(j), operand.piece_bytes(), load.shared, load.bytes))
+                fail("wgmma at %s:%d: %s at byte %d of shared memory has been filled, but no thread has waited for "
+                     "the barrier at %s",
+                     base(file), line, name, start, place(load.barrier->address).text);
     }
 }
 
@@ -874,7 +916,7 @@ inline void draw_lag() {
 inline void begin_hopper() {
     while (bulk_count) forget(bulk_count - 1);
     barrier_count = cluster_arrived = n_parked = 0;
-    array_start = array_end = nullptr;
+    array_start = array_end = nullptr, unseen_count = 0;
     now = 0, next_due = NEVER;
     chance_state = seed * 0x9e3779b97f4a7c15 + 0x2545f4914f6cdd1d;
     if (!chance_state) chance_state = 1;
@@ -1138,7 +1180,13 @@ inline void bulk_wait() {
     emulator::wait_for_bulk(N, true);
     EMULATOR_FENCE;
 }
-inline void async_proxy_fence() { EMULATOR_FENCE; }  // every write is seen at once here
+inline void async_proxy_fence() {  // every write is seen at once here: see check_fenced
+    emulator::hopper[emulator::current].unfenced_count = 0;
+#ifdef EMULATOR_RACES
+    emulator::proxy_fences[emulator::current]++;
+#endif
+    EMULATOR_FENCE;
+}
 
 // ---- wgmma ------------------------------------------------------------------------------------------------
 
@@ -1189,6 +1237,8 @@ inline void stmatrix_x4(void* smem, uint32_t r0, uint32_t r1, uint32_t r2, uint3
         fail("stmatrix_x4 at %s:%d: %s is not a multiple of 16", base(file), line, place(smem).text);
     check_shared(smem, 16, "stmatrix_x4", file, line);
     touch(smem, 16, true, __builtin_return_address(0));
+    HopperThread& self = hopper[current];
+    if (self.unfenced_count < 32) self.unfenced[self.unfenced_count++] = (unsigned char*)smem;
     StoredRows operand = {smem, {r0, r1, r2, r3}, file, line};
     meet("stmatrix_x4", EMULATOR_ALL, &operand, store_matrices, file, line);
     EMULATOR_FENCE;
