@@ -141,7 +141,8 @@ attention_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_c
     }
     __syncthreads();
     const int tiles = ceil_div(T, QUERIES), heads = B * NH, last = tiles * heads;
-    const int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
+    // The compiler may serialize wgmma, and compute addresses lane by lane, where it does not see that a warp is one.
+    const int warpgroup = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0), thread = threadIdx.x % WARPGROUP;
     RingPosition<STAGES> at;
     RingPosition<Q_BUFFERS> q_at;
 
@@ -280,12 +281,15 @@ attention_backward_keys_hopper(const __grid_constant__ TensorMap kv_map, const _
     Barrier* const empty = full + STAGES;
     if (threadIdx.x == 0) {
         for (int i = 0; i < KV_BUFFERS; i++) barrier_init(kv_full + i, 1), barrier_init(kv_empty + i, CONSUMERS);
-        for (int i = 0; i < STAGES; i++) barrier_init(full + i, 1), barrier_init(empty + i, CONSUMERS);
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(full + i, 1);
+            barrier_init(empty + i, CONSUMERS * WARPGROUP / WARP);
+        }
         barrier_init_fence();
     }
     __syncthreads();
     const int tiles = ceil_div(T, KEYS), heads = B * NH, last = tiles * heads, blocks = ceil_div(T, QUERIES);
-    const int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
+    const int warpgroup = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0), thread = threadIdx.x % WARPGROUP;
     RingPosition<STAGES> at;
     RingPosition<KV_BUFFERS> kv_at;
 
@@ -364,7 +368,8 @@ attention_backward_keys_hopper(const __grid_constant__ TensorMap kv_map, const _
             wgmma_wait<0>();
             wgmma_results(dv);
             wgmma_results(dk);
-            if (thread == 0) barrier_arrive(empty + at.stage);
+            __syncwarp();                                   // each warp: its lanes have read rows_tiles themselves
+            if (lane == 0) barrier_arrive(empty + at.stage);
         }
         if (thread == 0) barrier_arrive(kv_empty + kv_at.stage);
         bf16* const box = boxes + consumer * Tile::OUT;
@@ -411,7 +416,7 @@ attention_backward_queries_hopper(const __grid_constant__ TensorMap kv_map, cons
     }
     __syncthreads();
     const int tiles = ceil_div(T, QUERIES), heads = B * NH, last = tiles * heads;
-    const int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
+    const int warpgroup = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0), thread = threadIdx.x % WARPGROUP;
     RingPosition<STAGES> at;
     RingPosition<Q_BUFFERS> q_at;
 

@@ -79,7 +79,7 @@ def encoder_backward(dwte, dwpe, dout, tokens):
     N, slots, most = n.B * n.T, cdiv(n.B * n.T, 32), min(n.B * n.T, n.V + n.B * n.T // 32)
     wanted = (N, np.int32), (4 * most, np.int32), (2 * slots, np.int32), (slots * n.C, np.float32)
     order, chunks, groups, partials = scratch(*wanted)
-    bits = max(6, (cdiv(n.V, 400) - 1).bit_length())  # of a token's number, that choose a block
+    bits = max((cdiv(n.V, 400) - 1).bit_length(), min(6, (N // 512).bit_length()))  # that choose a block
     arguments = order, chunks, *_chunk_count, groups, tokens, N, n.V, bits
     launch("encoder", "token_groups", 1 << bits, 1024, *arguments, shared=4 * 33 * cdiv(n.V, 1 << bits))
     arguments = dwte, dwpe, partials, dout, order, chunks, *_chunk_count, n.B, n.T, n.C
@@ -237,7 +237,7 @@ def _hopper_product(out, a, b, a_t, b_t, epilogue, M, N, K, extra, bias, forced)
     rows = BM if pingpong else BM // 2
     each = 2 if epilogue == "BIAS_GELU" else 1  # outputs
     boxes = rows // 64 * (BN * out.itemsize // 128) * each  # that a consumer stores of a tile
-    fixed = stages * (BM + BN) * 128 + 8 * (2 * stages + 2) + 4 * BN
+    fixed = stages * (BM + BN) * 128 + 8 * (2 * stages + 2) + 8 * BN
     most = (SHARED - fixed) // (2 * (8192 + 8))
     ring = next(r for r in (4, 3, 2) if r <= most and boxes % r == 0 and r % each == 0)
     flags = str(a_t).lower(), str(b_t).lower(), BM, BN, stages, str(pingpong).lower(), ring

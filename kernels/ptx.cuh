@@ -64,3 +64,12 @@ __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;"
 template <int N> __device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
 }
+
+// ---- tanh in one instruction -------------------------------------------------------------------------------
+
+// Off by 2^-11 of its value at most.
+__device__ inline float tanh_approx(float x) {
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
