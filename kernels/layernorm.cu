@@ -294,7 +294,7 @@ layernorm_backward(T* dinp, float* partials, const T* dout, const T* inp, const 
     if (!aligned(dinp, C) || !aligned(dout, C) || !aligned(inp, C) || !aligned(weight, C))
         return rows_backward(dinp, partials, dout, inp, weight, mean, rstd, N, C);
     constexpr int SIZE = Pack<T>::size;
-    constexpr bool AHEAD = VECTORS <= 4;                    // there are registers for the next row
+    constexpr bool AHEAD = VECTORS <= (sizeof(T) == 2 ? 4 : 3);  // there are registers for the next row
     const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP, step = gridDim.x * warps;
     const float share = 1.0f / C;
     float dw[VECTORS][SIZE] = {}, db[VECTORS][SIZE] = {};
