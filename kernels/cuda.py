@@ -195,17 +195,17 @@ def _slices(tile, M, N, K, shared):
     return min(range(1, max(1, min(64, K // (8 * BK))) + 1), key=seconds)
 
 
-def _skinny_stages(rows):
-    """How many stages matmul_skinny's ring has on this card: 0 if the kernel does not fit."""
-    stages = min(6, (SHARED - 11264) // ((rows + 1) * 16384))  # less what it declares statically
-    return stages if stages >= 2 else 0
+def _skinny_stages(rows, K):
+    """How many stages matmul_skinny's ring has: as many as K fills and the card has room for, or 0."""
+    stages = min(6, cdiv(K, 512), (SHARED - 11264) // ((rows + 1) * 16384))  # less its static shared memory
+    return max(2, stages) if (rows + 1) * 32768 <= SHARED - 11264 else 0
 
 
 HopperTile = collections.namedtuple("HopperTile", "BM BN stages pingpong speed epilogue")
-HOPPER_TILES = {  # what an H200 does: TFLOP/s of all its multiprocessors; seconds that a tile's epilogue adds
+HOPPER_TILES = {  # on an H200: TFLOP/s of all its multiprocessors, seconds that a tile's epilogue adds
     "pingpong": HopperTile(128, 192, 4, True, 700, 0),
-    "narrow": HopperTile(128, 192, 4, False, 740, 2.2e-6),
-    "wide": HopperTile(128, 256, 4, False, 740, 2.5e-6),
+    "narrow": HopperTile(128, 192, 4, False, 708, 3e-6),
+    "wide": HopperTile(128, 256, 4, False, 700, 1e-6),
 }
 
 
@@ -216,42 +216,54 @@ def _hopper_choice(M, N, K, split, forced):
     def seconds(name, slices):
         tile = HOPPER_TILES[name]
         rounds = cdiv(cdiv(M, tile.BM) * cdiv(N, tile.BN) * slices, SMS)
-        each = 2 * tile.BM * tile.BN * K / slices / (tile.speed * 1e12 / SMS) + tile.epilogue
-        partials = 2 * slices * M * N * 4 / 3.5e12 if slices > 1 else 0  # written and read
-        return rounds * each + partials
+        alone = tile.pingpong and rounds == 1  # then the other consumer has no tile
+        speed = tile.speed * 1e12 / SMS * (0.86 if alone else 1)
+        partials = 2 * slices * M * N * 4 / 1.5e12 if slices > 1 else 0  # written and read
+        return rounds * (2 * tile.BM * tile.BN * K / slices / speed + tile.epilogue) + partials
 
     most = max(1, min(32, K // 1024)) if split else 1
     names = [forced] if forced else HOPPER_TILES
     return min(((name, s) for name in names for s in range(1, most + 1)), key=lambda choice: seconds(*choice))
 
 
-def _hopper_product(out, a, b, a_t, b_t, epilogue, M, N, K, extra, bias, forced):
-    """_product by matmul_hopper.cu, whose table says what the maps, the grid and the shared memory are."""
+def _hopper_product(out, a, b, a_t, b_t, epilogue, M, N, K, extra, bias, forced, dbias=None):
+    """_product by matmul_hopper.cu, whose table says what the maps, the grid and the shared memory are.
+
+    With ACCUMULATE, dbias (N,) grows by the sums of b's columns.
+    """
     name, slices = _hopper_choice(M, N, K, epilogue == "ACCUMULATE", forced)
     slices = RUNGS.get("slices", slices) if epilogue == "ACCUMULATE" else 1
     BM, BN, stages, pingpong, *_ = HOPPER_TILES[name]
     target, stride = out, cdiv(M, 64) * 64 * N
-    if slices > 1:
-        epilogue, (partials,) = "STORE", scratch((slices * stride, np.float32))
-        target = partials.reshape(-1, N)
+    if epilogue == "ACCUMULATE":
+        partials, sums = scratch((slices * stride if slices > 1 else 1, np.float32), (slices * N, np.float32))
+        if slices > 1:
+            epilogue, target = "STORE", partials.reshape(-1, N)
     rows = BM if pingpong else BM // 2
     each = 2 if epilogue == "BIAS_GELU" else 1  # outputs
     boxes = rows // 64 * (BN * out.itemsize // 128) * each  # that a consumer stores of a tile
     fixed = stages * (BM + BN) * 128 + 8 * (2 * stages + 2) + 8 * BN
     most = (SHARED - fixed) // (2 * (8192 + 8))
     ring = next(r for r in (4, 3, 2) if r <= most and boxes % r == 0 and r % each == 0)
-    flags = str(a_t).lower(), str(b_t).lower(), BM, BN, stages, str(pingpong).lower(), ring
-    kernel = f"matmul_hopper<{', '.join(map(str, (NAMES[out.dtype], epilogue, *flags)))}>"
+    flags = a_t, b_t, BM, BN, stages, pingpong, ring, dbias is not None
+    flags = (str(flag).lower() for flag in flags)
+    kernel = f"matmul_hopper<{', '.join((NAMES[out.dtype], epilogue, *flags))}>"
     maps = tensor_map(a, 64 if a_t else BM), tensor_map(b, BN if b_t else 64), tensor_map(target, 64)
-    arguments = *maps, maps[2] if extra is None else tensor_map(extra, 64), bias, M, N, K, slices
+    maps = *maps, maps[2] if extra is None else tensor_map(extra, 64)
+    arguments = *maps, bias, None if dbias is None else sums, M, N, K, slices
     grid, shared = min(SMS, cdiv(M, BM) * cdiv(N, BN) * slices), fixed + 2 * ring * (8192 + 8)
     launch("matmul_hopper", kernel, grid, 384, *arguments, shared=shared)
     if slices > 1:
         _add_partials(out, partials, M * N, stride, slices)
+    if dbias is not None:
+        _add_partials(dbias, sums, N, N, slices)
 
 
-def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None):
-    """out (M, N) = a (M, K) @ b (K, N) and the epilogue; a_t: a lies as (K, M), b_t: b lies as (N, K)."""
+def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None, dbias=None):
+    """out (M, N) = a (M, K) @ b (K, N) and the epilogue; a_t: a lies as (K, M), b_t: b lies as (N, K).
+
+    dbias (N,) grows by the sums of b's columns: then b is a layer's dout, and out its dweight.
+    """
     S, O = NAMES[a.dtype], NAMES[out.dtype]
     rows = N, M if a_t else K, K if b_t else N
     packed = aligned(out, a, b, extra, bias) and all(length % WIDTH[S] == 0 for length in rows)
@@ -261,11 +273,14 @@ def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None):
         matrices = [array.reshape(-1, length) for array, length in zip((a, b), (rows[1], rows[2]))]
         flat = [array if array is None else array.reshape(-1, N) for array in (out, extra)]
         extra = flat[1]
-        return _hopper_product(flat[0], *matrices, a_t, b_t, epilogue, M, N, K, extra, bias, forced)
+        return _hopper_product(flat[0], *matrices, a_t, b_t, epilogue, M, N, K, extra, bias, forced, dbias)
+    if dbias is not None:
+        _bias_gradient(dbias, b, K, N)
     arguments = out, extra, bias, a, b, M, N, K
     rows = 1 if M <= 16 else 4  # times 16
-    stages = _skinny_stages(rows)
-    if S == "bf16" and packed and not a_t and M <= 64 and stages and "matmul" not in RUNGS:
+    stages = _skinny_stages(rows, K)
+    few = M <= 16 or (M <= 64 and N <= 4096)  # every 16 columns read all of A
+    if S == "bf16" and packed and not a_t and few and stages and "matmul" not in RUNGS:
         kernel = f"matmul_skinny<{O}, {epilogue}, {str(b_t).lower()}, {rows}, {stages}>"
         shared = stages * (rows + 1) * 16384
         return launch("matmul", kernel, cdiv(N, 16), 256, *arguments, shared=shared)
@@ -332,10 +347,10 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight):
         _product(dinp, dout, weight, False, not transposed, "STORE", n.N, n.I, n.O)
     if transposed:
         _product(dweight, dout, inp, True, False, "ACCUMULATE", n.O, n.I, n.N)
+        if dbias is not None:
+            _bias_gradient(dbias, dout, n.N, n.O)
     else:
-        _product(dweight, inp, dout, True, False, "ACCUMULATE", n.I, n.O, n.N)
-    if dbias is not None:
-        _bias_gradient(dbias, dout, n)
+        _product(dweight, inp, dout, True, False, "ACCUMULATE", n.I, n.O, n.N, dbias=dbias)
 
 
 def matmul_gelu_backward(dpre, dweight, dbias, dout, act, weight, pre):
@@ -345,18 +360,19 @@ def matmul_gelu_backward(dpre, dweight, dbias, dout, act, weight, pre):
     )
     n = check(what, dpre, dweight, dbias, dout, act, weight, pre)
     _product(dpre, dout, weight, False, True, "GELU_GRAD", n.N, n.I, n.O, pre)
-    _product(dweight, act, dout, True, False, "ACCUMULATE", n.I, n.O, n.N)
-    _bias_gradient(dbias, dout, n)
+    _product(dweight, act, dout, True, False, "ACCUMULATE", n.I, n.O, n.N, dbias=dbias)
 
 
-def _bias_gradient(dbias, dout, n):
-    blocks = cdiv(n.O, 32 * WIDTH[n.S])
-    slices = max(1, min(cdiv(4 * SMS, blocks), n.N // 64))
-    (partials,) = scratch((slices * n.O, np.float32))
-    packed = str(aligned(dout) and n.O % WIDTH[n.S] == 0).lower()
-    arguments = partials, dout, n.N, n.O, cdiv(n.N, slices)
-    launch("matmul", f"column_partials<{n.S}, {packed}>", (blocks, slices), 256, *arguments)
-    _add_partials(dbias, partials, n.O, n.O, slices)
+def _bias_gradient(dbias, dout, rows, N):
+    """dbias (N,) += the sums of the columns of dout (rows, N)."""
+    S = NAMES[dout.dtype]
+    blocks = cdiv(N, 32 * WIDTH[S])
+    slices = max(1, min(cdiv(4 * SMS, blocks), rows // 64))
+    (partials,) = scratch((slices * N, np.float32))
+    packed = str(aligned(dout) and N % WIDTH[S] == 0).lower()
+    arguments = partials, dout, rows, N, cdiv(rows, slices)
+    launch("matmul", f"column_partials<{S}, {packed}>", (blocks, slices), 256, *arguments)
+    _add_partials(dbias, partials, N, N, slices)
 
 
 # ------------------------------------------------------------------------------------------------------------

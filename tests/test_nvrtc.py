@@ -92,8 +92,8 @@ def matmuls(capability, monkeypatch):
             variant = f"{epilogue}, {flags}, {', '.join(map(str, tile))}>"
             out = "float" if wide else "bf16"
             yield f"matmul_float<{variant}" if S == "float" else f"matmul_bf16<{out}, {variant}"
-        for rows in (1, 4) if S == "bf16" and packed and not a_t else ():
-            if stages := cuda._skinny_stages(rows):
+        for rows, K in itertools.product((1, 4), range(8, 6400, 512)) if not a_t else ():
+            if S == "bf16" and packed and (stages := cuda._skinny_stages(rows, K)):
                 out = "float" if wide else "bf16"
                 yield f"matmul_skinny<{out}, {epilogue}, {str(b_t).lower()}, {rows}, {stages}>"
 
@@ -118,7 +118,8 @@ def hopper_matmuls(monkeypatch):
                 extra = square if epilogue in ("BIAS_GELU", "BIAS_RESIDUAL", "GELU_GRAD") else None
                 bias = square[0] if "BIAS" in epilogue else None
                 arguments = out if wide else square, square, square, a_t, b_t, epilogue, 256, 256, 256
-                cuda._product(*arguments, extra, bias)
+                for dbias in (None, out[0]) if epilogue == "ACCUMULATE" else (None,):
+                    cuda._product(*arguments, extra, bias, dbias)
     flags = ("false, false", "false, true", "true, false")
     return (found - {"add_partials"}) | {f"matmul_hopper_simple<{f}, {n}>" for f in flags for n in (1, 4)}
 
