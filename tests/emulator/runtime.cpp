@@ -1,4 +1,4 @@
-// What all compiled kernels share: guarded memory, the handler that turns a fault into an error, and tensor maps.
+// What all compiled kernels share: guarded memory, the handler that makes errors of faults, and tensor maps.
 //
 // An array lies at the end of its pages, and the pages before and behind cannot be touched: an access beyond
 // the end faults at once, at the cost of nothing. The bytes that are left over on the array's own pages are
@@ -26,14 +26,15 @@ static unsigned char* first_page(unsigned char* array, uint64_t bytes) {
 }
 
 // All arrays that live. Threads of launches look here while Python's may add and remove.
-static struct Array {
+struct Array {
     unsigned char *start, *end;
-} * arrays;
+};
+static Array* arrays;
 static uint64_t array_count, array_capacity;
 static int arrays_locked;
 
 static void lock_arrays() {
-    while (__atomic_exchange_n(&arrays_locked, 1, __ATOMIC_ACQUIRE)) {}
+    while (__atomic_exchange_n(&arrays_locked, 1, __ATOMIC_ACQUIRE)) continue;
 }
 static void unlock_arrays() { __atomic_store_n(&arrays_locked, 0, __ATOMIC_RELEASE); }
 
@@ -173,8 +174,9 @@ static const int INVALID_VALUE = 1, NOT_SUPPORTED = 801;
 
 // Refuses what the driver refuses. NOT_SUPPORTED is what the emulator does not know.
 EXPORT int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address, const uint64_t* sizes,
-                                  const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
-                                  int interleave, int swizzle, int promotion, int outside) {
+                                  const uint64_t* strides, const uint32_t* box,
+                                  const uint32_t* element_strides, int interleave, int swizzle, int promotion,
+                                  int outside) {
     static const uint8_t ELEMENT_BYTES[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};  // uint8 .. tfloat32_ftz
     if (!map || (uintptr_t)map % 64 || !address || (uintptr_t)address % 16) return INVALID_VALUE;
     if (type < 0 || type >= (int)sizeof ELEMENT_BYTES || rank < 1 || rank > 5) return INVALID_VALUE;

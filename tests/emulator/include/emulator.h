@@ -2,10 +2,10 @@
 //
 // The driver (compiler.py) puts this file in front of a .cu file and the result into a shared library;
 // launcher.py calls `emulator_run`. Blocks run one after another; only the blocks of a cluster run together.
-// Every CUDA thread is a fiber with a stack of its own, and runs until it has to wait for others: at a barrier
-// (all fibers of the block meet) or in a warp function (the lanes of the mask meet). Nothing is preempted, so
-// a switch costs a few nanoseconds, and threads that never wait run one after another on one stack. What would
-// be a hang or a wrong number on a GPU is an error that names kernel, block, thread and line.
+// Every CUDA thread is a fiber with a stack of its own, and runs until it has to wait for others: at a
+// barrier (all fibers of the block meet) or in a warp function (the lanes of the mask meet). Nothing is
+// preempted, so a switch costs a few nanoseconds, and threads that never wait run one after another on one
+// stack. What would be a hang or a wrong number on a GPU is an error: it names kernel, block, thread, line.
 //
 // Read first: __init__.py, which says what this finds and what it cannot find. Then: ptx.cuh, ptx_hopper.cuh.
 #pragma once
@@ -127,8 +127,8 @@ struct Launch {
     void (*leave)();
     // The runtime's: whether `address` is in a live array, and where that begins and ends
     int (*find_array)(const void* address, unsigned char** start, unsigned char** end);
-    uint32_t* adding;  // a lock, shared by all operating system threads of this launch, for sums in global memory
-    int64_t copies;    // EMULATOR_COPIES: 0 they arrive at some time, 1 at once, 2 as late as possible
+    uint32_t* adding;  // a lock for sums in global memory, of all operating system threads of this launch
+    int64_t copies;  // EMULATOR_COPIES: 0 they arrive at some time, 1 at once, 2 as late as possible
 };
 
 enum State : uint8_t { FRESH, READY, AT_BARRIER, IN_WARP, WAITING, RETURNED };
@@ -664,7 +664,7 @@ inline bool run_blocks() {
 
 extern "C" int mprotect(void*, size_t, int) noexcept(true);
 
-// The pages before the dynamic shared memory of each block and behind its last byte's page fault when touched.
+// The pages before the dynamic shared memory of each block and behind its last byte's page fault if touched.
 static uint64_t open_shared_bytes = ~0ull;
 static void protect_shared_memory(uint64_t bytes) {
     using namespace emulator;

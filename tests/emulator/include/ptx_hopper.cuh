@@ -11,8 +11,8 @@
 //            wgmma_wait that waits for them, from what is in shared memory then
 //
 // so that a kernel which does not wait reads NaN, and one that reuses a buffer too early spoils its results.
-// Where a mistake can be known for certain it is an error instead. Now and then a whole warpgroup is held
-// back, which shows what relies on the warpgroups' pace.
+// Where a mistake can be known for certain it is an error instead. Now and then a whole warpgroup, or a block
+// of a cluster, is held back, which shows what relies on their pace.
 //
 // Shared addresses are counted from the beginning of the dynamic shared memory, which is aligned to 64 KB.
 #pragma once
@@ -81,8 +81,8 @@ inline Name place(const void* address) {
     Name result;
     int64_t at = (const unsigned char*)address - emulator_shared_memory;
     if (at >= 0 && at < (int64_t)(MAX_CLUSTER * SHARED_STRIDE)) {
-        int length = snprintf(result.text, sizeof result.text, "byte %d of shared memory",
-                              (int)(at % SHARED_STRIDE));
+        int length =
+            snprintf(result.text, sizeof result.text, "byte %d of shared memory", (int)(at % SHARED_STRIDE));
         if (launch->cluster > 1)
             snprintf(result.text + length, sizeof result.text - length, " of block %u",
                      block_indices[at / SHARED_STRIDE].x);
@@ -151,7 +151,8 @@ inline void settle(Mbarrier& barrier, const char* what, const char* file, int li
     if (barrier.pending > 0 || barrier.bytes > 0) return;
     if (barrier.bytes < 0)
         fail("%s at %s:%d: phase %lld of the barrier at %s got %lld bytes more than were expected", what,
-             base(file), line, (long long)barrier.phase, place(barrier.address).text, -(long long)barrier.bytes);
+             base(file), line, (long long)barrier.phase, place(barrier.address).text,
+             -(long long)barrier.bytes);
     barrier.phase++, barrier.pending = barrier.count;
     new_epoch();
     for (int thread = barrier.waiting; thread >= 0; thread = hopper[thread].next) push(thread);
@@ -160,18 +161,18 @@ inline void settle(Mbarrier& barrier, const char* what, const char* file, int li
 
 inline void arrive(Mbarrier& barrier, int bytes, const char* what, const char* file, int line) {
     if (barrier.pending == 0)
-        fail("%s at %s:%d: more arrivals than the %d of the barrier at %s, whose phase %lld lacks %lld bytes", what,
-             base(file), line, barrier.count, place(barrier.address).text, (long long)barrier.phase,
+        fail("%s at %s:%d: more arrivals than the %d of the barrier at %s, whose phase %lld lacks %lld bytes",
+             what, base(file), line, barrier.count, place(barrier.address).text, (long long)barrier.phase,
              (long long)barrier.bytes);
     barrier.pending--, barrier.bytes += bytes;
     settle(barrier, what, file, line);
 }
 
-__attribute__((noinline)) inline void barrier_wait(const void* address, int parity, const char* file, int line) {
+__attribute__((noinline)) inline void barrier_wait(const void* address, int parity, const char* file,
+                                                   int line) {
     check_shared(address, 8, "barrier_wait", file, line);
     Mbarrier& barrier = the_barrier(address, "barrier_wait", file, line);
-    if (parity >> 1)
-        fail("barrier_wait at %s:%d: a parity is 0 or 1, not %d", base(file), line, parity);
+    if (parity >> 1) fail("barrier_wait at %s:%d: a parity is 0 or 1, not %d", base(file), line, parity);
     if ((barrier.phase & 1) != parity) {
         barrier.seen = barrier.phase;
         return;
@@ -201,8 +202,8 @@ __attribute__((noinline)) inline void named_barrier(int number, int wanted, cons
     NamedBarrier& barrier = named_barriers[rank_of(current)][number];
     if (barrier.arrived == 0) barrier.wanted = wanted;
     if (barrier.wanted != wanted)
-        fail("named_barrier_sync<%d>(%d) at %s:%d: %s waits for %d threads there", wanted, number, base(file), line,
-             name(barrier.threads[0]).text, barrier.wanted);
+        fail("named_barrier_sync<%d>(%d) at %s:%d: %s waits for %d threads there", wanted, number, base(file),
+             line, name(barrier.threads[0]).text, barrier.wanted);
     barrier.threads[barrier.arrived++] = current;
     if (barrier.arrived < wanted) {
         switch_to_others("named_barrier_sync", &barrier, number, file, line);
@@ -213,7 +214,8 @@ __attribute__((noinline)) inline void named_barrier(int number, int wanted, cons
     for (int i = 0; i < wanted; i++)
         if (lanes[barrier.threads[i] / 32] != 32)
             fail("named_barrier_sync<%d>(%d) at %s:%d: only %d lanes of the warp of %s are among its threads",
-                 wanted, number, base(file), line, lanes[barrier.threads[i] / 32], name(barrier.threads[i]).text);
+                 wanted, number, base(file), line, lanes[barrier.threads[i] / 32],
+                 name(barrier.threads[i]).text);
     new_epoch();
     barrier.arrived = 0, barrier.backwards = !barrier.backwards;
     for (int i = 0; i < wanted - 1; i++) push(barrier.threads[barrier.backwards ? wanted - 2 - i : i]);
@@ -285,7 +287,8 @@ struct Span {
     int first, last;
 };
 inline Span inside(const Bulk& bulk) {
-    int64_t first = -(int64_t)bulk.at[0], last = (int64_t)bulk.map.sizes[0] - bulk.at[0], width = bulk.map.box[0];
+    int64_t first = -(int64_t)bulk.at[0], last = (int64_t)bulk.map.sizes[0] - bulk.at[0];
+    int64_t width = bulk.map.box[0];
     first = first < 0 ? 0 : first, last = last > width ? width : last;
     return {(int)first * bulk.map.element_bytes, last < first ? 0 : (int)last * bulk.map.element_bytes};
 }
@@ -311,7 +314,7 @@ EMULATOR_UNWATCHED inline void fill_box(const Bulk& bulk) {
     });
 }
 
-// Both as the copy engine sees it, without the swizzle.
+// A store's box, taken out of the swizzle.
 EMULATOR_UNWATCHED inline void read_box(Bulk& bulk) {
     bulk.box = (unsigned char*)malloc(bulk.bytes);
     bulk.read = true;
@@ -333,14 +336,15 @@ EMULATOR_UNWATCHED inline void write_box(const Bulk& bulk) {
     int width = bulk.map.row_bytes();
     Span part = inside(bulk);
     if (bulk.kind == ADD)
-        while (__atomic_exchange_n(launch->adding, 1, __ATOMIC_ACQUIRE)) {}
+        while (__atomic_exchange_n(launch->adding, 1, __ATOMIC_ACQUIRE)) continue;
     each_row(bulk, [&](int row, unsigned char* global) {
         if (!global || part.last <= part.first) return;
         const unsigned char* from = bulk.box + row * width + part.first;
         unsigned char* to = global + part.first;
         int bytes = part.last - part.first;
         if (bulk.kind == STORE) memcpy(to, from, bytes);
-        else if (bulk.map.type == 7) add_elements<float>(to, from, bytes, [](float a, float b) { return a + b; });
+        else if (bulk.map.type == 7)
+            add_elements<float>(to, from, bytes, [](float a, float b) { return a + b; });
         else
             add_elements<uint16_t>(to, from, bytes, [](uint16_t a, uint16_t b) {
                 return emulator_bf16_bits(emulator_bf16_float(a) + emulator_bf16_float(b));
@@ -349,7 +353,7 @@ EMULATOR_UNWATCHED inline void write_box(const Bulk& bulk) {
     if (bulk.kind == ADD) __atomic_store_n(launch->adding, 0, __ATOMIC_RELEASE);
 }
 
-// When the next step happens, by chance; loads that are late show missing waits, early ones a reuse too early.
+// When the next step happens, by chance; late loads show missing waits, early ones a reuse too early.
 inline uint64_t draw_due(Kind kind) {
     if (launch->copies) return launch->copies == 1 ? now : NEVER;
     switch (chance(4)) {
@@ -412,19 +416,20 @@ inline bool overlaps(const unsigned char* a, int64_t a_bytes, const unsigned cha
     return a < b + b_bytes && b < a + a_bytes;
 }
 
-// What threads have written must be fenced before the copy engine or the tensor cores read it. Of writes those
-// by stmatrix are known; with EMULATOR_RACES all are.
+static int unfenced_threads;
+
+// What threads have written must be fenced before the copy engine or the tensor cores read it. Of writes
+// those by stmatrix are known; with EMULATOR_RACES all are.
 inline void check_fenced(const unsigned char* p, int bytes, const char* what, const char* file, int line) {
-    int first = rank_of(current) * block_threads;
-    for (int thread = first; thread < first + block_threads; thread++)
+    for (int thread = 0; thread < n_threads && unfenced_threads; thread++)
         for (int i = 0; i < hopper[thread].unfenced_count; i++)
             if (overlaps(hopper[thread].unfenced[i], 16, p, bytes))
-                fail("%s at %s:%d: it reads %s, to which %s wrote by stmatrix_x4 without an async_proxy_fence", what,
-                     base(file), line, place(hopper[thread].unfenced[i]).text, name(thread).text);
+                fail("%s at %s:%d: it reads %s, to which %s wrote by stmatrix_x4 without async_proxy_fence",
+                     what, base(file), line, place(hopper[thread].unfenced[i]).text, name(thread).text);
 #ifdef EMULATOR_RACES
     if (const Access* write = unfenced_write(p, bytes))
-        fail("%s at %s:%d: it reads what %s wrote at @%d without an async_proxy_fence", what, base(file), line,
-             name(write->thread).text, (int)write->instruction - 1);
+        fail("%s at %s:%d: it reads what %s wrote at @%d without async_proxy_fence", what, base(file),
+             line, name(write->thread).text, (int)write->instruction - 1);
 #endif
 }
 
@@ -437,8 +442,8 @@ inline void check_global(const unsigned char* first, const unsigned char* last, 
                          const char* file, int line) {
     bool found = first >= array_start && first < array_end;
     if (!found && !launch->find_array(first, &array_start, &array_end))
-        fail("%s at %s:%d: at %p there is no array: it was freed, or the map is wrong", what, base(file), line,
-             first);
+        fail("%s at %s:%d: at %p there is no array: it was freed, or the map is wrong", what, base(file),
+             line, first);
     if (last > array_end)
         fail("%s at %s:%d: goes %lld bytes beyond the end of $%llu", what, base(file), line,
              (long long)(last - array_end), (unsigned long long)array_start);
@@ -453,8 +458,8 @@ inline void begin_bulk(const Bulk& given) {
         const Bulk& other = bulks[i];
         if (other.rank != bulk.rank || other.read || (other.kind != LOAD && bulk.kind != LOAD)) continue;
         if (overlaps(other.shared, other.bytes, bulk.shared, bulk.bytes))
-            fail("%s at %s:%d: the %d bytes at %s %s by the %s at %s:%d", bulk.what, base(bulk.file), bulk.line,
-                 bulk.bytes, place(bulk.shared).text,
+            fail("%s at %s:%d: the %d bytes at %s %s by the %s at %s:%d", bulk.what, base(bulk.file),
+                 bulk.line, bulk.bytes, place(bulk.shared).text,
                  other.kind == LOAD ? "are still being filled" : "have not been read yet", other.what,
                  base(other.file), other.line);
     }
@@ -471,48 +476,47 @@ inline void begin_bulk(const Bulk& given) {
     bulks[bulk_count++] = bulk;
     if (bulk.due < next_due) next_due = bulk.due;
     if (launch->copies == 1) {
-        if (bulk.kind == LOAD) land(bulk_count - 1);
-        else {
-            step(bulk_count - 1);
-            step(bulk_count - 1);
-        }
+        if (bulk.kind != LOAD) step(bulk_count - 1), step(bulk_count - 1);
+        else
+            land(bulk_count - 1);
     }
 }
 
 __attribute__((noinline)) inline void tma(Kind kind, const void* shared, const TensorMap& tensor_map,
-                                          const void* barrier, int rank_of_map, const int* at, uint32_t blocks,
-                                          const char* what, const char* file, int line) {
+                                          const void* barrier, int rank_of_map, const int* at,
+                                          uint32_t blocks, const char* what, const char* file, int line) {
     Bulk bulk = {};
     bulk.kind = kind, bulk.what = what, bulk.file = file, bulk.line = line, bulk.thread = current;
     memcpy(&bulk.map, &tensor_map, sizeof bulk.map);
     const EncodedMap& map = bulk.map;
     if ((uintptr_t)&tensor_map % 64 || map.magic != MAP_MAGIC || map.sum != checksum(map))
-        fail("%s at %s:%d: this is no tensor map: cuTensorMapEncodeTiled did not write it, or it was changed", what,
-             base(file), line);
+        fail("%s at %s:%d: this is no tensor map: cuTensorMapEncodeTiled did not write it, or it was changed",
+             what, base(file), line);
     if (map.rank != rank_of_map)
-        fail("%s at %s:%d: %d coordinates for a tensor map of %d dimensions", what, base(file), line, rank_of_map,
-             map.rank);
+        fail("%s at %s:%d: %d coordinates for a tensor map of %d dimensions", what, base(file), line,
+             rank_of_map, map.rank);
     memcpy(bulk.at, at, rank_of_map * sizeof(int));
     if ((int64_t)at[0] * map.element_bytes % 16)
-        fail("%s at %s:%d: the innermost coordinate %d, %lld bytes, is not a multiple of 16 bytes", what, base(file),
-             line, at[0], (long long)at[0] * map.element_bytes);
+        fail("%s at %s:%d: the innermost coordinate %d, %lld bytes, is not a multiple of 16 bytes", what,
+             base(file), line, at[0], (long long)at[0] * map.element_bytes);
     for (int i = 0; i < map.rank; i++)
         if (kind != LOAD && at[i] < 0)
-            fail("%s at %s:%d: coordinate %d is %d: only loads may begin outside of the tensor", what, base(file),
-                 line, i, at[i]);
+            fail("%s at %s:%d: coordinate %d is %d: only loads may begin outside of the tensor", what,
+                 base(file), line, i, at[i]);
     if (kind == ADD && map.type != 7 && map.type != 9)
-        fail("%s at %s:%d: a tensor of float32 or bfloat16 is wanted, the map's type is %d", what, base(file), line,
-             map.type);
+        fail("%s at %s:%d: a tensor of float32 or bfloat16 is wanted, the map's type is %d", what, base(file),
+             line, map.type);
     int width = map.row_bytes();
     bulk.bytes = width * map.rows();
     if (map.swizzle && width != map.swizzle_span())
-        fail("%s at %s:%d: a box %d bytes wide with a swizzle of %d: nobody has tried where that puts them", what,
-             base(file), line, width, map.swizzle_span());
+        fail("%s at %s:%d: a box %d bytes wide with a swizzle of %d: nobody has tried where that puts them",
+             what, base(file), line, width, map.swizzle_span());
     // The swizzle follows the address, so a box begins where its pattern does.
     int alignment = map.swizzle == 0 ? 128 : 8 * map.swizzle_span();
     bulk.shared = (unsigned char*)shared;
     if ((bulk.shared - dynamic_shared) % alignment)
-        fail("%s at %s:%d: %s is not aligned to %d bytes", what, base(file), line, place(shared).text, alignment);
+        fail("%s at %s:%d: %s is not aligned to %d bytes", what, base(file), line, place(shared).text,
+             alignment);
     if (bulk.shared < dynamic_shared || bulk.shared + bulk.bytes > dynamic_shared + launch->dynamic_bytes)
         fail("%s at %s:%d: a box of %d bytes at %s is not inside the %d bytes of dynamic shared memory", what,
              base(file), line, bulk.bytes, place(shared).text, (int)launch->dynamic_bytes);
@@ -545,19 +549,20 @@ __attribute__((noinline)) inline void tma(Kind kind, const void* shared, const T
         if (!(blocks >> rank & 1)) continue;
         int64_t distance = (int64_t)(rank * SHARED_STRIDE) - own;
         if (has_ended(rank))
-            fail("%s at %s:%d: block %u of the cluster has ended", what, base(file), line, block_indices[rank].x);
+            fail("%s at %s:%d: block %u of the cluster has ended", what, base(file), line,
+                 block_indices[rank].x);
         bulk.rank = rank, bulk.shared = (unsigned char*)shared + distance;
         bulk.barrier = &the_barrier((const unsigned char*)barrier + distance, what, file, line);
         begin_bulk(bulk);
     }
 }
 
-__attribute__((noinline)) inline void load_bytes(void* shared, const void* global, int bytes, const void* barrier,
-                                                 const char* file, int line) {
+__attribute__((noinline)) inline void load_bytes(void* shared, const void* global, int bytes,
+                                                 const void* barrier, const char* file, int line) {
     const char* what = "bulk_load";
     if ((uintptr_t)shared % 16 || (uintptr_t)global % 16 || bytes % 16 || bytes <= 0)
-        fail("bulk_load at %s:%d: %d bytes from %p to %s: all must be multiples of 16", base(file), line, bytes,
-             global, place(shared).text);
+        fail("bulk_load at %s:%d: %d bytes from %p to %s: all must be multiples of 16", base(file), line,
+             bytes, global, place(shared).text);
     check_shared(shared, bytes, what, file, line);
     check_shared(barrier, 8, what, file, line);
     check_global((const unsigned char*)global, (const unsigned char*)global + bytes, what, file, line);
@@ -578,7 +583,8 @@ __attribute__((noinline)) inline void wait_for_bulk(int keep, bool written) {
             break;
         }
     for (int i = bulk_count - 1; i >= 0; i--) {
-        if (bulks[i].kind == LOAD || bulks[i].thread != current || bulks[i].group >= self.groups - keep) continue;
+        if (bulks[i].kind == LOAD || bulks[i].thread != current || bulks[i].group >= self.groups - keep)
+            continue;
         if (!bulks[i].read) step(i);
         if (written) step(i);
     }
@@ -636,7 +642,9 @@ struct Operand {
     // The bytes it spans are `pieces()` times `piece_bytes()`, chunk_bytes apart.
     int pieces() const { return mn_major ? (side + 63) / 64 : 1; }
     int piece_bytes() const { return mn_major ? 2048 : side * 128; }
-    unsigned char* piece(int i) const { return (unsigned char*)((uintptr_t)start & ~1023ull) + i * chunk_bytes; }
+    unsigned char* piece(int i) const {
+        return (unsigned char*)((uintptr_t)start & ~1023ull) + i * chunk_bytes;
+    }
 };
 
 // The fields of "Matrix descriptor format" in the PTX ISA, as ptx_hopper.cuh's describe() fills them.
@@ -649,19 +657,22 @@ inline void check_operand(const Operand& operand, Descriptor descriptor, const c
                           int line) {
     int start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
     if (descriptor >> 62 != 1 || (descriptor & 0x3fffc000c000c000) || stride != 1024)
-        fail("wgmma at %s:%d: the descriptor %#llx of %s is not describe()'s: 128-byte swizzle, 1024 bytes from 8 "
-             "rows to the next",
+        fail("wgmma at %s:%d: the descriptor %#llx of %s is not describe()'s: 128-byte swizzle, 1024 bytes "
+             "from 8 rows to the next",
              base(file), line, descriptor, name);
     if (start % 1024 > (operand.mn_major ? 0 : 96) || start % 32)
         fail("wgmma at %s:%d: %s, %s-major, begins at byte %d of shared memory: %s", base(file), line, name,
              operand.mn_major ? "MN" : "K", start,
-             operand.mn_major ? "not a multiple of 1024" : "not 0, 32, 64 or 96 bytes after a multiple of 1024");
+             operand.mn_major ? "not a multiple of 1024"
+                              : "not 0, 32, 64 or 96 bytes after a multiple of 1024");
     if (operand.pieces() > 1 && (operand.chunk_bytes < 2048 || operand.chunk_bytes % 1024))
-        fail("wgmma at %s:%d: %s has its 64-wide chunks %d bytes apart, which must be a multiple of 1024 from 2048",
+        fail("wgmma at %s:%d: %s has its 64-wide chunks %d bytes apart: it must be a multiple of 1024, and "
+             "2048 at least",
              base(file), line, name, operand.chunk_bytes);
     const unsigned char* end = operand.piece(operand.pieces() - 1) + operand.piece_bytes();
     if (end > dynamic_shared + launch->dynamic_bytes)
-        fail("wgmma at %s:%d: %s, from byte %d on, ends at byte %d, outside of the %d bytes of dynamic shared memory",
+        fail("wgmma at %s:%d: %s, from byte %d on, ends at byte %d: the block has %d bytes of dynamic shared "
+             "memory",
              base(file), line, name, start, (int)(end - dynamic_shared), (int)launch->dynamic_bytes);
     for (int j = 0; j < operand.pieces(); j++)
         check_fenced(operand.piece(j), operand.piece_bytes(), "wgmma", file, line);
@@ -670,8 +681,8 @@ inline void check_operand(const Operand& operand, Descriptor descriptor, const c
         if (bulk.kind != LOAD || bulk.rank != rank_of(current)) continue;
         for (int j = 0; j < operand.pieces(); j++)
             if (overlaps(operand.piece(j), operand.piece_bytes(), bulk.shared, bulk.bytes))
-                fail("wgmma at %s:%d: %s at byte %d of shared memory is still being filled by the %s at %s:%d: a "
-                     "barrier_wait is missing",
+                fail("wgmma at %s:%d: %s at byte %d of shared memory is still being filled by the %s at "
+                     "%s:%d: a barrier_wait is missing",
                      base(file), line, name, start, bulk.what, base(bulk.file), bulk.line);
     }
     for (int i = 0; i < unseen_count && i < 64; i++) {
@@ -679,8 +690,8 @@ inline void check_operand(const Operand& operand, Descriptor descriptor, const c
         if (load.barrier->seen > load.phase) continue;
         for (int j = 0; j < operand.pieces(); j++)
             if (overlaps(operand.piece(j), operand.piece_bytes(), load.shared, load.bytes))
-                fail("wgmma at %s:%d: %s at byte %d of shared memory has been filled, but no thread has waited for "
-                     "the barrier at %s",
+                fail("wgmma at %s:%d: %s at byte %d of shared memory has been filled, but no thread has "
+                     "waited for the barrier at %s",
                      base(file), line, name, start, place(load.barrier->address).text);
     }
 }
@@ -697,8 +708,10 @@ inline void check_in_flight(const Bulk& bulk, const char* what, const char* file
                                        : decode(product.a, 64, product.a_mn, bulk.rank);
                 for (int j = 0; j < operand.pieces(); j++)
                     if (overlaps(operand.piece(j), operand.piece_bytes(), bulk.shared, bulk.bytes))
-                        fail("%s at %s:%d: %s is an operand of the wgmma at %s:%d, which has not been waited for",
-                             what, base(file), line, place(bulk.shared).text, base(product.file), product.line);
+                        fail("%s at %s:%d: %s is an operand of the wgmma at %s:%d, which has not been waited "
+                             "for",
+                             what, base(file), line, place(bulk.shared).text, base(product.file),
+                             product.line);
             }
         }
     }
@@ -718,8 +731,7 @@ __attribute__((noinline)) inline void issue(float* d, int n, Descriptor a, const
     Warpgroup& group = my_warpgroup("wgmma", file, line);
     HopperThread& self = hopper[current];
     int thread = current % WARPGROUP;
-    if (!self.fenced)
-        fail("wgmma at %s:%d: no wgmma_fence since the last wgmma_commit", base(file), line);
+    if (!self.fenced) fail("wgmma at %s:%d: no wgmma_fence since the last wgmma_commit", base(file), line);
     if (self.issued == group.issued) {  // the first thread to come here speaks for all
         if (group.issued - group.done == MAX_PRODUCTS)
             fail("wgmma at %s:%d: %d products are under way, and none was waited for", base(file), line,
@@ -747,16 +759,17 @@ __attribute__((noinline)) inline void issue(float* d, int n, Descriptor a, const
     Accumulator& accumulator = group.accumulators[product.accumulator];
     if (product.line != line || product.n != n || (!registers && product.a != a) || product.b != b ||
         product.accumulate != accumulate)
-        fail("wgmma at %s:%d: another thread of the warpgroup is at %s:%d, or has other operands", base(file), line,
-             base(product.file), product.line);
+        fail("wgmma at %s:%d: another thread of the warpgroup is at %s:%d, or has other operands", base(file),
+             line, base(product.file), product.line);
     if (product.first) {
         accumulator.arrays[thread] = d;
         if (accumulate)
-            each_accumulator(thread, n,
-                             [&](int i, int row, int column) { accumulator.values[row * n + column] = d[i]; });
+            each_accumulator(
+                thread, n, [&](int i, int row, int column) { accumulator.values[row * n + column] = d[i]; });
         memset(d, 0xff, n / 2 * sizeof(float));
     } else if (accumulator.arrays[thread] != d || accumulator.n != n) {
-        fail("wgmma at %s:%d: these are the accumulators of another wgmma that is under way", base(file), line);
+        fail("wgmma at %s:%d: these are the accumulators of another wgmma that is under way", base(file),
+             line);
     }
     if (registers) {
         int lane = thread % 32, row = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
@@ -822,7 +835,7 @@ inline void multiply(float* d, const float* a, const float* b, int n, bool accum
         }
 }
 
-// The products up to number `end` are computed. Where no later one is under way the threads get their results.
+// The products up to number `end` are computed. Where no later one is under way the threads get the results.
 inline void complete_products(Warpgroup& group, int first_thread, int64_t end) {
     Unwatched unwatched;
     static __attribute__((aligned(32))) float a[64 * 16], b[16 * MAX_N];
@@ -836,7 +849,8 @@ inline void complete_products(Warpgroup& group, int first_thread, int64_t end) {
             gather(a, decode(product.a, 64, product.a_mn, rank), false);
         } else {
             for (int row = 0; row < 64; row++)
-                for (int k = 0; k < 16; k += 8) *(Floats*)(a + row * 16 + k) = widen(&product.registers[row][k]);
+                for (int k = 0; k < 16; k += 8)
+                    *(Floats*)(a + row * 16 + k) = widen(&product.registers[row][k]);
         }
         if (!gathered || gathered->b != product.b || gathered->n != n || gathered->b_mn != product.b_mn)
             gather(b, decode(product.b, n, product.b_mn, rank), true);
@@ -870,8 +884,8 @@ __attribute__((noinline)) inline void commit(const char* file, int line) {
                  MAX_GROUPS);
     }
     if (group.ends[self.committed % MAX_GROUPS] != self.issued)
-        fail("wgmma_commit at %s:%d: another thread of the warpgroup has committed other products", base(file),
-             line);
+        fail("wgmma_commit at %s:%d: another thread of the warpgroup has committed other products",
+             base(file), line);
     self.committed++, self.fenced = false;
 }
 
@@ -881,8 +895,10 @@ __attribute__((noinline)) inline void wgmma_wait(int keep, const char* file, int
     int first = current / WARPGROUP * WARPGROUP;
     if (group.waiting == 0) group.keep = keep, group.file = file, group.line = line;
     const HopperThread &self = hopper[current], &other = hopper[group.waiting ? group.threads[0] : current];
-    if (group.line != line || group.keep != keep || self.issued != other.issued || self.committed != other.committed)
-        fail("wgmma_wait<%d> at %s:%d: %s is in wgmma_wait<%d> at %s:%d, or has issued or committed other products",
+    if (group.line != line || group.keep != keep || self.issued != other.issued ||
+        self.committed != other.committed)
+        fail("wgmma_wait<%d> at %s:%d: %s is in wgmma_wait<%d> at %s:%d, or has issued or committed other "
+             "products",
              keep, base(file), line, name(group.threads[0]).text, group.keep, base(group.file), group.line);
     group.threads[group.waiting++] = current;
     if (group.waiting < WARPGROUP) {
@@ -890,7 +906,8 @@ __attribute__((noinline)) inline void wgmma_wait(int keep, const char* file, int
         return;
     }
     let_others_run();  // who goes on too early does so now
-    if (self.committed > keep) complete_products(group, first, group.ends[(self.committed - keep - 1) % MAX_GROUPS]);
+    if (self.committed > keep)
+        complete_products(group, first, group.ends[(self.committed - keep - 1) % MAX_GROUPS]);
     new_epoch();
     group.waiting = 0;
     for (int i = 0; i < WARPGROUP - 1; i++) push(group.threads[i]);
@@ -916,14 +933,18 @@ inline void draw_lag() {
 inline void begin_hopper() {
     while (bulk_count) forget(bulk_count - 1);
     barrier_count = cluster_arrived = n_parked = 0;
-    array_start = array_end = nullptr, unseen_count = 0;
+    unseen_count = unfenced_threads = 0;
+    array_start = array_end = nullptr;
     now = 0, next_due = NEVER;
     chance_state = seed * 0x9e3779b97f4a7c15 + 0x2545f4914f6cdd1d;
     if (!chance_state) chance_state = 1;
     // The first of a cluster's blocks begins when the second has to wait for it, or the other way round.
-    lag_first = chance(launch->cluster) * block_threads, lag_last = lag_first + block_threads, lag_ends = NEVER;
-    if (launch->cluster == 1) lag_last = lag_ends = 0;
-    memset(hopper, 0, sizeof hopper);
+    lag_first = lag_last = 0, lag_ends = 0;
+    if (launch->cluster > 1) {
+        lag_first = chance(launch->cluster) * block_threads, lag_last = lag_first + block_threads;
+        lag_ends = NEVER;
+    }
+    memset(hopper, 0, n_threads * sizeof hopper[0]);
     memset(returned_threads, 0, sizeof returned_threads);
     for (auto& of_block : named_barriers)
         for (NamedBarrier& barrier : of_block) barrier.arrived = 0;
@@ -981,7 +1002,8 @@ inline void check_registers(int rank) {
         total += set * WARPGROUP;
     }
     if (total > 65536)
-        fail("registers_increase and registers_decrease leave the block %d registers, an SM has 65536", total);
+        fail("registers_increase and registers_decrease leave the block %d registers, an SM has 65536",
+             total);
 }
 
 inline void thread_returned() {
@@ -992,7 +1014,8 @@ inline void thread_returned() {
         fail("%s returned, but no wgmma_wait has waited for its wgmma at %s:%d", name(current).text,
              base(group->products[group->done % MAX_PRODUCTS].file),
              group->products[group->done % MAX_PRODUCTS].line);
-    if (self.used > self.groups) fail("%s returned without bulk_commit after its last store", name(current).text);
+    if (self.used > self.groups)
+        fail("%s returned without bulk_commit after its last store", name(current).text);
     if (self.used > self.waited) fail("%s returned without bulk_wait<0> for its stores", name(current).text);
     returned_threads[rank]++;
     cluster_is_complete();
@@ -1003,9 +1026,10 @@ inline void thread_returned() {
                  base(bulks[i].file), bulks[i].line);
     for (int i = 0; i < barrier_count; i++)
         if (mbarriers[i].remote >= mbarriers[i].seen &&
-            mbarriers[i].address - shared_of(rank) < (int64_t)SHARED_STRIDE && mbarriers[i].address >= shared_of(rank))
-            fail("the block has ended without waiting for what another block has sent to its barrier at %s: that "
-                 "could come too late, a cluster_sync is missing",
+            mbarriers[i].address - shared_of(rank) < (int64_t)SHARED_STRIDE &&
+            mbarriers[i].address >= shared_of(rank))
+            fail("the block has ended without waiting for what another block has sent to its barrier at %s: "
+                 "that could come too late, a cluster_sync is missing",
                  place(mbarriers[i].address).text);
     check_registers(rank);
 }
@@ -1016,7 +1040,9 @@ inline void explain(const Thread& thread, char* text, size_t room) {
         int length = snprintf(text, room, "(barrier at %s, parity %d; its phase %lld lacks %d arrival%s",
                               place(barrier.address).text, thread.detail, (long long)barrier.phase,
                               barrier.pending, barrier.pending == 1 ? "" : "s");
-        snprintf(text + length, room - length, barrier.bytes ? " and %lld bytes)" : ")", (long long)barrier.bytes);
+        const char* rest = barrier.bytes > 0 ? " and %lld bytes)" : ", and %lld bytes came unexpected)";
+        long long bytes = barrier.bytes < 0 ? -barrier.bytes : barrier.bytes;
+        snprintf(text + length, room - length, bytes ? rest : ")", bytes);
         return;
     }
     if (thread.object == &cluster_arrived) {
@@ -1053,12 +1079,14 @@ EMULATOR_UNWATCHED inline void store_matrices(void** operands, uint32_t) {
             const StoredRows& operand = *(const StoredRows*)operands[8 * m + r];
             unsigned char* row = (unsigned char*)operand.row;
             for (int i = 0; i < bulk_count; i++)
-                if (bulks[i].kind != LOAD && !bulks[i].read && overlaps(row, 16, bulks[i].shared, bulks[i].bytes))
-                    fail("stmatrix_x4 at %s:%d: %s has not been read yet by the %s at %s:%d: a bulk_wait_read is "
-                         "missing",
-                         base(operand.file), operand.line, place(row).text, bulks[i].what, base(bulks[i].file),
-                         bulks[i].line);
-            for (int q = 0; q < 4; q++) memcpy(row + 4 * q, &((StoredRows*)operands[4 * r + q])->registers[m], 4);
+                if (bulks[i].kind != LOAD && !bulks[i].read &&
+                    overlaps(row, 16, bulks[i].shared, bulks[i].bytes))
+                    fail("stmatrix_x4 at %s:%d: %s has not been read yet by the %s at %s:%d: a "
+                         "bulk_wait_read is missing",
+                         base(operand.file), operand.line, place(row).text, bulks[i].what,
+                         base(bulks[i].file), bulks[i].line);
+            for (int q = 0; q < 4; q++)
+                memcpy(row + 4 * q, &((StoredRows*)operands[4 * r + q])->registers[m], 4);
         }
 }
 
@@ -1090,7 +1118,8 @@ inline void barrier_arrive_cluster(Barrier* barrier, int rank, EMULATOR_PLACE) {
     const char* what = "barrier_arrive_cluster";
     check_shared(barrier, 8, what, file, line);
     if (rank < 0 || rank >= (int)launch->cluster)
-        fail("%s at %s:%d: a cluster of %d has no block %d", what, base(file), line, (int)launch->cluster, rank);
+        fail("%s at %s:%d: a cluster of %d has no block %d", what, base(file), line, (int)launch->cluster,
+             rank);
     if (has_ended(rank))
         fail("%s at %s:%d: block %u of the cluster has ended", what, base(file), line, block_indices[rank].x);
     int64_t distance = (rank - rank_of(current)) * (int64_t)SHARED_STRIDE;
@@ -1115,11 +1144,11 @@ inline bool barrier_try_wait(Barrier* barrier, int parity, EMULATOR_PLACE) {
         state.seen = state.phase;
         return true;
     }
-    threads[current].state = WAITING, threads[current].what = "barrier_try_wait", threads[current].file = file;
-    threads[current].line = line, threads[current].object = &state, threads[current].detail = parity;
-    if (ready_head == ready_tail && !progress(true)) deadlock();
-    push(current);
-    wait();
+    Thread& self = threads[current];
+    self.state = WAITING, self.what = "barrier_try_wait", self.file = file, self.line = line;
+    self.object = &state, self.detail = parity;
+    if (ready_head == ready_tail && !n_parked && !progress(true)) deadlock();
+    let_others_run();
     if ((state.phase & 1) == parity) return false;
     state.seen = state.phase;
     return true;
@@ -1133,15 +1162,15 @@ inline void barrier_wait(Barrier* barrier, int parity, EMULATOR_PLACE) {
 
 inline void tma_load(void* smem, const TensorMap& map, Barrier* barrier, int x, int y, EMULATOR_PLACE) {
     int at[] = {x, y};
-    emulator::tma(emulator::LOAD, smem, map, barrier, 2, at, 1u << emulator::rank_of(emulator::current), "tma_load",
-                  file, line);
+    emulator::tma(emulator::LOAD, smem, map, barrier, 2, at, 1u << emulator::rank_of(emulator::current),
+                  "tma_load", file, line);
     EMULATOR_FENCE;
 }
 inline void tma_load(void* smem, const TensorMap& map, Barrier* barrier, int x, int y, int z, int w,
                      EMULATOR_PLACE) {
     int at[] = {x, y, z, w};
-    emulator::tma(emulator::LOAD, smem, map, barrier, 4, at, 1u << emulator::rank_of(emulator::current), "tma_load",
-                  file, line);
+    emulator::tma(emulator::LOAD, smem, map, barrier, 4, at, 1u << emulator::rank_of(emulator::current),
+                  "tma_load", file, line);
     EMULATOR_FENCE;
 }
 inline void tma_load_multicast(void* smem, const TensorMap& map, Barrier* barrier, int x, int y,
@@ -1181,7 +1210,9 @@ inline void bulk_wait() {
     EMULATOR_FENCE;
 }
 inline void async_proxy_fence() {  // every write is seen at once here: see check_fenced
-    emulator::hopper[emulator::current].unfenced_count = 0;
+    emulator::HopperThread& self = emulator::hopper[emulator::current];
+    if (self.unfenced_count) emulator::unfenced_threads--;
+    self.unfenced_count = 0;
 #ifdef EMULATOR_RACES
     emulator::proxy_fences[emulator::current]++;
 #endif
@@ -1210,9 +1241,11 @@ template <int N>
 inline void wgmma_results(float (&d)[N], EMULATOR_PLACE) {
     using namespace emulator;
     const Warpgroup* group = warpgroups[current / WARPGROUP];
-    for (int64_t i = group ? group->done : 0; i < hopper[current].issued; i++)  // those that this thread issued
-        if (group->accumulators[group->products[i % MAX_PRODUCTS].accumulator].arrays[current % WARPGROUP] == d)
+    for (int64_t i = group ? group->done : 0; i < hopper[current].issued; i++) {  // by this thread
+        int slot = group->products[i % MAX_PRODUCTS].accumulator;
+        if (group->accumulators[slot].arrays[current % WARPGROUP] == d)
             fail("wgmma_results at %s:%d: products into these accumulators are under way", base(file), line);
+    }
     EMULATOR_FENCE;
 }
 
@@ -1238,6 +1271,7 @@ inline void stmatrix_x4(void* smem, uint32_t r0, uint32_t r1, uint32_t r2, uint3
     check_shared(smem, 16, "stmatrix_x4", file, line);
     touch(smem, 16, true, __builtin_return_address(0));
     HopperThread& self = hopper[current];
+    if (self.unfenced_count == 0) unfenced_threads++;
     if (self.unfenced_count < 32) self.unfenced[self.unfenced_count++] = (unsigned char*)smem;
     StoredRows operand = {smem, {r0, r1, r2, r3}, file, line};
     meet("stmatrix_x4", EMULATOR_ALL, &operand, store_matrices, file, line);

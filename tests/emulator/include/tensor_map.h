@@ -10,9 +10,9 @@ constexpr uint64_t MAP_MAGIC = 0x50414d524f534e54;  // "TNSORMAP"
 struct EncodedMap {
     uint64_t magic;
     unsigned char* address;
-    uint64_t sizes[5];    // in elements, the innermost first
-    uint64_t strides[4];  // in bytes, from the second dimension on
-    uint16_t box[5];      // in elements
+    uint64_t sizes[5];                           // in elements, the innermost first
+    uint64_t strides[4];                         // in bytes, from the second dimension on
+    uint16_t box[5];                             // in elements
     uint8_t rank, type, element_bytes, swizzle;  // type, swizzle: the driver's numbers
     uint16_t padding;
     uint64_t sum;  // of the bytes before, see checksum
