@@ -5,7 +5,7 @@
 //   matmul_hopper_simple        ceil(M/128) ceil(N/128)    128    STAGES 32,768 + 8 STAGES
 //   matmul_hopper               at most one per SM         384    shared_bytes() of the tile, see below
 //
-//   matmul_hopper_simple<A_T, B_T, STAGES>(map a, map b, bf16* out, int M, int N, int K)
+//   matmul_hopper_simple<A_T, B_T, STAGES>(map a, map b, bf16* out, bf16* bias or null, int M, int N, int K)
 //   matmul_hopper<O, EPILOGUE, A_T, B_T, BM, BN, STAGES, PINGPONG, RING, SUMS>
 //       (map a, map b, map out, map extra, bf16* bias, float* sums, int M, int N, int K, int slices)
 //
@@ -77,8 +77,8 @@ __device__ inline void multiply_stage(float (&acc)[MI][HALF], const unsigned cha
 // way while one is multiplied. Version 1: not measured yet. Version 2: not measured yet.
 template <bool A_T, bool B_T, int STAGES>
 __global__ void __launch_bounds__(WARPGROUP)
-matmul_hopper_simple(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, bf16* out, int M,
-                     int N, int K) {
+matmul_hopper_simple(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, bf16* out,
+                     const bf16* bias, int M, int N, int K) {
     constexpr int SIDE_BYTES = 128 * 128;
     extern __shared__ __align__(1024) unsigned char shared_memory[];
     unsigned char* const a_tiles = shared_memory;                           // STAGES x (128, 64)
@@ -119,8 +119,10 @@ matmul_hopper_simple(const __grid_constant__ TensorMap a, const __grid_constant_
         for (int j = 0; j < 64; j += 2) {                   // two neighbouring columns of row g or g + 8
             const int m = tile.m + i * 64 + warp * 16 + lane / 4 + j / 2 % 2 * 8;
             const int n = tile.n + j / 4 * 8 + lane % 4 * 2;
-            if (m < M && n < N)
-                *reinterpret_cast<uint32_t*>(out + (size_t)m * N + n) = pack_bf16(acc[i][j], acc[i][j + 1]);
+            if (m >= M || n >= N) continue;
+            const float2 add = unpack_bf16(bias ? *reinterpret_cast<const uint32_t*>(bias + n) : 0u);
+            *reinterpret_cast<uint32_t*>(out + (size_t)m * N + n) =
+                pack_bf16(acc[i][j] + add.x, acc[i][j + 1] + add.y);
         }
     }
 }

@@ -66,7 +66,7 @@ TARGETS = {  # what is held to what: at least or at most, what must be reached, 
 
 D12 = dict(rounds=5, limit=60, B=64, T=1024, V=50304, parameters=124_475_904, square=8192, copied=1 << 30)
 D12 |= dict(d12=dict(L=12, NH=12, C=768, T=1024, V=50304), tiny=dict(L=4, NH=4, C=128, T=64, V=1024))
-D12 |= dict(models={"124M": (768, 65536), "1558M": (1600, 16384)})  # channels, and rows of the products
+D12 |= dict(models={"124M": (768, 65536), "1558M": (1600, 65536)})  # channels, and rows of the products
 D12 |= dict(wide=dict(B=16, T=1024, NH=16, HS=128), batches=(64, 32, 16), decoded=(64, 1), context=450)
 D12 |= dict(
     first=4, curve=dict(B=16, steps=200), tiny_batch=16

@@ -662,6 +662,21 @@ def naive_layernorm(name, rows):
     return lambda B, T, C: launched("layernorm", name, cdiv(max(B * T, C), rows), 128, B * T, C)
 
 
+def hopper_simple(stages):
+    """The first two versions of matmul_hopper.cu: a warpgroup that waits for every stage, or loads ahead."""
+
+    def make(M, N, K):
+        def call(out, inp, weight, bias):
+            maps = ops.tensor_map(inp, 128), ops.tensor_map(weight, 64)
+            arguments = cdiv(M, 128) * cdiv(N, 128), 128, *maps, out, bias, M, N, K
+            launch("matmul_hopper", name, *arguments, shared=stages * 32776)
+
+        return call
+
+    name = f"matmul_hopper_simple<false, false, {stages}>"
+    return make
+
+
 # Each makes, of the sizes of a row, a call that takes the row's arrays.
 EARLIER = {
     "matmul": {
@@ -692,6 +707,9 @@ EARLIER = {
     "global_norm": {"naive": lambda P: launched("norm", "global_norm_naive", 1, 1024, P)},
     "attention_decode": {"naive": naive_decode},
 }
+if ops.CAPABILITY == 90:
+    simple = {f"Hopper, one warpgroup, {stages} stages": hopper_simple(stages) for stages in (1, 2, 4)}
+    EARLIER["matmul"] |= simple
 EARLIER |= {
     kind: {"naive": naive_elementwise(kind)} for kind in ("gelu_forward", "gelu_backward", "residual_forward")
 }

@@ -121,7 +121,7 @@ def hopper_matmuls(monkeypatch):
                 for dbias in (None, out[0]) if epilogue == "ACCUMULATE" else (None,):
                     cuda._product(*arguments, extra, bias, dbias)
     flags = ("false, false", "false, true", "true, false")
-    return (found - {"add_partials"}) | {f"matmul_hopper_simple<{f}, {n}>" for f in flags for n in (1, 4)}
+    return (found - {"add_partials"}) | {f"matmul_hopper_simple<{f}, {n}>" for f in flags for n in (1, 2, 4)}
 
 
 def without_a_card(launch):
