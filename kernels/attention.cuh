@@ -36,6 +36,11 @@ template <int HP> struct FloatTile {
 #else
     static constexpr int ROWS = HP == 64 ? 64 : 32;
 #endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1000
+    static constexpr int UNROLL = 8;                        // with 4, backward spills 12 bytes there
+#else
+    static constexpr int UNROLL = 4;                        // accesses of 4 channels in multiply_transposed
+#endif
     static constexpr int EACH = ROWS / 16;                  // rows that one thread computes
     static constexpr int PITCH = HP + 4;                    // floats from one row of channels to the next
     static constexpr int SIZE = ROWS * PITCH;               // floats
@@ -57,7 +62,7 @@ template <int HP, int E>
 __device__ inline void multiply_transposed(float (&acc)[E][E], const float* x, const float* y) {
     constexpr int PITCH = FloatTile<HP>::PITCH;
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-#pragma unroll 4
+#pragma unroll FloatTile<HP>::UNROLL
     for (int d = 0; d < HP; d += 4) {
         Pack<float> a[E], b[E];
 #pragma unroll
