@@ -188,12 +188,17 @@ attention_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_c
             named_barrier_sync<WARPGROUP>(1 + consumer);    // or a late warp could miss a phase
             if (thread == 0) barrier_arrive(k_empty + at.stage), barrier_arrive(v_empty + at.stage);
         }
+        int before = 0;                                     // the stage whose values are being added up
         for (int block = used - 1; block >= 0; block--, at.next()) {
             barrier_wait(k_full + at.stage, at.parity);
             start_scores<HS, QUERIES, KEYS>(scores, q_tile, k_tiles + at.stage * Tile::KV);
             wgmma_wait<0>();
             wgmma_results(scores);
-            if (thread == 0) barrier_arrive(k_empty + at.stage);
+            wgmma_results(acc);
+            if (thread == 0) {
+                barrier_arrive(k_empty + at.stage);
+                if (block < used - 1) barrier_arrive(v_empty + before);
+            }
 
             const int key = block * KEYS + lane % 4 * 2;    // this lane's keys are key + 8 j and its neighbour
             if (block * KEYS + KEYS - 1 > first_row) {      // the diagonal
@@ -228,11 +233,14 @@ attention_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_c
             for (int i = 0; i < HS / 2; i++) acc[i] *= rescale[i % 4 / 2];
             barrier_wait(v_full + at.stage, at.parity);
             start_sums<HS, KEYS>(acc, weights, v_tiles + at.stage * Tile::KV, true);
-            wgmma_wait<0>();
-            wgmma_results(acc);
-            if (thread == 0) barrier_arrive(v_empty + at.stage);
+            before = at.stage;
         }
-        if (thread == 0) barrier_arrive(q_empty + q_at.stage);
+        wgmma_wait<0>();
+        wgmma_results(acc);
+        if (thread == 0) {
+            if (used > 0) barrier_arrive(v_empty + before);
+            barrier_arrive(q_empty + q_at.stage);
+        }
         if (used == 0) continue;                            // all rows lie beyond T
 #pragma unroll
         for (int r = 0; r < 2; r++) {

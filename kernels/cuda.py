@@ -226,44 +226,35 @@ def _hopper_choice(M, N, K, split, forced):
     return min(((name, s) for name in names for s in range(1, most + 1)), key=lambda choice: seconds(*choice))
 
 
-def _hopper_product(out, a, b, a_t, b_t, epilogue, M, N, K, extra, bias, forced, dbias=None):
-    """_product by matmul_hopper.cu, whose table says what the maps, the grid and the shared memory are.
-
-    With ACCUMULATE, dbias (N,) grows by the sums of b's columns.
-    """
+def _hopper_product(out, a, b, a_t, b_t, epilogue, M, N, K, extra, bias, forced):
+    """_product by matmul_hopper.cu, whose table says what the maps, the grid and the shared memory are."""
     name, slices = _hopper_choice(M, N, K, epilogue == "ACCUMULATE", forced)
     slices = RUNGS.get("slices", slices) if epilogue == "ACCUMULATE" else 1
     BM, BN, stages, pingpong, *_ = HOPPER_TILES[name]
     target, stride = out, cdiv(M, 64) * 64 * N
-    if epilogue == "ACCUMULATE":
-        partials, sums = scratch((slices * stride if slices > 1 else 1, np.float32), (slices * N, np.float32))
-        if slices > 1:
-            epilogue, target = "STORE", partials.reshape(-1, N)
+    if slices > 1:
+        epilogue, (partials,) = "STORE", scratch((slices * stride, np.float32))
+        target = partials.reshape(-1, N)
     rows = BM if pingpong else BM // 2
     each = 2 if epilogue == "BIAS_GELU" else 1  # outputs
     boxes = rows // 64 * (BN * out.itemsize // 128) * each  # that a consumer stores of a tile
     fixed = stages * (BM + BN) * 128 + 8 * (2 * stages + 2) + 8 * BN
     most = (SHARED - fixed) // (2 * (8192 + 8))
     ring = next(r for r in (4, 3, 2) if r <= most and boxes % r == 0 and r % each == 0)
-    flags = a_t, b_t, BM, BN, stages, pingpong, ring, dbias is not None
+    flags = a_t, b_t, BM, BN, stages, pingpong, ring
     flags = (str(flag).lower() for flag in flags)
     kernel = f"matmul_hopper<{', '.join((NAMES[out.dtype], epilogue, *flags))}>"
     maps = tensor_map(a, 64 if a_t else BM), tensor_map(b, BN if b_t else 64), tensor_map(target, 64)
     maps = *maps, maps[2] if extra is None else tensor_map(extra, 64)
-    arguments = *maps, bias, None if dbias is None else sums, M, N, K, slices
+    arguments = *maps, bias, M, N, K, slices
     grid, shared = min(SMS, cdiv(M, BM) * cdiv(N, BN) * slices), fixed + 2 * ring * (8192 + 8)
     launch("matmul_hopper", kernel, grid, 384, *arguments, shared=shared)
     if slices > 1:
         _add_partials(out, partials, M * N, stride, slices)
-    if dbias is not None:
-        _add_partials(dbias, sums, N, N, slices)
 
 
-def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None, dbias=None):
-    """out (M, N) = a (M, K) @ b (K, N) and the epilogue; a_t: a lies as (K, M), b_t: b lies as (N, K).
-
-    dbias (N,) grows by the sums of b's columns: then b is a layer's dout, and out its dweight.
-    """
+def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None):
+    """out (M, N) = a (M, K) @ b (K, N) and the epilogue; a_t: a lies as (K, M), b_t: b lies as (N, K)."""
     S, O = NAMES[a.dtype], NAMES[out.dtype]
     rows = N, M if a_t else K, K if b_t else N
     packed = aligned(out, a, b, extra, bias) and all(length % WIDTH[S] == 0 for length in rows)
@@ -273,9 +264,7 @@ def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None, dbia
         matrices = [array.reshape(-1, length) for array, length in zip((a, b), (rows[1], rows[2]))]
         flat = [array if array is None else array.reshape(-1, N) for array in (out, extra)]
         extra = flat[1]
-        return _hopper_product(flat[0], *matrices, a_t, b_t, epilogue, M, N, K, extra, bias, forced, dbias)
-    if dbias is not None:
-        _bias_gradient(dbias, b, K, N)
+        return _hopper_product(flat[0], *matrices, a_t, b_t, epilogue, M, N, K, extra, bias, forced)
     arguments = out, extra, bias, a, b, M, N, K
     rows = 1 if M <= 16 else 4  # times 16
     stages = _skinny_stages(rows, K)
@@ -347,10 +336,10 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight):
         _product(dinp, dout, weight, False, not transposed, "STORE", n.N, n.I, n.O)
     if transposed:
         _product(dweight, dout, inp, True, False, "ACCUMULATE", n.O, n.I, n.N)
-        if dbias is not None:
-            _bias_gradient(dbias, dout, n.N, n.O)
     else:
-        _product(dweight, inp, dout, True, False, "ACCUMULATE", n.I, n.O, n.N, dbias=dbias)
+        _product(dweight, inp, dout, True, False, "ACCUMULATE", n.I, n.O, n.N)
+    if dbias is not None:
+        _bias_gradient(dbias, dout, n)
 
 
 def matmul_gelu_backward(dpre, dweight, dbias, dout, act, weight, pre):
@@ -360,19 +349,18 @@ def matmul_gelu_backward(dpre, dweight, dbias, dout, act, weight, pre):
     )
     n = check(what, dpre, dweight, dbias, dout, act, weight, pre)
     _product(dpre, dout, weight, False, True, "GELU_GRAD", n.N, n.I, n.O, pre)
-    _product(dweight, act, dout, True, False, "ACCUMULATE", n.I, n.O, n.N, dbias=dbias)
+    _product(dweight, act, dout, True, False, "ACCUMULATE", n.I, n.O, n.N)
+    _bias_gradient(dbias, dout, n)
 
 
-def _bias_gradient(dbias, dout, rows, N):
-    """dbias (N,) += the sums of the columns of dout (rows, N)."""
-    S = NAMES[dout.dtype]
-    blocks = cdiv(N, 32 * WIDTH[S])
-    slices = max(1, min(cdiv(4 * SMS, blocks), rows // 64))
-    (partials,) = scratch((slices * N, np.float32))
-    packed = str(aligned(dout) and N % WIDTH[S] == 0).lower()
-    arguments = partials, dout, rows, N, cdiv(rows, slices)
-    launch("matmul", f"column_partials<{S}, {packed}>", (blocks, slices), 256, *arguments)
-    _add_partials(dbias, partials, N, N, slices)
+def _bias_gradient(dbias, dout, n):
+    blocks = cdiv(n.O, 32 * WIDTH[n.S])
+    slices = max(1, min(cdiv(4 * SMS, blocks), n.N // 64))
+    (partials,) = scratch((slices * n.O, np.float32))
+    packed = str(aligned(dout) and n.O % WIDTH[n.S] == 0).lower()
+    arguments = partials, dout, n.N, n.O, cdiv(n.N, slices)
+    launch("matmul", f"column_partials<{n.S}, {packed}>", (blocks, slices), 256, *arguments)
+    _add_partials(dbias, partials, n.O, n.O, slices)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@
 //   matmul_hopper               at most one per SM         384    shared_bytes() of the tile, see below
 //
 //   matmul_hopper_simple<A_T, B_T, STAGES>(map a, map b, bf16* out, bf16* bias or null, int M, int N, int K)
-//   matmul_hopper<O, EPILOGUE, A_T, B_T, BM, BN, STAGES, PINGPONG, RING, SUMS>
-//       (map a, map b, map out, map extra, bf16* bias, float* sums, int M, int N, int K, int slices)
+//   matmul_hopper<O, EPILOGUE, A_T, B_T, BM, BN, STAGES, PINGPONG, RING>
+//       (map a, map b, map out, map extra, bf16* bias, int M, int N, int K, int slices)
 //
 // The maps (gpu.py makes them) have boxes of 64 columns of bf16 or 32 of float, 128 bytes, and these rows:
 //   a      A (M, K): BM       A_T, (K, M): 64          b   B_T, (N, K): BN     (K, N): 64
@@ -15,8 +15,7 @@
 //
 // N, and the rows of A and B as they are stored, are multiples of 8; any M and K. `slices` blocks share the
 // inner dimension of an output; each stores its float32 partial sums, and matmul.cu's add_partials adds them
-// up in their order, so that two runs give the same bits. With SUMS, which B_T excludes, sums (slices, N)
-// receives the sums of B's columns: where B is a layer's dout, the bias gradient. RING buffers of 8 KB for each consumer hold outputs on their
+// up in their order, so that two runs give the same bits. RING buffers of 8 KB for each consumer hold outputs on their
 // way.
 //
 //   tiles (BM, BN, STAGES, PINGPONG, RING)       shared bytes     where it wins
@@ -126,46 +125,6 @@ matmul_hopper_simple(const __grid_constant__ TensorMap a, const __grid_constant_
         }
     }
 }
-
-// ---- Sums of B's columns, while the tensor cores multiply -------------------------------------------------
-
-// Eight neighbouring threads share 8 columns, a 16-byte chunk: thread r of them adds up rows r, r + 8, .. of each
-// stage, whose chunks lie on different banks. THREADS of them cover BN columns in one turn or two.
-template <int BN, int THREADS> struct ColumnSums {
-    static constexpr int CHUNKS = BN / 8, AT_ONCE = THREADS / 8, EACH = ceil_div(CHUNKS, AT_ONCE);
-    float sum[EACH][8];
-
-    __device__ void clear() {
-        for (int e = 0; e < EACH; e++)
-            for (int i = 0; i < 8; i++) sum[e][i] = 0.0f;
-    }
-    __device__ void add(const unsigned char* b_tile, int thread) {
-#pragma unroll
-        for (int e = 0; e < EACH; e++) {
-            const int chunk = thread / 8 + e * AT_ONCE, first = thread % 8;
-            if (chunk >= CHUNKS) continue;
-            const bf16* const box = reinterpret_cast<const bf16*>(b_tile + chunk / 8 * BOX_BYTES);
-#pragma unroll
-            for (int row = 0; row < BK; row += 8) {
-                const Pack<bf16> pack = load_pack(box + (row + first) * BOX_COLUMNS + (chunk % 8 ^ first) * 8);
-                for (int i = 0; i < 8; i++) sum[e][i] += to_float(pack[i]);
-            }
-        }
-    }
-    // Writes the sums of columns n .. n + BN; the eight threads add up theirs in the same order always.
-    __device__ void store(float* sums, int n, int N, int thread) {
-#pragma unroll
-        for (int e = 0; e < EACH; e++) {
-            const int column = n + (thread / 8 + e * AT_ONCE) * 8;
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                float total = sum[e][i];
-                for (int offset = 1; offset < 8; offset *= 2) total += __shfl_xor_sync(ALL_LANES, total, offset);
-                if (thread % 8 == 0 && column < min(n + BN, N)) sums[column + i] = total;
-            }
-        }
-    }
-};
 
 // ---- Epilogues: 64 x 64 outputs at a time, through a ring of boxes in shared memory -----------------------
 
@@ -331,20 +290,15 @@ __device__ inline Work work_of(int number, int tiles, int M, int N, int K, int s
             static_cast<int>(blocks * (slice + 1) / slices), slice};
 }
 
-template <typename O, Epilogue EPILOGUE, bool A_T, bool B_T, int BM, int BN, int STAGES, bool PINGPONG, int RING,
-          bool SUMS>
+template <typename O, Epilogue EPILOGUE, bool A_T, bool B_T, int BM, int BN, int STAGES, bool PINGPONG, int RING>
 __global__ void __launch_bounds__(3 * WARPGROUP, 1)
 matmul_hopper(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
               const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap extra, const bf16* bias,
-              float* sums, int M, int N, int K, int slices) {
+              int M, int N, int K, int slices) {
     constexpr int CONSUMERS = 2, ROWS = PINGPONG ? BM : BM / CONSUMERS, MI = ROWS / 64;
     constexpr int A_BYTES = BM * 128, B_BYTES = BN * 128;
     constexpr bool ADDS_BIAS = EPILOGUE == BIAS || EPILOGUE == BIAS_GELU || EPILOGUE == BIAS_RESIDUAL;
     constexpr bool READS = EPILOGUE == BIAS_RESIDUAL || EPILOGUE == GELU_GRAD;
-    // Who gives a stage back: one thread for all, because wgmma_wait returns when a warpgroup's warps are through;
-    // with SUMS each warp, because it has read the stage itself.
-    constexpr int RELEASING = SUMS ? WARPGROUP / WARP : 1;
-    static_assert(!SUMS || !B_T, "rows of B are what is added up");
     extern __shared__ __align__(1024) unsigned char shared_memory[];
     unsigned char* const a_tiles = shared_memory;                           // STAGES x (BM, 64)
     unsigned char* const b_tiles = a_tiles + STAGES * A_BYTES;              // STAGES x (BN, 64)
@@ -358,7 +312,7 @@ matmul_hopper(const __grid_constant__ TensorMap a, const __grid_constant__ Tenso
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(full + s, 1);
-            barrier_init(empty + s, (PINGPONG ? 1 : CONSUMERS) * RELEASING);
+            barrier_init(empty + s, PINGPONG ? 1 : CONSUMERS);
         }
         for (int c = 0; c < CONSUMERS; c++) barrier_init(turn + c, WARPGROUP / WARP);
         for (int i = 0; i < CONSUMERS * RING; i++) barrier_init(arrived + i, 1);
@@ -389,12 +343,6 @@ matmul_hopper(const __grid_constant__ TensorMap a, const __grid_constant__ Tenso
     Outbox<RING> outbox = {boxes + consumer * RING * BOX_BYTES, arrived + consumer * RING,
                            biases + consumer * BN, 1 + consumer};
     float acc[MI][BN / 2];
-    ColumnSums<BN, PINGPONG ? WARPGROUP : 2 * WARPGROUP> columns;
-    const int summing = PINGPONG ? thread : consumer * WARPGROUP + thread;  // a thread's number among them
-    auto release = [&](int stage) {
-        if (SUMS) __syncwarp();
-        if (thread % (WARPGROUP / RELEASING) == 0) barrier_arrive(empty + stage);
-    };
     int round = 0;                                          // tiles of this block so far, of both consumers
     for (int number = blockIdx.x; number < last; number += gridDim.x, round++) {
         const Work work = work_of<BM, BN>(number, tiles, M, N, K, slices);
@@ -417,8 +365,6 @@ matmul_hopper(const __grid_constant__ TensorMap a, const __grid_constant__ Tenso
         }
         // Not before the other consumer has seen all its stages, or a parity here could be of the round before.
         if (PINGPONG && round > 0) barrier_wait(turn + consumer, (round - 1) / CONSUMERS & 1);
-        const bool adds = SUMS && work.m == 0;              // the first row of tiles sees all of B once
-        if (adds) columns.clear();
         int before = 0;
         for (int block = work.begin; block < work.end; block++) {
             barrier_wait(full + at.stage, at.parity);
@@ -428,17 +374,15 @@ matmul_hopper(const __grid_constant__ TensorMap a, const __grid_constant__ Tenso
             }
             multiply_stage<A_T, B_T>(acc, own_rows + at.stage * A_BYTES, b_tiles + at.stage * B_BYTES,
                                      block == work.begin, M - m, N - work.n);
-            if (adds) columns.add(b_tiles + at.stage * B_BYTES, summing);
             if (block > work.begin) {                       // one product stays under way
                 wgmma_wait<1>();
-                release(before);
+                if (thread == 0) barrier_arrive(empty + before);
             }
             before = at.stage;
             at.next();
         }
-        wgmma_wait<0>();
-        release(before);
-        if (adds) columns.store(sums + static_cast<size_t>(work.slice) * N, work.n, N, summing);
+        wgmma_wait<0>();                                    // for all warps: so one thread may speak for them
+        if (thread == 0) barrier_arrive(empty + before);
 #pragma unroll
         for (int i = 0; i < MI; i++) wgmma_results(acc[i]);
         if constexpr (sizeof(O) == 2) finish<EPILOGUE>(acc, outbox, out, extra, m, work.n);
