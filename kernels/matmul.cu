@@ -371,7 +371,8 @@ matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int
             for (int i = 0; i < ROWS * CHUNKS / WARP; i++) {
                 const int row = (i * WARP + lane) / CHUNKS, chunk = (i * WARP + lane) % CHUNKS;
                 const int k = k0 + chunk * 8, count = max(0, min(8, K - k));
-                if (row < M) cp_async_16(a_tile + swizzle<BK>(row, chunk), a + (size_t)row * K + min(k, K - 8), count * 2);
+                const bf16* const from = a + (size_t)row * K + min(k, K - 8);
+                if (row < M) cp_async_16(a_tile + swizzle<BK>(row, chunk), from, count * 2);
             }
 #pragma unroll
             for (int i = 0; i < BN * BK / 8 / WARP; i++) {

