@@ -7,7 +7,7 @@
 //   classifier_naive<T>  ceil(N / 128)  128    0                   none
 //   classifier_twice<T>  N              1024   0                   none
 //   classifier<T>        N              768    Vp * sizeof(T)      none
-//   cross_entropy<T>     N              1024   0                   none
+//   cross_entropy<T>     N              512    0                   none
 //
 // Columns V .. Vp - 1 are padding: they get no probability, and gradient 0. The block may be any multiple of
 // 32 that is large enough; for a small Vp, ceil(Vp / (16/sizeof(T))) threads are. `classifier` demands rows
@@ -182,7 +182,8 @@ classifier(float* losses, T* logits, const int* targets, const float* weights, i
 // ---- Evaluation: the losses alone, logits stay as they are ------------------------------------------------
 
 // One rung: a naive one would be the first half of classifier_naive, and this reads each row once, the floor:
-// N V sizeof(T) bytes. There is no second pass that shared memory could spare.
+// N V sizeof(T) bytes. There is no second pass that shared memory could spare. On an H200 on 2026-11-27
+// (5,336 rows of 50,304, bf16): 135 us, 3976 GB/s, with 512 threads as with 256; 149.5 us with 1024.
 template <typename T>
 __global__ void __launch_bounds__(1024)
 cross_entropy(float* losses, const T* logits, const int* targets, int V, int Vp) {

@@ -103,7 +103,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     what = "layernorm_forward: out S N C, mean float N, rstd float N, inp S N C, weight S C, bias S C"
     n = check(what, out, mean, rstd, inp, weight, bias)
     kernel = _vectors("layernorm_forward", n, {"bf16": 7, "float": 13})
-    blocks = cdiv(n.N, 4) if "rows" in kernel else min(6 * SMS, cdiv(n.N, 4))
+    blocks = cdiv(n.N, 4) if "rows" in kernel else min(5 * SMS, cdiv(n.N, 4))
     launch("layernorm", kernel, blocks, 128, out, mean, rstd, inp, weight, bias, n.N, n.C)
 
 
@@ -487,7 +487,7 @@ def _threads(n, most):
 def cross_entropy(losses, logits, targets, vocab_size):
     n = check("cross_entropy: losses float N, logits S N P, targets int N", losses, logits, targets)
     arguments = losses, logits, targets, min(vocab_size, n.P), n.P
-    launch("classifier", f"cross_entropy<{n.S}>", n.N, _threads(n, 1024), *arguments)
+    launch("classifier", f"cross_entropy<{n.S}>", n.N, _threads(n, 512), *arguments)
 
 
 def classifier(losses, logits, targets, weights, vocab_size):
