@@ -449,6 +449,9 @@ def attention_backward(dqkv, dout, out, lse, qkv, n_head):
             launch(file, kernel, grid, 256, *arguments, HS, shared=4 * tile + scores)
 
 
+_finished = []  # (SMS,) uint32: splits of a head that attention_decode has finished; it leaves zeros
+
+
 def attention_decode(out, qkv, keys, values, lengths, empty_cache=False):
     what = "attention_decode: out S B T C, qkv S B T 3C, keys S B H M D, values S B H M D, lengths int B"
     n = check(what, out, qkv, keys, values, lengths)
@@ -463,16 +466,15 @@ def attention_decode(out, qkv, keys, values, lengths, empty_cache=False):
             return attention_forward(out, lse.reshape(n.B, n.H, n.T), qkv, n.H)
     width = WIDTH[n.S] if HS % WIDTH[n.S] == 0 and aligned(out, qkv, keys, values) else 1
     blocks = n.B * n.T * n.H
-    splits = max(1, min(6 * SMS // blocks, cdiv(n.M, 64), 32))
-    partial = scratch((blocks * splits * (HS + 2), np.float32))[0] if splits > 1 else None
-    kernel, ring = f"attention_decode<{n.S}, {HP}, {width}>", 0
-    if width > 1 and CAPABILITY >= 80 and RUNGS.get("decode") != "registers":
-        kernel, ring = f"attention_decode_async<{n.S}, {HP}>", max(32768, 128 * HP * qkv.itemsize)
-    arguments = out, partial, qkv, keys, values, lengths, n.T, n.H, HS, n.M, splits
-    launch("decode", kernel, (n.H * splits, n.T, n.B), 128, *arguments, shared=ring)
+    splits = min(8, cdiv(n.M, 64)) if blocks < SMS else 1  # decode.cu has the measurements
+    partial = finished = None
     if splits > 1:
-        arguments = out, partial, blocks, HS, splits
-        launch("decode", f"attention_decode_combine<{n.S}>", cdiv(blocks, 4), 128, *arguments)
+        if not _finished:
+            _finished.append(zeros(SMS, np.uint32))
+        (partial,), (finished,) = scratch((blocks * splits * (HS + 2), np.float32)), _finished
+    arguments = out, partial, finished, qkv, keys, values, lengths, n.T, n.H, HS, n.M, splits
+    kernel = f"attention_decode<{n.S}, {HP}, {width}>"
+    launch("decode", kernel, (n.H * splits, n.T, n.B), 128, *arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------

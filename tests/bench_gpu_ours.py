@@ -48,7 +48,7 @@ TILES = [(128, 256, 64, 64, 64, 3), (128, 128, 64, 64, 64, 3), (64, 64, 64, 32, 
 MATMULS = {f"mma.sync {' '.join(map(str, tile))}": {"matmul": tile} for tile in TILES}
 MATMULS |= {f"Hopper, {name}": {"matmul": name} for name in ops.HOPPER_TILES}
 ATTENTION = {"mma.sync": {"attention": "portable"}, "flash, no tensor cores": {"attention": "flash"}}
-FORCED = {"matmul": MATMULS, "matmul_dw": MATMULS, "attention_decode": {"registers": {"decode": "registers"}}}
+FORCED = {"matmul": MATMULS, "matmul_dw": MATMULS}
 FORCED |= {"attention_forward": ATTENTION, "attention_backward": ATTENTION}
 
 

@@ -162,9 +162,8 @@ def variants(capability, monkeypatch):
     names["decode"] = {
         f"attention_decode<{head}, {w}>" for head in heads for w in (1, 4 if "float" in head else 8)
     }
-    names["decode"] |= {f"attention_decode_async<{head}>" for head in heads}
     plain = {
-        "decode": ["attention_append", "attention_decode_naive", "attention_decode_combine"],
+        "decode": ["attention_append", "attention_decode_naive"],
         "attention": ["attention_scores", "attention_values"],
         "attention_backward": [f"attention_backward_{kind}" for kind in ("scores", "sums", "prepare")],
         "gelu": [f"{op}{rung}" for op in ELEMENTWISE for rung in ("_naive", "")],
@@ -184,7 +183,7 @@ def variants(capability, monkeypatch):
     names["norm"] = {"global_norm_naive", "square_sums", "global_norm_finish", "clip_scale"}
     names["adamw"] = {"adamw_naive", "adamw"}
     if capability < 80:  # neither bf16 nor cp.async
-        new = re.compile(r"bf16|_tensor<|_async<|^classifier<")
+        new = re.compile(r"bf16|_tensor<|^classifier<")
         names = {file: {name for name in kernels if not new.search(name)} for file, kernels in names.items()}
     return names
 
