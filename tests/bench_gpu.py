@@ -35,6 +35,7 @@ NEEDS = dict(ceilings=4, matmul=55, attention=10, bandwidth=30, decoding=14, tra
 NEEDS |= dict(curve=30, versions=40)
 KERNELS = ("ceilings", "matmul", "attention", "bandwidth", "decoding", "versions")  # sections of one table
 BUDGET = 290  # seconds for all of them; settings have the `limit` of one answer, but for torch.compile
+BY_HAND = "\n## By hand\n"  # in RESULTS.md: what stands from here on was written by a person, and stays
 COMPILING, LEAST = 45, 3  # what torch.compile takes; and too little to begin a row with
 PEAKS = {"H200": 989.5, "H100": 989.5, "A100": 312}  # TFLOP/s, bf16 without sparsity; datasheets, SXM
 
@@ -582,7 +583,9 @@ class Report:
 
     def write(self, flags):
         if flags.out or flags.write:
-            Path(flags.out or RESULTS).write_text(self.whole(), "utf-8")
+            path = Path(flags.out or RESULTS)
+            _, marker, by_hand = (path.read_text("utf-8") if path.exists() else "").partition(BY_HAND)
+            path.write_text(self.whole() + marker + by_hand, "utf-8")
         if flags.out:
             Path(flags.out).with_suffix(".json").write_text(json.dumps(self.rows, indent=1), "utf-8")
 

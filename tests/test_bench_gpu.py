@@ -22,11 +22,13 @@ CARD = {"card": "NVIDIA H200", "logits": 1 << 28, "versions": {"matmul": ["naive
 def test_runs_in_the_emulator(tmp_path):
     """Every row of every section on our side; the peer's are tested where a Python with torch is named."""
     command = [sys.executable, HERE / "bench_gpu.py", "--emulator", "--out", tmp_path / "results.md"]
+    (tmp_path / "results.md").write_text("what was measured before\n## By hand\nremarks\n")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     text, rows = (tmp_path / "results.md").read_text(), json.loads((tmp_path / "results.json").read_text())
     assert rows.keys() == bench_gpu.SECTIONS.keys()
     assert not [row["work"] for part in rows.values() for row in part if not row["ours"]]
+    assert "before" not in text.partition("##")[0] and text.endswith("\n## By hand\nremarks\n")
     assert "failed" not in text + done.stdout + done.stderr and "cannot be shown" not in text
     for line in ("| attention decode ", "| d12, 2 × 32 ", "| 3    |", "| d12 training, thousand tok/s "):
         assert line in text and line in done.stdout
