@@ -25,7 +25,7 @@ __device__ inline Head head_of_block(int T, int NH, int HS) {
     return {b * T * 3 * C + h * HS, b * T * C + h * HS, b * NH + h};
 }
 
-// ---- Float arithmetic: 256 threads, 16 x 16, TILE x TILE scores -------------------------------------------
+// ---- Float arithmetic: 256 threads, 16 x 16, TILE x TILE scores ------------------------------------------
 
 // HP is the head size rounded up to 64 or 128, and decides the tile: what fits into 99 KB of shared memory,
 // the least that a block may have from sm_80 on (sm_86 and sm_89); on sm_75, with 64 KB, half as many rows.
@@ -120,7 +120,7 @@ __device__ inline void store_tile(Storage* out, int stride, int first, int T, in
         }
 }
 
-// ---- Tensor cores: 128 threads; every warp owns 16 M rows of the result -----------------------------------
+// ---- Tensor cores: 128 threads; every warp owns 16 M rows of the result ----------------------------------
 
 inline constexpr int TENSOR_THREADS = 128;
 

@@ -1,4 +1,4 @@
-// Causal self-attention, backward, and from rung 2 on without a (T, T) array. Read attention.cu before.
+// Causal self-attention, backward, and from version 2 on without a (T, T) array. Read attention.cu before.
 //
 // Forward, for one head:  S = Q Kᵀ / sqrt(HS),  P = exp(S - lse) below the diagonal, else 0,  out = P V.  So
 //
@@ -10,7 +10,7 @@
 // owns keys and one that owns queries. Both compute S and dP: seven products instead of five, and the same
 // bits every time.
 //
-// Rungs: the formulas, over two (T, T) arrays; two passes without them, in float arithmetic; those on tensor
+// Versions: the formulas, over two (T, T) arrays; two passes without them, in float arithmetic; those on tensor
 // cores.
 //
 // kernel                                          grid                     block  dynamic shared bytes
@@ -22,7 +22,7 @@
 // attention_backward_keys_tensor<HS>              (NH, ceil(T/64), B)      128    HS 64: 50,176; 128: 49,408
 // attention_backward_queries_tensor<HS>           (NH, ceil(T/64), B)      128    HS 64: 49,152; 128: 65,536
 //
-// The naive rung is scores and sums; the others are always all three: prepare, then keys and queries in any
+// The naive version is scores and sums; the others are always all three: prepare, then keys and queries in any
 // order. Storage, HP, HS and alignment as in attention.cu; ROWS is 64 for HP 64 and 32 for HP 128; on sm_75
 // it is half of that, and 39,424 and 35,072 bytes. All of dqkv is overwritten.
 //
@@ -30,11 +30,11 @@
 // price of no atomics, and by what attention.cu says.
 //
 // Workspace: rows (B, NH, Tp) float2, aligned to 16 bytes, with Tp = T rounded up to a multiple of 64 (of 128
-// for attention_hopper.cu). Of the naive rung: p and ds (B, NH, T, T) float32.
+// for attention_hopper.cu). Of the naive version: p and ds (B, NH, T, T) float32.
 
 #include "attention.cuh"
 
-// ---- Rung 1: the formulas. Two kernels, and 2 B NH T² floats of memory between them. ----------------------
+// ---- Version 1: the formulas. Two kernels, and 2 B NH T² floats of memory between them. ------------------
 
 // A thread per (query, key): one element of P and one of dS, for three products of rows. D is a number of the
 // query, but every thread computes it again.
@@ -84,7 +84,7 @@ __global__ void attention_backward_sums(Storage* dqkv, const float* p, const flo
     row[2 * C] = from_float<Storage>(dv);
 }
 
-// ---- What rungs 2 and 3 need to know of a query: lse and D ------------------------------------------------
+// ---- What versions 2 and 3 need to know of a query: lse and D --------------------------------------------
 
 // rows[b, h, t] = {lse * LOG2E, D}; from T on {inf, 0}, for which P = exp2(S - inf) = 0: tails need no mask.
 // Eight lanes share a row: 8 lanes x 16 bytes are a head of 64 bf16.
@@ -114,8 +114,10 @@ __global__ void attention_backward_prepare(float2* rows, const Storage* dout, co
     }
 }
 
-// ---- Rung 2: two passes, float arithmetic. Won: not measured yet. -----------------------------------------
+// ---- Version 2: two passes, float arithmetic -------------------------------------------------------------
 
+// 116 -> 4.60 ms on an H200 (B 16, T 1024, 12 heads of 64, bf16).
+//
 // P and dS live for one tile, in registers and shared memory: nothing is written but the result.
 //
 // A block owns ROWS keys and walks the queries from the diagonal on. Scores lie transposed, a row for each
@@ -221,8 +223,10 @@ attention_backward_queries_flash(Storage* dqkv, const Storage* dout, const Stora
     store_tile<HP>(dqkv + head.qkv, stride, first_query, T, HS, dq);
 }
 
-// ---- Rung 3: tensor cores, bf16. Won: not measured yet. ---------------------------------------------------
+// ---- Version 3: tensor cores, bf16 -----------------------------------------------------------------------
 
+// 4.60 ms -> 374 us on an H200, 172 TFLOP/s (the same). Version 4 is attention_hopper.cu.
+//
 // A block owns 64 keys, a warp 16 of them: dK and dV of these stay in its registers while the queries pass
 // by, from the diagonal on, each tile of Q, dOut and rows arriving by cp.async while the one before is
 // computed. The accumulators of dP start at -D instead of 0, which is the subtraction for nothing. (Tiles are

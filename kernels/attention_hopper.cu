@@ -34,7 +34,7 @@
 // 1 / sqrt(HS). With FACTOR, for powers of two, exp2(FACTOR q·k - lse log2(e)) is a probability.
 template <int HS> inline constexpr float SCALE = 1.0f / (HS == 64 ? 8.0f : 11.313708498984761f);
 
-// ---- Tasks: a tile of one head, in an order that suits the L2 cache ---------------------------------------
+// ---- Tasks: a tile of one head, in an order that suits the L2 cache --------------------------------------
 
 // 64 heads at a time, so that their keys and values stay in the L2 cache; of these first all first tiles, then
 // all second ones. The kernel sees to it that tile 0 has most to do.
@@ -46,7 +46,7 @@ __device__ inline Task task_of(int number, int tiles, int heads, int NH) {
     return {inside / width, head, head / NH, head % NH};
 }
 
-// ---- Products of a warpgroup ------------------------------------------------------------------------------
+// ---- Products of a warpgroup -----------------------------------------------------------------------------
 
 // Starts scores (64, 2 HALF) = x (64, HS) @ yᵀ. x and y are rows of boxes that are X_ROWS and Y_ROWS high.
 template <int HS, int X_ROWS, int Y_ROWS, int HALF>
@@ -105,7 +105,7 @@ __device__ inline void load_rows(bf16* tile, const TensorMap& map, Barrier* full
         tma_load(tile + half * ROWS * 64, map, full, half * 64, head, row, b);
 }
 
-// ---- Forward ----------------------------------------------------------------------------------------------
+// ---- Forward ---------------------------------------------------------------------------------------------
 
 template <int HS> struct Forward {
     static constexpr int CONSUMERS = HS == 64 ? 3 : 2, QUERIES = 64 * CONSUMERS, KEYS = 128, STAGES = 2;
@@ -265,7 +265,7 @@ attention_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_c
     if (thread == 0) bulk_wait<0>();
 }
 
-// ---- Backward: dK and dV ----------------------------------------------------------------------------------
+// ---- Backward: dK and dV ---------------------------------------------------------------------------------
 
 template <int HS> struct BackwardKeys {
     static constexpr int CONSUMERS = 2, KEYS = 64 * CONSUMERS, QUERIES = HS == 64 ? 128 : 64, STAGES = 2;
@@ -403,7 +403,7 @@ attention_backward_keys_hopper(const __grid_constant__ TensorMap kv_map,
     if (thread == 0) bulk_wait<0>();
 }
 
-// ---- Backward: dQ -----------------------------------------------------------------------------------------
+// ---- Backward: dQ ----------------------------------------------------------------------------------------
 
 template <int HS> struct BackwardQueries {
     static constexpr int CONSUMERS = 2, QUERIES = 64 * CONSUMERS, KEYS = HS == 64 ? 128 : 64, STAGES = 2;

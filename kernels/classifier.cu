@@ -15,7 +15,7 @@
 // blocks on an H100); otherwise classifier_twice. A target outside 0 .. V - 1 reads nothing outside the row:
 // its loss is NaN, which every training log shows.
 //
-// The floor is the memory's: 2 N Vp sizeof(T) bytes, each logit read once and its gradient written. Rung 3
+// The floor is the memory's: 2 N Vp sizeof(T) bytes, each logit read once and its gradient written. Version 3
 // has two exponentials for each, in bf16 65% of what an H200 computes in that time. Above the floor by what
 // two blocks on a multiprocessor leave uncovered: one of them waits for its row while the other computes.
 
@@ -27,7 +27,7 @@ inline constexpr float LOWEST = -3.4028234e38f;             // finite, so that L
 
 __device__ inline float not_a_number() { return __int_as_float(0x7fffffff); }
 
-// ---- Rung 1: one thread per row ---------------------------------------------------------------------------
+// ---- Version 1: one thread per row -----------------------------------------------------------------------
 
 template <typename T>
 __global__ void classifier_naive(float* losses, T* logits, const int* targets, const float* weights, int N,
@@ -47,7 +47,7 @@ __global__ void classifier_naive(float* losses, T* logits, const int* targets, c
     for (int c = V; c < Vp; c++) z[c] = from_float<T>(0.0f);
 }
 
-// ---- Rung 2: one block per row, which finds maximum and sum in one read -----------------------------------
+// ---- Version 2: one block per row, which finds maximum and sum in one read -------------------------------
 //
 // Online softmax (Milakov and Gimelshein 2018): when the maximum grows, the sum so far shrinks to the new
 // scale. Every thread does so for its columns, then the block combines the threads. The row is read twice
@@ -120,7 +120,7 @@ classifier_twice(float* losses, T* logits, const int* targets, const float* weig
         z[target] = from_float<T>(scale * exp2f((target_logit - row.highest) * LOG2_E) - weight);
 }
 
-// ---- Rung 3: the row stays in shared memory between the passes --------------------------------------------
+// ---- Version 3: the row stays in shared memory between the passes ----------------------------------------
 //
 // So it is read from memory once. cp.async brings all of it in, without registers; every thread then works on
 // the packs that it asked for itself. The padding becomes -inf there, which has probability and gradient 0
@@ -179,9 +179,9 @@ classifier(float* losses, T* logits, const int* targets, const float* weights, i
     }
 }
 
-// ---- Evaluation: the losses alone, logits stay as they are ------------------------------------------------
+// ---- Evaluation: the losses alone, logits stay as they are -----------------------------------------------
 
-// One rung: a naive one would be the first half of classifier_naive, and this reads each row once, the floor:
+// One version: a naive one would be the first half of classifier_naive, and this reads each row once, the floor:
 // N V sizeof(T) bytes. There is no second pass that shared memory could spare. On an H200 on 2026-11-27
 // (5,336 rows of 50,304, bf16): 135 us, 3976 GB/s, with 512 threads as with 256; 149.5 us with 1024.
 template <typename T>

@@ -21,7 +21,7 @@ inline constexpr float LN2 = 0.6931471805599453f;
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// ---- Storage and arithmetic -------------------------------------------------------------------------------
+// ---- Storage and arithmetic ------------------------------------------------------------------------------
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
@@ -39,7 +39,7 @@ __device__ inline float2 unpack_bf16(uint32_t pair) {
     return make_float2(__int_as_float(pair << 16), __int_as_float(pair & 0xffff0000u));
 }
 
-// ---- 16 bytes at a time: 4 floats or 8 bf16 ---------------------------------------------------------------
+// ---- 16 bytes at a time: 4 floats or 8 bf16 --------------------------------------------------------------
 
 // A warp that loads packs asks for 512 contiguous bytes in one instruction, which is what it takes to keep
 // the memory busy. The address must be a multiple of 16: `aligned` says whether rows of n elements may be
@@ -89,7 +89,7 @@ template <typename T> __device__ inline bool aligned(const T* address, int n) {
     return reinterpret_cast<size_t>(address) % 16 == 0 && n % Pack<T>::size == 0;
 }
 
-// ---- Reductions: every lane, or every thread, gets the result ---------------------------------------------
+// ---- Reductions: every lane, or every thread, gets the result --------------------------------------------
 
 __device__ inline float warp_sum(float x) {
     for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(ALL_LANES, x, offset);
@@ -122,7 +122,7 @@ __device__ inline float block_max(float x) {
     return warp_max(lane < warps ? partial[lane] : MINUS_INFINITY);
 }
 
-// ---- GELU, the tanh form that GPT-2 was trained with ------------------------------------------------------
+// ---- GELU, the tanh form that GPT-2 was trained with -----------------------------------------------------
 
 // gelu(x) = 0.5 x (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3). Since 0.5 (1 + tanh(u)) =
 // sigmoid(2u), one exponential does it, and nothing cancels: gelu(x) = x / (1 + exp(-2u)). For u -> -inf the

@@ -2,8 +2,8 @@
 
 Read cpu.py first: it says what every operation computes. Read gpu.py for check and launch, and the .cu file
 beside the function that launches it: its table has each kernel's grid, block and workspace, and this file
-follows the tables. Which of a file's rungs runs, and with what tile, is decided here, by size and by what the
-card has.
+follows the tables. Which of a file's versions runs, and with what tile, is decided here, by size and by what
+the card has.
 
   letters as in cpu.py; S is the storage type, "float" or "bf16", that all arrays marked with it share
 """
@@ -52,7 +52,9 @@ if CAPABILITY < 80:
 LOGITS = 8192 * 50304  # elements of a chunk of logits: 8,192 rows of GPT-2's, 0.8 gigabytes of bf16
 BATCH_TOKENS, SHARE = 1 << 17, 0.9  # a micro-batch by default: at most these tokens, this part of the memory
 AHEAD = True  # a step is asked for before the last one's norm is read: so the GPU never waits for Python
-RUNGS = {}  # what a benchmark or a test wants instead: "matmul": a tile, "slices", "attention": "flash" ..
+# Versions that a benchmark or a test wants instead of what is chosen here: "matmul": a tile of matmul.cu or a
+# name of HOPPER_TILES; "slices": of dweight's inner dimension; "attention": "portable" or "flash".
+KERNEL_OVERRIDES = {}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -168,8 +170,8 @@ def residual_forward(out, inp1, inp2):
 
 def _tile(S, M, N, K, packed, split):
     """BM, BN, BK and how a block shares them out. split: K is long, and slices of it are further blocks."""
-    if "matmul" in RUNGS:
-        return RUNGS["matmul"]
+    if "matmul" in KERNEL_OVERRIDES:
+        return KERNEL_OVERRIDES["matmul"]
     blocks = cdiv(M, 128) * cdiv(N, 128) * (cdiv(K, 512) if split else 1)
     if S == "float":
         return (128, 128, 8, 8, 8) if blocks >= SMS else (64, 64, 16, 4, 4)
@@ -229,7 +231,7 @@ def _hopper_choice(M, N, K, split, forced):
 def _hopper_product(out, a, b, a_t, b_t, epilogue, M, N, K, extra, bias, forced):
     """_product by matmul_hopper.cu, whose table says what the maps, the grid and the shared memory are."""
     name, slices = _hopper_choice(M, N, K, epilogue == "ACCUMULATE", forced)
-    slices = RUNGS.get("slices", slices) if epilogue == "ACCUMULATE" else 1
+    slices = KERNEL_OVERRIDES.get("slices", slices) if epilogue == "ACCUMULATE" else 1
     BM, BN, stages, pingpong, *_ = HOPPER_TILES[name]
     target, stride = out, cdiv(M, 64) * 64 * N
     if slices > 1:
@@ -258,8 +260,9 @@ def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None):
     S, O = NAMES[a.dtype], NAMES[out.dtype]
     rows = N, M if a_t else K, K if b_t else N
     packed = aligned(out, a, b, extra, bias) and all(length % WIDTH[S] == 0 for length in rows)
-    forced = RUNGS.get("matmul") if RUNGS.get("matmul") in HOPPER_TILES else None
-    large = M * N * K >= 1 << 27 and M >= 128 and "matmul" not in RUNGS  # else latency is what counts
+    wanted = KERNEL_OVERRIDES.get("matmul")
+    forced = wanted if wanted in HOPPER_TILES else None
+    large = M * N * K >= 1 << 27 and M >= 128 and not wanted  # else latency is what counts
     if CAPABILITY == 90 and S == "bf16" and packed and (large or forced):
         matrices = [array.reshape(-1, length) for array, length in zip((a, b), (rows[1], rows[2]))]
         flat = [array if array is None else array.reshape(-1, N) for array in (out, extra)]
@@ -269,7 +272,7 @@ def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None):
     rows = 1 if M <= 16 else 4  # times 16
     stages = _skinny_stages(rows, K)
     few = M <= 16 or (M <= 64 and N <= 4096)  # every 16 columns read all of A
-    if S == "bf16" and packed and not a_t and few and stages and "matmul" not in RUNGS:
+    if S == "bf16" and packed and not a_t and few and stages and not wanted:
         kernel = f"matmul_skinny<{O}, {epilogue}, {str(b_t).lower()}, {rows}, {stages}>"
         shared = stages * (rows + 1) * 16384
         return launch("matmul", kernel, cdiv(N, 16), 256, *arguments, shared=shared)
@@ -277,7 +280,9 @@ def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None):
     BM, BN, BK, WM, WN, *stages = tile
     shared = stages[0] * (BM + BN) * BK * 2 if stages else 0
     threads = BM * BN // (WM * WN) * (32 if stages else 1)
-    slices = RUNGS.get("slices") or _slices(tile, M, N, K, shared) if epilogue == "ACCUMULATE" else 1
+    slices = 1
+    if epilogue == "ACCUMULATE":
+        slices = KERNEL_OVERRIDES.get("slices") or _slices(tile, M, N, K, shared)
     k_slice = cdiv(cdiv(K, slices), BK) * BK
     slices, target = cdiv(K, k_slice), out
     if slices > 1:
@@ -367,7 +372,7 @@ def _bias_gradient(dbias, dout, n):
 # Attention
 
 
-def _attention_rung(n, *arrays):
+def _attention_version(n, *arrays):
     """(head size, the size that kernels are made for, whether on tensor cores)"""
     if n.C % n.H:
         raise ValueError(f"attention: {n.C} channels cannot be shared by {n.H} heads")
@@ -375,12 +380,12 @@ def _attention_rung(n, *arrays):
     if HS > 128:
         raise UserError(f"heads of {HS} channels are too wide for the GPU's kernels, at most 128; add heads")
     tensor = n.S == "bf16" and HS in (64, 128) and aligned(*arrays)
-    return HS, 64 if HS <= 64 else 128, tensor and RUNGS.get("attention") != "flash"
+    return HS, 64 if HS <= 64 else 128, tensor and KERNEL_OVERRIDES.get("attention") != "flash"
 
 
 def _on_hopper():
     """Whether attention_hopper.cu runs: it needs wgmma."""
-    return CAPABILITY == 90 and RUNGS.get("attention") != "portable"
+    return CAPABILITY == 90 and KERNEL_OVERRIDES.get("attention") != "portable"
 
 
 def _float_tile(HP):
@@ -391,7 +396,7 @@ def _float_tile(HP):
 
 def attention_forward(out, lse, qkv, n_head):
     n = check("attention_forward: out S B T C, lse float B H T, qkv S B T 3C", out, lse, qkv)
-    HS, HP, tensor = _attention_rung(n, out, qkv)
+    HS, HP, tensor = _attention_version(n, out, qkv)
     if n_head != n.H:
         raise ValueError(f"attention_forward: lse is for {n.H} heads, not {n_head}")
     if tensor and _on_hopper():
@@ -413,7 +418,7 @@ def attention_forward(out, lse, qkv, n_head):
 def attention_backward(dqkv, dout, out, lse, qkv, n_head):
     what = "attention_backward: dqkv S B T 3C, dout S B T C, out S B T C, lse float B H T, qkv S B T 3C"
     n = check(what, dqkv, dout, out, lse, qkv)
-    HS, HP, tensor = _attention_rung(n, dqkv, dout, out, qkv)
+    HS, HP, tensor = _attention_version(n, dqkv, dout, out, qkv)
     if n_head != n.H:
         raise ValueError(f"attention_backward: lse is for {n.H} heads, not {n_head}")
     hopper = tensor and _on_hopper()
@@ -455,7 +460,7 @@ _finished = []  # (SMS,) uint32: splits of a head that attention_decode has fini
 def attention_decode(out, qkv, keys, values, lengths, empty_cache=False):
     what = "attention_decode: out S B T C, qkv S B T 3C, keys S B H M D, values S B H M D, lengths int B"
     n = check(what, out, qkv, keys, values, lengths)
-    HS, HP, _ = _attention_rung(n)
+    HS, HP, _ = _attention_version(n)
     if HS != n.D:
         raise ValueError(f"attention_decode: {n.H} heads of {n.D} channels are not {n.C}")
     if n.T > 1:

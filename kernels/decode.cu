@@ -42,7 +42,7 @@ __global__ void attention_append(Storage* keys, Storage* values, const Storage* 
     values[place] = row[2 * C + c];
 }
 
-// ---- Rung 1: a thread per channel of the output -----------------------------------------------------------
+// ---- Version 1: a thread per channel of the output -------------------------------------------------------
 
 // It scans its head's cache twice, for the maximum and for the sums, and computes every score each time. So
 // do the other HS - 1 threads of the head: every product is made 2 HS times.
@@ -72,7 +72,7 @@ __global__ void attention_decode_naive(Storage* out, const Storage* qkv, const S
     out[token * C + c] = from_float<Storage>(result / sum);
 }
 
-// ---- Rung 2: the cache is read once, 16 bytes at a time ---------------------------------------------------
+// ---- Version 2: the cache is read once, 16 bytes at a time -----------------------------------------------
 
 // A block per (head, split, token, row). Eight lanes hold a query between them, WIDTH neighbouring channels
 // each, and read whole keys: a warp asks for four rows at once, and for KEYS times as many before it waits.
@@ -100,7 +100,7 @@ __device__ inline void to_floats(float (&x)[WIDTH], const Access<Storage, WIDTH>
     else to_floats(x, reinterpret_cast<const Pack<Storage>&>(access));
 }
 
-// ---- splits > 1: several blocks share a head's keys, so that few rows fill the card -----------------------
+// ---- splits > 1: several blocks share a head's keys, so that few rows fill the card ----------------------
 
 // Each leaves its sums, maximum and total in its row of parts (splits, HS + 2). The block that finishes last
 // adds them up, in the order of the splits whichever block it is; its loads do not wait for each other.

@@ -23,7 +23,7 @@
 
 #include "common.cuh"
 
-// ---- out = wte[tokens] + wpe[position] --------------------------------------------------------------------
+// ---- out = wte[tokens] + wpe[position] -------------------------------------------------------------------
 
 // A row of tokens begins at position 0, or while decoding at its offset; padding behind a short row may run
 // over the end of wpe, and reads its last row.
@@ -31,7 +31,7 @@ __device__ inline int position(int row, int T, int P, const int* offsets) {
     return min((offsets == nullptr ? 0 : offsets[row / T]) + row % T, P - 1);
 }
 
-// Rung 1: one thread per element. offsets (B,) int32 may be null.
+// Version 1: one thread per element. offsets (B,) int32 may be null.
 template <typename S>
 __global__ void encoder_forward_naive(S* out, const int* tokens, const S* wte, const S* wpe,
                                       const int* offsets, int N, int T, int C, int P) {
@@ -42,7 +42,7 @@ __global__ void encoder_forward_naive(S* out, const int* tokens, const S* wte, c
                                to_float(wpe[size_t(position(row, T, P, offsets)) * C + c]));
 }
 
-// Rung 2 was a thread per 16 bytes: 781 -> 3060 GB/s on an H200 (16,384 rows of 768, bf16). Rung 3: a warp
+// Version 2 was a thread per 16 bytes: 781 -> 3060 GB/s on an H200 (16,384 rows of 768, bf16). Version 3: a warp
 // per row, which finds token and position once a row instead of once a thread: half the instructions. Three
 // packs of each table are under way at once; beyond the row the last one is loaded again. On 2026-11-27:
 // 42.3 -> 37.1 us, 3315 GB/s with the tokens as frequent as in a text (Zipf's law; 65,536 rows), 56.3 -> 52.5
@@ -79,7 +79,7 @@ encoder_forward(S* out, const int* tokens, const S* wte, const S* wpe, const int
     }
 }
 
-// ---- Backward, rung 1: a thread per element of dwte, which looks through all N tokens for its own ---------
+// ---- Backward, version 1: a thread per element of dwte, which looks through all N tokens for its own ---------
 
 template <typename S>
 __global__ void encoder_backward_naive(float* dwte, const S* dout, const int* tokens, int N, int C) {
@@ -101,7 +101,7 @@ __global__ void encoder_backward_wpe_naive(float* dwpe, const S* dout, int B, in
     dwpe[i] += sum;
 }
 
-// ---- Rung 2, first launch: the rows of each token side by side --------------------------------------------
+// ---- Version 2, first launch: the rows of each token side by side ----------------------------------------
 //
 // order (N,) lists the rows of a token next to each other, ascending, so that the sum over a token has one
 // owner and one order. A few tokens make up a large part of any text, so a group of rows is cut into chunks:
@@ -237,7 +237,7 @@ token_groups(int* order, int* chunks, int* chunk_count, int* groups, const int* 
     });
 }
 
-// ---- Rung 2, second launch: both gradients ----------------------------------------------------------------
+// ---- Version 2, second launch: both gradients ------------------------------------------------------------
 
 // With the other two launches 344 -> 144 us on an H200 on 2026-11-27 (65,536 rows of 768, bf16, tokens as
 // frequent as in a text), against seven launches before. Of it token_groups 48 us, this one 97, the last 14.
@@ -305,7 +305,7 @@ encoder_backward(float* dwte, float* dwpe, float* partials, const S* dout, const
     }
 }
 
-// ---- Rung 2, third launch: the tokens of several chunks ---------------------------------------------------
+// ---- Version 2, third launch: the tokens of several chunks -----------------------------------------------
 
 // A block looks at eight slots. Where a group begins, its warps share the chunks, 128 channels of each, and
 // the first warp adds up the eight shares.

@@ -11,7 +11,7 @@
 
 #include "common.cuh"
 
-// 16 bytes per thread, or element by element where rows are not aligned. One rung: each byte moves once, the
+// 16 bytes per thread, or element by element where rows are not aligned. One version: each byte moves once, the
 // floor, and the naive one is the last line below.
 template <typename S>
 __global__ void __launch_bounds__(256)

@@ -28,9 +28,9 @@
 
 inline constexpr float EPSILON = 1e-5f;                     // GPT-2's
 
-// ---- out = (inp - mean) * rstd * weight + bias ------------------------------------------------------------
+// ---- out = (inp - mean) * rstd * weight + bias -----------------------------------------------------------
 
-// Rung 1: one thread per row.
+// Version 1: one thread per row.
 template <typename T>
 __global__ void layernorm_forward_naive(T* out, float* mean, float* rstd, const T* inp, const T* weight,
                                         const T* bias, int N, int C) {
@@ -49,7 +49,7 @@ __global__ void layernorm_forward_naive(T* out, float* mean, float* rstd, const 
     rstd[row] = r;
 }
 
-// Rung 2: one warp per row, so that neighbouring lanes read neighbouring channels. 147 -> 1827 GB/s on an
+// Version 2: one warp per row, so that neighbouring lanes read neighbouring channels. 147 -> 1827 GB/s on an
 // H200 (16,384 rows of 768, bf16).
 template <typename T>
 __device__ inline void row_forward(T* out, float* mean, float* rstd, const T* x, const T* weight,
@@ -73,10 +73,10 @@ layernorm_forward_rows(T* out, float* mean, float* rstd, const T* inp, const T* 
     if (row < N) row_forward(out + start, mean + row, rstd + row, inp + start, weight, bias, C);
 }
 
-// Rung 3: the row stays in registers between the passes, so `inp` is read once instead of three times, and 16
+// Version 3: the row stays in registers between the passes, so `inp` is read once instead of three times, and 16
 // bytes at a time. 1827 -> 3097 GB/s on an H200 (16,384 rows of 768, bf16).
 //
-// Rung 4: a warp takes rows in turn, and asks for the next one before it computes with this one. A channel is
+// Version 4: a warp takes rows in turn, and asks for the next one before it computes with this one. A channel is
 // taken out of its register once, and rounded into it in pairs. On an H200 on 2026-11-27: 16,384 rows 16.5 ->
 // 16.2 us, but 65,536 rows 54.4 -> 55.6 us, 3622 GB/s; with 6 blocks on a multiprocessor instead of 5, 16.1
 // and 57.1 us.
@@ -164,9 +164,9 @@ layernorm_forward(T* out, float* mean, float* rstd, const T* inp, const T* __res
     }
 }
 
-// ---- residual = inp1 + inp2, out = layernorm(residual); residual may be inp1 ------------------------------
+// ---- residual = inp1 + inp2, out = layernorm(residual); residual may be inp1 -----------------------------
 
-// The slower rung is two kernels, residual_forward and layernorm_forward: this saves one read of the sum, and
+// The slower version is two kernels, residual_forward and layernorm_forward: this saves one read of the sum, and
 // moves each element once, as the floor says: 3586 GB/s on an H200. (gpt2.py lets the matmul in front add
 // the residual, which saves the write and the read of the branch as well: bench_gpu.py times this one, the
 // other place for the fusion.) The sum is normalised as it is stored, rounded to T, because that is what
@@ -203,13 +203,13 @@ residual_layernorm_forward(T* residual, T* out, float* mean, float* rstd, const 
     normalise(out + start, mean + row, rstd + row, sum, weight, bias, C);
 }
 
-// ---- Backward ---------------------------------------------------------------------------------------------
+// ---- Backward --------------------------------------------------------------------------------------------
 //
 // With norm = (inp - mean) * rstd and dnorm = dout * weight:
 //   dinp    += rstd * (dnorm - mean(dnorm) - norm * mean(dnorm * norm))      along the row
 //   dweight += sum of dout * norm,  dbias += sum of dout                     down the columns
 //
-// Rung 1: thread i computes row i of dinp, then column i of dweight and dbias. C threads walk all N rows
+// Version 1: thread i computes row i of dinp, then column i of dweight and dbias. C threads walk all N rows
 // while the rest of the card waits.
 template <typename T>
 __global__ void layernorm_backward_naive(T* dinp, float* dweight, float* dbias, const T* dout, const T* inp,
@@ -238,7 +238,7 @@ __global__ void layernorm_backward_naive(T* dinp, float* dweight, float* dbias, 
     if (i < C) dweight[i] += dw, dbias[i] += db;
 }
 
-// Rung 2: a warp per row for dinp, then, over the same rows again, a thread per column for the sums. A block
+// Version 2: a warp per row for dinp, then, over the same rows again, a thread per column for the sums. A block
 // owns rows: those of its warps, each `warps of the grid` further on than the one before. It leaves the sums
 // of its rows in partials (grid, 2, C); layernorm_backward_reduce adds up the blocks, in their order. Not
 // measured on its own.
@@ -282,11 +282,11 @@ layernorm_backward_rows(T* dinp, float* partials, const T* dout, const T* inp, c
     rows_backward(dinp, partials, dout, inp, weight, mean, rstd, N, C);
 }
 
-// Rung 3: everything is read once. A warp holds its row in registers, and in further registers the column
+// Version 3: everything is read once. A warp holds its row in registers, and in further registers the column
 // sums of the channels that its lanes see in every row. At the end the warps of the block add theirs up in
 // shared memory, one after the other. 25 -> 2540 GB/s on an H200 (16,384 rows of 768, bf16).
 //
-// Rung 4: the next row of dout and inp is asked for before this one is computed with, and this row of dinp,
+// Version 4: the next row of dout and inp is asked for before this one is computed with, and this row of dinp,
 // which only the second pass needs, before the first pass. Fewer instructions a channel, too: norm by one
 // fused multiplication and addition, bf16 out of a register in pairs. On an H200 on 2026-11-27: 16,384 rows
 // 40.5 -> 39.1 us, 65,536 rows 113.6 -> 109.9 us, 3662 GB/s; without asking ahead 112.6 us.

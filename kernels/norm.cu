@@ -13,9 +13,9 @@
 
 #include "common.cuh"
 
-// ---- norm = sqrt(sum of squares of the n gradients, float32, n below 2^31) --------------------------------
+// ---- norm = sqrt(sum of squares of the n gradients, float32, n below 2^31) -------------------------------
 
-// Rung 1: one block walks everything, so 131 of 132 multiprocessors watch.
+// Version 1: one block walks everything, so 131 of 132 multiprocessors watch.
 __global__ void global_norm_naive(float* norm, const float* grads, int n) {
     float sum = 0.0f;
     for (size_t i = threadIdx.x; i < n; i += blockDim.x) sum += grads[i] * grads[i];
@@ -23,7 +23,7 @@ __global__ void global_norm_naive(float* norm, const float* grads, int n) {
     if (threadIdx.x == 0) norm[0] = sqrtf(sum);
 }
 
-// Rung 2: two stages. Every block sums its share, four 16-byte loads under way at once; then one block adds
+// Version 2: two stages. Every block sums its share, four 16-byte loads under way at once; then one block adds
 // up the blocks. No atomics, so the order is always the same. 11 -> 4247 GB/s on an H200 (124 million).
 __global__ void __launch_bounds__(256) square_sums(float* partials, const float* grads, int n) {
     constexpr int LOADS = 4;
@@ -55,9 +55,9 @@ __global__ void global_norm_finish(float* norm, const float* partials, int count
     if (threadIdx.x == 0) norm[0] = sqrtf(sum);
 }
 
-// ---- scale = what clips the gradients to max_norm, or -1, "leave this step out" ---------------------------
+// ---- scale = what clips the gradients to max_norm, or -1, "leave this step out" --------------------------
 
-// One thread, one rung: the launch is all there is to win. A norm above `limit`, infinite or NaN (which no
+// One thread, one version: the launch is all there is to win. A norm above `limit`, infinite or NaN (which no
 // comparison lets through) leaves the step out.
 __global__ void clip_scale(float* scale, const float* norm, float max_norm, float limit) {
     constexpr float LARGEST = 3.4028234e38f;

@@ -35,7 +35,7 @@ __device__ inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* smem) {
                  : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(smem)) : "memory");
 }
 
-// ---- mma: d (16, 8) float32 += a (16, 16) bf16 @ b (16, 8) bf16, by one warp ------------------------------
+// ---- mma: d (16, 8) float32 += a (16, 16) bf16 @ b (16, 8) bf16, by one warp -----------------------------
 //
 // With g = lane / 4 and t = lane % 4, a lane holds, two to a register, the lower row or column first:
 //   a[0] row g,   columns 2t, 2t+1      a[2] row g,   columns 2t+8, 2t+9      b[0] column g, rows 2t, 2t+1
@@ -50,7 +50,7 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// ---- cp.async: global to shared memory without passing through registers ----------------------------------
+// ---- cp.async: global to shared memory without passing through registers ---------------------------------
 //
 // 16 bytes, both addresses aligned to 16. Bytes beyond src_bytes (0 .. 16) are not read, and arrive as zeros:
 // the tails of a matrix. A thread commits what it started as one group; cp_async_wait<N> waits until at most
@@ -65,7 +65,7 @@ template <int N> __device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
 }
 
-// ---- tanh in one instruction -------------------------------------------------------------------------------
+// ---- tanh in one instruction -----------------------------------------------------------------------------
 
 // Off by 2^-11 of its value at most.
 __device__ inline float tanh_approx(float x) {

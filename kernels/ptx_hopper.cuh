@@ -15,7 +15,7 @@
 
 inline constexpr int WARPGROUP = 128;                       // threads of a warpgroup
 
-// ---- mbarrier: threads wait for threads, and for bytes ----------------------------------------------------
+// ---- mbarrier: threads wait for threads, and for bytes ---------------------------------------------------
 //
 // A barrier is in phase 0, 1, 0, ... A phase ends when `count` arrivals have been made and as many bytes have
 // come as were expected; then the next begins with the same count. barrier_wait(b, parity) returns once the
@@ -63,7 +63,7 @@ __device__ inline void barrier_wait(Barrier* barrier, int parity) {
             asm volatile("st.global.u32 [%0], %1;" :: "l"(0ull), "r"(0) : "memory");
 }
 
-// ---- TMA: boxes of a tensor, to and from shared memory ----------------------------------------------------
+// ---- TMA: boxes of a tensor, to and from shared memory ---------------------------------------------------
 //
 // A tensor map, made on the host (gpu.py's tensor_map), says where a tensor lies, its sizes and strides, and
 // the size of a box. One thread starts the copy of the box at (x, y, ..), x the innermost coordinate; what
@@ -130,7 +130,7 @@ template <int N> __device__ inline void bulk_wait() {
 // writing thread calls this before the barrier that the reader waits at.
 __device__ inline void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// ---- wgmma: d (64, N) float32 += a (64, 16) bf16 @ b (16, N) bf16, by a warpgroup -------------------------
+// ---- wgmma: d (64, N) float32 += a (64, 16) bf16 @ b (16, N) bf16, by a warpgroup ------------------------
 //
 // Operands lie in shared memory, as TMA with the 128-byte swizzle puts them, and are named by a descriptor;
 // `a` may be in registers instead. An operand is "K-major" if 64 neighbouring k of one row (of a) or column (of
@@ -221,7 +221,7 @@ __device__ inline void wgmma(float (&d)[HALF], const uint32_t* a, Descriptor b, 
     WgmmaRegisters<2 * HALF, B_MN>::run(d, a, b, accumulate);
 }
 
-// ---- stmatrix: the opposite of ldmatrix_x4 ----------------------------------------------------------------
+// ---- stmatrix: the opposite of ldmatrix_x4 ---------------------------------------------------------------
 
 // Lane i gives the address of row i % 8 of tile i / 8; r[j] of each lane goes to tile j, as ldmatrix has it.
 __device__ inline void stmatrix_x4(void* smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
@@ -229,7 +229,7 @@ __device__ inline void stmatrix_x4(void* smem, uint32_t r0, uint32_t r1, uint32_
                  :: "r"(shared_address(smem)), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
 }
 
-// ---- Threads of a block, blocks of a cluster, registers ---------------------------------------------------
+// ---- Threads of a block, blocks of a cluster, registers --------------------------------------------------
 
 // A barrier of THREADS threads; each of the numbers 1 .. 15 is a barrier of its own, __syncthreads is 0.
 template <int THREADS> __device__ inline void named_barrier_sync(int number) {

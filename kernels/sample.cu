@@ -23,7 +23,7 @@
 inline constexpr float LOG2_E = 1.4426950408889634f;        // e^x = 2^(x log2(e)), and 2^x is one instruction
 inline constexpr float COLDEST = 1e-30f;                    // a temperature below is as good as 0
 
-// ---- The coin ---------------------------------------------------------------------------------------------
+// ---- The coin --------------------------------------------------------------------------------------------
 
 // Philox4x32-10 (Salmon et al. 2011): counter and key become random bits. The first word, of which float32
 // has room for 24 bits, is a number in [0, 1).
@@ -81,7 +81,7 @@ template <typename Weight> __device__ inline float draw(int* out, const Weight& 
     return total;
 }
 
-// ---- What both rungs know of a row ------------------------------------------------------------------------
+// ---- What both versions know of a row --------------------------------------------------------------------
 
 struct Peak {
     float logit;
@@ -110,7 +110,7 @@ __device__ inline void write_logprobs(float* logprobs, const T* logits, int V, i
     logprobs[gridDim.x + blockIdx.x] = to_float(logits[token]) - highest - logf(sum);
 }
 
-// ---- Rung 1: every token is compared with every other, as the definitions say -----------------------------
+// ---- Version 1: every token is compared with every other, as the definitions say -------------------------
 
 template <typename T>
 __global__ void __launch_bounds__(1024)
@@ -145,7 +145,7 @@ sample_naive(int* out, float* logprobs, const T* logits, float* weights, unsigne
     write_logprobs(logprobs, z, V, out[blockIdx.x], peak.logit, weight(out[blockIdx.x]) / total);
 }
 
-// ---- Rung 2: thresholds bit by bit ------------------------------------------------------------------------
+// ---- Version 2: thresholds bit by bit --------------------------------------------------------------------
 //
 // Both filters keep the tokens from some logit on. That logit is found without sorting: as an unsigned number
 // that orders like the floats, two bits at a time from the top, by asking how much the tokens above each

@@ -42,8 +42,8 @@ ROTATE = 0 if EMULATOR else 256 << 20  # bytes that calls in turn touch at least
 ROUND = 0 if EMULATOR else 0.025  # seconds of a round
 TOLERANCE = 0.02  # ‖ours − reference‖ / ‖reference‖: a few roundings of bfloat16
 
-# Versions that cuda.py would not choose: {kind of row: {name: what cuda.RUNGS is to hold}}. EARLIER, at the
-# end of this file, has those that are launched here.
+# Versions that cuda.py would not choose: {kind of row: {name: what cuda.KERNEL_OVERRIDES is to hold}}.
+# EARLIER, at the end of this file, has those that are launched here.
 TILES = [(128, 256, 64, 64, 64, 3), (128, 128, 64, 64, 64, 3), (64, 64, 64, 32, 32, 3)]  # matmul.cu's
 MATMULS = {f"mma.sync {' '.join(map(str, tile))}": {"matmul": tile} for tile in TILES}
 MATMULS |= {f"Hopper, {name}": {"matmul": name} for name in ops.HOPPER_TILES}
@@ -731,7 +731,7 @@ def card():
 
 
 def open_row(kind, sizes, version):
-    ops.RUNGS.update(FORCED.get(kind, {}).get(version, {}))
+    ops.KERNEL_OVERRIDES.update(FORCED.get(kind, {}).get(version, {}))
     try:
         found = globals()[kind](**sizes)
         if not isinstance(found, Kernel):
@@ -740,7 +740,7 @@ def open_row(kind, sizes, version):
             found.call, found.rotated = EARLIER[kind][version](**sizes), False  # slow: one set is enough
         return found.open()
     finally:
-        ops.RUNGS.clear()
+        ops.KERNEL_OVERRIDES.clear()
 
 
 def settle(free):

@@ -1,4 +1,4 @@
-"""The attention kernels against float64 NumPy: every rung, odd sizes, both storage types, decoding.
+"""The attention kernels against float64 NumPy: every version, odd sizes, both storage types, decoding.
 
 Read kernels/attention.cu before: its launch table is what `forward` and `backward` below follow. Outputs are
 full of NaN before each launch, and what lies beyond the used part of a KV cache stays so.
@@ -138,21 +138,21 @@ def float_tile(HS):
     return HP, rows, 4 * rows * (HP + 4), 4 * rows * (rows + 4)
 
 
-def forward(rung, qkv, NH, dtype):
+def forward(version, qkv, NH, dtype):
     """(out, lse) on the device."""
     B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     HS, storage, file = C // NH, STORAGE[dtype], "attention.cu"
     out, lse = poisoned((B, T, C), dtype), poisoned((B, NH, T), "float32")
-    if rung == "hopper":
+    if version == "hopper":
         cuda.attention_forward(out.view(bfloat16), lse, qkv.view(bfloat16), NH)
-    elif rung == "naive":
+    elif version == "naive":
         scores = poisoned((B, NH, T, T), "float32")
         grid = (ceil_div(T, 256), T, B * NH)
         launch(file, f"attention_scores<{storage}>", grid, 256, scores, qkv, T, NH, HS)
         launch(file, "attention_softmax", (ceil_div(T, 8), B * NH), 256, scores, lse, T)
         grid = (ceil_div(C, 256), T, B)
         launch(file, f"attention_values<{storage}>", grid, 256, out, scores, qkv, T, NH, HS)
-    elif rung == "flash":
+    elif version == "flash":
         HP, rows, tile, scores = float_tile(HS)
         grid, name = (NH, ceil_div(T, rows), B), f"attention_forward_flash<{storage}, {HP}>"
         launch(file, name, grid, 256, out, lse, qkv, T, NH, HS, shared=3 * tile + scores)
@@ -163,16 +163,16 @@ def forward(rung, qkv, NH, dtype):
     return out, lse
 
 
-def backward(rung, dout, out, lse, qkv, NH, dtype):
+def backward(version, dout, out, lse, qkv, NH, dtype):
     """dqkv on the device."""
     B, T, C = dout.shape
     HS, storage, file = C // NH, STORAGE[dtype], "attention_backward.cu"
     Tp = ceil_div(T, 64) * 64
     dqkv, rows = poisoned((B, T, 3 * C), dtype), poisoned((B, NH, Tp, 2), "float32")
-    if rung == "hopper":
+    if version == "hopper":
         cuda.attention_backward(*(x.view(bfloat16) for x in (dqkv, dout, out)), lse, qkv.view(bfloat16), NH)
         return dqkv
-    if rung == "naive":
+    if version == "naive":
         p, ds = (poisoned((B, NH, T, T), "float32") for _ in range(2))
         arguments, grid = (p, ds, dout, out, lse, qkv, T, NH, HS), (ceil_div(T, 256), T, B * NH)
         launch(file, f"attention_backward_scores<{storage}>", grid, 256, *arguments)
@@ -182,7 +182,7 @@ def backward(rung, dout, out, lse, qkv, NH, dtype):
     grid, name = (ceil_div(B * Tp * NH, 32),), f"attention_backward_prepare<{storage}>"
     launch(file, name, grid, 256, rows, dout, out, lse, B, T, Tp, NH, HS)
     for own in OWNERS:
-        if rung == "flash":
+        if version == "flash":
             HP, tile_rows, tile, scores = float_tile(HS)
             grid, name = (NH, ceil_div(T, tile_rows), B), f"attention_backward_{own}_flash<{storage}, {HP}>"
             launch(file, name, grid, 256, dqkv, dout, qkv, rows, T, NH, HS, shared=4 * tile + scores)
@@ -196,7 +196,7 @@ def backward(rung, dout, out, lse, qkv, NH, dtype):
 
 # --------------------------------------------------------------------------------------- forward and backward
 
-RUNGS = [
+VERSIONS = [
     *[("naive", "float32", HS) for HS in (16, 20)],
     *[("naive", "bfloat16", HS) for HS in (16, 20)],
     *[("flash", "float32", HS) for HS in (16, 20, 64, 128)],
@@ -216,18 +216,18 @@ def _few_multiprocessors(monkeypatch, request):
 
 
 @pytest.mark.parametrize("T", LENGTHS)
-@pytest.mark.parametrize(("rung", "dtype", "HS"), RUNGS)
-def test_attention(rung, dtype, HS, T):
+@pytest.mark.parametrize(("version", "dtype", "HS"), VERSIONS)
+def test_attention(version, dtype, HS, T):
     NH = 1 + (LENGTHS.index(T) if T in LENGTHS else T) % 3
     B = 2 if NH < 3 and T <= 130 else 1
     qkv, dout = inputs(B, T, NH, HS, dtype)
     out, lse, dqkv = reference(qkv, dout, NH)
     naive_out, _, naive_dqkv = reference(qkv, dout, NH, rounded if dtype == "bfloat16" else exact)
     qkv_device, dout_device = to_device(qkv, dtype), to_device(dout, dtype)
-    got_out, got_lse = forward(rung, qkv_device, NH, dtype)
+    got_out, got_lse = forward(version, qkv_device, NH, dtype)
     assert_close(to_host(got_out, dtype), out, naive_out, dtype)
     assert np.abs(got_lse.get() - lse).max() < 1e-5
-    got = to_host(backward(rung, dout_device, got_out, got_lse, qkv_device, NH, dtype), dtype)
+    got = to_host(backward(version, dout_device, got_out, got_lse, qkv_device, NH, dtype), dtype)
     for third in range(3):  # dq, dk, dv: each on its own, for their norms differ
         part = np.s_[..., third * NH * HS : (third + 1) * NH * HS]
         assert (
@@ -247,18 +247,18 @@ THREE = [("naive", "float32", 20), ("flash", "float32", 20), ("tensor", "bfloat1
 THREE += [("hopper", "bfloat16", HS) for HS in (64, 128)]
 
 
-@pytest.mark.parametrize(("rung", "dtype", "HS"), THREE)
-def test_twice_the_same_bits(rung, dtype, HS):
+@pytest.mark.parametrize(("version", "dtype", "HS"), THREE)
+def test_twice_the_same_bits(version, dtype, HS):
     qkv, dout = (to_device(x, dtype) for x in inputs(2, 100, 2, HS, dtype))
     runs = []
     for _ in range(2):
-        out, lse = forward(rung, qkv, 2, dtype)
-        runs.append([x.get().tobytes() for x in (out, lse, backward(rung, dout, out, lse, qkv, 2, dtype))])
+        out, lse = forward(version, qkv, 2, dtype)
+        runs.append([x.get().tobytes() for x in (out, lse, backward(version, dout, out, lse, qkv, 2, dtype))])
     assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize(("rung", "dtype", "HS"), THREE)
-def test_large_scores(rung, dtype, HS):
+@pytest.mark.parametrize(("version", "dtype", "HS"), THREE)
+def test_large_scores(version, dtype, HS):
     """Scores beyond 88: exp overflows without the maximum, and late maxima rescale what came before."""
     qkv, dout = inputs(1, 150, 1, HS, dtype, scale=6.0)
     qkv[:, :, HS : 2 * HS] *= np.linspace(0.25, 2, 150)[None, :, None]  # later keys are longer
@@ -268,8 +268,8 @@ def test_large_scores(rung, dtype, HS):
     naive_out, _, naive_dqkv = reference(qkv, dout, 1, rounded if dtype == "bfloat16" else exact)
     assert np.abs(lse).max() > 150
     qkv_device, dout_device = to_device(qkv, dtype), to_device(dout, dtype)
-    got_out, got_lse = forward(rung, qkv_device, 1, dtype)
-    got_dqkv = to_host(backward(rung, dout_device, got_out, got_lse, qkv_device, 1, dtype), dtype)
+    got_out, got_lse = forward(version, qkv_device, 1, dtype)
+    got_dqkv = to_host(backward(version, dout_device, got_out, got_lse, qkv_device, 1, dtype), dtype)
     tolerance = 2e-4 if dtype == "float32" else 0  # float32 scores of this size are known to 1e-5
     assert error(to_host(got_out, dtype), out) <= max(2 * error(naive_out, out), tolerance)
     assert np.abs(got_lse.get() / lse - 1).max() < 1e-5
@@ -277,15 +277,15 @@ def test_large_scores(rung, dtype, HS):
 
 
 @pytest.mark.parametrize(
-    ("rung", "dtype", "HS"),
+    ("version", "dtype", "HS"),
     [("flash", "float32", 16), ("tensor", "bfloat16", 64), ("hopper", "bfloat16", 64)],
 )
-def test_the_future_does_not_matter(rung, dtype, HS):
+def test_the_future_does_not_matter(version, dtype, HS):
     """What comes after a token changes none of its bits."""
     qkv, _ = inputs(1, 130, 1, HS, dtype)
-    before = forward(rung, to_device(qkv, dtype), 1, dtype)[0].get()
+    before = forward(version, to_device(qkv, dtype), 1, dtype)[0].get()
     qkv[:, 70:] = 1e3
-    after = forward(rung, to_device(qkv, dtype), 1, dtype)[0].get()
+    after = forward(version, to_device(qkv, dtype), 1, dtype)[0].get()
     assert before[:, :70].tobytes() == after[:, :70].tobytes()
     assert before[:, 70:].tobytes() != after[:, 70:].tobytes()
 
@@ -293,7 +293,7 @@ def test_the_future_does_not_matter(rung, dtype, HS):
 # ----------------------------------------------------------------------------------------------------- decode
 
 
-@pytest.mark.parametrize(("rung", "splits"), [("naive", 1), ("fast", 1), ("fast", 3), ("fast", 8)])
+@pytest.mark.parametrize(("version", "splits"), [("naive", 1), ("fast", 1), ("fast", 3), ("fast", 8)])
 @pytest.mark.parametrize("T", [1, 5])
 @pytest.mark.parametrize(
     ("dtype", "HS", "vector"),
@@ -302,7 +302,7 @@ def test_the_future_does_not_matter(rung, dtype, HS):
         *[("bfloat16", 20, False), ("bfloat16", 64, True), ("bfloat16", 128, True)],
     ],
 )
-def test_decode(dtype, HS, vector, T, rung, splits):
+def test_decode(dtype, HS, vector, T, version, splits):
     """Rows of different lengths, the first one empty, the last one filling its cache; unused cache is NaN."""
     NH, Tmax, storage = 2, 300, STORAGE[dtype]
     lengths = np.array([0, 37, Tmax - T], np.int32)
@@ -322,11 +322,11 @@ def test_decode(dtype, HS, vector, T, rung, splits):
     k_device, v_device, qkv_device = (to_device(x, dtype) for x in (keys, values, new))
     out, lengths_device = poisoned((B, T, C), dtype), cupy.asarray(lengths)
     grid, name = (ceil_div(C, 256), T, B), f"attention_append<{storage}>"
-    if rung == "naive" or T > 1:  # else the fast one appends by itself
+    if version == "naive" or T > 1:  # else the fast one appends by itself
         append = k_device, v_device, qkv_device, lengths_device, T, NH, HS, Tmax
         launch("decode.cu", name, grid, 256, *append)
     arguments = qkv_device, k_device, v_device, lengths_device, T, NH, HS, Tmax
-    if rung == "naive":
+    if version == "naive":
         launch("decode.cu", f"attention_decode_naive<{storage}>", grid, 256, out, *arguments)
     else:
         partial = finished = None

@@ -76,16 +76,16 @@ def check(result, expected, terms=0.0):
 
 @both_dtypes
 @both_alignments
-@pytest.mark.parametrize("rung", ["_naive", ""])
-def test_gelu_and_residual(dtype, shift, rung):
+@pytest.mark.parametrize("version", ["_naive", ""])
+def test_gelu_and_residual(dtype, shift, version):
     for n in 1, 7, 4096, 9001:
         x, y = random(1, n, dtype, 3), random(2, n, dtype)
-        block = cdiv(n, 256) if rung else cdiv(n, 256 * 2 * (16 // dtype.itemsize))
+        block = cdiv(n, 256) if version else cdiv(n, 256 * 2 * (16 // dtype.itemsize))
 
         def compute(name, *inputs, n=n, grid=block):
             def run():
                 out, arrays = empty(n, dtype, shift), [device(array, shift) for array in inputs]
-                launch("gelu.cu", f"{name}{rung}<{NAMES[dtype]}>", grid, 256, out, *arrays, n)
+                launch("gelu.cu", f"{name}{version}<{NAMES[dtype]}>", grid, 256, out, *arrays, n)
                 return [out]
 
             return twice(run)[0]
@@ -147,12 +147,12 @@ def test_layernorm_forward(dtype, shift, C):
     N, T = 13, NAMES[dtype]
     operands = layernorm_operands(dtype, N, C)
     expected = forward_reference(*operands)
-    rungs = [
+    versions = [
         (f"layernorm_forward_naive<{T}>", cdiv(N, 128)),
         (f"layernorm_forward_rows<{T}>", cdiv(N, 4)),
         *[(f"layernorm_forward<{T}, {vectors(C, dtype)}>", grid) for grid in (1, 2, cdiv(N, 4))],
     ]
-    for name, grid in rungs:
+    for name, grid in versions:
 
         def compute(name=name, grid=grid):
             out, mean, rstd = empty((N, C), dtype, shift), empty(N, F32), empty(N, F32)
@@ -245,11 +245,11 @@ def test_encoder_forward(dtype, shift, C):
     for offsets in None, np.array([0, 4, 11], np.int32):  # the last row runs over the end of wpe
         expected = np.empty((B, T, C))
         cpu.encoder_forward(expected, tokens, *wide(wte, wpe), offsets)
-        for rung, threads in ("_naive", B * T * C), ("", B * T * 32):
+        for version, threads in ("_naive", B * T * C), ("", B * T * 32):
 
-            def compute(rung=rung, threads=threads, offsets=offsets):
+            def compute(version=version, threads=threads, offsets=offsets):
                 out = empty((B, T, C), dtype, shift)
-                name = f"encoder_forward{rung}<{NAMES[dtype]}>"
+                name = f"encoder_forward{version}<{NAMES[dtype]}>"
                 inputs = [device(tokens), device(wte, shift), device(wpe, shift)]
                 inputs += [None if offsets is None else device(offsets)]
                 launch("encoder.cu", name, cdiv(threads, 256), 256, out, *inputs, B * T, T, C, P)
@@ -394,12 +394,12 @@ def test_classifier(dtype, V, Vp):
     inputs = device(targets), device(weights)
 
     size = 16 // dtype.itemsize
-    rungs = [(f"classifier_naive<{T}>", cdiv(N, 128), 128, (N, V, Vp), 0)]
+    versions = [(f"classifier_naive<{T}>", cdiv(N, 128), 128, (N, V, Vp), 0)]
     for block in 32, 768:
-        rungs.append((f"classifier_twice<{T}>", N, block, (V, Vp), 0))
+        versions.append((f"classifier_twice<{T}>", N, block, (V, Vp), 0))
         if Vp % size == 0:
-            rungs.append((f"classifier<{T}>", N, block, (V, Vp), Vp * dtype.itemsize))
-    for name, grid, block, sizes, shared in rungs:
+            versions.append((f"classifier<{T}>", N, block, (V, Vp), Vp * dtype.itemsize))
+    for name, grid, block, sizes, shared in versions:
 
         def compute(name=name, grid=grid, block=block, sizes=sizes, shared=shared):
             result, z = empty(N, F32), device(poisoned)
@@ -495,9 +495,9 @@ def test_clip_scale():
 
 @both_alignments
 @pytest.mark.parametrize("n", [1, 7, 2048, 5003])
-@pytest.mark.parametrize("rung", ["_naive", ""])
+@pytest.mark.parametrize("version", ["_naive", ""])
 @pytest.mark.parametrize("with_copy", [False, True])
-def test_adamw(shift, n, rung, with_copy):
+def test_adamw(shift, n, version, with_copy):
     """Three steps, the last of which is left out; it fills the copy and clears the gradients all the same."""
     lr, beta1, beta2, eps, weight_decay = 0.01, 0.9, 0.95, 1e-8, 0.1
     params, grads = random(1, n, F32), [random(2 + step, n, F32, 0.1) for step in range(3)]
@@ -514,9 +514,9 @@ def test_adamw(shift, n, rung, with_copy):
             copy = empty(n, BF16, shift) if with_copy else None
             g, root = device(grads[step], shift), (1 - beta2 ** (step + 1)) ** 0.5
             constants = beta1, beta2, 1 - lr * weight_decay, lr * root / (1 - beta1 ** (step + 1)), eps * root
-            grid = cdiv(n, 256 * (1 if rung else 8))
+            grid = cdiv(n, 256 * (1 if version else 8))
             scale = device(np.float32([scales[step]]))
-            launch("adamw.cu", f"adamw{rung}", grid, 256, p, g, m, v, copy, scale, *constants, n)
+            launch("adamw.cu", f"adamw{version}", grid, 256, p, g, m, v, copy, scale, *constants, n)
             assert not g.get().any()
         return (p, m, v, copy) if with_copy else (p, m, v)
 
@@ -546,17 +546,17 @@ FILTERS = [  # temperature, top_k, top_p, min_p
 ]
 
 
-def draw(logits, V, filters, streams, counters, rung="", seed=42, block=64):
+def draw(logits, V, filters, streams, counters, version="", seed=42, block=64):
     """Tokens and log-probabilities of the rows of logits (B, stride) from the device."""
     B, stride = logits.shape
     T = NAMES[logits.dtype]
 
     def compute():
         out, logprobs = empty(B, np.int32), empty((2, B), F32)
-        workspace = [empty((B, V), F32)] if rung else []
+        workspace = [empty((B, V), F32)] if version else []
         counts = device(np.int64(streams)), device(np.int64(counters))
         arrays = out, logprobs, device(logits), *workspace, np.uint64(seed), *counts
-        launch("sample.cu", f"sample{rung}<{T}>", B, block, *arrays, *filters, V, stride)
+        launch("sample.cu", f"sample{version}<{T}>", B, block, *arrays, *filters, V, stride)
         return out, logprobs
 
     return twice(compute)
@@ -564,8 +564,8 @@ def draw(logits, V, filters, streams, counters, rung="", seed=42, block=64):
 
 @both_dtypes
 @pytest.mark.parametrize("V, stride", [(1, 1), (50, 50), (257, 384), (1000, 1024)])
-@pytest.mark.parametrize("rung", ["_naive", ""])
-def test_sample_draws_what_the_cpu_draws(dtype, V, stride, rung):
+@pytest.mark.parametrize("version", ["_naive", ""])
+def test_sample_draws_what_the_cpu_draws(dtype, V, stride, version):
     """The same token from the same coin, or one whose step in the sum ends within rounding of the coin."""
     B, seed = 8, 2**40 + 7
     logits = random(1, (B, stride), dtype, 3)  # in bf16 many tie
@@ -575,9 +575,9 @@ def test_sample_draws_what_the_cpu_draws(dtype, V, stride, rung):
     streams, counters = np.arange(B) + 2**33, 1000 * np.arange(B)[::-1]
     coin = sampling.uniform(seed, streams, counters)
     for filters in FILTERS:
-        if filters[1] >= V > 1 and rung:
+        if filters[1] >= V > 1 and version:
             continue
-        tokens, logprobs = draw(logits, V, filters, streams, counters, rung, seed)
+        tokens, logprobs = draw(logits, V, filters, streams, counters, version, seed)
         z = wide(logits[:, :V])[0]
         probabilities = sampling.filtered_probabilities(z, *filters)
         expected, expected_logprobs = np.empty(B, np.int32), np.empty((2, B))
@@ -607,9 +607,11 @@ def test_sample_thresholds():
     ]
     B = 64
     for filters, kept in cases:
-        for rung in "", "_naive":
-            tokens, _ = draw(np.tile(logits, (B, 1)), 6, filters, np.arange(B), np.zeros(B), rung, block=32)
-            assert set(tokens.tolist()) == kept, (filters, rung)
+        for version in "", "_naive":
+            tokens, _ = draw(
+                np.tile(logits, (B, 1)), 6, filters, np.arange(B), np.zeros(B), version, block=32
+            )
+            assert set(tokens.tolist()) == kept, (filters, version)
 
 
 def test_sample_frequencies():

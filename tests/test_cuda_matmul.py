@@ -1,4 +1,4 @@
-"""Every rung, tile, orientation and epilogue of kernels/matmul.cu against NumPy in float64.
+"""Every version, tile, orientation and epilogue of kernels/matmul.cu against NumPy in float64.
 
 Sizes are odd on purpose, outputs hold NaN before each launch, and every launch is made twice and must give
 the same bits. Operands are rounded to their storage type first: what is measured is the kernel alone. In
@@ -138,7 +138,7 @@ def hopper(tile, sizes, use, monkeypatch, slices=1, multiprocessors=4):
     bias, extra = random(3, N, BF16), random(4, (M, N), BF16)
     before = random(5, (M, N), np.float32)
     monkeypatch.setattr(cuda, "SMS", multiprocessors)
-    monkeypatch.setattr(cuda, "RUNGS", {"matmul": tile, "slices": slices})
+    monkeypatch.setattr(cuda, "KERNEL_OVERRIDES", {"matmul": tile, "slices": slices})
     cuda._hopper_choice.cache_clear()
     results = []
     for _ in range(2):

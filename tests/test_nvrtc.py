@@ -113,7 +113,7 @@ def hopper_matmuls(monkeypatch):
             if epilogue == "STORE" and a_t:
                 continue  # slices of dweight, which ACCUMULATE makes
             for slices in (1, 2) if epilogue == "ACCUMULATE" else (1,):
-                patch.setattr(cuda, "RUNGS", {"matmul": tile, "slices": slices})
+                patch.setattr(cuda, "KERNEL_OVERRIDES", {"matmul": tile, "slices": slices})
                 square, out = ghost(256, 256, dtype=cuda.DTYPES["bfloat16"]), ghost(256, 256)
                 extra = square if epilogue in ("BIAS_GELU", "BIAS_RESIDUAL", "GELU_GRAD") else None
                 bias = square[0] if "BIAS" in epilogue else None
@@ -134,7 +134,7 @@ def without_a_card(launch):
 
 
 def variants(capability, monkeypatch):
-    """{(file, kernel)} of all that can run, the naive rungs included."""
+    """{(file, kernel)} of all that can run, the naive versions included."""
     if capability >= 100:
         names = {}
         for file, kernel in launches(capability, monkeypatch):
@@ -151,7 +151,7 @@ def variants(capability, monkeypatch):
         f"{kernel}<{S}, {n}>" for S in both for kernel, up in zip(kernels, most[S]) for n in range(1, up + 1)
     } | {"layernorm_backward_reduce"}
     names["layernorm"] |= {
-        f"layernorm_{way}_{rung}<{S}>" for S in both for way in WAYS for rung in ("naive", "rows")
+        f"layernorm_{way}_{version}<{S}>" for S in both for way in WAYS for version in ("naive", "rows")
     }
     heads = [f"{S}, {HP}" for S in both for HP in (64, 128)]
     names["attention"] = {f"attention_forward_flash<{head}>" for head in heads}
@@ -166,7 +166,7 @@ def variants(capability, monkeypatch):
         "decode": ["attention_append", "attention_decode_naive"],
         "attention": ["attention_scores", "attention_values"],
         "attention_backward": [f"attention_backward_{kind}" for kind in ("scores", "sums", "prepare")],
-        "gelu": [f"{op}{rung}" for op in ELEMENTWISE for rung in ("_naive", "")],
+        "gelu": [f"{op}{version}" for op in ELEMENTWISE for version in ("_naive", "")],
         "encoder": [f"encoder_{kind}" for kind in ENCODER],
         "classifier": ["classifier_naive", "classifier_twice", "classifier", "cross_entropy"],
         "sample": ["sample_naive", "sample"],
@@ -253,8 +253,8 @@ def launches(capability, monkeypatch, training_only=False):
                 if S == "bfloat16" and capability < 80:
                     continue
                 step(S)
-                for rung, HS in itertools.product(("", "portable", "flash"), (64, 128)):
-                    patch.setattr(cuda, "RUNGS", {"attention": rung} if rung else {})
+                for version, HS in itertools.product(("", "portable", "flash"), (64, 128)):
+                    patch.setattr(cuda, "KERNEL_OVERRIDES", {"attention": version} if version else {})
                     qkv, out, lse = (
                         ghost(1, 5, 3 * HS, dtype=storage),
                         ghost(1, 5, HS, dtype=storage),
