@@ -2,10 +2,10 @@
 // of attention.cu and attention_backward.cu, which say what is computed, with wgmma and TMA. Read these and
 // matmul_hopper.cu before.
 //
-//     kernel                                grid                 block     dynamic shared bytes
-//     attention_forward_hopper<HS>          at most one per SM   512, 384  Forward<HS>::SHARED
-//     attention_backward_keys_hopper<HS>    the same             384       BackwardKeys<HS>::SHARED
-//     attention_backward_queries_hopper<HS> the same             384       BackwardQueries<HS>::SHARED
+//     kernel                                 grid                block     dynamic shared bytes, HS = 64; 128
+//     attention_forward_hopper<HS>           at most one per SM  512; 384  139,360; 229,472
+//     attention_backward_keys_hopper<HS>     the same            384       149,568; 164,912
+//     attention_backward_queries_hopper<HS>  the same            384       147,520; 163,888
 //
 //     forward(map q, map kv, map out, float* lse, int B, int T, int NH)
 //     keys, queries(map kv, map q, map dout, map dqkv, float2* rows, int B, int T, int Tp, int NH)
@@ -15,19 +15,19 @@
 // by attention_backward_prepare, with Tp = T rounded up to a multiple of 128.
 //
 // One producer warpgroup loads; two or three consumers own 64 rows each, of queries or of keys, and keep the
-// scores, their exponentials and the sums in registers: what wgmma leaves in registers as a result is, rounded
-// to bf16, what it takes from registers as its left operand. A head of 128 channels lies in shared memory as
-// two boxes of 64, one behind the other.
+// scores, their exponentials and the sums in registers: the registers of a wgmma result, rounded to bf16, are laid
+// out as wgmma expects a left operand in registers. A head of 128 channels lies in shared memory as two boxes of
+// 64, one behind the other.
 //
-// The floor: forward 2, backward 5 products of B T² C FLOP, of which causality leaves half. Above it backward
-// by 7/5, the price of owning queries in one kernel and keys in another: no sum leaves its registers, so the
-// same bits come out every time. Above it in all three by the exponentials, which take as many clocks as the two
-// products of forward (16 a clock and SM) and are hidden behind the other consumers' products in part, and by
-// the blocks of the diagonal, computed whole.
+// The floor: forward 2, backward 5 products of 2 B T² C FLOP each, of which causality leaves half. What comes on
+// top of it: backward, 7 products instead of 5, because one kernel owns keys and another queries, so that no sum
+// leaves its registers and the same bits come out every time; in all three, the exponentials (16 a clock and
+// SM), which with 64 channels take as many clocks as the two products of forward and with 128 half as many, and
+// are hidden behind the other consumers' products in part; and the blocks of the diagonal, computed whole.
 //
-// On an H200 on 2026-11-27, 64 sequences of 12 heads of 64, T = 1024: forward 305 us (338 TFLOP/s of the causal
-// half; cuDNN 298 to 308 in other runs of the day), keys 433, queries 341, prepare 71 us (318 TFLOP/s of five
-// products; cuDNN 242). attention.cu's and attention_backward.cu's mma.sync: 450 and 1,489 us.
+// On an H200 on 2026-11-27, 64 sequences of 12 heads of 64, T = 1024 (RESULTS.md): forward 288 us, 358 TFLOP/s
+// of the causal half (cuDNN 314 us); backward 806 us, 320 TFLOP/s of five products (cuDNN 1,080 us), of which
+// keys take some 430, queries 340, prepare 70. The mma.sync versions: 427 and 1,435 us.
 
 #include "hopper.cuh"
 
@@ -372,7 +372,7 @@ attention_backward_keys_hopper(const __grid_constant__ TensorMap kv_map,
             }
 #pragma unroll
             for (int i = 0; i < QUERIES / 2; i += 4) {
-                const float4 pair = pairs[i];               // 16 bytes are two queries, i / 4 * 8 queries are i
+                const float4 pair = pairs[i];               // (lse, D) of two queries; float4 number i is 2 i
                 p[i] = exp2f(p[i] * FACTOR - pair.x), p[i + 1] = exp2f(p[i + 1] * FACTOR - pair.z);
                 p[i + 2] = exp2f(p[i + 2] * FACTOR - pair.x), p[i + 3] = exp2f(p[i + 3] * FACTOR - pair.z);
             }

@@ -204,7 +204,9 @@ def _skinny_stages(rows, K):
 
 
 HopperTile = collections.namedtuple("HopperTile", "BM BN stages pingpong speed epilogue")
-HOPPER_TILES = {  # on an H200: TFLOP/s of all its multiprocessors, seconds that a tile's epilogue adds
+# Fitted to timings on an H200, to rank the tiles and not to predict: TFLOP/s of all multiprocessors while
+# they multiply, seconds of a tile's epilogue that nothing hides.
+HOPPER_TILES = {
     "pingpong": HopperTile(128, 192, 4, True, 700, 0),
     "narrow": HopperTile(128, 192, 4, False, 708, 3e-6),
     "wide": HopperTile(128, 256, 4, False, 700, 1e-6),
@@ -219,8 +221,8 @@ def _hopper_choice(M, N, K, split, forced):
         tile = HOPPER_TILES[name]
         rounds = cdiv(cdiv(M, tile.BM) * cdiv(N, tile.BN) * slices, SMS)
         alone = tile.pingpong and rounds == 1  # then the other consumer has no tile
-        speed = tile.speed * 1e12 / SMS * (0.86 if alone else 1)
-        partials = 2 * slices * M * N * 4 / 1.5e12 if slices > 1 else 0  # written and read
+        speed = tile.speed * 1e12 / SMS * (0.86 if alone else 1)  # fitted
+        partials = 2 * slices * M * N * 4 / 1.5e12 if slices > 1 else 0  # written and read, at a fitted rate
         return rounds * (2 * tile.BM * tile.BN * K / slices / speed + tile.epilogue) + partials
 
     most = max(1, min(32, K // 1024)) if split else 1
@@ -237,11 +239,12 @@ def _hopper_product(out, a, b, a_t, b_t, epilogue, M, N, K, extra, bias, forced)
     if slices > 1:
         epilogue, (partials,) = "STORE", scratch((slices * stride, np.float32))
         target = partials.reshape(-1, N)
-    rows = BM if pingpong else BM // 2
-    each = 2 if epilogue == "BIAS_GELU" else 1  # outputs
-    boxes = rows // 64 * (BN * out.itemsize // 128) * each  # that a consumer stores of a tile
-    fixed = stages * (BM + BN) * 128 + 8 * (2 * stages + 2) + 8 * BN
-    most = (SHARED - fixed) // (2 * (8192 + 8))
+    rows = BM if pingpong else BM // 2  # of a tile, that one consumer computes
+    each = 2 if epilogue == "BIAS_GELU" else 1  # boxes written for 64 x 64 outputs: extra is stored too
+    boxes = rows // 64 * (BN * out.itemsize // 128) * each  # that a consumer writes of a tile
+    fixed = stages * (BM + BN) * 128 + 8 * (2 * stages + 2) + 8 * BN  # stages, barriers, both consumers' bias
+    most = (SHARED - fixed) // (2 * (8192 + 8))  # a box and its barrier, for two consumers
+    # The largest ring that fits and divides the boxes, so that every tile begins with box 0.
     ring = next(r for r in (4, 3, 2) if r <= most and boxes % r == 0 and r % each == 0)
     flags = a_t, b_t, BM, BN, stages, pingpong, ring
     flags = (str(flag).lower() for flag in flags)
@@ -399,9 +402,10 @@ def attention_forward(out, lse, qkv, n_head):
     HS, HP, tensor = _attention_version(n, out, qkv)
     if n_head != n.H:
         raise ValueError(f"attention_forward: lse is for {n.H} heads, not {n_head}")
-    if tensor and _on_hopper():
+    if tensor and _on_hopper():  # QUERIES, KEYS and SHARED of attention_hopper.cu's Forward<HS>
         queries, keys, shared = (192, 128, 139360) if HS == 64 else (128, 128, 229472)
         maps = head_map(qkv, 3, n.H, queries), head_map(qkv, 3, n.H, keys), head_map(out, 1, n.H, 64)
+        # A warpgroup of 128 threads for each 64 queries, and the producer's.
         grid, threads = min(SMS, n.B * n.H * cdiv(n.T, queries)), 2 * queries + 128
         arguments = *maps, lse, n.B, n.T, n.H
         kernel = f"attention_forward_hopper<{HS}>"
@@ -429,7 +433,7 @@ def attention_backward(dqkv, dout, out, lse, qkv, n_head):
     launch(file, f"attention_backward_prepare<{n.S}>", cdiv(n.B * Tp * n.H, 32), 256, *arguments)
     if hopper:
         grid = min(SMS, n.B * n.H * cdiv(n.T, 128))
-        for owner, queries, keys, shared in (
+        for owner, queries, keys, shared in (  # QUERIES, KEYS and SHARED of BackwardKeys, BackwardQueries
             ("keys", 128 if HS == 64 else 64, 128, {64: 149568, 128: 164912}),
             ("queries", 128, 128 if HS == 64 else 64, {64: 147520, 128: 163888}),
         ):

@@ -15,13 +15,14 @@
 //   b             B_T, (N, K): BN        (K, N): 64
 //   out, extra    (M, N): 64             out of slices: (slices Mp, N), Mp = M rounded up to a multiple of 64
 //
-// N, and the rows of A and B as they are stored, are multiples of 8; any M and K. `slices` blocks share the
-// inner dimension of an output: each stores its float32 partial sums, and matmul.cu's add_partials adds them
-// up in their order, so that two runs give the same bits. RING boxes of 8 KB of each consumer hold outputs on
-// their way.
+// N and the row lengths of A and B as they are stored (K or M of A, N or K of B) are multiples of 8; otherwise
+// M and K are arbitrary. `slices` blocks share the inner dimension of an output: each stores its float32 partial
+// sums, and matmul.cu's add_partials adds them up in their order, so that two runs give the same bits. RING
+// boxes of 8 KB of each consumer hold outputs on their way.
 //
 // Versions, by qkv's forward product of GPT-2 124M, (65536, 768) @ (768, 2304), in TFLOP/s on an H200 on
-// 2026-11-27, where cuBLAS reached 589 in the same run and matmul.cu's mma.sync 362:
+// 2026-11-27, in bursts too short for the card to lower its clock (RESULTS.md has longer runs, in which all are
+// slower); cuBLAS reached 589 there and matmul.cu's mma.sync 362:
 //
 //   1  a warpgroup loads a stage, waits, multiplies, waits; three blocks of a multiprocessor overlap     449
 //   2  four stages, loads ahead: but now one block fills the shared memory, and its epilogue is alone    388
@@ -29,10 +30,10 @@
 //                                            128, 192, 4, false, 3                                       591
 //                                            128, 192, 4, true, 3    ping-pong hides the epilogue        740
 //
-// The floor is 2 M N K FLOP at the tensor cores' rate: 989 TFLOP/s at 1.83 GHz (datasheet). Above it because
-// 700 W allow 1.4 to 1.7 GHz: Nsight Compute finds the tensor cores of version 3 busy for 93% of the time, at
-// 1.52 GHz. The epilogues with GELU need more instructions than products hide (74%), so what they compute is
-// counted by the instruction.
+// The floor is 2 M N K FLOP at the tensor cores' peak, 989 TFLOP/s at 1.83 GHz (datasheet). The kernel stays
+// below the peak because 700 W do not allow that clock: at 1.52 GHz Nsight Compute finds the tensor cores of
+// version 3 busy for 93% of the time. With BIAS_GELU it is 74%: that epilogue executes more instructions than
+// the other consumer's products hide, so its arithmetic is written to need few.
 
 #include "hopper.cuh"
 #include "matmul.cuh"
@@ -53,7 +54,7 @@ __device__ inline void load_side(unsigned char* tile, const TensorMap& map, Barr
     }
 }
 
-// acc (64 MI, BN) += a stage's A @ B, started and committed. The operands of four steps of k16 are neighbours.
+// acc (64 MI, BN) += a stage's A @ B, started and committed. A stage is BK / 16 = 4 steps of 16 k.
 // Only the first USED_MI times 64 rows and USED_BN columns are computed.
 template <bool A_T, bool B_T, int USED_MI, int USED_BN, int MI, int HALF>
 __device__ inline void multiply_part(float (&acc)[MI][HALF], Descriptor a, Descriptor b, bool first) {
@@ -136,8 +137,10 @@ matmul_hopper_simple(const __grid_constant__ TensorMap a, const __grid_constant_
 // ---- Epilogues: 64 x 64 outputs at a time, through a ring of boxes in shared memory ----------------------
 
 // d gelu / dx in 10 instructions instead of 16, for an epilogue whose instructions outlast the products that
-// hide it: with t = tanh(u), 0.5 (1 + t) + 0.5 x (1 - t²) du/dx. The error of tanh_approx is a quarter of what
-// bf16 leaves of a slope near 1. (gelu itself needs an exact tanh, because of 1 + t for negative x.)
+// hide it: with t = tanh(u), 0.5 (1 + t) + 0.5 x (1 - t²) du/dx. tanh_approx is off by 2^-11 of t at most, and
+// this by |0.5 - t x du/dx| times as much: 0.0009 at |x| = 2, 0.0023 at 3, 0.0047 at 4, in absolute terms, where
+// bf16 rounds a slope just above 1 by up to 0.0039. (gelu() keeps its exponential: its values near x = -3 are so
+// small that the same error would be a fifth of them.)
 __device__ inline float gelu_grad_approx(float x) {
     const float square = x * x;
     const float t = tanh_approx(x * (GELU_SCALE + GELU_SCALE * GELU_CUBE * square));
@@ -154,7 +157,8 @@ template <int RING> struct Outbox {
     int rounds = 0;                                         // how often each box of `extra` has been filled
 };
 
-// Waits until box `number` of a tile may be written: the store that left it GROUPS groups ago has been read.
+// Waits until the next box of the ring may be overwritten: all stores of thread 0 but those of the latest GROUPS
+// groups have read their boxes.
 template <int GROUPS> __device__ inline void wait_for_box(int barrier) {
     if (threadIdx.x % WARPGROUP == 0) bulk_wait_read<GROUPS>();
     named_barrier_sync<WARPGROUP>(barrier);
@@ -373,12 +377,13 @@ matmul_hopper(const __grid_constant__ TensorMap a, const __grid_constant__ Tenso
                 for (int i = 0; i < RING; i++) load_extra<BN / 64>(outbox, extra, i, m, work.n);
             }
         }
-        // Not before the other consumer has seen all its stages, or a parity here could be of the round before.
+        // Wait until the other consumer has passed its last wait on `full`: one parity bit cannot tell this pass
+        // through the ring from the one two passes earlier.
         if (PINGPONG && round > 0) barrier_wait(turn + consumer, (round - 1) / CONSUMERS & 1);
         int before = 0;
         for (int block = work.begin; block < work.end; block++) {
             barrier_wait(full + at.stage, at.parity);
-            if (PINGPONG && block == work.end - 1) {        // each warp: none may be late for its own turn
+            if (PINGPONG && block == work.end - 1) {        // every warp, with all its lanes past this wait
                 __syncwarp();
                 if (thread % WARP == 0) barrier_arrive(turn + (consumer ^ 1));
             }
@@ -391,7 +396,7 @@ matmul_hopper(const __grid_constant__ TensorMap a, const __grid_constant__ Tenso
             before = at.stage;
             at.next();
         }
-        wgmma_wait<0>();                                    // for all warps: so one thread may speak for them
+        wgmma_wait<0>();                                    // of the whole warpgroup: one thread may release it
         if (thread == 0) barrier_arrive(empty + before);
 #pragma unroll
         for (int i = 0; i < MI; i++) wgmma_results(acc[i]);

@@ -1,5 +1,7 @@
-// Every PTX instruction that only Hopper (sm_90a) has, one small function each, and nothing else. Read ptx.cuh
-// before, matmul_hopper.cu after. tests/emulator/ brings its own ptx_hopper.cuh, which explains them in C++.
+// The PTX instructions that the Hopper kernels use besides those of ptx.cuh, one small function each, and nothing
+// else. Read ptx.cuh before, matmul_hopper.cu after. tests/emulator/ brings its own ptx_hopper.cuh, which
+// explains them in C++. No kernel uses the functions for clusters, which did not help (RESULTS.md): they stand
+// here for who tries again.
 //
 // A Hopper kernel is several programs that meet at barriers. The copy engine (TMA) moves whole tiles between
 // global and shared memory; the tensor cores (wgmma) read their operands from shared memory; both run on their
@@ -146,8 +148,9 @@ __device__ inline void async_proxy_fence() { asm volatile("fence.proxy.async.sha
 
 using Descriptor = unsigned long long;
 
-// In units of 16 bytes: the address, from one 64-wide chunk to the next (MN-major only), from 8 rows to the
-// next 8; and that the swizzle is 128 bytes wide.
+// Bits 0-13: the address. 16-29: the leading-dimension byte offset, from one 64-wide chunk to the next (MN-major
+// only). 32-45: the stride-dimension byte offset, from 8 rows to the next 8. All three in units of 16 bytes.
+// 62-63: swizzle of 128 bytes.
 __device__ inline Descriptor describe(const void* tile, int chunk_bytes = 16) {
     return (shared_address(tile) & 0x3ffff) >> 4 | (Descriptor)(chunk_bytes >> 4) << 16 |
            (Descriptor)(1024 >> 4) << 32 | 1ull << 62;

@@ -916,15 +916,16 @@ __attribute__((noinline)) inline void wgmma_wait(int keep, const char* file, int
 
 // ---- What the runner calls --------------------------------------------------------------------------------
 
-// Threads lag_first .. lag_last - 1, a warpgroup or a block of a cluster, are held back until `lag_ends`, or
-// until nobody else can run.
+// Threads lag_first .. lag_last - 1 are held back until `lag_ends`, or until nobody else can run: half a warp, a
+// warp, a warpgroup or a block of a cluster. The card does not promise that the lanes of a warp keep together.
 static int lag_first, lag_last;
 static uint64_t lag_ends;
 static uint16_t parked[MAX_THREADS];
 static int n_parked;
 
 inline void draw_lag() {
-    int group = chance(4) || launch->cluster == 1 ? WARPGROUP : block_threads;
+    const int sizes[] = {16, 32, WARPGROUP, WARPGROUP, WARPGROUP, block_threads};
+    int group = sizes[chance(launch->cluster == 1 ? 5 : 6)];
     int groups = (n_threads + group - 1) / group, which = chance(groups + 1);
     lag_first = which * group, lag_last = lag_first + group;  // which == groups: nobody
     lag_ends = now + 64 + chance(1024);
@@ -975,8 +976,7 @@ inline bool progress(bool idle) {
         happened = true;
     }
     if (barrier_count || launch->cluster > 1) {  // threads need not keep pace
-        bool torn = ready_head != ready_tail && ready[ready_head % MAX_THREADS] / 32 == current / 32;
-        if (now >= lag_ends && !torn) {  // the lanes of a warp keep together
+        if (now >= lag_ends) {
             while (n_parked) push(parked[--n_parked]);
             draw_lag();
         }
