@@ -4,7 +4,8 @@ NumPy's matmul is the BLAS library's, held here to one thread; `parallel` cuts a
 tiles of a product) into blocks that fit the cache, and our own threads take them in turn. NumPy lets go of
 the interpreter lock while it computes, so they really run side by side, and a block is still in the cache
 when its bias and its GELU are added. Sums over blocks are cut by size alone: they do not depend on the
-number of threads.
+number of threads. The tiles of a product do, because small tiles cost time, and a BLAS library may round the
+last rows and columns of a tile differently: the bits are the same on the same number of threads.
 """
 
 import ctypes

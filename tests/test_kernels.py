@@ -416,18 +416,26 @@ def test_backward_is_near_the_one_in_float64(memory, case):
 
 
 @pytest.mark.parametrize("case", BIG)
-def test_same_bits_every_time_and_on_any_number_of_threads(case):
-    x, results = drawn(case, np.random.default_rng(6)), []
-    for threads in (1, 1, 2, 3):
+def test_same_bits_every_time(case):
+    """On any number of threads, unless BLAS computes it: then on the same number, because the tiles of a
+    product depend on it, and BLAS may round the last columns of a tile differently."""
+    x, results = drawn(case, np.random.default_rng(6)), {}
+    for threads in (1, 1, 2, 2, 3, 3):
         pool.THREADS = threads
         rng, memory = np.random.default_rng(7), Memory("cpu", "float32")
         outputs, backward = forward(case, memory, x)
         dout = normal(rng, *outputs["out"].shape)
         gained = gradients(case, memory, x, dout, backward, rng)
-        results.append({**outputs, **{"d" + name: gradient for name, gradient in gained.items()}})
-    for name in results[0]:
-        for threads, other in zip((1, 2, 3), results[1:]):
-            assert np.array_equal(results[0][name], other[name]), f"{name} differs, {threads} threads"
+        gained = {"d" + name: gradient for name, gradient in gained.items()}
+        results.setdefault(threads, []).append(outputs | gained)
+    alone = results[1][0]
+    for threads, (one, two) in results.items():
+        for name in one:
+            assert np.array_equal(one[name], two[name]), f"{name} differs, {threads} threads"
+            if case.operation.__name__.startswith("matmul"):
+                assert_near(one[name], alone[name], memory.tolerance, f"{name}, {threads} threads")
+            else:
+                assert np.array_equal(one[name], alone[name]), f"{name} differs from one thread's"
 
 
 # ------------------------------------------------------------------------------------------------------------
