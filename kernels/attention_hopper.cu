@@ -137,11 +137,9 @@ attention_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_c
     Barrier* const v_full = k_empty + STAGES;
     Barrier* const v_empty = v_full + STAGES;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < Q_BUFFERS; i++) barrier_init(q_full + i, 1), barrier_init(q_empty + i, CONSUMERS);
-        for (int i = 0; i < STAGES; i++) {
-            barrier_init(k_full + i, 1), barrier_init(k_empty + i, CONSUMERS);
-            barrier_init(v_full + i, 1), barrier_init(v_empty + i, CONSUMERS);
-        }
+        ring_init<Q_BUFFERS>(q_full, q_empty, CONSUMERS);
+        ring_init<STAGES>(k_full, k_empty, CONSUMERS);
+        ring_init<STAGES>(v_full, v_empty, CONSUMERS);
         barrier_init_fence();
     }
     __syncthreads();
@@ -300,14 +298,8 @@ attention_backward_keys_hopper(const __grid_constant__ TensorMap kv_map,
     Barrier* const full = kv_empty + KV_BUFFERS;
     Barrier* const empty = full + STAGES;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < KV_BUFFERS; i++) {
-            barrier_init(kv_full + i, 1);
-            barrier_init(kv_empty + i, CONSUMERS);
-        }
-        for (int i = 0; i < STAGES; i++) {
-            barrier_init(full + i, 1);
-            barrier_init(empty + i, CONSUMERS * WARPGROUP / WARP);
-        }
+        ring_init<KV_BUFFERS>(kv_full, kv_empty, CONSUMERS);
+        ring_init<STAGES>(full, empty, CONSUMERS * WARPGROUP / WARP);
         barrier_init_fence();
     }
     __syncthreads();
@@ -435,8 +427,8 @@ attention_backward_queries_hopper(const __grid_constant__ TensorMap kv_map,
     Barrier* const full = q_empty + Q_BUFFERS;
     Barrier* const empty = full + STAGES;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < Q_BUFFERS; i++) barrier_init(q_full + i, 1), barrier_init(q_empty + i, CONSUMERS);
-        for (int i = 0; i < STAGES; i++) barrier_init(full + i, 1), barrier_init(empty + i, CONSUMERS);
+        ring_init<Q_BUFFERS>(q_full, q_empty, CONSUMERS);
+        ring_init<STAGES>(full, empty, CONSUMERS);
         barrier_init_fence();
     }
     __syncthreads();

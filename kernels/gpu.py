@@ -343,6 +343,7 @@ def _encoded(address, dtype, sizes, box):
     fetches 128 bytes at once into L2.
     """
     types = {"float": 7, "bf16": 9}
+    modes = 0, 3, 2, 0  # no interleaving, swizzle, promotion, zeros outside the array
     itemsize, rank = dtype.itemsize, len(sizes)
     strides = [itemsize * math.prod(sizes[: i + 1]) for i in range(rank - 1)]
     memory = np.zeros(192, np.uint8)
@@ -357,9 +358,7 @@ def _encoded(address, dtype, sizes, box):
         (ctypes.c_uint64 * (rank - 1))(*strides),
         (ctypes.c_uint32 * rank)(128 // itemsize, *box),
         (ctypes.c_uint32 * rank)(*[1] * rank),
-        *(
-            ctypes.c_int(number) for number in (0, 3, 2, 0)
-        ),  # no interleaving, swizzle, promotion, zeros outside
+        *map(ctypes.c_int, modes),
     ]
     status = _driver().cuTensorMapEncodeTiled(*arguments)
     if status:

@@ -22,6 +22,14 @@ template <int STAGES> struct RingPosition {
     }
 };
 
+// The barriers of a ring of N buffers: `full` waits for the producer and its bytes, `empty` for so many arrivals.
+template <int N> __device__ inline void ring_init(Barrier* full, Barrier* empty, int arrivals) {
+    for (int i = 0; i < N; i++) {
+        barrier_init(full + i, 1);
+        barrier_init(empty + i, arrivals);
+    }
+}
+
 // The address that this lane gives to ldmatrix_x4 and stmatrix_x4 for the rows of its warp and 16 columns of a
 // 64 x 64 box: then r[0] holds row g, columns 2t, 2t+1 of the first 8 columns, r[1] row g + 8; r[2], r[3] the
 // same of the next 8: the order of wgmma's accumulators. The box is swizzled as TMA does it.

@@ -323,10 +323,7 @@ matmul_hopper(const __grid_constant__ TensorMap a, const __grid_constant__ Tenso
     float* const biases = reinterpret_cast<float*>(arrived + CONSUMERS * RING);     // 2 x BN
 
     if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; s++) {
-            barrier_init(full + s, 1);
-            barrier_init(empty + s, PINGPONG ? 1 : CONSUMERS);
-        }
+        ring_init<STAGES>(full, empty, PINGPONG ? 1 : CONSUMERS);
         for (int c = 0; c < CONSUMERS; c++) barrier_init(turn + c, WARPGROUP / WARP);
         for (int i = 0; i < CONSUMERS * RING; i++) barrier_init(arrived + i, 1);
         barrier_init_fence();
