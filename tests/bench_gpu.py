@@ -69,9 +69,7 @@ D12 = dict(rounds=5, limit=60, B=64, T=1024, V=50304, parameters=124_475_904, sq
 D12 |= dict(d12=dict(L=12, NH=12, C=768, T=1024, V=50304), tiny=dict(L=4, NH=4, C=128, T=64, V=1024))
 D12 |= dict(models={"124M": (768, 65536), "1558M": (1600, 65536)})  # channels, and rows of the products
 D12 |= dict(wide=dict(B=16, T=1024, NH=16, HS=128), batches=(64, 32, 16), decoded=(64, 1), context=450)
-D12 |= dict(
-    first=4, curve=dict(B=16, steps=200), tiny_batch=16
-)  # tiny: 1,024 tokens a step, as train.py has it
+D12 |= dict(first=4, curve=dict(B=16, steps=200), tiny_batch=16)  # tiny: 1,024 tokens, train.py's step
 TINY = D12 | dict(rounds=1, limit=1200, B=2, T=32, V=256, parameters=4096, square=64, copied=1 << 16)
 TINY |= dict(d12=dict(L=1, NH=2, C=128, T=32, V=256), tiny=dict(L=1, NH=2, C=32, T=16, V=256))
 TINY |= dict(models={"124M": (128, 64)}, wide=dict(B=1, T=32, NH=1, HS=128), batches=(2,), decoded=(2,))
@@ -539,8 +537,11 @@ class Report:
             value, where = found.get(what, (None, ""))
             verdict = "not measured" if value is None else ""
             if value is not None and must is not None:
-                reaches = lambda bound, v=value: v >= bound if relation == "≥" else v <= bound  # noqa: B023
-                verdict = "aim reached" if reaches(aim) else "pass" if reaches(must) else "below"
+                sign = 1 if relation == "≥" else -1
+                if sign * value >= sign * aim:
+                    verdict = "aim reached"
+                else:
+                    verdict = "pass" if sign * value >= sign * must else "below"
             held = ["", ""] if must is None else [f"{relation} {must:g}", f"{relation} {aim:g}"]
             rows.append((what, "" if value is None else f"{value:.4g}", *held, verdict, where))
         return table(("target", "measured", "must", "aim", "verdict", "where"), rows, text=(0, 4, 5))
@@ -624,7 +625,10 @@ def main(argv=None):
     if "ceilings" not in sections:
         sections = ["ceilings", *sections]  # shares and floors are of them
     settings, until = (TINY, began + 1e6) if flags.emulator else (D12, began + flags.seconds)
-    script = lambda side: [HERE / f"bench_gpu_{side}.py", "emulator" if flags.emulator else "gpu"]
+
+    def script(side):
+        return [HERE / f"bench_gpu_{side}.py", "emulator" if flags.emulator else "gpu"]
+
     about = dict(do="open", kind="card", sizes={}, version=None)
     sides = [Side([sys.executable, *script("ours")], bench.OUR_PATH)]
     try:

@@ -234,38 +234,60 @@ extern "C" __global__ void copy(uint4* to, const uint4* from, int n) {  // a blo
 
 def copy(n_bytes):
     function, n = xp.RawModule(code=COPY).get_function("copy"), n_bytes // 16
-    call = lambda to, source: function((cdiv(n, 2048),), (512,), (to, source, np.int32(n)))
-    make = lambda: (empty(n_bytes // 4, dtype=F32), normal(n_bytes // 4, dtype=F32))
+
+    def call(to, source):
+        return function((cdiv(n, 2048),), (512,), (to, source, np.int32(n)))
+
+    def make():
+        return empty(n_bytes // 4, dtype=F32), normal(n_bytes // 4, dtype=F32)
+
     about, timers = Kernel("or", make, call, np.copyto).open()
     return about, timers | dict(cudaMemcpyAsync=clock(copy_async, [make() for _ in range(4)]))
 
 
 def matmul(M, N, K):
-    make = lambda: (empty(M, N), normal(M, K), normal(K, N), normal(N))
+
+    def make():
+        return empty(M, N), normal(M, K), normal(K, N), normal(N)
+
     return Kernel("orww", make, *both("matmul_forward"), flops=2 * M * N * K)
 
 
 def matmul_residual(M, N, K):
-    make = lambda: (empty(M, N), normal(M, K), normal(K, N), normal(N), normal(M, N))
+
+    def make():
+        return empty(M, N), normal(M, K), normal(K, N), normal(N), normal(M, N)
+
     return Kernel("orwwr", make, *both("matmul_residual_forward"), flops=2 * M * N * K)
 
 
 def matmul_gelu(M, N, K):
-    make = lambda: (empty(M, N), empty(M, N), normal(M, K), normal(K, N), normal(N))
+
+    def make():
+        return empty(M, N), empty(M, N), normal(M, K), normal(K, N), normal(N)
+
     return Kernel("oorww", make, *both("matmul_gelu_forward"), flops=2 * M * N * K)
 
 
 def matmul_dx(M, N, K):
     """dinp (M, K) = dout @ weight.T: what matmul_backward launches for it, alone."""
-    make = lambda: (empty(M, K), normal(M, N), normal(K, N))
+
+    def make():
+        return empty(M, K), normal(M, N), normal(K, N)
+
     calls = [lambda dinp, dout, w, m=m: m.matmul_forward(dinp, dout, w.T, None) for m in (ops, cpu)]
     return Kernel("orw", make, *calls, flops=2 * M * N * K)
 
 
 def matmul_dw(M, N, K):
     """dweight (K, N) += inp.T @ dout, in float32."""
-    make = lambda: (zeros(K, N), normal(M, K), normal(M, N), normal(K, N))
-    call = lambda dw, inp, dout, w: ops.matmul_backward(None, dw, None, dout, inp, w)
+
+    def make():
+        return zeros(K, N), normal(M, K), normal(M, N), normal(K, N)
+
+    def call(dw, inp, dout, w):
+        return ops.matmul_backward(None, dw, None, dout, inp, w)
+
     moved = 8 * K * N + 2 * M * (K + N)
     return Kernel("kccw", make, call, weight_gradient, flops=2 * M * N * K, moved=moved)
 
@@ -290,14 +312,22 @@ def head(M, N, K):
 
 
 def head_dx(M, N, K):
-    make = lambda: (empty(M, K), normal(M, N), normal(N, K))
+
+    def make():
+        return empty(M, K), normal(M, N), normal(N, K)
+
     calls = [lambda dinp, dout, wte, m=m: m.matmul_forward(dinp, dout, wte, None) for m in (ops, cpu)]
     return Kernel("orw", make, *calls, flops=2 * M * N * K)
 
 
 def head_dw(M, N, K):
-    make = lambda: (zeros(N, K), normal(M, N), normal(M, K), normal(N, K))
-    call = lambda dw, dout, inp, w: ops.matmul_backward(None, dw.T, None, dout, inp, w.T)
+
+    def make():
+        return zeros(N, K), normal(M, N), normal(M, K), normal(N, K)
+
+    def call(dw, dout, inp, w):
+        return ops.matmul_backward(None, dw.T, None, dout, inp, w.T)
+
     moved = 8 * K * N + 2 * M * (K + N)
     return Kernel("kccw", make, call, weight_gradient, flops=2 * M * N * K, moved=moved)
 
@@ -312,7 +342,10 @@ def attention_arrays(B, T, NH, HS):
 
 def attention_forward(B, T, NH, HS):
     """Two products, of which causality leaves half."""
-    make = lambda: attention_arrays(B, T, NH, HS)
+
+    def make():
+        return attention_arrays(B, T, NH, HS)
+
     return Kernel("oor", make, *both("attention_forward", NH), flops=2 * B * T * T * NH * HS, n=1)
 
 
@@ -361,13 +394,21 @@ def statistics(N):
 
 
 def layernorm_forward(B, T, C):
-    make = lambda: (empty(B * T, C), *statistics(B * T), normal(B * T, C), normal(C), normal(C))
+
+    def make():
+        return empty(B * T, C), *statistics(B * T), normal(B * T, C), normal(C), normal(C)
+
     return Kernel("ooorww", make, *both("layernorm_forward"))
 
 
 def residual_layernorm_forward(B, T, C):
-    inputs = lambda: (normal(B * T, C), normal(B * T, C), normal(C), normal(C))
-    make = lambda: (empty(B * T, C), empty(B * T, C), *statistics(B * T), *inputs())
+
+    def inputs():
+        return normal(B * T, C), normal(B * T, C), normal(C), normal(C)
+
+    def make():
+        return empty(B * T, C), empty(B * T, C), *statistics(B * T), *inputs()
+
     return Kernel("oooorrww", make, *both("residual_layernorm_forward"))
 
 
@@ -391,12 +432,18 @@ residual_forward = functools.partial(elementwise, "residual_forward", "orr")
 
 
 def encoder_forward(B, T, C, V):
-    make = lambda: (empty(B, T, C), integers(V, B, T), normal(V, C), normal(T, C))
+
+    def make():
+        return empty(B, T, C), integers(V, B, T), normal(V, C), normal(T, C)
+
     return Kernel("orww", make, *both("encoder_forward"), moved=4 * B * T * C, n=1)
 
 
 def encoder_backward(B, T, C, V):
-    make = lambda: (zeros(V, C), zeros(T, C), normal(B, T, C), integers(V, B, T))
+
+    def make():
+        return zeros(V, C), zeros(T, C), normal(B, T, C), integers(V, B, T)
+
     used = V * (1 - (1 - 1 / V) ** (B * T))  # rows of wte that so many random tokens name
     moved = int(2 * B * T * C + 8 * (used + T) * C)
 
@@ -419,12 +466,18 @@ def naive_encoder_backward(B, T, C, V):
 
 
 def classifier(M, V):
-    make = lambda: (empty(M, dtype=F32), normal(M, V), integers(V - 47, M), normal(M, dtype=F32))
+
+    def make():
+        return empty(M, dtype=F32), normal(M, V), integers(V - 47, M), normal(M, dtype=F32)
+
     return Kernel("oxrr", make, *both("classifier", V - 47))  # 47 of the rows of GPT-2's wte are padding
 
 
 def cross_entropy(M, V):
-    make = lambda: (empty(M, dtype=F32), normal(M, V), integers(V - 47, M))
+
+    def make():
+        return empty(M, dtype=F32), normal(M, V), integers(V - 47, M)
+
     return Kernel("orr", make, *both("cross_entropy", V - 47))
 
 
@@ -433,8 +486,10 @@ def adamw(P):
         values = [normal(P, dtype=F32, pool=pool) for pool in (None, None, None, "positive")]
         return *values, ops.to_device(np.ones(1, np.float32)), empty(P)
 
-    update = lambda m: lambda p, g, m1, m2, scale, out: m.adamw(p, g, m1, m2, scale, *ADAMW, out)
-    return Kernel("xxxxwo", make, update(ops), update(cpu), n=4096)
+    def update(module, params, grads, m, v, scale, copy):
+        module.adamw(params, grads, m, v, scale, *ADAMW, copy)
+
+    return Kernel("xxxxwo", make, functools.partial(update, ops), functools.partial(update, cpu), n=4096)
 
 
 ADAMW = 1e-3, 0.9, 0.95, 1e-8, 0.1, 10  # learning rate, betas, eps, weight decay, step
@@ -475,11 +530,19 @@ def naive_decode(B, T, NH, HS):
 
 
 def sample(B, V, top_k=0, top_p=1.0):
-    ids = lambda: integers(1 << 40, B, dtype=np.int64)
-    make = lambda: (empty(B, dtype=np.int32), normal(B, V, dtype=F32), ids(), ids())
+
+    def ids():
+        return integers(1 << 40, B, dtype=np.int64)
+
+    def make():
+        return empty(B, dtype=np.int32), normal(B, V, dtype=F32), ids(), ids()
+
     filters = 0.8 if top_k else 1.0, top_k, top_p
-    draw = lambda m: lambda out, z, streams, counters: m.sample(out, z, 7, streams, counters, *filters)
-    return Kernel("orrr", make, draw(ops), draw(cpu), moved=4 * B * V)
+
+    def draw(module, out, logits, streams, counters):
+        module.sample(out, logits, 7, streams, counters, *filters)
+
+    return Kernel("orrr", make, functools.partial(draw, ops), functools.partial(draw, cpu), moved=4 * B * V)
 
 
 def decode(B, context, **sizes):

@@ -49,9 +49,7 @@ pytestmark = pytest.mark.skipif(toolkit() is None, reason="NVRTC's wheels are no
 
 @functools.cache
 def nvrtc():
-    libraries = sorted(
-        (toolkit() / "lib").glob("libnvrtc*.so*")
-    )  # -builtins first, which the other looks for
+    libraries = sorted((toolkit() / "lib").glob("libnvrtc*.so*"))  # -builtins first: the other looks for it
     found = [ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL) for path in libraries if ".alt." not in path.name]
     return found[-1]
 
