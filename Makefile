@@ -51,7 +51,7 @@ OFFLINE = { echo "error: pip could not install the requirements; is the Python p
 
 shards/factbook: | .venv/ready
 	@mkdir -p shards
-	$(PY) mixture.py sums=3,tasks=2,repeat=5 --num 12000 --workbook shards/workbook.jsonl
+	$(PY) -m tasks.conversations sums=3,tasks=2,repeat=5 --num 12000 --workbook shards/workbook.jsonl
 	$(PY) data.py factbook --train-also shards/workbook.jsonl --out $@
 
 train: .venv/ready | shards/factbook
@@ -74,7 +74,7 @@ chat: .venv/ready
 	@$(PY) sample.py $(SFT) --chat $(ARGS)
 
 chat-web: .venv/ready
-	@$(PY) serve.py $(SFT) $(ARGS)
+	@$(PY) -m extras.serve $(SFT) $(ARGS)
 
 rl: .venv/ready
 	@test -e $(SFT)/done || $(MAKE) sft ARGS=
@@ -85,19 +85,19 @@ rl: .venv/ready
 rlhf: .venv/ready
 	@test -e $(SFT)/done || $(MAKE) sft ARGS=
 	@test -e $(RLHF)-manners.jsonl || \
-	  $(PY) reward.py manners --init-from $(SFT) --out $(RLHF)-manners.jsonl --seed $(SEED)
+	  $(PY) -m extras.rlhf manners --init-from $(SFT) --out $(RLHF)-manners.jsonl --seed $(SEED)
 	@test -e $(RLHF)-manners/done || { $(PY) sft.py --init-from $(SFT) --data jsonl:$(RLHF)-manners.jsonl \
 	  --out $(RLHF)-manners --epochs 1 --seed $(SEED) $(if $(wildcard $(RLHF)-manners/step_*),--resume) && \
 	  touch $(RLHF)-manners/done; }
 	@ls $(RLHF)-reward/step_* >/dev/null 2>&1 || { rm -rf $(RLHF)-reward && \
-	  $(PY) reward.py train --init-from $(RLHF)-manners --out $(RLHF)-reward --seed $(SEED); }
+	  $(PY) -m extras.rlhf train --init-from $(RLHF)-manners --out $(RLHF)-reward --seed $(SEED); }
 	$(PY) rl.py --init-from $(RLHF)-manners --out $(RLHF) --reward model --reward-model $(RLHF)-reward \
 	  --task decimals --level 1-2 --steps 100 --lr 1e-4 --final-lr 1 --eval-every 10 --seed $(SEED) \
 	  $(if $(wildcard $(RLHF)/step_*),--resume) $(ARGS)
-	$(PY) plot.py $(RLHF)
+	$(PY) -m extras.plot $(RLHF)
 
 plot: .venv/ready
-	@$(PY) plot.py $(RUN) $(ARGS)
+	@$(PY) -m extras.plot $(RUN) $(ARGS)
 
 test: lint
 	$(PY) -m pytest

@@ -2,8 +2,8 @@
 
     python rl.py --eval runs/rl --task word --level 1-4     prints what evaluate() finds
 
-rl.py learns from attempts, reward.py has them judged. Read tasks.py (problems, verifiers), generate.py and
-batches.py first.
+rl.py learns from attempts, extras/rlhf.py has them judged. Read tasks/problems.py (problems, verifiers),
+generate.py and batches.py first.
 """
 
 import itertools
@@ -17,15 +17,15 @@ import numpy as np
 
 import batches
 import chat
-import console
+import common
+import distributed
 import files
 import gpt2
 import kernels
-import mixture
 import runs
-import tasks
-import workers
-from console import UserError
+import tasks.conversations as mixture
+import tasks.problems as tasks
+from common import UserError
 from generate import generate
 from tokenizer import Tokenizer, visible
 
@@ -130,7 +130,7 @@ def majority(group):
 def evaluate(team, tokenizer, mix, flags, judge):
     """[{what: measure}] on test problems of each (task, level): pass@1 is greedy, the rest of --k samples,
     which judge(groups) may add its own to. No problem comes twice: easy levels may have fewer than asked."""
-    results, line, k = [], console.Line(), flags.k
+    results, line, k = [], common.Line(), flags.k
     for task, level in mix:
         line.show(f"evaluating {task}, level {level}")
         stream = fitting(team.model, tokenizer, tasks.problems(task, "test", level, flags.seed))
@@ -172,7 +172,7 @@ def show(tokenizer, group):
         text = visible(b"".join(map(tokenizer.token_bytes, attempt.said)))
         text = text if attempt.reward == attempt.correct else f"{attempt.reward:.2f} {text}"
         colour, sign = ("\033[32m", "+") if attempt.correct > 0 else ("\033[31m", "-")
-        lines.append(f"{colour}{text}\033[0m" if console.colour() else f"{sign} {text}")
+        lines.append(f"{colour}{text}\033[0m" if common.colour() else f"{sign} {text}")
     return "\n".join(lines)
 
 
@@ -226,4 +226,4 @@ def load(directory, flags):
 def make_team(model, tokenizer):
     """Processes that can do their shares of sample() and batches.accumulate()."""
     some = lambda model, share: sample(model, tokenizer, *share)
-    return workers.Workers(model, {"accumulate": batches.share_of_rows, "sample": some})
+    return distributed.Workers(model, {"accumulate": batches.share_of_rows, "sample": some})

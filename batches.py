@@ -54,7 +54,7 @@ def accumulate(model, rows, most):
 
 
 def gradient(workers, rows, most):
-    """accumulate() by all processes of workers.Workers, made with {"accumulate": share_of_rows}."""
+    """accumulate() by all processes of distributed.Workers, made with {"accumulate": share_of_rows}."""
     rows = sorted(rows, key=lambda row: len(row[0]))  # dealt like cards, everybody has as much to do
     objective = sum(workers.run("accumulate", [(rows[i :: workers.size], most) for i in range(workers.size)]))
     workers.add_gradients()

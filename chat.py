@@ -12,7 +12,7 @@ tokens are, and sft.py, which learns from conversations, after.
 import json
 from pathlib import Path
 
-from console import UserError
+from common import UserError
 
 ROLES = ("system", "user", "assistant")
 CALLS = ("search", "calc")  # the kinds of parts that call a tool, which answers with an "output"

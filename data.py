@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-import console
+import common
 import files
-from console import UserError
+from common import UserError
 from factbook import FACTBOOK, factbook
 from tokenizer import Tokenizer
 
@@ -231,7 +231,7 @@ def open_shard(path):
 
 
 def parser():
-    flags, number = console.Parser(prog="data.py", description=__doc__.split("\n\n")[0]), console.number
+    flags, number = common.Parser(prog="data.py", description=__doc__.split("\n\n")[0]), common.number
     add = flags.add_argument_group("what to read").add_argument
     add("source", nargs="?", choices=("factbook", "text", "shakespeare"), default="factbook")
     add("paths", nargs="*", metavar="PATH", help="for text: .txt, .md, .jsonl, folders, - for standard input")
@@ -293,13 +293,13 @@ def main(argv=None):
             first, also = documents, lambda: read_texts(more, flags.document_chars)
             documents = lambda: itertools.chain(first(), (("train", text) for _, text in also()))
 
-        progress = console.Progress("reading", total, form=console.size)
+        progress = common.Progress("reading", total, form=common.size)
         threshold, sample = survey(distinct(documents(), flags.seed, dropped), flags.val_fraction, progress)
         tokenizer = tokenizer or Tokenizer.train(sample, flags.vocab_size)
         sample.clear()
 
         writers = {split: ShardWriter(partial, name, split, flags.shard_tokens) for split in ("train", "val")}
-        progress = console.Progress("tokenizing", total, form=console.size)
+        progress = common.Progress("tokenizing", total, form=common.size)
         kept = write_shards(distinct(documents(), flags.seed, {}), threshold, tokenizer, writers, progress)
         spool.unlink(missing_ok=True)
 
@@ -314,4 +314,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    console.run(main)
+    common.run(main)

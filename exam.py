@@ -1,7 +1,7 @@
 """What an assistant can do, in numbers: the probe of what it knows, and the evaluation of its skills.
 
 sft.py's --probe and --eval. What evaluate() asks is held out: other phrasings, numbers, words and names than
-the training's. Read mixture.py, which has the questions, and generate.py before, sft.py after.
+the training's. Read tasks/conversations.py, which has the questions, and generate.py before, sft.py after.
 """
 
 import itertools
@@ -11,12 +11,12 @@ import re
 from pathlib import Path
 
 import chat
-import console
-import facts
+import common
 import files
-import mixture
-import tasks
-from console import UserError
+import tasks.conversations as mixture
+import tasks.factbook as facts
+import tasks.problems as tasks
+from common import UserError
 from generate import generate
 
 ROWS = 64  # asked at a time
@@ -31,7 +31,7 @@ def ask(
     stop_tokens = {tokenizer.eot, tokenizer.encode_special("<|im_end|>")}
     prompts = [chat.prompt(tokenizer, conversation) for conversation in conversations]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of one length go together
-    replies, progress = [None] * len(prompts), console.Progress("asking", total=len(prompts))
+    replies, progress = [None] * len(prompts), common.Progress("asking", total=len(prompts))
     for start in range(0, len(order), ROWS):
         block = order[start : start + ROWS]
         rows = generate(
@@ -80,7 +80,7 @@ def probe(model, tokenizer, k, seed, path=None):
     for split, what in (("train", "asked about in training"), ("test", "held out")):
         rates = [line["rate"] for line in lines if line["split"] == split]
         known, never = sum(rate > 0.5 for rate in rates), sum(rate == 0 for rate in rates)
-        console.say(f"of {len(rates)} facts {what} it knows {known}, and got {never} never right")
+        common.say(f"of {len(rates)} facts {what} it knows {known}, and got {never} never right")
     return lines
 
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from console import UserError, say
+from common import UserError, say
 
 
 def write_whole(path, content):

@@ -10,7 +10,7 @@ import numpy as np
 import gpt2
 import kernels
 import runs
-from console import UserError
+from common import UserError
 from tokenizer import Tokenizer
 
 SEED = 42  # of who asks for none: what is repeated says the same

@@ -20,7 +20,7 @@ import safetensors
 import safetensors.numpy
 
 import kernels
-from console import UserError
+from common import UserError
 from files import write_whole
 
 # ------------------------------------------------------------------------------------------------------------

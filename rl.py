@@ -9,7 +9,7 @@ becomes more probable, what they did worse less. The loss is train.py's with oth
 of the step on what the model chose, 0 on the prompt and on what tools said. That is the policy gradient,
 exactly. Read attempts.py first; this is the last stage.
 
-With --reward model a reward model judges instead, see reward.py: there the reward is not the truth.
+With --reward model a reward model judges instead, see extras/rlhf.py: there the reward is not the truth.
 """
 
 import itertools
@@ -22,13 +22,13 @@ import numpy as np
 
 import attempts
 import batches
-import console
+import common
+import extras.rlhf as reward
 import gpt2
-import reward
 import runs
-import tasks
+import tasks.problems as tasks
 from attempts import log_probabilities, mean
-from console import UserError, duration, number
+from common import UserError, duration, number
 from train import learning_rate
 
 CHECK_EVERY = 20  # steps between two comparisons of the probabilities of sampling and of training
@@ -153,7 +153,7 @@ def described(groups, n_kept, flags):
 
 
 def parser():
-    flags = console.Parser(prog="rl.py", description=__doc__)
+    flags = common.Parser(prog="rl.py", description=__doc__)
     whole, every = number(int, low=1), number(int, low=0)
     add = flags.add_argument_group("model and problems").add_argument
     add("--init-from", default="runs/sft", metavar="DIR", help="the model to begin with: a run of sft.py")
@@ -170,7 +170,7 @@ def parser():
     add = flags.add_argument_group("method and optimisation").add_argument
     words = "what is made large: the verifier's word, or the opinion of a reward model"
     add("--reward", choices=("verifier", "model"), default="verifier", help=words)
-    add("--reward-model", default="runs/rlhf-reward", metavar="RUN", help="made by reward.py train")
+    add("--reward-model", default="runs/rlhf-reward", metavar="RUN", help="made by extras.rlhf train")
     add("--method", choices=("grpo", "best-of"), default="grpo", help="best-of imitates one right attempt")
     add("--std", action="store_true", help="advantages in standard deviations of the group")
     add("--epochs", type=whole, default=1, metavar="N", help="updates with the same attempts")
@@ -243,7 +243,7 @@ def train(flags, checkpoint, mix, tested):
     problems = attempts.fitting(model, tokenizer, practice(mix, flags.seed))
     problems = itertools.islice(problems, n_problems, None)  # it goes on where it was
     run.mkdir(parents=True, exist_ok=True)
-    log, line, interrupt = runs.Log(run, start), console.Line(every=0), runs.Interrupt()
+    log, line, interrupt = runs.Log(run, start), common.Line(every=0), runs.Interrupt()
     log.write("start", step=start, stage="rl", flags=vars(flags))
 
     def exam(step):
@@ -317,4 +317,4 @@ def train(flags, checkpoint, mix, tested):
 
 
 if __name__ == "__main__":
-    console.run(main)
+    common.run(main)

@@ -11,7 +11,7 @@ import signal
 from pathlib import Path
 
 import files
-from console import UserError, say
+from common import UserError, say
 
 
 class Log:

@@ -21,11 +21,10 @@ from pathlib import Path
 import numpy as np
 
 import chat
-import constrain
-import serve
 import talk
-import tasks
-from console import Parser, UserError, number, run
+import tasks.problems as tasks
+from common import Parser, UserError, number, run
+from extras import constrain, serve
 from generate import SEED, generate, load
 from kernels.sampling import filtered_probabilities
 
@@ -67,7 +66,7 @@ def parser():
     add = flags.add_argument_group("with --best-of: show one that is right").add_argument
     names = [*tasks.TASKS, "gsm8k"]
     names.remove("countdown")  # whose answer is a calculation with the numbers given
-    add("--verify", metavar="TASK", choices=names, help="of tasks.py, which checks the answers")
+    add("--verify", metavar="TASK", choices=names, help="of tasks/problems.py, which checks the answers")
     add("--answer", metavar="TEXT", help="the right answer")
 
     add = flags.add_argument_group("how much").add_argument

@@ -7,8 +7,9 @@
 
 `make sft` does it twice: the first assistant is asked every factual question, and what it does not know
 becomes, for the second, a question whose right answer is "I don't know". Read chat.py (the format),
-mixture.py (the conversations) and batches.py first, exam.py (probe and evaluation) and rl.py next. The loss
-is train.py's; only the weights differ: 1 / targets on what the assistant must say, 0 elsewhere.
+tasks/conversations.py (the conversations) and batches.py first, exam.py (probe and evaluation) and rl.py
+next. The loss is train.py's; only the weights differ: 1 / targets on what the assistant must say, 0
+elsewhere.
 """
 
 import shlex
@@ -19,14 +20,14 @@ import numpy as np
 
 import batches
 import chat
-import console
+import common
+import distributed
 import exam
 import gpt2
 import kernels
-import mixture
 import runs
-import workers
-from console import UserError, count, duration, number
+import tasks.conversations as mixture
+from common import UserError, count, duration, number
 from tokenizer import Tokenizer
 from train import learning_rate
 
@@ -72,7 +73,7 @@ def evaluate(model, rows, most):
 
 def show(tokenizer, conversations):
     """Conversations as one flat stream: bright (or between brackets) what the assistant must say."""
-    before, after = ("\033[1;32m", "\033[0m") if console.colour() else ("[", "]")
+    before, after = ("\033[1;32m", "\033[0m") if common.colour() else ("[", "]")
     for conversation in conversations:
         tokens, mask = chat.render(tokenizer, conversation)
         text, said = "", 0
@@ -87,13 +88,13 @@ def show(tokenizer, conversations):
 
 
 def parser():
-    flags = console.Parser(prog="sft.py", description=__doc__)
+    flags = common.Parser(prog="sft.py", description=__doc__)
     whole, every = number(int, low=1), number(int, low=0)
     some, share = number(float, above=0), number(float, low=0)
     add = flags.add_argument_group("model and data").add_argument
     add("--init-from", default="runs/factbook", metavar="DIR", help="the model to begin with: of train.py")
     add("--out", default="runs/sft", metavar="RUN", help="the run's directory, a new one")
-    words = "sources with their shares, as in factbook=3,tasks=2,jsonl:PATH=1; none: those of mixture.py"
+    words = "sources with their shares, as in factbook=3,tasks=2,jsonl:PATH=1; none: the default mixture"
     add("--data", metavar="SPEC", help=words)
     words = "what a probe wrote: teach it to say that it does not know the rest"
     add("--known", metavar="PATH", help=words)
@@ -177,7 +178,7 @@ def train(flags, checkpoint):
     """The loop: as in train.py, on other data."""
     run, start, state = Path(flags.out), 0, {}
     tokenizer, model = load(checkpoint or flags.init_from, flags)
-    team = workers.Workers(model, {"accumulate": batches.share_of_rows})
+    team = distributed.Workers(model, {"accumulate": batches.share_of_rows})
     optimizer = gpt2.AdamW(model, weight_decay=flags.weight_decay)
     if checkpoint:
         state = runs.read_state(checkpoint)
@@ -209,7 +210,7 @@ def train(flags, checkpoint):
     print(f"training  {steps} steps of {flags.batch_size} conversations, each seen {flags.epochs} times")
 
     run.mkdir(parents=True, exist_ok=True)
-    log, line, interrupt = runs.Log(run, start), console.Line(every=0), runs.Interrupt()
+    log, line, interrupt = runs.Log(run, start), common.Line(every=0), runs.Interrupt()
     log.write("start", step=start, flags=vars(flags), conversations=len(rows), dropped=dropped | shortened)
     skipped, spent = state.get("skipped", 0), 0.0
     for step in range(start, steps):
@@ -246,7 +247,7 @@ def train(flags, checkpoint):
             log.write("checkpoint", step=done, path=place.name)
         if stopping:
             line.clear()
-            console.say(
+            common.say(
                 f"stopped after step {done}; go on with: python sft.py --out {shlex.quote(str(run))} --resume"
             )
             raise SystemExit(130)
@@ -262,4 +263,4 @@ def train(flags, checkpoint):
 
 
 if __name__ == "__main__":
-    console.run(main)
+    common.run(main)

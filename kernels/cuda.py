@@ -15,7 +15,7 @@ import math
 import ml_dtypes
 import numpy as np
 
-from console import UserError
+from common import UserError
 from kernels.gpu import (  # noqa: F401  what cpu.py has besides operations is among these
     CAPABILITY,
     DEVICE,

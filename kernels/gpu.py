@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 
-from console import UserError, size
+from common import UserError, size
 
 NO_GPU = "" if shutil.which("nvidia-smi") else "no NVIDIA GPU was found, nvidia-smi is missing"
 try:

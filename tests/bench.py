@@ -23,7 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import console  # noqa: E402
+import common  # noqa: E402
 
 ROWS = {  # name: (work, unit, turns, what is held to the target, how, the target)
     "step-4x64": ("training step, 124M, 4 × 64 tokens, fp32", "s", 7, "ratio", "≤", 1.0),
@@ -93,7 +93,7 @@ def compare(row, peer, limit, quick):
             side.end()
             note = side.why or (row == "shakespeare" and "".join(side.said()[-1:]))
             if note:
-                console.say(f"({row}, {name}: {note})")
+                common.say(f"({row}, {name}: {note})")
     result = dict(row=row, work=work, unit=unit, ours=ours.median(), peer=theirs.median(), ratio=None)
     if None not in (result["ours"], result["peer"]):
         result["ratio"] = result["ours"] / result["peer"]
@@ -112,9 +112,9 @@ def peer_python(given):
             if python and subprocess.call([python, "-c", "import torch"], stderr=subprocess.DEVNULL) == 0:
                 return python
         except OSError as error:
-            raise console.UserError(f"{python} cannot be run: {error.strerror}; name a Python") from None
+            raise common.UserError(f"{python} cannot be run: {error.strerror}; name a Python") from None
     if given:
-        raise console.UserError(f"{given} has no torch; name a Python that has it, or none")
+        raise common.UserError(f"{given} has no torch; name a Python that has it, or none")
     return None
 
 
@@ -142,11 +142,11 @@ def machine(peer):
 def shown(value, unit):
     if value is None:
         return "not measured"
-    return f"{console.count(value) if unit == 'tok/s' else format(value, '.2f')} {unit}"
+    return f"{common.count(value) if unit == 'tok/s' else format(value, '.2f')} {unit}"
 
 
 def parser():
-    flags = console.Parser(prog="bench.py", description=__doc__)
+    flags = common.Parser(prog="bench.py", description=__doc__)
     flags.add_argument("--only", metavar="ROW,...", help=f"of {', '.join(ROWS)}")
     words = "a Python with torch and transformers; if not given this one, or $PEER_PYTHON"
     flags.add_argument("--peer-python", metavar="PATH", help=words)
@@ -161,7 +161,7 @@ def main(argv=None):
     rows = flags.only.split(",") if flags.only else list(ROWS)
     for row in rows:
         if row not in ROWS:
-            raise console.UserError(f"--only {row}: there is no such row; choose from {', '.join(ROWS)}")
+            raise common.UserError(f"--only {row}: there is no such row; choose from {', '.join(ROWS)}")
     if flags.profile:
         sys.exit(subprocess.call([*OURS, "profile"], env=OUR_PATH))
     peer, limit = peer_python(flags.peer_python), "10" if flags.quick else "100"
@@ -182,4 +182,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    console.run(main)
+    common.run(main)

@@ -26,7 +26,7 @@ from pathlib import Path
 import bench
 import numpy as np
 
-import console  # isort: skip  (bench.py says where it is)
+import common  # isort: skip  (bench.py says where it is)
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "kernels" / "RESULTS.md"
@@ -601,9 +601,9 @@ def share(section, later, left):
 
 
 def parser():
-    flags = console.Parser(prog="bench_gpu.py", description=__doc__)
+    flags = common.Parser(prog="bench_gpu.py", description=__doc__)
     flags.add_argument("--only", metavar="SECTION,...", help=f"of {', '.join(SECTIONS)}")
-    limit = console.number(float, above=0)
+    limit = common.number(float, above=0)
     flags.add_argument("--seconds", type=limit, default=BUDGET, metavar="N", help="for all of it")
     words = "a Python with torch; if not given this one, or $PEER_PYTHON"
     flags.add_argument("--peer-python", metavar="PATH", help=words)
@@ -619,9 +619,9 @@ def main(argv=None):
     sections = flags.only.split(",") if flags.only else list(SECTIONS)
     for section in sections:
         if section not in SECTIONS:
-            raise console.UserError(f"--only {section}: no such section; choose from {', '.join(SECTIONS)}")
+            raise common.UserError(f"--only {section}: no such section; choose from {', '.join(SECTIONS)}")
     if flags.write and flags.emulator:
-        raise console.UserError("--write is for what a GPU measured; leave out --emulator, or use --out")
+        raise common.UserError("--write is for what a GPU measured; leave out --emulator, or use --out")
     if "ceilings" not in sections:
         sections = ["ceilings", *sections]  # shares and floors are of them
     settings, until = (TINY, began + 1e6) if flags.emulator else (D12, began + flags.seconds)
@@ -639,8 +639,8 @@ def main(argv=None):
             sides[1].ask(**about)
         card, *torch = (side.answer(settings["limit"]) for side in sides)
         if "failed" in card:
-            raise console.UserError(card["failed"].partition(": ")[2] or card["failed"])
-        card["memory"] = console.size(card["memory"])
+            raise common.UserError(card["failed"].partition(": ")[2] or card["failed"])
+        card["memory"] = common.size(card["memory"])
         card["date"] = datetime.datetime.now().astimezone().isoformat(" ", "minutes")
         card["torch"] = torch[0].get("torch", torch[0].get("failed")) if torch else "none, see --peer-python"
         theirs = sides[1] if torch and "torch" in torch[0] else None
@@ -654,7 +654,7 @@ def main(argv=None):
     print(f"\n## Targets\n\n{report.targets()}")
     wrong, notes = report.failures("wrong"), report.failures("notes")
     if wrong or notes:
-        console.say("\n".join(["failed, or had no time:", *wrong, *notes]))
+        common.say("\n".join(["failed, or had no time:", *wrong, *notes]))
     if wrong:
         sys.exit(1)
 
@@ -684,4 +684,4 @@ def measure(report, sections, settings, ours, theirs, until, flags):
 
 
 if __name__ == "__main__":
-    console.run(main)
+    common.run(main)

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 import data
+import distributed
 import generate
 import gpt2
 import runs
 import train
-import workers
 
 ROOT = Path(__file__).resolve().parent.parent
 D12 = gpt2.GPT2Config()
@@ -37,7 +37,7 @@ RECIPE = """
 def training(config, B, T, n=1):
     """A function that trains for n steps and returns the seconds of one."""
     model = gpt2.GPT2(config)
-    team = workers.Workers(model, {"windows": train.share_of_windows})  # as train.py does
+    team = distributed.Workers(model, {"windows": train.share_of_windows})  # as train.py does
     optimizer = gpt2.AdamW(model)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(B, T + 1))
 
@@ -82,7 +82,7 @@ def sampling(B, prompt=32, new=64):
     def sample(model, share):
         return [len(row.ids) for row in generate.generate(model, share, new, temperature=1.0, seed=1)]
 
-    team = workers.Workers(model, {"sample": sample})
+    team = distributed.Workers(model, {"sample": sample})
     prompts = np.random.default_rng(0).integers(SMALL.vocab_size, size=(B, prompt)).tolist()
 
     def measure():

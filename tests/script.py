@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 from types import SimpleNamespace
 
-import console
+import common
 
 
 def run(main, *argv):
@@ -13,7 +13,7 @@ def run(main, *argv):
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            console.run(lambda: main([str(arg) for arg in argv]))
+            common.run(lambda: main([str(arg) for arg in argv]))
         except SystemExit as end:
             status = end.code or 0
     return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())

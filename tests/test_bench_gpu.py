@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gpt2
-from console import UserError
+from common import UserError
 
 HERE = Path(__file__).parent
 CARD = {"card": "NVIDIA H200", "logits": 1 << 28, "versions": {"matmul": ["naive"]}}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import chat
 from chat import Host, checked, fit, parts, prompt, read, render, text_of
-from console import UserError
+from common import UserError
 from tokenizer import CHAT_TOKENS, EOT, Tokenizer
 
 BYTES = Tokenizer.bytes()

@@ -15,17 +15,30 @@ from pathlib import Path
 import pytest
 import script
 
-import console
+import common
 
-ROOT = Path(console.__file__).parent
-SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "kernels").glob("*.py")])
-SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if "\ndef parser(" in path.read_text()]
+ROOT = Path(common.__file__).parent
+PACKAGES = ("kernels", "tasks", "extras")
+SOURCES = sorted([*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).glob("*.py"))])
+
+
+def module_name(path):
+    """train.py is "train", extras/serve.py "extras.serve"."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def command_of(name):
+    """How a user starts the script of this name."""
+    return f"python -m {name}" if "." in name else f"python {name}.py"
+
+
+SCRIPTS = [module_name(path) for path in SOURCES if "\ndef parser(" in path.read_text()]
 MINIMAL = {
     "sample": ["DIR"],
-    "plot": ["RUN"],
+    "extras.plot": ["RUN"],
     "tokenizer": ["text"],
-    "serve": ["RUN"],
-    "reward": ["train"],
+    "extras.serve": ["RUN"],
+    "extras.rlhf": ["train"],
 }  # what a script cannot do without
 
 
@@ -46,20 +59,21 @@ def understands(name, argv):
 
 
 def test_the_scripts_are_found():
-    assert {"train", "sample", "data", "plot", "tokenizer"} <= set(SCRIPTS)
-    for path in ROOT.glob("*.py"):
-        is_script = '__name__ == "__main__"' in path.read_text()
-        assert is_script == (path.stem in SCRIPTS), (
-            f"{path.name} should have parser(), main() and console.run"
+    assert {"train", "sample", "data", "tokenizer", "tasks.problems", "extras.plot"} <= set(SCRIPTS)
+    for path in SOURCES:
+        text, is_script = path.read_text(), module_name(path) in SCRIPTS
+        assert ('__name__ == "__main__"' in text) == is_script, (
+            f"{path.name}: parser(), main() and common.run"
         )
-    for name in SCRIPTS:
-        assert (ROOT / f"{name}.py").read_text().rstrip().endswith(("console.run(main)", "\n    run(main)"))
+        assert not is_script or text.rstrip().endswith(("common.run(main)", "\n    run(main)")), path.name
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What is written about commands
 
-COMMAND = re.compile(r"(?:python3?|\$\(PY\)|\.venv/bin/python) (\w+)\.py\b([^`\n]*)")
+COMMAND = re.compile(
+    r"(?:python3?|\$\(PY\)|\.venv/bin/python) (?:-m ((?:tasks|extras)\.\w+)|(\w+)\.py)\b([^`\n]*)"
+)
 WORDS = re.compile(
     r"""(?:"[^"]*"|'[^']*'|(?!\s{3}|\s[#|>[]|&&|;|[.,:)]+(?:\s|$)).)*"""
 )  # the arguments end there
@@ -67,8 +81,8 @@ WORDS = re.compile(
 
 def commands(text):
     """(script, arguments) of every command in a text, up to a comment, a pipe or a column of explanation."""
-    for name, rest in COMMAND.findall(text.replace("\\\n", " ")):
-        yield name, shlex.split(WORDS.match(rest)[0].replace("…", ""))
+    for module_run, script_run, rest in COMMAND.findall(text.replace("\\\n", " ")):
+        yield module_run or script_run, shlex.split(WORDS.match(rest)[0].replace("…", ""))
 
 
 def readme():
@@ -83,8 +97,8 @@ def assert_understood(name, argv, where):
         return
     try:
         understands(name, argv)
-    except console.UserError as error:
-        pytest.fail(f"{where} says python {name}.py {shlex.join(argv)}, but: {error}")
+    except common.UserError as error:
+        pytest.fail(f"{where} says {command_of(name)} {shlex.join(argv)}, but: {error}")
 
 
 def test_commands_of_the_readme_work():
@@ -103,7 +117,8 @@ def test_commands_and_targets_in_the_readme_and_the_makefile_agree():
         passed = re.search(r"""ARGS=(?:'((?:[^'])*)'|"([^"]*)")""", rest.replace('\\"', '"'))
         if passed and (called := COMMAND.search(targets[target])):
             argv = shlex.split(passed.group(1) or passed.group(2))
-            assert_understood(called.group(1), MINIMAL.get(called.group(1), []) + argv, f"make {target}")
+            name = called.group(1) or called.group(2)
+            assert_understood(name, MINIMAL.get(name, []) + argv, f"make {target}")
     for target in re.search(r"^\.PHONY: (.*)$", makefile, re.M).group(1).split():
         assert target in targets
 
@@ -115,7 +130,7 @@ def test_commands_of_the_makefile_work(resumed):
     text = text.replace("$(RUN)", "runs/factbook").replace("$(SFT)", "runs/sft").replace("$(RL)", "runs/rl")
     text = text.replace("$(FACTS)", "factbook=1").replace("$(SEED)", "42").replace("$(RLHF)", "runs/rlhf")
     found = [(name, argv) for name, argv in commands(text) if name in SCRIPTS]
-    assert {"train", "sample", "data", "plot"} <= {name for name, _ in found}
+    assert {"train", "sample", "data", "extras.plot"} <= {name for name, _ in found}
     assert (["--resume"] in [argv[-1:] for name, argv in found if name == "train"]) == resumed
     for name, argv in found:
         assert not any("$" in word for word in argv), argv
@@ -128,7 +143,7 @@ def test_commands_of_the_help_work(name):
         module(name).__doc__ + module(name).parser().format_help().split("\noptions:")[0].split("\n\n", 1)[1]
     )
     for called, argv in commands(text):
-        assert_understood(called, argv, f"{name}.py's help")
+        assert_understood(called, argv, f"the help of {name}")
 
 
 def test_commands_and_flags_in_our_own_messages_exist():
@@ -184,14 +199,14 @@ def test_abbreviations_are_refused(name):
         if short in known:
             continue
         short += "" if action.nargs == 0 else "=1"
-        with pytest.raises(console.UserError, match=re.escape(short)):
+        with pytest.raises(common.UserError, match=re.escape(short)):
             understands(name, [*MINIMAL.get(name, []), short])
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_flag_that_does_not_exist_is_one_line(name):
     done = script.run(module(name).main, *MINIMAL.get(name, []), "--no-such-flag=1")
-    assert script.refused(done, "--no-such-flag", f"{name}.py --help")
+    assert script.refused(done, "--no-such-flag", f"{command_of(name).removeprefix('python ')} --help")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -234,7 +249,7 @@ def test_ctrl_c_while_data_is_read_is_no_traceback(tmp_path):
     ready = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # also below a shell's `&`
     )
-    command = [sys.executable, "-c", f"{ready}; import console, data; console.run(data.main)"]
+    command = [sys.executable, "-c", f"{ready}; import common, data; common.run(data.main)"]
     process = subprocess.Popen(
         [*command, "text", "-", "--out", str(tmp_path / "out")],
         cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -253,7 +268,7 @@ NUMBERS += [(float, "1e-3", 0.001), (float, "2", 2.0), (float, "-0.5", -0.5)]
 
 @pytest.mark.parametrize("kind, text, value", NUMBERS)
 def test_numbers(kind, text, value):
-    parsed = console.number(kind)(text)
+    parsed = common.number(kind)(text)
     assert parsed == value and type(parsed) is kind
 
 
@@ -261,20 +276,20 @@ def test_numbers(kind, text, value):
 @pytest.mark.parametrize("text", ["", "x", "nan", "inf", "-inf", "1e999", "1" + "0" * 5000, "0x10", "1,5"])
 def test_what_is_no_number(kind, text):
     with pytest.raises(argparse.ArgumentTypeError, match="is not a"):
-        console.number(kind)(text)
+        common.number(kind)(text)
 
 
 def test_bounds():
-    parse = console.number(float, low=0, high=1)
+    parse = common.number(float, low=0, high=1)
     assert parse("0") == 0 and parse("1") == 1
     for text, words in (("-0.1", "at least 0"), ("1.1", "at most 1")):
         with pytest.raises(argparse.ArgumentTypeError, match=words):
             parse(text)
     with pytest.raises(argparse.ArgumentTypeError, match="greater than 0"):
-        console.number(float, above=0)("0")
+        common.number(float, above=0)("0")
     for text in ("1.5", "1.5e0", "1e-1"):
         with pytest.raises(argparse.ArgumentTypeError, match="not a whole number"):
-            console.number(int)(text)
+            common.number(int)(text)
 
 
 def test_errors_of_the_system_are_one_line_with_a_remedy_and_bugs_are_not_hidden(tmp_path):
@@ -292,10 +307,10 @@ def test_errors_of_the_system_are_one_line_with_a_remedy_and_bugs_are_not_hidden
 
 
 def test_sizes_and_durations_as_a_person_reads_them():
-    assert [console.count(n) for n in (7, 999, 1000, 1234567, 999_999, 3e12)] == [
+    assert [common.count(n) for n in (7, 999, 1000, 1234567, 999_999, 3e12)] == [
         "7", "999", "1k", "1.23M", "1000k", "3T"]  # fmt: skip
-    assert [console.size(n) for n in (0, 999, 4_900_000, 2e9)] == ["0 B", "999 B", "4.9 MB", "2 GB"]
-    assert [console.duration(s) for s in (8.24, 59, 60, 245, 7380, 9 * 86400 + 4 * 3600)] == [
+    assert [common.size(n) for n in (0, 999, 4_900_000, 2e9)] == ["0 B", "999 B", "4.9 MB", "2 GB"]
+    assert [common.duration(s) for s in (8.24, 59, 60, 245, 7380, 9 * 86400 + 4 * 3600)] == [
         "8.2s", "59s", "1m00s", "4m05s", "2h03m", "9d04h"]  # fmt: skip
 
 
@@ -303,18 +318,17 @@ def test_sizes_and_durations_as_a_person_reads_them():
 # The house
 
 FLOORS = [  # a file may import those of the floors below its own; a new file gets its place here
-    {"console"},
+    {"common"},
     {"files", "kernels"},
-    {"runs", "tokenizer", "factbook", "distributed"},
-    {"data", "gpt2", "plot", "facts"},
-    {"tools", "batches", "constrain", "workers", "generate"},
-    {"chat", "tasks"},
-    {"train", "mixture"},
+    {"runs", "tokenizer", "factbook"},
+    {"data", "gpt2", "extras.plot", "tasks.factbook", "distributed"},
+    {"tools", "batches", "extras.constrain", "generate"},
+    {"chat", "tasks.problems"},
+    {"train", "tasks.conversations"},
     {"talk", "exam", "attempts"},
-    {"serve", "reward"},
+    {"extras.serve", "extras.rlhf"},
     {"sample", "sft", "rl"},
 ]
-UPSTAIRS = {("sft", "train"), ("rl", "train")}  # of one script by another, as DESIGN allows
 
 
 def imported(path):
@@ -324,18 +338,22 @@ def imported(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: a relative import"
-            yield node.module
+            in_package = node.module in PACKAGES and node.module != "kernels"
+            yield from (
+                (f"{node.module}.{alias.name}" for alias in node.names) if in_package else [node.module]
+            )
 
 
 def test_imports_go_down_only():
     floor = {name: level for level, names in enumerate(FLOORS) for name in names}
     for path in SOURCES:
-        name = "kernels" if path.parent.name == "kernels" else path.stem
+        name = "kernels" if path.parent.name == "kernels" else module_name(path)
+        if path.name == "__init__.py" and name != "kernels":
+            continue
         assert name in floor, f"{path.name} is on no floor: where does it belong?"
-        for other in {full.split(".")[0] for full in imported(path)} & set(floor) - {name}:
+        others = {"kernels" if full.startswith("kernels") else full for full in imported(path)}
+        for other in others & set(floor) - {name}:
             assert floor[other] < floor[name], f"{path.name} imports {other}: that is not downwards"
-            if other in ("train", "sample", "sft", "rl"):
-                assert (name, other) in UPSTAIRS, f"{path.name} imports {other}"
 
 
 def test_there_is_no_framework():
@@ -350,7 +368,7 @@ def test_there_is_no_framework():
         "ml_dtypes",
         "reasoning_gym",  # an extra, of problems
     }
-    allowed |= set(sys.stdlib_module_names) | {path.stem for path in ROOT.glob("*.py")} | {"kernels"}
+    allowed |= set(sys.stdlib_module_names) | {path.stem for path in ROOT.glob("*.py")} | set(PACKAGES)
     for path in SOURCES:
         assert {full.split(".")[0] for full in imported(path)} <= allowed, path.name
         assert not re.search(r"""import_module\(["']torch""", path.read_text(encoding="utf-8"))
@@ -360,8 +378,7 @@ def test_what_is_imported_is_required():
     required = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.M)
     used = {full.split(".")[0] for path in SOURCES for full in imported(path)}
     assert set(required) <= used, "a requirement that nothing uses"
-    assert used - set(sys.stdlib_module_names) - {p.stem for p in SOURCES} - {
-        "kernels",
+    assert used - set(sys.stdlib_module_names) - {p.stem for p in SOURCES} - set(PACKAGES) - {
         "cupy",
         "ml_dtypes",
         "reasoning_gym",  # an extra

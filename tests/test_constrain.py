@@ -14,11 +14,11 @@ import regex as partial_regex
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import constrain
 import gpt2
 import sample
-from console import UserError
-from constrain import Guide, choices, regex
+from common import UserError
+from extras import constrain
+from extras.constrain import Guide, choices, regex
 from tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes()

@@ -14,7 +14,7 @@ import pytest
 import test_kernels as reference
 from test_kernels import CASES, Memory, case, drawn, forward, gradients, tokens
 
-from console import UserError
+from common import UserError
 from kernels import cpu
 from kernels.sampling import filtered_probabilities
 

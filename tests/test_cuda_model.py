@@ -23,7 +23,7 @@ import gpt2
 import kernels
 import sample
 import train
-from console import UserError
+from common import UserError
 
 cuda = card.cuda()
 XP, gpu = cuda.xp, sys.modules[cuda.launch.__module__]

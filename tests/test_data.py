@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import data
 import factbook
 import files
-from console import UserError
+from common import UserError
 from tokenizer import Tokenizer
 
 HOUSE = Path(__file__).parent.parent

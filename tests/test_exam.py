@@ -7,12 +7,12 @@ import script
 
 import chat
 import exam
-import facts
 import gpt2
-import mixture
 import sft
+import tasks.conversations as mixture
+import tasks.factbook as facts
 import tools
-from console import UserError
+from common import UserError
 from tokenizer import Tokenizer
 
 WORDS = {

@@ -17,7 +17,7 @@ import script
 
 import files
 import runs
-from console import UserError
+from common import UserError
 
 ROOT = Path(files.__file__).parent
 

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 import gpt2
-from console import UserError
+from common import UserError
 from gpt2 import GPT2, AdamW, GPT2Config
 from kernels import threads as pool
 

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 import attempts
 import batches
 import chat
+import distributed
 import gpt2
 import rl
 import runs
-import tasks
-import workers
-from console import UserError
+import tasks.problems as tasks
+from common import UserError
 from tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes()
@@ -573,7 +573,7 @@ def test_a_run_says_writes_and_logs_what_it_does(start, tmp_path):
 
 def test_attempts_are_green_and_red_on_a_terminal(two_armed, monkeypatch):
     group = sampled(two_armed)[0]
-    monkeypatch.setattr(attempts.console, "colour", lambda: True)
+    monkeypatch.setattr(attempts.common, "colour", lambda: True)
     lines = attempts.show(BYTES, group).splitlines()[1:]
     for line, attempt in zip(lines, group, strict=True):
         assert line.startswith("\033[32m" if attempt.correct else "\033[31m") and line.endswith("\033[0m")
@@ -658,7 +658,7 @@ def test_shared_out_the_attempts_are_the_same(calculating, size):
     problems = [Choice() for _ in range(5)]
     alone = attempts.sample(calculating, BYTES, problems, 4, 30, 7, first=100)
     work = {"sample": lambda model, share: attempts.sample(model, BYTES, *share)}
-    team = workers.Workers(calculating, work, size)
+    team = distributed.Workers(calculating, work, size)
     together = attempts.shared_out(team, problems, 4, 30, 7, first=100)
     team.close()
     assert [[a.said for a in group] for group in together] == [[a.said for a in group] for group in alone]

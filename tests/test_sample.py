@@ -20,10 +20,10 @@ import chat
 import gpt2
 import kernels
 import sample
-import serve
 import talk
-import tasks
-from console import UserError
+import tasks.problems as tasks
+from common import UserError
+from extras import serve
 from generate import Completion, generate, release
 from kernels import sampling
 from tokenizer import Tokenizer

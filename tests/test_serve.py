@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_talk import ANSWER, BYTES, assistant, folded, pairs, random_model, speaker, user
 
-import serve
+from extras import serve
 from tokenizer import CHAT_TOKENS, Tokenizer
 
 EVIL = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>&amp;\N{GRINNING FACE}"
@@ -440,7 +440,8 @@ def checkpoint(tmp_path_factory):
 def test_the_script_serves_until_ctrl_c(checkpoint):
     command = [
         sys.executable,
-        serve.__file__,
+        "-m",
+        "extras.serve",
         checkpoint.parent,
         "--port",
         "0",
@@ -451,7 +452,8 @@ def test_the_script_serves_until_ctrl_c(checkpoint):
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # it may be ignored, and so in the child
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    root = Path(serve.__file__).parents[1]
+    child = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, before)
     try:
         line = child.stdout.readline()

@@ -22,10 +22,10 @@ from test_sample import Fake
 
 import chat
 import gpt2
-import mixture
 import talk
+import tasks.conversations as mixture
 import tools
-from console import UserError
+from common import UserError
 from tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes()

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import chat
-import tasks
-from console import UserError
-from tasks import Problem, problems
+import tasks.problems as tasks
+from common import UserError
+from tasks.problems import Problem, problems
 from tools import calculate
 
 LEVELS = [(name, level) for name, levels in tasks.TASKS.items() for level in levels]
@@ -277,7 +277,7 @@ def test_decimals_are_compared_right():
 
 
 def test_facts_have_their_split_and_their_answer():
-    import facts  # noqa: PLC0415 -- only here
+    import tasks.factbook as facts  # noqa: PLC0415 -- only here
 
     capitals = {p.key: p.answer for p in some("factbook", 1, 3000) + some("factbook", 1, 1500, "test")}
     assert capitals["France|capital"] == "Paris" and capitals["Germany|internet code"] == ".de"
@@ -585,7 +585,7 @@ def test_the_pin_in_the_message_is_that_of_the_tests():
     from pathlib import Path  # noqa: PLC0415 -- only here
 
     root = Path(tasks.__file__).parent
-    (pin,) = set(re.findall(r"reasoning-gym==[\d.]+", (root / "tasks.py").read_text(encoding="utf-8")))
+    (pin,) = set(re.findall(r"reasoning-gym==[\d.]+", (root / "problems.py").read_text(encoding="utf-8")))
     assert pin in (root / "requirements-gym.txt").read_text(encoding="utf-8")
 
 

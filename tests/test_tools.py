@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import factbook
 import tools
-from console import UserError
+from common import UserError
 from tools import Search, calculate
 
 # ------------------------------------------------------------------------------------------- the calculator

@@ -23,13 +23,13 @@ import script
 from hypothesis import given
 from hypothesis import strategies as st
 
-import console
+import common
 import data
 import gpt2
-import plot
 import runs
 import train
-from console import UserError
+from common import UserError
+from extras import plot
 from kernels import cpu
 from tokenizer import Tokenizer
 from train import Outliers, Windows, evaluation_batches, learning_rate
@@ -542,11 +542,11 @@ def test_a_run_begins_with_short_rows_and_goes_on_bit_for_bit(start, tmp_path, m
 
 
 SLOW = """
-import signal, sys, time, gpt2, train, console
+import signal, sys, time, gpt2, train, common
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also below a shell's `&`, which ignores Ctrl-C
 step, seconds = gpt2.AdamW.update, float(sys.argv.pop(1))
 gpt2.AdamW.update = lambda *args: (time.sleep(seconds), step(*args))[1]
-console.run(train.main)
+common.run(train.main)
 """
 
 
@@ -846,7 +846,7 @@ def test_plot_says_what_is_no_run(tmp_path):
 
 
 def test_console_line_is_plain_where_there_is_no_terminal(capsys):
-    line = console.Line(every=0)
+    line = common.Line(every=0)
     line.show("one")
     line.show("two")
     line.clear("three")

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from script import refused, run
 
 import chat
-import facts
-import mixture
-import tasks
+import tasks.conversations as mixture
+import tasks.factbook as facts
+import tasks.problems as tasks
 import tools
-from console import UserError
+from common import UserError
 from tokenizer import Tokenizer
 
 FRANCE = {fact.field: fact for fact in facts.facts() if fact.country == "France"}

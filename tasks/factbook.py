@@ -2,7 +2,8 @@
 
 all_facts() has one for every country and field, in the words of conversations.jsonl; matches() says whether
 an answer tells it. A fifth of them, drawn by their name, is never asked about in training. Read factbook.py,
-which has the paragraphs, before this file and mixture.py, which makes conversations of the facts, after it.
+which has the paragraphs, before this file and tasks/conversations.py, which makes conversations of the facts,
+after it.
 """
 
 import functools
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import factbook
-from console import UserError
+from common import UserError
 
 # What a paragraph is called, and where in it the value stands, after "Capital of France: ".
 NAME, PERSON = r"([A-Z][a-z]+(?: [A-Z][a-z]+)*)", r"([A-Z][^(;,]+?)(?= \(since)"

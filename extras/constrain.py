@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from console import UserError
+from common import UserError
 
 try:
     from re import _compiler, _parser

@@ -1,6 +1,6 @@
 """A web page to talk with a model, for this machine alone: http.server, one HTML file, no other library.
 
-    python serve.py RUN                     then open the address that it prints
+    python -m extras.serve RUN                     then open the address that it prints
 
 The browser keeps the conversation and sends all of it with every question; the answer comes back, while it
 is made, as server-sent events. Only the page that this server has sent may ask: any other that is open in
@@ -22,7 +22,7 @@ import threading
 from pathlib import Path
 
 from chat import checked, render
-from console import Parser, UserError, number, run, say
+from common import Parser, UserError, number, run, say
 from generate import load
 from talk import TOOLS, Assistant
 from tokenizer import visible
@@ -171,7 +171,9 @@ def serve(model, tokenizer, name, port=8000, **settings):
 
 
 def parser():
-    flags = Parser(prog="serve.py", description="A web page to talk with a model, for this machine alone.")
+    flags = Parser(
+        prog="python -m extras.serve", description="A web page to talk with a model, for this machine alone."
+    )
     flags.add_argument("directory", metavar="RUN", help="a run (its newest checkpoint) or a checkpoint")
     add = flags.add_argument_group("page").add_argument
     add("--port", metavar="N", type=number(int, low=0, high=65535), default=8000, help="0: any that is free")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import batches
+import distributed
 import gpt2
-import workers
-from console import UserError
+from common import UserError
 
 CONFIG = gpt2.GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=40, vocab_size=50)
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork as Linux has it")
@@ -31,7 +31,7 @@ def team():
 
     def make(size, **functions):
         model = gpt2.GPT2(CONFIG, dtype="float64")
-        made.append(workers.Workers(model, {"accumulate": batches.share_of_rows} | functions, size))
+        made.append(distributed.Workers(model, {"accumulate": batches.share_of_rows} | functions, size))
         return made[-1]
 
     yield make
@@ -102,5 +102,5 @@ def test_a_process_that_was_killed_is_said(team):
 
 
 def test_large_models_have_threads_instead(monkeypatch):
-    monkeypatch.setattr(workers, "SMALL", 10)
-    assert workers.Workers(gpt2.GPT2(CONFIG), {}, 2).size == 1
+    monkeypatch.setattr(distributed, "SMALL", 10)
+    assert distributed.Workers(gpt2.GPT2(CONFIG), {}, 2).size == 1

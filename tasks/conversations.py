@@ -1,12 +1,13 @@
 """What the assistant learns from: conversations of many kinds, each kind a source with its share.
 
-    python mixture.py --num 5                                     some of the default mixture
-    python mixture.py factbook=3,tasks=2,jsonl:my.jsonl=1         some of another one
+    python -m tasks.conversations --num 5                                     some of the default mixture
+    python -m tasks.conversations factbook=3,tasks=2,jsonl:my.jsonl=1         some of another one
 
 draw() makes n conversations, by share, the same for the same seed, without duplicates, contradictions and the
 questions of the evaluation. A small model learns what is short, regular and can be copied: a call repeats the
 tokens of the question, an answer those of the tool's output. The texts that no template makes stand in
-conversations.jsonl. Read facts.py, tools.py, tasks.py and chat.py before, sft.py after this file.
+conversations.jsonl. Read tasks/factbook.py, tools.py, tasks/problems.py and chat.py before, sft.py after this
+file.
 """
 
 import functools
@@ -18,12 +19,12 @@ from collections import Counter
 from pathlib import Path
 
 import chat
-import console
+import common
 import files
-import tasks
+import tasks.problems as tasks
 import tools
-from console import UserError
-from facts import FIELDS, digest, examined, facts, held_out, invented, phrase, plain, probed, texts
+from common import UserError
+from tasks.factbook import FIELDS, digest, examined, facts, held_out, invented, phrase, plain, probed, texts
 
 SOURCES = {"factbook": 17, "identity": 9, "refusal": 2, "chitchat": 3, "tools": 20}  # shares, in percent
 SOURCES |= {"tasks": 10, "stories": 4, "events": 3, "steps-first": 2, "answer-first": 2, "sums": 1}
@@ -33,7 +34,7 @@ SEARCH_SYSTEM = "You can search."  # with it the assistant looks facts up, witho
 DONT_KNOW = "I'm sorry, I don't know"  # so begins every answer to what it cannot know
 TASKS = {"tasks": ("arithmetic", "word", "decimals"), "stories": ("word",)}
 TASKS |= {"steps-first": ("arithmetic", "word"), "answer-first": ("arithmetic", "word")}  # the same problems
-TASKS |= {"spelling": ("spelling",), "counting": ("counting",)}  # what these take from tasks.py
+TASKS |= {"spelling": ("spelling",), "counting": ("counting",)}  # what these take from tasks/problems.py
 LEVELS = dict.fromkeys(("tasks", "steps-first", "answer-first"), (1, 2)) | {"stories": (3,)}  # 4: for rl.py
 CALCULATED = 0.2  # share of the worked problems that the calculator solves
 LONGEST = 5000  # characters of a conversation as JSON; sft.py cuts what its model has no room for
@@ -403,8 +404,10 @@ def objection(conversation, seen, answers):
 
 
 def parser():
-    flags = console.Parser(prog="mixture.py", description="Print what an assistant learns from.")
-    number = console.number
+    flags = common.Parser(
+        prog="python -m tasks.conversations", description="Print what an assistant learns from."
+    )
+    number = common.number
     add = flags.add_argument_group("what").add_argument
     words = "sources with their shares, as in factbook=3,tasks=2,jsonl:PATH=1"
     add("spec", nargs="?", default=DEFAULT, help=words)
@@ -433,8 +436,8 @@ def main(argv=None):
             shown = [p["text"] if p["type"] == "text" else f"[{p['type']}{p['text']}] " for p in parts]
             print(f"{turn['role']}: {''.join(shown)}")
         print()
-    console.say(f"dropped: {', '.join(f'{n} {why}' for why, n in dropped.items()) or 'nothing'}")
+    common.say(f"dropped: {', '.join(f'{n} {why}' for why, n in dropped.items()) or 'nothing'}")
 
 
 if __name__ == "__main__":
-    console.run(main)
+    common.run(main)

@@ -15,7 +15,7 @@ import sys
 
 import numpy as np
 
-from console import UserError
+from common import UserError
 from kernels import threads
 
 SMALL = 1 << 24  # parameters: a larger model keeps both cores busy within every operation

@@ -1,11 +1,12 @@
 """Problems whose answers can be checked: a prompt, a worked solution, the answer, and a verifier.
 
-    python tasks.py                            what there is
-    python tasks.py word --level 2 --num 5     a few; also gsm8k:PATH and reasoning_gym:NAME
+    python -m tasks.problems                            what there is
+    python -m tasks.problems word --level 2 --num 5     a few; also gsm8k:PATH and reasoning_gym:NAME
 
 sft.py learns from the solutions, rl.py rewards attempts that verify() finds right. A seed draws the problems;
 a hash of its content alone says whether one is for training or for testing. Solutions take small steps: one
-token cannot think for long, but it sees those before it. Read tools.py and facts.py before, mixture.py after.
+token cannot think for long, but it sees those before it. Read tools.py and tasks/factbook.py before,
+tasks/conversations.py after.
 """
 
 import functools
@@ -20,10 +21,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import console
+import common
 import factbook
-from console import UserError
-from facts import all_facts, held_out, plain
+from common import UserError
+from tasks.factbook import all_facts, held_out, plain
 from tools import calculate
 
 # {name: levels}. A level counts digits, steps, operations, letters (counting's last: dots), decimals.
@@ -383,7 +384,7 @@ def known(level):
 
 
 def fact(rng, level, wording):
-    """A question about a country; the split is that of facts.py."""
+    """A question about a country; the split is that of tasks/factbook.py."""
     one = rng.choice(known(level))
     what, _, answer = one.found[4:].removesuffix(".").partition(" is ")  # "The capital of France is Paris."
     return f"{one.country}|{one.field}", wording.format(what=what), f"{one.found}\nAnswer: {answer}", answer
@@ -459,8 +460,10 @@ def judged(dataset, entry, given):
 
 
 def parser():
-    flags = console.Parser(prog="tasks.py", description="Show problems with their worked solutions.")
-    count = functools.partial(console.number, int)
+    flags = common.Parser(
+        prog="python -m tasks.problems", description="Show problems with their worked solutions."
+    )
+    count = functools.partial(common.number, int)
     add = flags.add_argument_group("task").add_argument
     add("name", nargs="?", help="a task; none: what there is")
     add = flags.add_argument_group("which problems").add_argument
@@ -489,4 +492,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    console.run(main)
+    common.run(main)

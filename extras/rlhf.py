@@ -1,16 +1,16 @@
 """RLHF in small: where no verifier can say what is right, a reward model learns what people prefer.
 
-    python reward.py manners    write conversations: worked solutions as different people would say them
+    python -m extras.rlhf manners    write conversations: worked solutions as different people would say them
     python sft.py --init-from runs/sft --data jsonl:runs/rlhf-manners.jsonl --out runs/rlhf-manners --epochs 1
-    python reward.py train      make runs/rlhf-reward: a model of which of its answers people prefer
+    python -m extras.rlhf train      make runs/rlhf-reward: a model of which of its answers people prefer
     python rl.py --reward model --init-from runs/rlhf-manners --out runs/rlhf --task decimals --level 1-2
-    python reward.py dpo        make runs/rlhf-dpo: the same without a reward model
+    python -m extras.rlhf dpo        make runs/rlhf-dpo: the same without a reward model
 
 `make rlhf` does the first four. People are slow: here true_score() prefers what is right, polite and short.
 The reward model learns from its orderings of eight answers (Ouyang et al. 2022, InstructGPT), and the policy
 gradient pleases that model. With the reward the true score rises, and then it falls while the reward still
-rises: the assistant has found what the reward model wrongly loves. `python plot.py runs/rlhf` shows both;
-runs/rlhf/best is the assistant from before the fall; --kl holds it back.
+rises: the assistant has found what the reward model wrongly loves. `python -m extras.plot runs/rlhf` shows
+both; runs/rlhf/best is the assistant from before the fall; --kl holds it back.
 """
 
 import itertools
@@ -25,13 +25,13 @@ import numpy as np
 import attempts
 import batches
 import chat
-import console
+import common
 import gpt2
-import mixture
 import runs
-import tasks
+import tasks.conversations as mixture
+import tasks.problems as tasks
 from attempts import mean
-from console import UserError, duration, number
+from common import UserError, duration, number
 
 # ------------------------------------------------------------------------------------ what "people" prefer
 
@@ -146,13 +146,13 @@ def compare(flags, model, tokenizer, optimizer, tested):
     """train and dpo: update(step, lr) and examine(), both with the assistant's own answers in order."""
     talk = lambda some: attempts.sample(model, tokenizer, some, flags.attempts, flags.max_tokens, flags.seed)
     asked = list(questions(flags, "train", flags.questions))
-    console.say(f"asking {len(asked)} questions and {len(tested)} held-out ones, {flags.attempts} times each")
+    common.say(f"asking {len(asked)} questions and {len(tested)} held-out ones, {flags.attempts} times each")
     groups, others = talk(asked), talk(tested)
     groups = [group for group in groups if orderings([group])]
     if not groups or not orderings(others):
         raise UserError("no answer is better than another; give more --questions or another --task")
     for attempt in sorted(groups[0], key=true_score, reverse=True):
-        console.say(f"{true_score(attempt):.2f}  {chat.text_of(attempt.parts)!r}")
+        common.say(f"{true_score(attempt):.2f}  {chat.text_of(attempt.parts)!r}")
     if flags.what == "train":
         value, held_out = lambda some: rewards(model, tokenizer, some), list(flat(others))
         rows = lambda some, pull: reward_rows(tokenizer, some, pull)
@@ -189,7 +189,7 @@ STAGES = {  # what each begins with, what it writes, its --questions, --steps an
 
 
 def parser():
-    flags = console.Parser(prog="reward.py", description=__doc__)
+    flags = common.Parser(prog="python -m extras.rlhf", description=__doc__)
     whole, real = number(int, low=1), number(float, above=0)
     flags.add_argument("what", choices=STAGES, help="which of these stages")
     add = flags.add_argument_group("models (if others than above) and questions").add_argument
@@ -223,13 +223,13 @@ def main(argv=None):
         talks = [dict(messages=mixture.turns(p.prompt, dressed(p.solution, rng))) for p in some]
         run.parent.mkdir(parents=True, exist_ok=True)
         run.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
-        return console.say(f"{len(talks)} conversations: {run}")
+        return common.say(f"{len(talks)} conversations: {run}")
     model, tokenizer = attempts.load(flags.init_from, flags)
     optimizer = gpt2.AdamW(model, weight_decay=0.0)
     tested = list(questions(flags, "test", flags.eval_problems))
     update, examine = compare(flags, model, tokenizer, optimizer, tested)
     run.mkdir(parents=True, exist_ok=True)
-    log, line, interrupt = runs.Log(run), console.Line(), runs.Interrupt()
+    log, line, interrupt = runs.Log(run), common.Line(), runs.Interrupt()
     words = lambda measures: " | ".join(f"{name} {value:.3f}" for name, value in measures.items())
     log.write("start", step=0, **state)
     began = time.perf_counter()
@@ -256,4 +256,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    console.run(main)
+    common.run(main)

@@ -1,6 +1,6 @@
 """Draw one or several runs, from their log.jsonl, to a PNG: losses, or what rl.py got right.
 
-python plot.py runs/factbook runs/other --out both.png
+python -m extras.plot runs/factbook runs/other --out both.png
 """
 
 from pathlib import Path
@@ -10,12 +10,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-import console
+import common
 import runs
 
 
 def parser():
-    flags = console.Parser(prog="plot.py", description=__doc__)
+    flags = common.Parser(prog="python -m extras.plot", description=__doc__)
     flags.add_argument("runs", nargs="+", metavar="RUN", help="directories of runs")
     flags.add_argument("--out", metavar="PNG", help="where to; plot.png in the first run if not given")
     return flags
@@ -44,7 +44,7 @@ def main(argv=None):
     for i, run in enumerate(flags.runs):
         (training, held_out), above, (x, y), below = curves(runs.read_log(run))
         if not (training[1] or held_out[1] or x):
-            raise console.UserError(f"{run} has no steps to draw yet")
+            raise common.UserError(f"{run} has no steps to draw yet")
         name, color = Path(run).name, f"C{i}"
         top.plot(*training[1:], color=color, alpha=0.4, linewidth=0.8, label=f"{name}, {training[0]}")
         top.plot(*held_out[1:], "o-", color=color, markersize=3, label=f"{name}, {held_out[0]}")
@@ -62,4 +62,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    console.run(main)
+    common.run(main)

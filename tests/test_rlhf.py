@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 import attempts
 import batches
 import chat
+import extras.rlhf as reward
 import gpt2
-import mixture
-import reward
 import rl
 import runs
-import tasks
+import tasks.conversations as mixture
+import tasks.problems as tasks
 from tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes()
