@@ -19,10 +19,8 @@ import batches
 import chat
 import common
 import distributed
-import files
 import gpt2
 import kernels
-import runs
 import tasks.conversations as mixture
 import tasks.problems as tasks
 from common import UserError
@@ -194,7 +192,7 @@ def forget(path, run, step):
     origin = re.compile(rb'"run": %b, "step": (\d+)}\n' % re.escape(json.dumps(Path(run).name).encode()))
     later = lambda line: (found := origin.search(line)) and int(found[1]) > step
     whole = (line for line in lines if line.endswith(b"\n"))
-    files.write_whole(path, b"".join(line for line in whole if not later(line)))
+    common.write_whole(path, b"".join(line for line in whole if not later(line)))
 
 
 def shares(spec, level):
@@ -214,9 +212,9 @@ def shares(spec, level):
 
 def load(directory, flags):
     """Model and tokenizer of a run or checkpoint that can talk."""
-    tokenizer = Tokenizer.load(checkpoint := runs.newest_checkpoint(directory))
+    tokenizer = Tokenizer.load(checkpoint := common.newest_checkpoint(directory))
     chat.prompt(tokenizer, [])  # complains if the model cannot talk
-    if (checkpoint / "state.json").is_file() and "stage" not in runs.read_state(checkpoint):
+    if (checkpoint / "state.json").is_file() and "stage" not in common.read_state(checkpoint):
         raise UserError(
             f"{checkpoint} is no assistant yet: make one of it with sft.py --init-from {directory}"
         )

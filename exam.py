@@ -12,7 +12,6 @@ from pathlib import Path
 
 import chat
 import common
-import files
 import tasks.conversations as mixture
 import tasks.factbook as facts
 import tasks.problems as tasks
@@ -76,7 +75,7 @@ def probe(model, tokenizer, k, seed, path=None):
         what = dict(country=fact.country, field=fact.field, question=fact.questions[0], answer=fact.answer)
         lines.append(what | dict(split=split, rate=right / k))
     if path:
-        files.write_whole(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        common.write_whole(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     for split, what in (("train", "asked about in training"), ("test", "held out")):
         rates = [line["rate"] for line in lines if line["split"] == split]
         known, never = sum(rate > 0.5 for rate in rates), sum(rate == 0 for rate in rates)

@@ -7,9 +7,9 @@ first, where the coin is thrown; talk.py, sample.py and rl.py, which all use it,
 
 import numpy as np
 
+import common
 import gpt2
 import kernels
-import runs
 from common import UserError
 from tokenizer import Tokenizer
 
@@ -21,7 +21,7 @@ def load(directory, flags):
 
     flags.device and flags.dtype say where it shall compute, and in which numbers.
     """
-    checkpoint = runs.newest_checkpoint(directory)
+    checkpoint = common.newest_checkpoint(directory)
     tokenizer = Tokenizer.load(checkpoint)
     model = gpt2.GPT2.from_pretrained(checkpoint, *kernels.choose(flags.device, flags.dtype))
     if tokenizer.vocab_size != model.config.vocab_size:
@@ -30,7 +30,7 @@ def load(directory, flags):
             f"{model.config.vocab_size}; put the tokenizer there that the model was trained with"
         )
     has_state = (checkpoint / "state.json").is_file()  # a directory of Hugging Face's has none
-    return checkpoint, tokenizer, model, has_state and "stage" in runs.read_state(checkpoint)
+    return checkpoint, tokenizer, model, has_state and "stage" in common.read_state(checkpoint)
 
 
 class Completion:

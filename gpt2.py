@@ -20,8 +20,7 @@ import safetensors
 import safetensors.numpy
 
 import kernels
-from common import UserError
-from files import write_whole
+from common import UserError, write_whole
 
 # ------------------------------------------------------------------------------------------------------------
 # Configuration

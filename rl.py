@@ -25,7 +25,6 @@ import batches
 import common
 import extras.rlhf as reward
 import gpt2
-import runs
 import tasks.problems as tasks
 from attempts import log_probabilities, mean
 from common import UserError, duration, number
@@ -201,7 +200,7 @@ def parser():
 def main(argv=None):
     flags, checkpoint = parser().parse_args(argv), None
     if flags.resume:  # with the flags of the run's newest checkpoint, unless given anew
-        checkpoint, before = runs.to_resume(flags.out)
+        checkpoint, before = common.to_resume(flags.out)
         again = parser()
         again.set_defaults(**before)
         flags = again.parse_args(argv)
@@ -219,8 +218,8 @@ def main(argv=None):
     if flags.attempts == 1 and flags.method == "grpo":
         raise UserError("--attempts 1 has nothing to compare with; give 2 or more, or --method best-of")
     if not checkpoint:
-        runs.require_new(flags.out)
-        flags.init_from = str(runs.newest_checkpoint(flags.init_from))  # --kl needs this one to the end
+        common.require_new(flags.out)
+        flags.init_from = str(common.newest_checkpoint(flags.init_from))  # --kl needs this one to the end
     train(flags, checkpoint, mix, tested)
 
 
@@ -233,7 +232,7 @@ def train(flags, checkpoint, mix, tested):
     judge, team = reward.judge(flags, tokenizer), attempts.make_team(model, tokenizer)
     optimizer = gpt2.AdamW(model, weight_decay=0.0)
     if checkpoint:
-        state = runs.read_state(checkpoint)
+        state = common.read_state(checkpoint)
         optimizer.load(checkpoint / "optimizer.safetensors")
     start, n_problems = state.get("step", 0), state.get("problems", 0)
     if start >= flags.steps:
@@ -243,7 +242,7 @@ def train(flags, checkpoint, mix, tested):
     problems = attempts.fitting(model, tokenizer, practice(mix, flags.seed))
     problems = itertools.islice(problems, n_problems, None)  # it goes on where it was
     run.mkdir(parents=True, exist_ok=True)
-    log, line, interrupt = runs.Log(run, start), common.Line(every=0), runs.Interrupt()
+    log, line, interrupt = common.Log(run, start), common.Line(every=0), common.Interrupt()
     log.write("start", step=start, stage="rl", flags=vars(flags))
 
     def exam(step):
@@ -252,17 +251,17 @@ def train(flags, checkpoint, mix, tested):
         names = [name for name in ("pass@1", "length", "score", "reward") if name in results[0]]
         practised = [row for row in results if (row["task"], row["level"]) in mix] or results
         means = {name: mean(row[name] for row in practised) for name in names}
-        before = [event["score"] for event in runs.read_log(run) if "results" in event and "score" in event]
+        before = [event["score"] for event in common.read_log(run) if "results" in event and "score" in event]
         log.write("eval", step=step, correct=means.pop("pass@1"), **means, results=results)
         if means.get("score", -1) > max(before, default=-1):  # --reward model: before it is fooled
-            runs.save_checkpoint(
+            common.save_checkpoint(
                 run / "best", step, model, tokenizer, optimizer, 1, stage="rl", flags=vars(flags)
             )
 
     if flags.export and checkpoint:
         attempts.forget(flags.export, str(run), start)
     due = lambda step: flags.eval_every and (step in (0, flags.steps) or step % flags.eval_every == 0)
-    if due(start) and not any(e["event"] == "eval" and e["step"] == start for e in runs.read_log(run)):
+    if due(start) and not any(e["event"] == "eval" and e["step"] == start for e in common.read_log(run)):
         exam(start)
     loop_began = time.perf_counter()
     for step in range(start, flags.steps):
@@ -303,7 +302,7 @@ def train(flags, checkpoint, mix, tested):
         last, stopping = done == flags.steps, interrupt.asked and done < flags.steps
         if last or stopping or (flags.save_every and done % flags.save_every == 0):
             state = dict(stage="rl", problems=n_problems, flags=vars(flags))
-            place = runs.save_checkpoint(run, done, model, tokenizer, optimizer, flags.keep, **state)
+            place = common.save_checkpoint(run, done, model, tokenizer, optimizer, flags.keep, **state)
             log.write("checkpoint", step=done, path=place.name)
         if stopping:
             line.clear(

@@ -25,7 +25,6 @@ import distributed
 import exam
 import gpt2
 import kernels
-import runs
 import tasks.conversations as mixture
 from common import UserError, count, duration, number
 from tokenizer import Tokenizer
@@ -139,7 +138,7 @@ def parser():
 
 def load(directory, flags):
     """Tokenizer and model of a run or checkpoint; a vocabulary without chat tokens gets them."""
-    checkpoint = runs.newest_checkpoint(directory)
+    checkpoint = common.newest_checkpoint(directory)
     tokenizer = Tokenizer.load(checkpoint).with_chat_tokens()
     device, dtype = kernels.choose(flags.device, flags.dtype)
     return tokenizer, gpt2.GPT2.from_pretrained(checkpoint, device, dtype, vocab_size=tokenizer.vocab_size)
@@ -149,19 +148,19 @@ def parse(argv):
     """The flags; with --resume those of the run's newest checkpoint, unless given anew."""
     flags, checkpoint = parser().parse_args(argv), None
     if flags.resume:
-        checkpoint, before = runs.to_resume(flags.out)
+        checkpoint, before = common.to_resume(flags.out)
         again = parser()
         again.set_defaults(**before)
         flags = again.parse_args(argv)
     elif not (flags.probe or flags.eval or flags.show):
-        runs.require_new(flags.out)
+        common.require_new(flags.out)
     return flags, checkpoint
 
 
 def main(argv=None):
     flags, checkpoint = parse(argv)
     if flags.show:
-        tokenizer = Tokenizer.load(runs.newest_checkpoint(flags.init_from)).with_chat_tokens()
+        tokenizer = Tokenizer.load(common.newest_checkpoint(flags.init_from)).with_chat_tokens()
         return show(
             tokenizer,
             mixture.draw(flags.data or mixture.DEFAULT, flags.show, flags.seed, skip_bad=flags.skip_bad)[0],
@@ -181,7 +180,7 @@ def train(flags, checkpoint):
     team = distributed.Workers(model, {"accumulate": batches.share_of_rows})
     optimizer = gpt2.AdamW(model, weight_decay=flags.weight_decay)
     if checkpoint:
-        state = runs.read_state(checkpoint)
+        state = common.read_state(checkpoint)
         start = state["step"]
         optimizer.load(checkpoint / "optimizer.safetensors")
 
@@ -210,7 +209,7 @@ def train(flags, checkpoint):
     print(f"training  {steps} steps of {flags.batch_size} conversations, each seen {flags.epochs} times")
 
     run.mkdir(parents=True, exist_ok=True)
-    log, line, interrupt = runs.Log(run, start), common.Line(every=0), runs.Interrupt()
+    log, line, interrupt = common.Log(run, start), common.Line(every=0), common.Interrupt()
     log.write("start", step=start, flags=vars(flags), conversations=len(rows), dropped=dropped | shortened)
     skipped, spent = state.get("skipped", 0), 0.0
     for step in range(start, steps):
@@ -243,7 +242,7 @@ def train(flags, checkpoint):
         stopping = interrupt.asked and not last
         if last or stopping or (flags.save_every and done % flags.save_every == 0):
             state = dict(stage="sft", skipped=skipped, flags=vars(flags))
-            place = runs.save_checkpoint(run, done, model, tokenizer, optimizer, flags.keep, **state)
+            place = common.save_checkpoint(run, done, model, tokenizer, optimizer, flags.keep, **state)
             log.write("checkpoint", step=done, path=place.name)
         if stopping:
             line.clear()

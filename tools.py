@@ -21,7 +21,6 @@ import numpy as np
 
 import common
 import data
-import factbook
 
 LONGEST, DEEPEST = 200, 100  # characters of a question; levels of its syntax tree: 100 added digits have 100
 LARGEST, POWER_BITS = 10**50, 5000  # of a number; bits of a power before it is rounded
@@ -129,10 +128,10 @@ class Search:
     def factbook(cls):
         """Every field of every country: ("France: Capital", "Capital of France: Paris. Geographic …")."""
         passages = {}  # {text: title}, as some texts stand in two sections
-        for name, sections in factbook.countries():
+        for name, sections in data.countries():
             for field, content in itertools.chain(*(fields.items() for fields in sections.values())):
-                if field not in factbook.CONTACTS:
-                    passages.setdefault(factbook.field_text(name, field, content), f"{name}: {field}")
+                if field not in data.CONTACTS:
+                    passages.setdefault(data.field_text(name, field, content), f"{name}: {field}")
         return cls((title, text) for text, title in passages.items() if text)
 
     @classmethod

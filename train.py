@@ -22,7 +22,6 @@ import data
 import distributed
 import gpt2
 import kernels
-import runs
 from common import UserError, count, duration, number
 from tokenizer import Tokenizer
 
@@ -307,14 +306,14 @@ def parse(argv):
     flags, checkpoint = parser().parse_args(argv), None
     run = Path(flags.out)
     if flags.resume:
-        checkpoint, before = runs.to_resume(run)
+        checkpoint, before = common.to_resume(run)
         again = parser()
         again.set_defaults(**before)
         flags = again.parse_args(argv)
         if flags.model != before["model"]:
             raise UserError(f"{run} is a run of --model {before['model']}; leave out --model {flags.model}")
     else:
-        runs.require_new(run)
+        common.require_new(run)
     plain = dict(short_len=flags.seq_len, short_steps=0) if flags.seq_len else {}
     for name, value in (RECIPES[flags.model] | plain).items():
         if getattr(flags, name) is None:
@@ -373,7 +372,7 @@ def main(argv=None):
     batches = Windows(train_shards, T, rows, flags.seed)
     times = T // flags.short_len  # as many short rows as a long one has room for
     short = Windows(train_shards, flags.short_len, rows * times, flags.seed)
-    source = checkpoint or (flags.init_from and runs.newest_checkpoint(flags.init_from))
+    source = checkpoint or (flags.init_from and common.newest_checkpoint(flags.init_from))
     config = model_config(flags, tokenizer, source)
     device, flags.dtype = kernels.choose(flags.device, flags.dtype)
     ops, itemsize = kernels.load(device), {"bfloat16": 2, "float32": 4, "float64": 8}[flags.dtype]
@@ -397,7 +396,7 @@ def main(argv=None):
     team = distributed.Workers(model, {"windows": share_of_windows})
     optimizer = gpt2.AdamW(model, betas=(0.9, flags.beta2), weight_decay=flags.weight_decay)
     if checkpoint:
-        state = runs.read_state(checkpoint)
+        state = common.read_state(checkpoint)
         start = state["step"]
         if start >= flags.steps:
             raise UserError(
@@ -445,7 +444,7 @@ def main(argv=None):
     plan(flags, model.config, batches, rows * T, memory(B), step_seconds, peak)
 
     run.mkdir(parents=True, exist_ok=True)
-    log, line, interrupt = runs.Log(run, start), common.Line(every=0), runs.Interrupt()
+    log, line, interrupt = common.Log(run, start), common.Line(every=0), common.Interrupt()
     log.write("start", step=start, parameters=model.config.n_params(), peak_flops=peak, flags=vars(flags))
 
     ready, ahead = model.prefetch(micro_batches()), None
@@ -490,7 +489,7 @@ def main(argv=None):
             state = dict(
                 skipped=skipped, losses=list(losses.values), norms=list(norms.values), flags=vars(flags)
             )
-            place = runs.save_checkpoint(run, done, model, tokenizer, optimizer, flags.keep, **state)
+            place = common.save_checkpoint(run, done, model, tokenizer, optimizer, flags.keep, **state)
             log.write("checkpoint", step=done, path=place.name)
         if stopping:
             line.clear()

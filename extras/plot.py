@@ -11,7 +11,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import common
-import runs
 
 
 def parser():
@@ -42,7 +41,7 @@ def main(argv=None):
     flags = parser().parse_args(argv)
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, height_ratios=(3, 1))
     for i, run in enumerate(flags.runs):
-        (training, held_out), above, (x, y), below = curves(runs.read_log(run))
+        (training, held_out), above, (x, y), below = curves(common.read_log(run))
         if not (training[1] or held_out[1] or x):
             raise common.UserError(f"{run} has no steps to draw yet")
         name, color = Path(run).name, f"C{i}"

@@ -27,7 +27,6 @@ import batches
 import chat
 import common
 import gpt2
-import runs
 import tasks.conversations as mixture
 import tasks.problems as tasks
 from attempts import mean
@@ -216,7 +215,7 @@ def main(argv=None):
     flags = parser().parse_args(argv)
     for name, value in zip(("init_from", "out", "questions", "steps", "lr"), STAGES[flags.what]):
         setattr(flags, name, getattr(flags, name) or value)
-    runs.require_new(flags.out)
+    common.require_new(flags.out)
     run, best, state = Path(flags.out), -np.inf, dict(stage=flags.what, flags=vars(flags))
     if flags.what == "manners":
         rng, some = random.Random(flags.seed), questions(flags, "train", flags.questions)
@@ -229,7 +228,7 @@ def main(argv=None):
     tested = list(questions(flags, "test", flags.eval_problems))
     update, examine = compare(flags, model, tokenizer, optimizer, tested)
     run.mkdir(parents=True, exist_ok=True)
-    log, line, interrupt = runs.Log(run), common.Line(), runs.Interrupt()
+    log, line, interrupt = common.Log(run), common.Line(), common.Interrupt()
     words = lambda measures: " | ".join(f"{name} {value:.3f}" for name, value in measures.items())
     log.write("start", step=0, **state)
     began = time.perf_counter()
@@ -240,7 +239,7 @@ def main(argv=None):
             line.clear(f"step {step}, held out: {words(found)}")
             if (value := next(iter(found.values()))) > best:
                 best, stop = value, step
-                runs.save_checkpoint(run / "best", step, model, tokenizer, optimizer, 1, **state)
+                common.save_checkpoint(run / "best", step, model, tokenizer, optimizer, 1, **state)
         if step == flags.steps:
             break
         lr = flags.lr * min(1, (step + 1) / 5)  # 5 steps up to --lr
@@ -251,7 +250,7 @@ def main(argv=None):
         if interrupt.asked:
             line.clear(f"stopped after step {step + 1}; delete {run} to start anew ({run / 'best'} is there)")
             raise SystemExit(130)
-    runs.save_checkpoint(run, step, model, tokenizer, optimizer, 1, **state)
+    common.save_checkpoint(run, step, model, tokenizer, optimizer, 1, **state)
     line.clear(f"done: {run}; {run / 'best'} is from step {stop}, with {next(iter(found))} {best:.3f}")
 
 

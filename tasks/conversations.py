@@ -20,7 +20,6 @@ from pathlib import Path
 
 import chat
 import common
-import files
 import tasks.problems as tasks
 import tools
 from common import UserError
@@ -428,7 +427,7 @@ def main(argv=None):
         texts = ["\n".join(chat.text_of(turn["content"]) for turn in conversation) for conversation in kept]
         pages = ("\n\n".join(texts[i : i + PAGE]) for i in range(0, len(texts), PAGE))
         lines = "".join(json.dumps({"text": page}) + "\n" for page in pages)
-        return files.write_whole(Path(flags.workbook), lines.encode())
+        return common.write_whole(Path(flags.workbook), lines.encode())
     for conversation in kept:
         for turn in conversation:
             parts = turn["content"]

@@ -15,7 +15,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-import factbook
+import data
 from common import UserError
 
 # What a paragraph is called, and where in it the value stands, after "Capital of France: ".
@@ -87,12 +87,12 @@ def held_out(*words):
 @functools.cache
 def all_facts():
     wordings, found = {row["field"]: row for row in texts("field")}, []
-    for name, sections in factbook.countries():
-        c = f"the {name.removeprefix('The ')}" if re.match(factbook.THE, name) else name
+    for name, sections in data.countries():
+        c = f"the {name.removeprefix('The ')}" if re.match(data.THE, name) else name
         country = {"c": c, "C": c[0].upper() + c[1:], "s": c + ("'" if c.endswith("s") else "'s")}
         for field, (title, pattern) in FIELDS.items():
             content = next((fields[title] for fields in sections.values() if title in fields), {})
-            paragraph = factbook.field_text(name, title, content).split("\n")[0].partition(": ")[2]
+            paragraph = data.field_text(name, title, content).split("\n")[0].partition(": ")[2]
             match = re.match(pattern, paragraph)
             value = match and match[1].strip()
             if value and field == "neighbours":  # 'Andorra 55 km; Belgium 556 km' -> 'Andorra, Belgium'
@@ -203,7 +203,7 @@ def phrase(rng, split, template):
 @functools.cache
 def names():
     """All countries, as plain() writes them."""
-    return {plain(name) for name, _ in factbook.countries()}
+    return {plain(name) for name, _ in data.countries()}
 
 
 def invented(split, n, seed):

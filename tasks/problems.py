@@ -22,7 +22,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import common
-import factbook
+import data
 from common import UserError
 from tasks.factbook import all_facts, held_out, plain
 from tools import calculate
@@ -317,7 +317,7 @@ def countdown(rng, level, wording):
 @functools.cache
 def words():
     """Words of the Factbook that come often enough and in small letters only, by their length."""
-    text = json.dumps([list(sections.values()) for _, sections in factbook.countries()], ensure_ascii=False)
+    text = json.dumps([list(sections.values()) for _, sections in data.countries()], ensure_ascii=False)
     counts = Counter(re.findall(r"(?<![\w&<'’./\\=-])[a-z]{3,14}(?![\w;'’=>/-])", text))
     found = sorted({word for word, n in counts.items() if n >= 3} | {"strawberry", "ubiquitous"})
     return {size: [word for word in found if len(word) == size] for size in range(3, 15)}

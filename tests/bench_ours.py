@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
+import common
 import data
 import distributed
 import generate
 import gpt2
-import runs
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,7 +129,7 @@ def train_by_clock(folder, name, steps):
                 shown.append(time.perf_counter())
     if process.returncode:
         raise SystemExit(f"train.py ended with status {process.returncode}: {line}")
-    events = runs.read_log(folder / name)
+    events = common.read_log(folder / name)
     first = next(event for event in events if event["event"] == "step")
     bits = next(event["bits_per_byte"] for event in events if event["event"] == "eval")
     seconds = shown[-1] - shown[0] + first["seconds"]

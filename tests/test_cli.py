@@ -319,8 +319,7 @@ def test_sizes_and_durations_as_a_person_reads_them():
 
 FLOORS = [  # a file may import those of the floors below its own; a new file gets its place here
     {"common"},
-    {"files", "kernels"},
-    {"runs", "tokenizer", "factbook"},
+    {"kernels", "tokenizer"},
     {"data", "gpt2", "extras.plot", "tasks.factbook", "distributed"},
     {"tools", "batches", "extras.constrain", "generate"},
     {"chat", "tasks.problems"},

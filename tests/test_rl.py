@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 import attempts
 import batches
 import chat
+import common
 import distributed
 import gpt2
 import rl
-import runs
 import tasks.problems as tasks
 from common import UserError
 from tokenizer import Tokenizer
@@ -505,18 +505,18 @@ def start(tmp_path, monkeypatch, taught_run):
 def taught_run(tmp_path_factory):
     """A run of two checkpoints, in float32."""
     run, model = tmp_path_factory.mktemp("sft"), model_that_says(["a", "b"], "float32")
-    runs.save_checkpoint(run, 7, model, BYTES, gpt2.AdamW(model), 2, stage="sft")
+    common.save_checkpoint(run, 7, model, BYTES, gpt2.AdamW(model), 2, stage="sft")
     return run
 
 
 def events(run, kind):
-    return [event for event in runs.read_log(run) if event["event"] == kind]
+    return [event for event in common.read_log(run) if event["event"] == kind]
 
 
 def without_times(run):
     """The log without what a clock says."""
     times = ("seconds", "sampling", "training", "flags")
-    log = [{k: v for k, v in event.items() if k not in times} for event in runs.read_log(run)]
+    log = [{k: v for k, v in event.items() if k not in times} for event in common.read_log(run)]
     return [event for event in log if event["event"] != "start"]
 
 
@@ -526,8 +526,8 @@ def test_a_run_says_writes_and_logs_what_it_does(start, tmp_path):
     run = tmp_path / "run"
     steps, evals = events(run, "step"), events(run, "eval")
     assert [e["step"] for e in steps] == [1, 2, 3, 4, 5, 6] and [e["step"] for e in evals] == [0, 3, 6]
-    assert [p.name for p in runs.checkpoints(run)] == ["step_000004", "step_000006"]
-    state = runs.read_state(run / "step_000006")
+    assert [p.name for p in common.checkpoints(run)] == ["step_000004", "step_000006"]
+    state = common.read_state(run / "step_000006")
     assert state["stage"] == "rl" and state["problems"] == 12 and state["flags"]["task"] == "choice"
     for e in steps:
         assert 0 <= e["correct"] == e["reward"] <= 1 and e["signal"] + e["without_signal"] / 2 == 1
@@ -600,7 +600,7 @@ def test_ctrl_c_saves_and_a_resumed_run_goes_on_bit_for_bit(start, tmp_path, mon
     cut = start("cut", *extra, tmp_path / "cut.jsonl")
     assert cut.status == 130 and "stopped after step 3" in cut.err
     assert f"python rl.py --out {tmp_path / 'cut'} --resume" in cut.err
-    assert [p.name for p in runs.checkpoints(tmp_path / "cut")] == ["step_000002", "step_000003"]
+    assert [p.name for p in common.checkpoints(tmp_path / "cut")] == ["step_000002", "step_000003"]
     exported = (tmp_path / "cut.jsonl").read_text()
     killed = exported.splitlines()[-1].replace('"step": 3}', '"step": 4}')  # later than its last checkpoint
     (tmp_path / "cut.jsonl").write_text(f"{exported}{killed}\n{killed[:-9]}")
@@ -618,7 +618,9 @@ def test_ctrl_c_saves_and_a_resumed_run_goes_on_bit_for_bit(start, tmp_path, mon
 def test_equal_rewards_leave_every_bit_of_the_parameters(start, tmp_path, taught_run, monkeypatch):
     monkeypatch.setattr(Choice, "verify", lambda self, text: 0.7)
     assert start("run", "--eval-every", 0, "--max-tokens", 30).status == 0
-    before, after = (runs.newest_checkpoint(d) / "model.safetensors" for d in (taught_run, tmp_path / "run"))
+    before, after = (
+        common.newest_checkpoint(d) / "model.safetensors" for d in (taught_run, tmp_path / "run")
+    )
     assert before.read_bytes() == after.read_bytes()
     assert all(e["signal"] == 0 and e["without_signal"] == 2 for e in events(tmp_path / "run", "step"))
 
@@ -644,7 +646,7 @@ def test_fill_draws_again_and_no_more_than_it_may(start, tmp_path, monkeypatch):
     assert start("none", "--fill", 3, "--eval-every", 0, "--steps", 2).status == 0
     assert [n for n, _ in asked] == [2] * 8 and len({first for _, first in asked}) == 8
     assert events(tmp_path / "none", "step")[0]["without_signal"] == 8
-    assert runs.read_state(tmp_path / "none" / "step_000002")["problems"] == 16
+    assert common.read_state(tmp_path / "none" / "step_000002")["problems"] == 16
     asked.clear()
     monkeypatch.setattr(Choice, "verify", lambda self, text: float(text == "a"))
     assert start("some", "--fill", 9, "--eval-every", 0, "--attempts", 6).status == 0
@@ -693,7 +695,7 @@ def test_a_gradient_that_is_no_number_ends_a_run_and_changes_nothing(
     monkeypatch.setattr(gpt2.GPT2, "from_pretrained", lambda *args: models.append(made(*args)) or models[-1])
     done = start("run", "--eval-every", 0, "--fill", 9)
     assert script.refused(last_line(done), "no number", "--lr") and not seen
-    before = made(runs.newest_checkpoint(taught_run))
+    before = made(common.newest_checkpoint(taught_run))
     np.testing.assert_array_equal(models[0].flat_params, before.flat_params)
 
 
@@ -817,7 +819,7 @@ def test_a_file_of_problems_that_are_all_too_long_is_refused(taught):
 
 def test_a_base_model_is_refused(start, tmp_path):
     model = model_that_says(["a"], "float32", steps=1)
-    runs.save_checkpoint(tmp_path / "base", 7, model, BYTES, gpt2.AdamW(model), 2)
+    common.save_checkpoint(tmp_path / "base", 7, model, BYTES, gpt2.AdamW(model), 2)
     assert script.refused(start("run", "--init-from", tmp_path / "base"), "no assistant yet", "sft.py")
     assert not (tmp_path / "run").exists()
 

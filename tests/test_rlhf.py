@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 import attempts
 import batches
 import chat
+import common
 import extras.rlhf as reward
 import gpt2
 import rl
-import runs
 import tasks.conversations as mixture
 import tasks.problems as tasks
 from tokenizer import Tokenizer
@@ -355,7 +355,7 @@ def manners_run(tmp_path_factory):
     for step in range(200):
         batches.accumulate(model, rows, 2048)
         optimizer.step(1e-2 * (1 - step / 200))
-    runs.save_checkpoint(run, 7, model, BYTES, optimizer, 2, stage="sft")
+    common.save_checkpoint(run, 7, model, BYTES, optimizer, 2, stage="sft")
     return run
 
 
@@ -385,7 +385,7 @@ def please(start, tmp_path, manners_run):
 
 
 def events(run, kind):
-    return [event for event in runs.read_log(run) if event["event"] == kind]
+    return [event for event in common.read_log(run) if event["event"] == kind]
 
 
 def handmade(rng, n):
@@ -455,10 +455,10 @@ def test_it_pleases_the_reward_model_and_the_truly_best_is_kept(please, tmp_path
     assert evals[0]["reward"] < 2 and evals[-1]["reward"] > 2.8
     assert evals[0]["score"] > 0.2 and evals[-1]["score"] < 0.1
     best = max(evals, key=lambda e: e["score"])
-    [checkpoint] = runs.checkpoints(run / "best")
+    [checkpoint] = common.checkpoints(run / "best")
     assert checkpoint.name == f"step_{best['step']:06d}" and f"{run / 'best'} has the highest" in done.err
-    assert [place.name for place in runs.checkpoints(run)] == ["step_000030", "step_000040"]
-    assert runs.read_state(checkpoint)["flags"]["reward"] == "model"
+    assert [place.name for place in common.checkpoints(run)] == ["step_000030", "step_000040"]
+    assert common.read_state(checkpoint)["flags"]["reward"] == "model"
     assert (
         "true score 0." in done.err and " 3.00 -" in done.out
     )  # a step's line, and an attempt with its reward
@@ -488,7 +488,7 @@ def test_the_whole_of_it_twice_is_the_same(start, please, tmp_path):
         judge = tmp_path / f"judge-{n}"
         assert start("train", judge, "--questions", 8, "--steps", 10).status == 0
         assert (done := please(f"rlhf-{n}", "--reward-model", judge, "--steps", 5)).status == 0, done.err
-    a, b = (runs.newest_checkpoint(tmp_path / f"rlhf-{n}") / "model.safetensors" for n in "ab")
+    a, b = (common.newest_checkpoint(tmp_path / f"rlhf-{n}") / "model.safetensors" for n in "ab")
     assert a.read_bytes() == b.read_bytes()
     logs = [events(tmp_path / f"rlhf-{n}", "eval") for n in "ab"]
     assert logs[0] == logs[1] and [e["step"] for e in logs[0]] == [0, 4, 5]
@@ -501,10 +501,10 @@ def test_a_resumed_run_keeps_the_best_of_both_parts(please, tmp_path, monkeypatc
     more = ("--reward-model", manners_run, "--eval-every", 2, "--lr", 5e-4)
     monkeypatch.setattr(reward, "rewards", liked(-1))
     assert please("run", *more, "--steps", 4).status == 0
-    [first] = runs.checkpoints(tmp_path / "run" / "best")
+    [first] = common.checkpoints(tmp_path / "run" / "best")
     monkeypatch.setattr(reward, "rewards", liked(1))
     assert script.run(rl.main, "--out", tmp_path / "run", "--resume", "--steps", 40, "--lr", 2e-3).status == 0
-    evals, [last] = events(tmp_path / "run", "eval"), runs.checkpoints(tmp_path / "run" / "best")
+    evals, [last] = events(tmp_path / "run", "eval"), common.checkpoints(tmp_path / "run" / "best")
     scores = {e["step"]: e["score"] for e in evals}
     assert scores[4] < scores[0] < scores[40] and first.name == "step_000000"
     assert last.name == f"step_{max(scores, key=scores.get):06d}"
@@ -530,7 +530,7 @@ def test_what_cannot_be(start, please, tmp_path):
     assert not (tmp_path / "new").exists()
     other, tokenizer = tmp_path / "other", Tokenizer.train(["some text, some more text"], 270)
     model = gpt2.GPT2(gpt2.GPT2Config(1, 2, 32, 64, tokenizer.vocab_size))
-    runs.save_checkpoint(other, 1, model, tokenizer, gpt2.AdamW(model), 1, stage="train")
+    common.save_checkpoint(other, 1, model, tokenizer, gpt2.AdamW(model), 1, stage="train")
     assert script.refused(please("new", "--reward-model", other), "vocabulary", "other")
     assert not (tmp_path / "new").exists()
 
@@ -553,7 +553,7 @@ def test_ctrl_c_ends_it_and_says_so(start, tmp_path, monkeypatch):
         signal.signal(signal.SIGINT, before)
     assert done.status == 130 and "stopped after step 3; delete" in done.err
     assert [e["step"] for e in events(tmp_path / "cut", "step")] == [1, 2, 3]
-    assert not runs.checkpoints(tmp_path / "cut") and runs.checkpoints(tmp_path / "cut" / "best")
+    assert not common.checkpoints(tmp_path / "cut") and common.checkpoints(tmp_path / "cut" / "best")
 
 
 def test_the_log_is_json_and_has_the_flags(start, tmp_path):

@@ -9,9 +9,9 @@ import pytest
 import script
 
 import chat
+import common
 import exam
 import gpt2
-import runs
 import sft
 from tokenizer import Tokenizer
 
@@ -92,11 +92,11 @@ def test_it_learns_the_conversations(place):
     argv = arguments(place, "run", "--epochs", "15", "--lr", "1e-2")
     done = script.run(sft.main, *argv)
     assert done.status == 0, done.err
-    losses = [event["loss"] for event in runs.read_log(place / "run") if event["event"] == "step"]
+    losses = [event["loss"] for event in common.read_log(place / "run") if event["event"] == "step"]
     assert losses[0] > 4  # about ln 266 at first
     assert np.mean(losses[-6:]) < 0.7  # a digit of six, the full stop, the end: ln 6 / 3 = 0.6 by guessing
-    checkpoint = runs.newest_checkpoint(place / "run")
-    assert runs.read_state(checkpoint)["stage"] == "sft"
+    checkpoint = common.newest_checkpoint(place / "run")
+    assert common.read_state(checkpoint)["stage"] == "sft"
     model, tokenizer = gpt2.GPT2.from_pretrained(checkpoint), Tokenizer.load(checkpoint)
     replies = exam.ask(model, tokenizer, [exam.user(f"{a}, {b}?") for a in range(6) for b in range(6)])
     assert all(re.fullmatch("[0-5][.]", chat.text_of(reply)) for reply in replies)
@@ -105,7 +105,7 @@ def test_it_learns_the_conversations(place):
 def test_stopped_and_resumed_it_ends_with_the_same_bits(place, monkeypatch):
     assert script.run(sft.main, *arguments(place, "whole")).status == 0
 
-    class Asked(runs.Interrupt):  # Ctrl-C, after the third step
+    class Asked(common.Interrupt):  # Ctrl-C, after the third step
         steps = 0
 
         @property
@@ -117,7 +117,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(place, monkeypatch):
         def asked(self, value):
             pass
 
-    monkeypatch.setattr(runs, "Interrupt", Asked)
+    monkeypatch.setattr(common, "Interrupt", Asked)
     done = script.run(sft.main, *arguments(place, "parts"))
     assert done.status == 130
     assert "stopped after step 3" in done.err
@@ -125,9 +125,9 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(place, monkeypatch):
     monkeypatch.undo()
     assert script.run(sft.main, "--out", place / "parts", "--resume").status == 0
     for name in ("model.safetensors", "optimizer.safetensors"):
-        whole, parts = (runs.newest_checkpoint(place / run) / name for run in ("whole", "parts"))
+        whole, parts = (common.newest_checkpoint(place / run) / name for run in ("whole", "parts"))
         assert whole.read_bytes() == parts.read_bytes()
-    events = [[e for e in runs.read_log(place / run) if e["event"] == "step"] for run in ("whole", "parts")]
+    events = [[e for e in common.read_log(place / run) if e["event"] == "step"] for run in ("whole", "parts")]
     assert [e["loss"] for e in events[0]] == [e["loss"] for e in events[1]]
 
 
@@ -139,7 +139,7 @@ def test_losses_that_are_no_numbers_change_nothing_and_end_the_run(place):
     assert done.status == 2
     assert "10 steps in a row" in done.err.splitlines()[-1]
     assert "--lr" in done.err.splitlines()[-1]
-    assert not runs.checkpoints(place / "run")
+    assert not common.checkpoints(place / "run")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import script
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-import factbook
+import data
 import tools
 from common import UserError
 from tools import Search, calculate
@@ -361,7 +361,7 @@ def book():
 
 @pytest.fixture(scope="module")
 def names():
-    return [name for name, _ in factbook.countries()]
+    return [name for name, _ in data.countries()]
 
 
 @functools.cache

@@ -26,7 +26,6 @@ from hypothesis import strategies as st
 import common
 import data
 import gpt2
-import runs
 import train
 from common import UserError
 from extras import plot
@@ -90,7 +89,7 @@ def whole(shards, tmp_path_factory):
 
 
 def events(run, kind):
-    return [event for event in runs.read_log(run) if event["event"] == kind]
+    return [event for event in common.read_log(run) if event["event"] == kind]
 
 
 def losses_of(run):
@@ -111,7 +110,7 @@ def loads(checkpoint):
     gpt2.AdamW(model).load(checkpoint / "optimizer.safetensors")
     Tokenizer.load(checkpoint)
     assert np.isfinite(model.flat_params).all()
-    return runs.read_state(checkpoint)["step"]
+    return common.read_state(checkpoint)["step"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -314,7 +313,7 @@ def test_a_step_that_is_no_number_is_left_out(start, tmp_path, monkeypatch, wher
     assert [e["step"] for e in events(tmp_path / "run", "step") if e["skipped"]] == [1, 7]
     assert len(re.findall(r"^step (1|7)/20 .* SKIPPED$", done.err, re.M)) == 2
     assert done.err.count("SKIPPED") == 2 and "2 steps left out" in done.err
-    state = runs.read_state(tmp_path / "run" / "step_000020")
+    state = common.read_state(tmp_path / "run" / "step_000020")
     assert state["skipped"] == 2
     assert np.isfinite(state["losses"] + state["norms"]).all()
     for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
@@ -330,7 +329,7 @@ def test_an_outlier_is_left_out_and_the_next_step_is_not(start, tmp_path, monkey
     steps = events(tmp_path / "run", "step")
     z = {e["step"]: e[f"{'loss' if where == 'loss' else 'norm'}_z"] for e in steps}
     assert z[36] > 6 and z[38] > 6 and abs(z[37]) < 6 and abs(z[39]) < 6
-    state = runs.read_state(tmp_path / "run" / "step_000040")
+    state = common.read_state(tmp_path / "run" / "step_000040")
     assert max(state["losses"]) < 10 and max(state["norms"]) < 100
 
 
@@ -342,7 +341,7 @@ def test_ten_bad_steps_in_a_row_end_the_run_and_nine_do_not(start, tmp_path, mon
     last = done.err.splitlines()[-1]
     assert last.startswith("error: 10 steps in a row") and "--lr" in last and "--resume" in last
     assert len(losses_of(tmp_path / "run")) == 15
-    assert loads(runs.newest_checkpoint(tmp_path / "run")) == 10  # with the parameters of step 5
+    assert loads(common.newest_checkpoint(tmp_path / "run")) == 10  # with the parameters of step 5
     assert start("run", "--resume", "--lr", 1e-4).status == 0, "the advice of the message does not work"
 
     with monkeypatch.context() as patch:
@@ -401,7 +400,7 @@ def test_the_log_and_the_plain_lines_say_all_of_a_step(start, tmp_path):
     assert re.search(r"^time .*, \$\d+\.\d\d: ", done.out, re.M)
     for what in ("model", "data", "training", "compute", "memory", "time"):
         assert re.search(rf"^{what} ", done.out, re.M), what
-    kinds = [(e["event"], e["step"]) for e in runs.read_log(tmp_path / "run")]
+    kinds = [(e["event"], e["step"]) for e in common.read_log(tmp_path / "run")]
     steps = [("step", n) for n in range(1, 6)]
     ends = [("checkpoint", 5), ("eval", 5), ("sample", 5)]
     assert kinds == [("start", 0), *steps[:2], ("sample", 2), steps[2], ("eval", 3), steps[3], ("sample", 4),
@@ -449,12 +448,12 @@ def test_the_checkpoint_is_written_before_the_evaluation(start, tmp_path, monkey
     monkeypatch.setattr(train, "evaluate", out_of_memory)
     with pytest.raises(MemoryError):
         start("run", "--steps", 6, "--save-every", 3, "--eval-every", 3)
-    assert loads(runs.newest_checkpoint(tmp_path / "run")) == 3
+    assert loads(common.newest_checkpoint(tmp_path / "run")) == 3
 
 
 def test_only_the_newest_checkpoints_are_kept(start, tmp_path):
     assert start("run", "--save-every", 3, "--keep", 3).status == 0
-    assert [d.name for d in runs.checkpoints(tmp_path / "run")] == [
+    assert [d.name for d in common.checkpoints(tmp_path / "run")] == [
         "step_000015",
         "step_000018",
         "step_000020",
@@ -462,7 +461,7 @@ def test_only_the_newest_checkpoints_are_kept(start, tmp_path):
     wanted = {"config.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"}
     assert {path.name for path in (tmp_path / "run" / "step_000018").iterdir()} == wanted
     assert {path.name for path in (tmp_path / "run").iterdir()} - {"log.jsonl"} == {
-        d.name for d in runs.checkpoints(tmp_path / "run")
+        d.name for d in common.checkpoints(tmp_path / "run")
     }
 
 
@@ -499,7 +498,7 @@ def test_a_killed_run_goes_on_bit_for_bit(start, tmp_path, whole, monkeypatch):
     assert losses_of(tmp_path / "run") == losses_of(whole)
     for name in ("step_000010", "step_000020"):
         assert same_bits(tmp_path / "run" / name, whole / name)
-    state, expected = (runs.read_state(run / "step_000020") for run in (tmp_path / "run", whole))
+    state, expected = (common.read_state(run / "step_000020") for run in (tmp_path / "run", whole))
     assert all(state[name] == expected[name] for name in ("step", "skipped", "losses", "norms"))
     done = script.run(train.main, "--out", tmp_path / "run", "--resume")
     assert script.refused(done, "has all its 20 steps", "--steps", "sample.py")
@@ -517,7 +516,7 @@ def test_a_run_goes_on_with_another_micro_batch_and_elsewhere(start, tmp_path, w
         assert loads(place / "step_000020") == 20
     assert not (tmp_path / "first").exists()
     np.testing.assert_allclose(losses_of(tmp_path / "two"), losses_of(tmp_path / "four"), rtol=1e-5)
-    assert runs.read_state(tmp_path / "two" / "step_000020")["flags"]["batch_size"] == 2
+    assert common.read_state(tmp_path / "two" / "step_000020")["flags"]["batch_size"] == 2
     monkeypatch.chdir(tmp_path)  # in a run that was moved to the default place, --resume stays there
     (tmp_path / "runs").mkdir()
     os.rename(tmp_path / "two", tmp_path / "runs" / "factbook")
@@ -567,7 +566,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(shards, tmp_path, 
     assert process.wait(30) == 130, said
     assert "finishing this step" in said and "Traceback" not in said
     after, command = re.search(r"^stopped after step (\d+); go on with: (.*)$", said, re.M).groups()
-    assert 3 <= int(after) < 20 and loads(runs.newest_checkpoint(run)) == int(after) == len(losses_of(run))
+    assert 3 <= int(after) < 20 and loads(common.newest_checkpoint(run)) == int(after) == len(losses_of(run))
     python, name, *flags = shlex.split(command)
     assert (python, name) == ("python", "train.py")
     done = script.run(train.main, *flags)
@@ -594,7 +593,7 @@ def test_a_second_ctrl_c_stops_at_once(shards, tmp_path):
 def test_ctrl_c_at_any_moment_of_a_step_leaves_a_checkpoint(start, tmp_path, monkeypatch):
     """Also between two looks at the flag, and in the last step, which needs nothing to go on."""
 
-    class Late(runs.Interrupt):
+    class Late(common.Interrupt):
         looks = -1
 
         @property
@@ -608,14 +607,14 @@ def test_ctrl_c_at_any_moment_of_a_step_leaves_a_checkpoint(start, tmp_path, mon
 
     for Late.wait in range(4):
         with monkeypatch.context() as patch:
-            patch.setattr(runs, "Interrupt", Late)
+            patch.setattr(common, "Interrupt", Late)
             done = start(f"run{Late.wait}")
         assert done.status == 130
-        assert loads(runs.newest_checkpoint(tmp_path / f"run{Late.wait}")) == int(
+        assert loads(common.newest_checkpoint(tmp_path / f"run{Late.wait}")) == int(
             re.search(r"stopped after step (\d+)", done.err).group(1)
         )
     Late.wait = -1
-    monkeypatch.setattr(runs, "Interrupt", Late)
+    monkeypatch.setattr(common, "Interrupt", Late)
     done = start("last", "--steps", 1)
     assert done.status == 0 and "go on with" not in done.err and "done: " in done.err
 
@@ -640,7 +639,7 @@ def test_a_disk_that_fills_up_while_saving_costs_only_that_checkpoint(start, tmp
     assert "free some space" in done.err.splitlines()[-1]
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"log.jsonl", "step_000004"}
     assert script.tree(tmp_path / "run" / "step_000004") == before
-    assert loads(runs.newest_checkpoint(tmp_path / "run")) == 4
+    assert loads(common.newest_checkpoint(tmp_path / "run")) == 4
     monkeypatch.undo()
     assert start("run", "--resume", "--steps", 8).status == 0, "the same command does not work again"
 
@@ -656,7 +655,7 @@ def test_a_file_that_cannot_grow_costs_only_that_checkpoint(start, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert done.status == 2 and done.err.splitlines()[-1].startswith("error: File too large")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"log.jsonl", "step_000004"}
-    assert loads(runs.newest_checkpoint(tmp_path / "run")) == 4
+    assert loads(common.newest_checkpoint(tmp_path / "run")) == 4
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -854,12 +853,12 @@ def test_console_line_is_plain_where_there_is_no_terminal(capsys):
 
 
 def test_a_run_of_practice_is_drawn_by_what_it_got_right(tmp_path):
-    log = runs.Log(tmp_path)
+    log = common.Log(tmp_path)
     log.write("start", step=0, stage="rl")
     log.write("eval", step=0, correct=0.25, length=30.0, results=[])
     for step in (1, 2):
         log.write("step", step=step, correct=step / 4, length=20.0, loss=0.1, lr=1e-3)
-    (training, held_out), above, below, title = plot.curves(runs.read_log(tmp_path))
+    (training, held_out), above, below, title = plot.curves(common.read_log(tmp_path))
     assert (above, title) == ("share of right answers", "tokens in an answer")
     assert training[1:] == ([1, 2], [0.25, 0.5])
     assert held_out[1:] == ([0], [0.25])
@@ -869,11 +868,11 @@ def test_a_run_of_practice_is_drawn_by_what_it_got_right(tmp_path):
 
 
 def test_a_run_that_pleases_a_reward_model_is_drawn_beside_the_truth(tmp_path):
-    log = runs.Log(tmp_path)
+    log = common.Log(tmp_path)
     for step in (0, 2):
         log.write("eval", step=step, score=0.5 - step / 10, reward=step * 1.0)
     log.write("step", step=1, reward=0.7, loss=0.1, lr=1e-3)
-    lines, above, below, title = plot.curves(runs.read_log(tmp_path))
+    lines, above, below, title = plot.curves(common.read_log(tmp_path))
     assert (above, title) == ("true score", "reward model's score")
     assert lines[1][1:] == ([0, 2], [0.5, 0.3])
     assert below == ([1], [0.7])
