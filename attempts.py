@@ -3,7 +3,7 @@
     python rl.py --eval runs/rl --task word --level 1-4     prints what evaluate() finds
 
 rl.py learns from attempts, extras/rlhf.py has them judged. Read tasks/problems.py (problems, verifiers),
-generate.py and batches.py first.
+sample.py and batches.py first.
 """
 
 import itertools
@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 import batches
-import chat
 import common
 import distributed
 import gpt2
@@ -24,8 +23,8 @@ import kernels
 import tasks.conversations as mixture
 import tasks.problems as tasks
 from common import UserError
-from generate import generate
-from tokenizer import Tokenizer, visible
+from sample import Host, generate
+from tokenizer import Tokenizer, text_of, visible
 
 ROWS = 256  # attempts in a batch, at most
 
@@ -36,7 +35,7 @@ class Attempt:
 
     problem: tasks.Problem
     said: list  # the ids of its reply
-    parts: list  # the same as parts of a turn, see chat.py
+    parts: list  # the same as parts of a turn, see sample.py
     tokens: np.ndarray  # (T,) int32, prompt and reply
     drawn: np.ndarray  # (T,) bool: the model chose it, as the end token; not the prompt, not a tool's output
     logprobs: np.ndarray  # (T,) of what was drawn, when it was drawn; else 0
@@ -53,7 +52,7 @@ def sample(model, tokenizer, problems, each, max_tokens, seed, first=0, temperat
     wrong, whatever it says: half an answer may be right by accident.
     """
     ends = {tokenizer.eot, tokenizer.encode_special("<|im_end|>")}
-    host = chat.Host(tokenizer, {"calc": mixture.calculator, "search": mixture.looked_up})
+    host = Host(tokenizer, {"calc": mixture.calculator, "search": mixture.looked_up})
     prompts = [ids for problem in problems for ids in [prompt_of(tokenizer, problem)] * each]
     rows, found = [], []
     for i in range(0, len(prompts), ROWS):
@@ -62,8 +61,8 @@ def sample(model, tokenizer, problems, each, max_tokens, seed, first=0, temperat
             streams=range(first + i, first + len(prompts)), on_token=lambda row, *_: host.reply(row),
         )  # fmt: skip
     for i, row in enumerate(rows):
-        problem, parts = problems[i // each], chat.parts(tokenizer, row.ids)
-        correct = float(row.finish == "stop" and problem.verify(chat.text_of(parts)))
+        problem, parts = problems[i // each], tokenizer.parts(row.ids)
+        correct = float(row.finish == "stop" and problem.verify(text_of(parts)))
         tokens, n = np.array(row.prompt + row.ids, np.int32), len(row.ids)
         drawn, logprobs = np.zeros(len(tokens), bool), np.zeros(len(tokens))  # (T,)
         drawn[-n:], logprobs[-n:] = np.logical_not(row.forced), row.logprobs
@@ -72,7 +71,7 @@ def sample(model, tokenizer, problems, each, max_tokens, seed, first=0, temperat
 
 
 def prompt_of(tokenizer, problem):
-    return chat.prompt(tokenizer, mixture.turns(problem.prompt))
+    return tokenizer.prompt(mixture.turns(problem.prompt))
 
 
 def fitting(model, tokenizer, problems):
@@ -120,7 +119,7 @@ def pass_at_k(n, correct, k):
 
 def majority(group):
     """1.0 if the answer that most attempts give, the first of equals, is right."""
-    texts = [chat.text_of(attempt.parts) for attempt in group]
+    texts = [text_of(attempt.parts) for attempt in group]
     votes = tasks.votes(texts, group[0].problem.prompt)
     return group[0].problem.verify(texts[votes[0][0]]) if votes else 0.0
 
@@ -180,7 +179,7 @@ def export(path, groups, run, step):
     with open(path, "a", encoding="utf-8") as file:
         for one in (one for g in groups for one in {tuple(a.said): a for a in g if a.correct > 0}.values()):
             said = [{"type": part["type"], "text": part["text"]} for part in one.parts]
-            messages = mixture.turns(one.problem.prompt, said if len(said) > 1 else chat.text_of(said))
+            messages = mixture.turns(one.problem.prompt, said if len(said) > 1 else text_of(said))
             file.write(json.dumps({"messages": messages, "run": Path(run).name, "step": step}) + "\n")
 
 
@@ -213,7 +212,7 @@ def shares(spec, level):
 def load(directory, flags):
     """Model and tokenizer of a run or checkpoint that can talk."""
     tokenizer = Tokenizer.load(checkpoint := common.newest_checkpoint(directory))
-    chat.prompt(tokenizer, [])  # complains if the model cannot talk
+    tokenizer.prompt([])  # complains if the model cannot talk
     if (checkpoint / "state.json").is_file() and "stage" not in common.read_state(checkpoint):
         raise UserError(
             f"{checkpoint} is no assistant yet: make one of it with sft.py --init-from {directory}"

@@ -1,7 +1,7 @@
 """What an assistant can do, in numbers: the probe of what it knows, and the evaluation of its skills.
 
 sft.py's --probe and --eval. What evaluate() asks is held out: other phrasings, numbers, words and names than
-the training's. Read tasks/conversations.py, which has the questions, and generate.py before, sft.py after.
+the training's. Read tasks/conversations.py, which has the questions, and sample.py before, sft.py after.
 """
 
 import itertools
@@ -10,13 +10,14 @@ import random
 import re
 from pathlib import Path
 
-import chat
 import common
+import sample
 import tasks.conversations as mixture
 import tasks.factbook as facts
 import tasks.problems as tasks
 from common import UserError
-from generate import generate
+from sample import generate
+from tokenizer import text_of
 
 ROWS = 64  # asked at a time
 NAME = "Handmade"  # what it should call itself
@@ -25,10 +26,10 @@ NAME = "Handmade"  # what it should call itself
 def ask(
     model, tokenizer, conversations, with_tools=None, max_tokens=96, temperature=0.0, seed=0, streams=None
 ):
-    """The assistant's next turn in every conversation, as a list of parts; with_tools as for chat.Host."""
-    host = chat.Host(tokenizer, with_tools or {})
+    """The assistant's next turn in every conversation, as a list of parts; with_tools as for sample.Host."""
+    host = sample.Host(tokenizer, with_tools or {})
     stop_tokens = {tokenizer.eot, tokenizer.encode_special("<|im_end|>")}
-    prompts = [chat.prompt(tokenizer, conversation) for conversation in conversations]
+    prompts = [tokenizer.prompt(conversation) for conversation in conversations]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of one length go together
     replies, progress = [None] * len(prompts), common.Progress("asking", total=len(prompts))
     for start in range(0, len(order), ROWS):
@@ -39,7 +40,7 @@ def ask(
             stop_tokens=stop_tokens, on_token=lambda row, shown, logits: host.reply(row),
         )  # fmt: skip
         for i, row in zip(block, rows):
-            replies[i] = chat.parts(tokenizer, row.ids)
+            replies[i] = tokenizer.parts(row.ids)
         progress.add(len(block))
     progress.line.clear()
     return replies
@@ -71,7 +72,7 @@ def probe(model, tokenizer, k, seed, path=None):
     replies = ask(model, tokenizer, asked, max_tokens=40, temperature=1.0, seed=seed)
     lines = []
     for i, (split, fact) in enumerate(found):
-        right = sum(facts.matches(fact, chat.text_of(reply)) for reply in replies[i * k : (i + 1) * k])
+        right = sum(facts.matches(fact, text_of(reply)) for reply in replies[i * k : (i + 1) * k])
         what = dict(country=fact.country, field=fact.field, question=fact.questions[0], answer=fact.answer)
         lines.append(what | dict(split=split, rate=right / k))
     if path:
@@ -100,7 +101,7 @@ def read_probe(path):
 
 def refused(reply):
     """Whether a reply says that the assistant does not know, or asks the search."""
-    return mixture.DONT_KNOW in chat.text_of(reply) or any(part["type"] == "search" for part in reply)
+    return mixture.DONT_KNOW in text_of(reply) or any(part["type"] == "search" for part in reply)
 
 
 def share(values):
@@ -122,13 +123,13 @@ def evaluate(model, tokenizer, known=None, n=100, seed=0):
                 every[line["country"], line["field"]] for line in rng.sample(lines, min(3 * n, len(lines)))
             ]
             replies = asking([user(fact.ask(rng, "test")) for fact in asked], max_tokens=40)
-            right = share(facts.matches(fact, chat.text_of(reply)) for fact, reply in zip(asked, replies))
+            right = share(facts.matches(fact, text_of(reply)) for fact, reply in zip(asked, replies))
             results[what] = dict(n=len(asked), right=right, refused=share(map(refused, replies)))
 
     asked = [q for row in facts.texts("source") if row.get("who") for q in row["held_out"]]  # 40 of them
     asked = asked if n >= 100 else rng.sample(asked, n)
     replies = asking([user(question) for question in asked], max_tokens=40)
-    results["identity"] = dict(n=len(replies), named=share(NAME in chat.text_of(reply) for reply in replies))
+    results["identity"] = dict(n=len(replies), named=share(NAME in text_of(reply) for reply in replies))
 
     asked = [question for question, _ in facts.invented("test", n, seed)]
     results["invented names"] = dict(
@@ -142,7 +143,7 @@ def evaluate(model, tokenizer, known=None, n=100, seed=0):
     results["search"] = dict(
         n=len(asked),
         searched=share(any(part["type"] == "search" for part in reply) for reply in replies),
-        right=share(facts.matches(fact, chat.text_of(reply)) for fact, reply in zip(asked, replies)),
+        right=share(facts.matches(fact, text_of(reply)) for fact, reply in zip(asked, replies)),
     )
 
     made = (mixture.arithmetic(rng, "test") for _ in itertools.count())
@@ -152,7 +153,7 @@ def evaluate(model, tokenizer, known=None, n=100, seed=0):
     for (_, truth), reply in zip(asked, asking([user(question) for question, _ in asked])):
         kinds = [part["type"] for part in reply]
         output = reply[kinds.index("calc") + 1]["text"].strip() if "calc" in kinds[:-1] else "error"
-        copies = not output.startswith("error") and output in re.findall(r"[^\s]*[^\s.]", chat.text_of(reply))
+        copies = not output.startswith("error") and output in re.findall(r"[^\s]*[^\s.]", text_of(reply))
         called += not output.startswith("error")
         copied += copies
         right += copies and output == truth
@@ -161,7 +162,7 @@ def evaluate(model, tokenizer, known=None, n=100, seed=0):
     for name in ("counting", "spelling"):
         problems = list(itertools.islice(tasks.problems(name, split="test", seed=seed), n))
         replies = asking([user(problem.prompt) for problem in problems])
-        right = share(problem.verify(chat.text_of(reply)) for problem, reply in zip(problems, replies))
+        right = share(problem.verify(text_of(reply)) for problem, reply in zip(problems, replies))
         results[name] = dict(n=n, right=right)
 
     for name in ("arithmetic", "word"):
@@ -170,8 +171,7 @@ def evaluate(model, tokenizer, known=None, n=100, seed=0):
             forms = {"steps_first": lambda p: p.prompt, "answer_first": lambda p: mixture.answer_first(p)[0]}
             results[f"{name}, level {level}"] = dict(n=n) | {
                 form: share(
-                    p.verify(chat.text_of(r))
-                    for p, r in zip(problems, asking([user(of(p)) for p in problems]))
+                    p.verify(text_of(r)) for p, r in zip(problems, asking([user(of(p)) for p in problems]))
                 )
                 for form, of in forms.items()
             }

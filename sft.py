@@ -6,7 +6,7 @@
     python sft.py --eval runs/sft                                    the table of what it can do
 
 `make sft` does it twice: the first assistant is asked every factual question, and what it does not know
-becomes, for the second, a question whose right answer is "I don't know". Read chat.py (the format),
+becomes, for the second, a question whose right answer is "I don't know". Read sample.py (the format),
 tasks/conversations.py (the conversations) and batches.py first, exam.py (probe and evaluation) and rl.py
 next. The loss is train.py's; only the weights differ: 1 / targets on what the assistant must say, 0
 elsewhere.
@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 
 import batches
-import chat
 import common
 import distributed
 import exam
@@ -43,11 +42,11 @@ def prepare(tokenizer, conversations, longest):
     """
     rows, counts = [], {"shortened": 0, "left out": 0}
     for conversation in conversations:
-        tokens, mask = chat.render(tokenizer, conversation)
+        tokens, mask = tokenizer.render(conversation)
         turns = len(conversation)
         while len(tokens) > longest and turns > 1:
             turns -= 1
-            tokens, mask = chat.render(tokenizer, conversation[:turns])
+            tokens, mask = tokenizer.render(conversation[:turns])
         if len(tokens) > longest or not any(mask):
             counts["left out"] += 1
             continue
@@ -74,7 +73,7 @@ def show(tokenizer, conversations):
     """Conversations as one flat stream: bright (or between brackets) what the assistant must say."""
     before, after = ("\033[1;32m", "\033[0m") if common.colour() else ("[", "]")
     for conversation in conversations:
-        tokens, mask = chat.render(tokenizer, conversation)
+        tokens, mask = tokenizer.render(conversation)
         text, said = "", 0
         for token, wanted in zip(tokens, mask):
             text += before if wanted > said else after if wanted < said else ""

@@ -32,6 +32,15 @@ CHAT_TOKENS = (
     *("<|search_start|>", "<|search_end|>", "<|calc_start|>", "<|calc_end|>"),  # the assistant calls a tool
     *("<|output_start|>", "<|output_end|>"),  # the host pastes the tool's answer
 )
+# A conversation is one flat stream of tokens, in which tools answer in the middle:
+#
+#   <|endoftext|><|im_start|>user<|im_sep|>What is 3 * 17?<|im_end|><|im_start|>assistant<|im_sep|>
+#   <|calc_start|>3*17<|calc_end|><|output_start|>51<|output_end|>It is 51.<|im_end|>
+#
+# In Python it is a list of {"role": "system" | "user" | "assistant", "content": ...}; a content is a text or
+# a list of parts {"type": "text" | "calc" | "search" | "output", "text": ...}.
+ROLES = ("system", "user", "assistant")
+CALLS = ("search", "calc")  # the kinds of parts that call a tool, which answers with an "output"
 N_SPECIAL = 1 + len(CHAT_TOKENS)
 
 # GPT-2's chunks, whose borders no merge crosses, so that "dog.", "dog!" and "dog" share a token: an English
@@ -197,6 +206,111 @@ class Tokenizer:
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         return SimpleNamespace(push=lambda id: decode(self._bytes[id]), flush=lambda: decode(b"", final=True))
 
+    # -- conversations
+
+    def render(self, conversation):
+        """The tokens of a conversation and its mask, two lists of one length.
+
+        The mask is 1 where a token is for the assistant to say: its words, its calls and its <|im_end|>;
+        0 on headers, users, system messages and outputs of tools.
+        """
+        tokens, mask = [self.eot], [0]
+        for turn in conversation:
+            for ids, said in self._pieces(turn):
+                tokens += ids
+                mask += [said] * len(ids)
+        return tokens, mask
+
+    def prompt(self, conversation):
+        """The tokens after which the assistant speaks."""
+        return self.render(conversation)[0] + self._header("assistant")
+
+    def fit(self, conversation, room):
+        """The conversation without its oldest turns, as many of them as do not fit `room` tokens.
+
+        What counts are the tokens of the prompt, or of the whole if the assistant has the last word. System
+        messages and the last user turn (with the answer to it) always stay; UserError if they are too long.
+        """
+        lengths = [sum(len(ids) for ids, _ in self._pieces(turn)) for turn in conversation]
+        around = 1 if conversation[-1]["role"] == "assistant" else len(self.prompt([]))
+        kept = range(len(conversation))
+        for first in (
+            0,
+            *(i for i in kept if conversation[i]["role"] == "user"),
+        ):  # answers go with questions
+            kept = [i for i in kept if i >= first or conversation[i]["role"] == "system"]
+            needed = around + sum(lengths[i] for i in kept)
+            if needed <= room:
+                return [conversation[i] for i in kept]
+        raise common.UserError(
+            f"the last turn takes {needed} tokens and there is room for {room}; shorten it"
+        )
+
+    def _pieces(self, turn):
+        """A turn as [(ids, 1 if the assistant has to say them, else 0), ...].
+
+        Every part is encoded for itself, with nothing added and nothing taken away: what a model has said,
+        taken apart by parts(), becomes the same ids again.
+        """
+        role, content = turn["role"], turn["content"]
+        said = int(role == "assistant")
+        pieces = [(self._header(role), 0)]
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            kind = part["type"]
+            if kind != "text" and not said:
+                raise common.UserError(
+                    f"a {role} turn has a part of type {kind!r}; only the assistant calls tools"
+                )
+            ids = (said and part.get("ids")) or self._part(kind, part["text"])
+            pieces.append((ids, int(said and kind != "output")))
+        return [*pieces, ([self.encode_special("<|im_end|>")], said)]
+
+    def _header(self, role):
+        if "<|im_start|>" not in self.special_tokens:
+            raise common.UserError("this model has no chat tokens; make an assistant of it with sft.py first")
+        special = self.encode_special
+        return [special("<|im_start|>"), *self.encode(role), special("<|im_sep|>")]
+
+    def _part(self, kind, text):
+        ids = self.encode(text)
+        if kind == "text":
+            return ids
+        start, end = map(self.encode_special, (f"<|{kind}_start|>", f"<|{kind}_end|>"))
+        return [start, *ids, end]
+
+    def parts(self, ids):
+        """What the assistant has said, as the list of parts of its turn, without the token that ended it.
+
+        A part that would not become the ids it came from keeps them, under "ids": letters in unusual pieces,
+        half a character, a call without an end, any other special token (which is text, by its name).
+        """
+        special = {id: name for name, id in self.special_tokens.items()}
+        if ids and special.get(ids[-1]) in ("<|im_end|>", "<|endoftext|>"):
+            ids = ids[:-1]
+        found, i = [], 0
+        while i < len(ids):
+            kind = special.get(ids[i], "")[2:].removesuffix("_start|>")
+            after = next(
+                (j for j in range(i + 1, len(ids)) if ids[j] in special), len(ids)
+            )  # of plain tokens
+            if kind in (*CALLS, "output"):
+                end = after + (ids[after : after + 1] == [self.encode_special(f"<|{kind}_end|>")])
+                text = self.decode(ids[i + 1 : after])
+            else:
+                if (
+                    found and found[-1]["type"] == "text"
+                ):  # this one begins with a token that means nothing here
+                    i -= len(found.pop()["ids"])
+                kind, end, text = "text", after, self.decode(ids[i:after])
+            found.append({"type": kind, "text": text, "ids": ids[i:end]})
+            i = end
+        for part in found:
+            if part["ids"] == self._part(part["type"], part["text"]):
+                del part["ids"]
+        return found
+
+    # -- files
+
     def save(self, directory):
         """Write tokenizer.json: kind, special tokens; of bpe pattern and tokens, one letter a byte."""
         contents = {"kind": self.kind, "special_tokens": self.special_tokens}
@@ -230,6 +344,11 @@ class Tokenizer:
             raise common.UserError(f"no tokenizer at {path}; data.py writes one beside its shards") from None
         except (ValueError, KeyError, TypeError, AttributeError):
             raise common.UserError(f"{path} is not ours or damaged; copy it from its origin") from None
+
+
+def text_of(content):
+    """The assistant's words, without calls and outputs."""
+    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
 
 
 def utf8(text):

@@ -4,7 +4,7 @@
     python tools.py --search "capital of France"     in the Factbook; --texts PATH: in .txt, .md, .jsonl files
 
 A model writes the questions, and they can do no harm: calculate() walks a syntax tree of numbers and four
-things about texts, Search counts words. Read data.py before this file and chat.py after it.
+things about texts, Search counts words. Read data.py before this file and sample.py after it.
 """
 
 import ast

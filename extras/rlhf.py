@@ -24,13 +24,13 @@ import numpy as np
 
 import attempts
 import batches
-import chat
 import common
 import gpt2
 import tasks.conversations as mixture
 import tasks.problems as tasks
 from attempts import mean
 from common import UserError, duration, number
+from tokenizer import text_of
 
 # ------------------------------------------------------------------------------------ what "people" prefer
 
@@ -42,7 +42,7 @@ CLOSINGS = "", "\nThank you!", "\nI hope that this helps you, and that it is wha
 def true_score(attempt):
     """0 if it is wrong or never ends; else a third each for being right, polite, and at most four words
     longer than the worked solution."""
-    said, solution = (chat.text_of(some) for some in (attempt.parts, attempt.problem.solution))
+    said, solution = (text_of(some) for some in (attempt.parts, attempt.problem.solution))
     polite, short = COURTESY.search(said) is not None, len(said.split()) <= len(solution.split()) + 4
     return (1 + polite + short) / 3 if attempt.correct > 0 else 0.0
 
@@ -151,7 +151,7 @@ def compare(flags, model, tokenizer, optimizer, tested):
     if not groups or not orderings(others):
         raise UserError("no answer is better than another; give more --questions or another --task")
     for attempt in sorted(groups[0], key=true_score, reverse=True):
-        common.say(f"{true_score(attempt):.2f}  {chat.text_of(attempt.parts)!r}")
+        common.say(f"{true_score(attempt):.2f}  {text_of(attempt.parts)!r}")
     if flags.what == "train":
         value, held_out = lambda some: rewards(model, tokenizer, some), list(flat(others))
         rows = lambda some, pull: reward_rows(tokenizer, some, pull)

@@ -5,7 +5,7 @@
 The browser keeps the conversation and sends all of it with every question; the answer comes back, while it
 is made, as server-sent events. Only the page that this server has sent may ask: any other that is open in
 the same browser can reach 127.0.0.1 too, so a request must tell the right origin, and the right name for us.
-Read talk.py first, which answers, and chat.html after, the page.
+Read sample.py first, which answers, and chat.html after, the page.
 """
 
 import base64
@@ -21,10 +21,9 @@ import socketserver
 import threading
 from pathlib import Path
 
-from chat import checked, render
 from common import Parser, UserError, number, run, say
-from generate import load
-from talk import TOOLS, Assistant
+from sample import TOOLS, Assistant, load
+from tasks.conversations import checked
 from tokenizer import visible
 
 LONGEST = 1 << 18  # bytes of a request: a hundred contexts of GPT-2
@@ -65,7 +64,7 @@ def policy(page):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """GET / is the page; POST /answer and POST /tokens take {"messages": [...]}, as chat.py reads them."""
+    """GET / is the page; POST /answer and POST /tokens take {"messages": [...]}, as sample.py reads them."""
 
     timeout = 30  # seconds for a client to send or take the next bytes
     server_version, sys_version = "gpt2", ""
@@ -132,7 +131,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def tokens(self, conversation):
         """The conversation as the model reads it, for every token: text, id, 1 if special, and its mask."""
         tokenizer, rows = self.server.assistant.tokenizer, []
-        for id, said in zip(*render(tokenizer, conversation)):
+        for id, said in zip(*tokenizer.render(conversation)):
             rows.append((visible(tokenizer.token_bytes(id)), id, int(id >= tokenizer.eot), said))
         self.send(200, "application/json", json.dumps({"tokens": rows}).encode())
 

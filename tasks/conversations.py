@@ -6,7 +6,7 @@
 draw() makes n conversations, by share, the same for the same seed, without duplicates, contradictions and the
 questions of the evaluation. A small model learns what is short, regular and can be copied: a call repeats the
 tokens of the question, an answer those of the tool's output. The texts that no template makes stand in
-conversations.jsonl. Read tasks/factbook.py, tools.py, tasks/problems.py and chat.py before, sft.py after this
+conversations.jsonl. Read tasks/factbook.py, tools.py, tasks/problems.py and sample.py before, sft.py after this
 file.
 """
 
@@ -18,12 +18,12 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import chat
 import common
 import tasks.problems as tasks
 import tools
 from common import UserError
 from tasks.factbook import FIELDS, digest, examined, facts, held_out, invented, phrase, plain, probed, texts
+from tokenizer import CALLS, ROLES, text_of
 
 SOURCES = {"factbook": 17, "identity": 9, "refusal": 2, "chitchat": 3, "tools": 20}  # shares, in percent
 SOURCES |= {"tasks": 10, "stories": 4, "events": 3, "steps-first": 2, "answer-first": 2, "sums": 1}
@@ -269,6 +269,60 @@ def hosted(solution):
     return called("calc", call, output, said.replace(f' "{output.strip()}"', output))
 
 
+def read(path, skip_bad=False):
+    """The conversations of a JSONL file, and how many bad lines were skipped: (conversations, skipped).
+
+    A line is {"messages": [...]}, as OpenAI and Hugging Face write it, or the bare list. Without skip_bad a
+    bad line is a UserError: which one, and why.
+    """
+    conversations, skipped = [], 0
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the path of a file of conversations") from None
+    for number, line in ((number, line) for number, line in enumerate(lines, 1) if line.strip()):
+        try:
+            found = json.loads(line)
+            conversations.append(checked(found.get("messages") if isinstance(found, dict) else found, True))
+        except (UserError, ValueError, RecursionError) as error:
+            reason = error if isinstance(error, UserError) else f"no JSON ({getattr(error, 'msg', error)})"
+            if not skip_bad:
+                raise UserError(f"{path}, line {number}: {reason}; correct it or skip bad lines") from None
+            skipped += 1
+    if not conversations:
+        raise UserError(f'{path} has no conversation; every line should be {{"messages": [...]}}')
+    return conversations, skipped
+
+
+def checked(messages, training=False):
+    """Messages from outside as a conversation that has nothing else in it; UserError says what is wrong.
+    Empty ones are left out; for training only the system's may be empty, and the assistant must speak."""
+    if not isinstance(messages, list):
+        raise UserError('there is no list of "messages"')
+    conversation = []
+    for i, message in enumerate(messages, 1):
+        role, content = map(message.get, ("role", "content")) if isinstance(message, dict) else (None, None)
+        if role not in ROLES:
+            raise UserError(f"message {i} has the role {role!r}, which is none of {', '.join(ROLES)}")
+        kinds = ("text", *CALLS, "output") if role == "assistant" else ("text",)
+        found = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        try:
+            found = [{"type": part["type"], "text": part["text"]} for part in found]
+            sound = all(part["type"] in kinds and isinstance(part["text"], str) for part in found)
+        except (TypeError, KeyError):
+            sound = False
+        if not sound:
+            what = f"a text or a list of parts, each with a text and a type: {' or '.join(kinds)}"
+            raise UserError(f"the content of message {i} ({role}) is not {what}")
+        if any(part["text"].strip() for part in found):
+            conversation.append({"role": role, "content": content if isinstance(content, str) else found})
+        elif training and role != "system":
+            raise UserError(f"message {i} ({role}) is empty")
+    if training and "assistant" not in [turn["role"] for turn in conversation]:
+        raise UserError("the assistant never speaks")
+    return conversation
+
+
 def conversations(name, split="train", seed=0, unknown=(), skip_bad=False):
     """The conversations of a source, one after the other: without end, but for jsonl:PATH.
 
@@ -278,7 +332,7 @@ def conversations(name, split="train", seed=0, unknown=(), skip_bad=False):
     pool = facts(split)
     known = [fact for fact in pool if (fact.country, fact.field) not in unknown]
     if kind == "jsonl":  # a tenth of the user's own tests
-        own = chat.read(path, skip_bad)[0]
+        own = read(path, skip_bad)[0]
         own = [c for c in own if (digest(json.dumps(c)) % 10 == 0) == (split == "test")]
         yield from rng.sample(own, len(own))
     elif path:  # what the model was found not to know
@@ -341,7 +395,7 @@ AGAIN = re.compile(r"(?<!\S)(\S+)( \1){3}(?!\S)|(?<!\S)((?:\S+ ){5}).*\3.*\3")  
 
 def fault(conversation, split):
     """What is wrong with a conversation, or None."""
-    words = [chat.text_of(turn["content"]) for turn in conversation]
+    words = [text_of(turn["content"]) for turn in conversation]
     if len(json.dumps(conversation, ensure_ascii=False)) > LONGEST:
         return "too long"
     for turn, text, before in zip(conversation, words, ["", *words]):
@@ -382,7 +436,7 @@ def draw(spec, n, seed=0, split="train", skip_bad=False):
     rng.shuffle(kept)
     del dropped[None]
     if skip_bad:
-        dropped["bad lines"] = sum(chat.read(n[6:], True)[1] for n in shares if n.startswith("jsonl:"))
+        dropped["bad lines"] = sum(read(n[6:], True)[1] for n in shares if n.startswith("jsonl:"))
     return kept, dict(dropped)
 
 
@@ -424,7 +478,7 @@ def main(argv=None):
     flags = parser().parse_args(argv)
     kept, dropped = draw(flags.spec, flags.num, flags.seed, flags.split)
     if flags.workbook:
-        texts = ["\n".join(chat.text_of(turn["content"]) for turn in conversation) for conversation in kept]
+        texts = ["\n".join(text_of(turn["content"]) for turn in conversation) for conversation in kept]
         pages = ("\n\n".join(texts[i : i + PAGE]) for i in range(0, len(texts), PAGE))
         lines = "".join(json.dumps({"text": page}) + "\n" for page in pages)
         return common.write_whole(Path(flags.workbook), lines.encode())

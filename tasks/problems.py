@@ -58,7 +58,7 @@ LECTURE |= {"2 * 2 = 4, 13 - 4 = 9, 9 / 3 = 3", "23 - 20 = 3, 3 + 6 = 9"}
 class Problem:
     task: str
     prompt: str
-    solution: str | list  # a text, or parts as in chat.py; it ends with "Answer: " and the answer
+    solution: str | list  # a text, or parts as in sample.py; it ends with "Answer: " and the answer
     answer: str
     level: int = 1
     phrasing: int = 0

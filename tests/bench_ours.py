@@ -20,8 +20,8 @@ import numpy as np
 import common
 import data
 import distributed
-import generate
 import gpt2
+import sample
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +68,7 @@ def decoding(B, prompt=16, new=48):
 
     def measure():
         start = time.perf_counter()
-        completions = generate.generate(model, prompts, new, temperature=0)
+        completions = sample.generate(model, prompts, new, temperature=0)
         assert all(len(completion.ids) == new for completion in completions)
         return B * new / (time.perf_counter() - start)
 
@@ -80,7 +80,7 @@ def sampling(B, prompt=32, new=64):
     model = gpt2.GPT2(SMALL)
 
     def sample(model, share):
-        return [len(row.ids) for row in generate.generate(model, share, new, temperature=1.0, seed=1)]
+        return [len(row.ids) for row in sample.generate(model, share, new, temperature=1.0, seed=1)]
 
     team = distributed.Workers(model, {"sample": sample})
     prompts = np.random.default_rng(0).integers(SMALL.vocab_size, size=(B, prompt)).tolist()

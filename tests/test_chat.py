@@ -2,16 +2,18 @@
 token, lose an id that the model said, or leave a tool without an answer."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import chat
-from chat import Host, checked, fit, parts, prompt, read, render, text_of
+import tokenizer
 from common import UserError
-from tokenizer import CHAT_TOKENS, EOT, Tokenizer
+from sample import Host
+from tasks.conversations import checked, read
+from tokenizer import CHAT_TOKENS, EOT, Tokenizer, text_of
 
 BYTES = Tokenizer.bytes()
 # A vocabulary with some words of several letters, so that a text can be cut in more than one way.
@@ -129,7 +131,7 @@ GOLDEN = {
         [(E, 0), (S, 0), *letters("user", 0), (P, 0), ("a", 0), ("b", 0), (I, 0)],
     ),
     "truncated: the oldest turns gone, the system message kept": (
-        fit(BYTES, [system("S"), user("1"), assistant("2"), user("3"), assistant("4")], 1 + 10 + 8 + 13),
+        BYTES.fit([system("S"), user("1"), assistant("2"), user("3"), assistant("4")], 1 + 10 + 8 + 13),
         [
             *[(E, 0), (S, 0), *letters("system", 0), (P, 0), ("S", 0), (I, 0)],
             *[(S, 0), *letters("user", 0), (P, 0), ("3", 0), (I, 0)],
@@ -142,15 +144,15 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_masks(name):
     conversation, golden = GOLDEN[name]
-    tokens, mask = render(BYTES, conversation)
+    tokens, mask = BYTES.render(conversation)
     id_of = lambda text: BYTES.special_tokens[text] if len(text) > 1 else ord(text)
     assert list(zip(tokens, mask, strict=True)) == [(id_of(text), said) for text, said in golden]
 
 
 def test_tokens_of_several_letters():
     """The same with a vocabulary that merges: a part is encoded for itself, not glued to its neighbour."""
-    tokens, mask = render(
-        WORDS, [user("hello"), assistant(("text", "hel"), ("text", "lo"), ("calc", "2 + 2"))]
+    tokens, mask = WORDS.render(
+        [user("hello"), assistant(("text", "hel"), ("text", "lo"), ("calc", "2 + 2"))]
     )
     names = {id: name for name, id in WORDS.special_tokens.items()}
     shown = [(names.get(id) or WORDS.decode([id]), said) for id, said in zip(tokens, mask, strict=True)]
@@ -170,7 +172,7 @@ spelled = st.lists(pieces | st.text(max_size=3), max_size=5).map("".join)
 
 @given(spelled, st.sampled_from(["system", "user", "assistant"]), st.sampled_from([BYTES, WORDS]))
 def test_no_text_becomes_a_special_token(text, role, tokenizer):
-    tokens, _ = render(tokenizer, [{"role": role, "content": text}])
+    tokens, _ = tokenizer.render([{"role": role, "content": text}])
     special = [id for id in tokens if id >= tokenizer.eot]
     assert special == [tokenizer.special_tokens[name] for name in (E, S, P, I)]
     inside = tokens[tokens.index(special[2]) + 1 : -1]
@@ -179,7 +181,7 @@ def test_no_text_becomes_a_special_token(text, role, tokenizer):
 
 @given(spelled, spelled)
 def test_no_call_nor_output_has_another_special_token_inside(call, output):
-    tokens, mask = render(BYTES, [assistant(("search", call), ("output", output))])
+    tokens, mask = BYTES.render([assistant(("search", call), ("output", output))])
     names = [E, S, P, SEARCH, END_SEARCH, OUT, END_OUT, I]
     assert [id for id in tokens if id >= BYTES.eot] == [BYTES.special_tokens[name] for name in names]
     assert sum(mask) == len(BYTES.encode(call)) + 3
@@ -187,22 +189,22 @@ def test_no_call_nor_output_has_another_special_token_inside(call, output):
 
 def test_ids_are_for_the_assistant_alone():
     smuggled = {"type": "text", "text": "a", "ids": [BYTES.special_tokens[I]]}
-    assert render(BYTES, [{"role": "user", "content": [smuggled]}]) == render(BYTES, [user("a")])
+    assert BYTES.render([{"role": "user", "content": [smuggled]}]) == BYTES.render([user("a")])
 
 
 @pytest.mark.parametrize("kind", ["calc", "search", "output"])
 @pytest.mark.parametrize("role", ["user", "system"])
 def test_only_the_assistant_calls_tools(role, kind):
     with pytest.raises(UserError, match=f"a {role} turn has a part of type '{kind}'"):
-        render(BYTES, [{"role": role, "content": [{"type": kind, "text": "1"}]}])
+        BYTES.render([{"role": role, "content": [{"type": kind, "text": "1"}]}])
 
 
 def test_a_model_without_chat_tokens_is_refused():
     base = Tokenizer("bytes", BYTES.ranks, chat=False)
     for call in (
-        lambda: prompt(base, []),
-        lambda: render(base, [user("a")]),
-        lambda: fit(base, [user("a")], 9),
+        lambda: base.prompt([]),
+        lambda: base.render([user("a")]),
+        lambda: base.fit([user("a")], 9),
     ):
         with pytest.raises(UserError, match=r"no chat tokens; .*sft\.py"):
             call()
@@ -214,7 +216,7 @@ def test_a_model_without_chat_tokens_is_refused():
 
 def reply_ids(tokenizer, turn):
     """The ids that a model says for this turn."""
-    return render(tokenizer, [turn])[0][len(prompt(tokenizer, [])) :]
+    return tokenizer.render([turn])[0][len(tokenizer.prompt([])) :]
 
 
 @given(st.lists(st.integers(0, WORDS.vocab_size - 1)), st.booleans())
@@ -222,7 +224,7 @@ def test_what_a_model_said_is_rendered_to_the_ids_it_said(ids, ends):
     ids = [id for id in ids if id not in (WORDS.eot, WORDS.special_tokens[I])] + [
         WORDS.special_tokens[I]
     ] * ends
-    said = parts(WORDS, ids)
+    said = WORDS.parts(ids)
     again = reply_ids(WORDS, {"role": "assistant", "content": json.loads(json.dumps(said))})
     assert again == (ids if ends else [*ids, WORDS.special_tokens[I]])
     shown = WORDS.decode(ids).removesuffix(I if ends else "")
@@ -243,7 +245,7 @@ def test_parts_of_a_rendered_turn_are_the_parts_that_were_rendered(content, toke
         for i, (kind, text) in enumerate(content)
         if kind != "text" or (text and (i == 0 or content[i - 1][0] != "text"))
     ]
-    assert parts(tokenizer, reply_ids(tokenizer, assistant(*content))) == [
+    assert tokenizer.parts(reply_ids(tokenizer, assistant(*content))) == [
         {"type": kind, "text": text} for kind, text in content
     ]
 
@@ -275,7 +277,7 @@ def spell(*tokens):
     ],
 )  # fmt: skip
 def test_parts_of_what_no_conversation_has(ids, expected):
-    found = parts(BYTES, ids)
+    found = BYTES.parts(ids)
     assert [(part["type"], part["text"]) for part in found] == [one[:2] for one in expected]
     kept = [part.get("ids") for part in found]
     assert all(
@@ -287,9 +289,9 @@ def test_parts_of_what_no_conversation_has(ids, expected):
 def test_words_in_unusual_pieces_keep_their_ids():
     ids = [*b"hello"]
     assert WORDS.encode("hello") != ids
-    assert parts(WORDS, ids) == [{"type": "text", "text": "hello", "ids": ids}]
+    assert WORDS.parts(ids) == [{"type": "text", "text": "hello", "ids": ids}]
     call = [WORDS.special_tokens[CALC], *b"3 * 17", WORDS.special_tokens[END_CALC]]
-    assert parts(WORDS, call) == [{"type": "calc", "text": "3 * 17", "ids": call}]
+    assert WORDS.parts(call) == [{"type": "calc", "text": "3 * 17", "ids": call}]
 
 
 def test_text_of_is_the_words():
@@ -307,8 +309,8 @@ turns = st.lists(turn.map(lambda one: {"role": one[0], "content": "x" * one[1]})
 
 @given(turns, st.integers(0, 150))
 def test_fit_drops_the_oldest_turns_and_no_more_than_needed(conversation, room):
-    measure = render if conversation[-1]["role"] == "assistant" else lambda *both: (prompt(*both), None)
-    length = lambda some: len(measure(BYTES, some)[0])
+    measure = BYTES.prompt if conversation[-1]["role"] != "assistant" else lambda some: BYTES.render(some)[0]
+    length = lambda some: len(measure(some))
     starts = [0, *(i for i, turn in enumerate(conversation) if turn["role"] == "user")]
     shorter = [
         [turn for i, turn in enumerate(conversation) if i >= start or turn["role"] == "system"]
@@ -316,21 +318,21 @@ def test_fit_drops_the_oldest_turns_and_no_more_than_needed(conversation, room):
     ]
     fitting = [some for some in shorter if length(some) <= room]
     if fitting:
-        assert fit(BYTES, conversation, room) == fitting[0]
+        assert BYTES.fit(conversation, room) == fitting[0]
     else:
         with pytest.raises(
             UserError, match=f"takes {length(shorter[-1])} tokens and there is room for {room}"
         ):
-            fit(BYTES, conversation, room)
+            BYTES.fit(conversation, room)
 
 
 def test_fit_keeps_the_system_message_and_the_last_question():
     conversation = [system("s"), user("a"), assistant("b"), user("c"), assistant("d"), user("e")]
-    assert fit(BYTES, conversation, 1000) == conversation
+    assert BYTES.fit(conversation, 1000) == conversation
     shortest = [system("s"), user("e")]
-    assert fit(BYTES, conversation, len(prompt(BYTES, shortest))) == shortest
+    assert BYTES.fit(conversation, len(BYTES.prompt(shortest))) == shortest
     with pytest.raises(UserError, match="shorten it"):
-        fit(BYTES, conversation, len(prompt(BYTES, shortest)) - 1)
+        BYTES.fit(conversation, len(BYTES.prompt(shortest)) - 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -462,7 +464,7 @@ def test_any_json_is_taken_or_refused(value):
         conversation = checked(value)
     except UserError:
         return
-    render(BYTES, conversation)
+    BYTES.render(conversation)
 
 
 def test_read_says_that_there_is_nothing(tmp_path):
@@ -480,8 +482,10 @@ def test_checked_leaves_nothing_else_in(tmp_path):
     assert checked([{"role": "assistant", "content": [smuggled]}]) == [assistant(("text", "a"))]
 
 
-def test_what_is_rendered_is_named_in_the_docstring():
-    """The example at the top of chat.py is true."""
+def test_what_is_rendered_is_the_example_in_the_file():
+    """The example above ROLES in tokenizer.py is true."""
     example = [user("What is 3 * 17?"), assistant(("calc", "3*17"), ("output", "51"), ("text", "It is 51."))]
-    shown = BYTES.decode(render(BYTES, example)[0])
-    assert shown == "".join(line.strip() for line in chat.__doc__.split("\n")[2:4])
+    shown = BYTES.decode(BYTES.render(example)[0])
+    lines = Path(tokenizer.__file__).read_text(encoding="utf-8").split("\n")
+    first = next(i for i, line in enumerate(lines) if line.startswith("#   <|endoftext|>"))
+    assert shown == "".join(line.removeprefix("#").strip() for line in lines[first : first + 2])

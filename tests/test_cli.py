@@ -320,13 +320,16 @@ def test_sizes_and_durations_as_a_person_reads_them():
 FLOORS = [  # a file may import those of the floors below its own; a new file gets its place here
     {"common"},
     {"kernels", "tokenizer"},
-    {"data", "gpt2", "extras.plot", "tasks.factbook", "distributed"},
-    {"tools", "batches", "extras.constrain", "generate"},
-    {"chat", "tasks.problems"},
-    {"train", "tasks.conversations"},
-    {"talk", "exam", "attempts"},
-    {"extras.serve", "extras.rlhf"},
-    {"sample", "sft", "rl"},
+    {"gpt2", "data", "distributed"},
+    {"tools", "batches", "extras.constrain", "extras.plot"},
+    {"tasks.factbook"},
+    {"tasks.problems"},
+    {"tasks.conversations"},
+    {"sample"},
+    {"exam", "train", "extras.serve"},
+    {"attempts"},
+    {"extras.rlhf"},
+    {"sft", "rl"},
 ]
 
 

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from script import refused, run
 
-import chat
 import tasks.conversations as mixture
 import tasks.factbook as facts
 import tasks.problems as tasks
 import tools
 from common import UserError
-from tokenizer import Tokenizer
+from tasks.conversations import checked
+from tokenizer import Tokenizer, text_of
 
 FRANCE = {fact.field: fact for fact in facts.facts() if fact.country == "France"}
 FACT = {(fact.country, fact.field): fact for fact in facts.facts()}
@@ -263,7 +263,7 @@ def test_what_is_learned_of_the_tasks_is_right(name, split):
     checked = 0
     for conversation in itertools.islice(stream, 60):
         problem = problems[questions(conversation)[0].removesuffix(" Answer first.")]
-        said = chat.text_of(conversation[-1]["content"])
+        said = text_of(conversation[-1]["content"])
         seen.add(problem.level)
         checked += problem.verify(said.split("\n")[0] if name == "answer-first" else said) == 1.0
         assert parts(conversation, "output") == [
@@ -287,8 +287,8 @@ def test_the_calculator_solves_a_chain_of_events_in_the_words_of_its_solution():
     problem = next(p for p in tasks.problems("word", level=3, seed=1) if p.solution.count(": ") == 4)
     solution = mixture.with_calculator(problem)
     assert [part["type"] for part in solution] == [*("text", "calc", "output") * 3, "text"]
-    assert chat.text_of(solution) == re.sub(r" \d+ [-+] \d+ = \d+", "", problem.solution)
-    assert problem.verify(chat.text_of(solution)) and solution[-2]["text"] == f" {problem.answer}"
+    assert text_of(solution) == re.sub(r" \d+ [-+] \d+ = \d+", "", problem.solution)
+    assert problem.verify(text_of(solution)) and solution[-2]["text"] == f" {problem.answer}"
 
 
 def test_what_happens_in_a_story_is_told_in_its_order():
@@ -452,8 +452,8 @@ def test_every_source_makes_conversations_that_render(drawn):
             kept, _ = mixture.draw(name, 20, seed=2, split=split)
             assert len(kept) == 20, name
             for conversation in kept:
-                chat.checked(conversation, training=True)
-                assert sum(chat.render(tokenizer, conversation)[1]) > 3
+                checked(conversation, training=True)
+                assert sum(tokenizer.render(conversation)[1]) > 3
 
 
 def test_parse():
@@ -526,7 +526,7 @@ def test_a_sum_that_is_held_out_is_no_problem_that_trains():
 def test_what_is_examined_elsewhere_is_not_practised():
     words, numbers = set(), set()
     for question, answer in mixture.draw("repeat=1,sums=1,tasks=1,steps-first=1,answer-first=1", 1500)[0]:
-        said = chat.text_of(answer["content"]).partition("You said ")[2]
+        said = text_of(answer["content"]).partition("You said ")[2]
         words |= set(re.findall(r"\b[a-z]{3,}\b", said))
         numbers |= set(re.findall(r"(\d+) [-+*/] (\d+)", question["content"]))
     assert len(words) > 100 and all(tasks.split_of(word) == "train" for word in words - {"the", "and"})

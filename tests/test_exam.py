@@ -5,7 +5,6 @@ import re
 import pytest
 import script
 
-import chat
 import exam
 import gpt2
 import sft
@@ -13,7 +12,7 @@ import tasks.conversations as mixture
 import tasks.factbook as facts
 import tools
 from common import UserError
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, text_of
 
 WORDS = {
     " plus ": " + ",
@@ -147,7 +146,7 @@ def test_asked_in_batches_the_replies_come_in_order(monkeypatch):
     together = exam.ask(model, tokenizer, asked, **settings)
     alone = [exam.ask(model, tokenizer, [one], streams=[i], **settings)[0] for i, one in enumerate(asked)]
     assert together == alone
-    assert len({chat.text_of(reply) for reply in together}) > 1
+    assert len({text_of(reply) for reply in together}) > 1
 
 
 def test_eval_of_a_base_model_without_chat_tokens_is_one_line(tmp_path):

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 import attempts
 import batches
-import chat
 import common
 import distributed
 import gpt2
 import rl
 import tasks.problems as tasks
 from common import UserError
-from tokenizer import Tokenizer
+from tasks.conversations import read
+from tokenizer import Tokenizer, text_of
 
 BYTES = Tokenizer.bytes()
 END = BYTES.encode_special("<|im_end|>")
@@ -49,7 +49,7 @@ def model_that_says(replies, dtype="float64", prompt="?", steps=60):
     rows = []
     for reply in replies:
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-        tokens, mask = chat.render(BYTES, turns)
+        tokens, mask = BYTES.render(turns)
         rows.append((tokens, np.array(mask) / sum(mask) / len(replies)))
     optimizer = gpt2.AdamW(model, weight_decay=0)
     for step in range(steps):
@@ -353,7 +353,7 @@ def test_a_drift_is_an_error(two_armed):
 
 
 def test_the_end_token_is_trained_and_the_prompt_is_not(two_armed):
-    prompt = chat.prompt(BYTES, [{"role": "user", "content": "?"}])
+    prompt = BYTES.prompt([{"role": "user", "content": "?"}])
     for attempt in itertools.chain(*sampled(two_armed)):
         assert list(attempt.tokens) == prompt + attempt.said
         assert not attempt.drawn[: len(prompt)].any() and attempt.drawn[len(prompt) :].all()
@@ -362,7 +362,7 @@ def test_the_end_token_is_trained_and_the_prompt_is_not(two_armed):
 
 def test_what_is_cut_off_is_wrong(two_armed):
     [group] = attempts.sample(two_armed, BYTES, [Choice()], 16, 1, 1)  # no room for the end token
-    assert {chat.text_of(a.parts) for a in group} >= {"a"} and not any(a.correct for a in group)
+    assert {text_of(a.parts) for a in group} >= {"a"} and not any(a.correct for a in group)
     assert any(a.correct for a in sampled(two_armed)[0])
 
 
@@ -375,7 +375,7 @@ def calculating():
 
 def test_outputs_of_tools_come_from_the_tool_and_have_no_weight(calculating):
     [group] = attempts.sample(calculating, BYTES, [Choice()], 24, 40, 1)
-    output = chat._part(BYTES, "output", " 12")
+    output = BYTES._part("output", " 12")
     called = [a for a in group if any(part["type"] == "calc" and part["text"] == "3*4" for part in a.parts)]
     assert 0 < len(called) < len(group)
     for attempt in called:
@@ -418,7 +418,7 @@ def test_a_batch_samples_what_each_attempt_would_alone(calculating):
 
 def p_of(model, text):
     """The probability of a reply that says this and ends."""
-    prompt = chat.prompt(BYTES, [{"role": "user", "content": "?"}])
+    prompt = BYTES.prompt([{"role": "user", "content": "?"}])
     tokens = np.array([*prompt, *BYTES.encode(text), END])
     losses = model.losses(tokens[None, :-1], tokens[None, 1:])[0]
     return math.exp(-losses[len(prompt) - 1 :].sum())
@@ -689,7 +689,7 @@ def test_a_gradient_that_is_no_number_ends_a_run_and_changes_nothing(
 
     seen = []
     monkeypatch.setattr(batches, "accumulate", bad)
-    monkeypatch.setattr(rl.runs, "save_checkpoint", lambda *args, **state: seen.append(args) or tmp_path)
+    monkeypatch.setattr(rl.common, "save_checkpoint", lambda *args, **state: seen.append(args) or tmp_path)
     made = gpt2.GPT2.from_pretrained
     models = []
     monkeypatch.setattr(gpt2.GPT2, "from_pretrained", lambda *args: models.append(made(*args)) or models[-1])
@@ -708,7 +708,7 @@ def last_line(done):
 def test_the_export_is_what_sft_reads(start, tmp_path):
     path = tmp_path / "new" / "right.jsonl"
     assert start("run", "--export", path, "--method", "best-of").status == 0
-    conversations, skipped = chat.read(path)
+    conversations, skipped = read(path)
     assert skipped == 0 and len(conversations) >= 6
     for question, answer in conversations:
         assert question == {"role": "user", "content": "?"} and answer["role"] == "assistant"
@@ -721,11 +721,11 @@ def test_the_export_is_what_sft_reads(start, tmp_path):
 def test_exported_calls_of_tools_are_the_same_tokens_again(calculating, tmp_path):
     [group] = attempts.sample(calculating, BYTES, [Choice()], 24, 40, 1)
     attempts.export(tmp_path / "x.jsonl", [group], "a run", 1)
-    conversations, _ = chat.read(tmp_path / "x.jsonl")
+    conversations, _ = read(tmp_path / "x.jsonl")
     right = {tuple(a.said): a for a in group if a.correct}
     assert len(right) == len(conversations) >= 2, "one with a call and one without"
     for conversation, attempt in zip(conversations, right.values()):
-        tokens, mask = chat.render(BYTES, conversation)
+        tokens, mask = BYTES.render(conversation)
         np.testing.assert_array_equal(tokens, attempt.tokens)
         np.testing.assert_array_equal(np.array(mask, bool), attempt.drawn)
 

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 import attempts
 import batches
-import chat
 import common
 import extras.rlhf as reward
 import gpt2
 import rl
 import tasks.conversations as mixture
 import tasks.problems as tasks
-from tokenizer import Tokenizer
+from tasks.conversations import read
+from tokenizer import Tokenizer, text_of
 
 BYTES = Tokenizer.bytes()
 END = BYTES.encode_special("<|im_end|>")
@@ -53,7 +53,7 @@ class Letter:
 def attempt(said, answer="a", ended=True, correct=None):
     """What somebody might have said."""
     problem, ids = Letter(answer), [*BYTES.encode(said), *[END] * ended]
-    prompt = chat.prompt(BYTES, mixture.turns(problem.prompt))
+    prompt = BYTES.prompt(mixture.turns(problem.prompt))
     correct = problem.verify(said) * ended if correct is None else correct
     drawn = np.arange(len(prompt) + len(ids)) >= len(prompt)
     parts = [{"type": "text", "text": said}]
@@ -118,13 +118,13 @@ def test_manners_are_of_all_kinds_and_every_answer_is_right(tmp_path):
     task = ("--task", "decimals,counting", "--level", "1-2", "--questions", 300, "--seed", 3)
     done = script.run(reward.main, "manners", "--out", path, *task)
     assert done.status == 0, done.err
-    talks, skipped = chat.read(path)
+    talks, skipped = read(path)
     problems = list(reward.questions(flags("manners", *task), "train", 300))
     assert len(talks) == 300 and not skipped
     scores, kinds = Counter(), Counter()
     for (question, said), problem in zip(talks, problems):
         assert question["content"] == problem.prompt
-        text = chat.text_of(said["content"])
+        text = text_of(said["content"])
         one = attempt("", correct=problem.verify(text))
         one.problem, one.parts = problem, said["content"]
         scores[round(3 * reward.true_score(one))] += 1
@@ -350,7 +350,7 @@ def manners_run(tmp_path_factory):
     run, model = tmp_path_factory.mktemp("manners"), gpt2.GPT2(CONFIG, seed=3)
     optimizer, rows = gpt2.AdamW(model, weight_decay=0), []
     for letter, said in itertools.product(LETTERS, SAID):
-        tokens, mask = chat.render(BYTES, mixture.turns(f"{letter}?", said.format(letter)))
+        tokens, mask = BYTES.render(mixture.turns(f"{letter}?", said.format(letter)))
         rows.append((tokens, np.array(mask) / sum(mask) / 24))
     for step in range(200):
         batches.accumulate(model, rows, 2048)
@@ -442,7 +442,7 @@ def test_it_pleases_the_reward_model_and_the_truly_best_is_kept(please, tmp_path
 
     def fooled(model, tokenizer, some):
         liked = {"Gladly! ": 1.0, "-": 3.0}
-        return np.array([sum(r for text, r in liked.items() if text in chat.text_of(a.parts)) for a in some])
+        return np.array([sum(r for text, r in liked.items() if text in text_of(a.parts)) for a in some])
 
     monkeypatch.setattr(reward, "rewards", fooled)
     more = ("--reward-model", manners_run, "--steps", 40, "--eval-every", 4)

@@ -16,16 +16,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import chat
 import gpt2
 import kernels
 import sample
-import talk
 import tasks.problems as tasks
 from common import UserError
-from extras import serve
-from generate import Completion, generate, release
 from kernels import sampling
+from sample import Completion, generate, release
 from tokenizer import Tokenizer
 
 PLAIN = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
@@ -809,7 +806,7 @@ def assistant(checkpoint, tmp_path, monkeypatch):
         shutil.copytree(checkpoint, tmp_path / name)
         state = {"step": 2} | ({"stage": stage} if stage else {})
         (tmp_path / name / "state.json").write_text(json.dumps(state))
-        asked = [(chat.prompt(BYTES, [{"role": "user", "content": text}]), replies[text]) for text in replies]
+        asked = [(BYTES.prompt([{"role": "user", "content": text}]), replies[text]) for text in replies]
 
         def logits(text):
             for header, reply in asked:
@@ -957,16 +954,11 @@ def test_cli_constrained(assistant, checkpoint, capsys, flag, value, form):
     assert len(every) > 1
 
 
-def test_cli_chat_and_serve_get_the_model_and_the_settings(assistant, monkeypatch):
+def test_cli_chat_gets_the_model_and_the_settings(assistant, monkeypatch):
     calls, run = [], assistant({})
-    monkeypatch.setattr(talk, "chat", lambda *a, **k: calls.append((a, k)))
-    monkeypatch.setattr(serve, "serve", lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(sample, "chat", lambda *a, **k: calls.append((a, k)))
     sample.main([str(run), "--chat", "--max-tokens", "7", "--top-k", "3"])
-    sample.main([str(run), "--serve", "0", "--temperature", "0", "--seed", "5"])
-    sample.main([str(run), "--serve"])
-    [(talked, settings), (served, others), (usual, _)] = calls
+    [(talked, settings)] = calls
     filters = dict(top_p=1.0, min_p=0.0)
     assert settings == dict(temperature=0.3, top_k=3, max_tokens=7, seed=sample.SEED, **filters)
-    assert others == dict(temperature=0, top_k=0, max_tokens=200, seed=5, **filters)
     assert isinstance(talked[0], Fake) and talked[1].vocab_size == 266 and len(talked) == 2
-    assert isinstance(served[0], Fake) and served[2:] == (str(run), 0) and usual[3] == 8000

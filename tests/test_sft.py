@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import script
 
-import chat
 import common
 import exam
 import gpt2
 import sft
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, text_of
 
 CONFIG = gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64, vocab_size=266)
 SMALL = (
@@ -28,16 +27,16 @@ def talk(question, answer):
 
 @pytest.fixture
 def place(tmp_path):
-    """A folder with a base model of bytes, base, and thirty-odd conversations, talk.jsonl."""
+    """A folder with a base model of bytes, base, and thirty-odd conversations, sample.jsonl."""
     gpt2.GPT2(CONFIG).save_pretrained(tmp_path / "base")
     Tokenizer.bytes().save(tmp_path / "base")
     lines = [{"messages": talk(f"{a}, {b}?", f"{a}.")} for a in range(6) for b in range(6)]
-    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "sample.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
 
 
 def arguments(place, out="run", *more):
-    spec = f"jsonl:{place / 'talk.jsonl'}=1"
+    spec = f"jsonl:{place / 'sample.jsonl'}=1"
     return ["--init-from", place / "base", "--out", place / out, "--data", spec, *SMALL.split(), *more]
 
 
@@ -66,8 +65,8 @@ def test_what_is_too_long_loses_turns_at_the_end_or_is_left_out():
     rows, counts = sft.prepare(tokenizer, [two, talk("e" * 60, "f"), talk("g", "h")], 40)
     assert counts == {"shortened": 1, "left out": 1}
     assert [list(tokens) for tokens, _ in rows] == [
-        chat.render(tokenizer, talk("a", "b"))[0],
-        chat.render(tokenizer, talk("g", "h"))[0],
+        tokenizer.render(talk("a", "b"))[0],
+        tokenizer.render(talk("g", "h"))[0],
     ]
     assert all(mask.any() for _, mask in rows)
 
@@ -99,7 +98,7 @@ def test_it_learns_the_conversations(place):
     assert common.read_state(checkpoint)["stage"] == "sft"
     model, tokenizer = gpt2.GPT2.from_pretrained(checkpoint), Tokenizer.load(checkpoint)
     replies = exam.ask(model, tokenizer, [exam.user(f"{a}, {b}?") for a in range(6) for b in range(6)])
-    assert all(re.fullmatch("[0-5][.]", chat.text_of(reply)) for reply in replies)
+    assert all(re.fullmatch("[0-5][.]", text_of(reply)) for reply in replies)
 
 
 def test_stopped_and_resumed_it_ends_with_the_same_bits(place, monkeypatch):
@@ -168,7 +167,7 @@ def test_a_run_that_exists_is_not_overwritten(place):
 
 
 def test_a_bad_line_is_named_or_skipped_on_demand(place):
-    with open(place / "talk.jsonl", "a") as file:
+    with open(place / "sample.jsonl", "a") as file:
         file.write('{"messages": 3}\n')
-    assert script.refused(script.run(sft.main, *arguments(place)), "talk.jsonl", "line 37")
+    assert script.refused(script.run(sft.main, *arguments(place)), "sample.jsonl", "line 37")
     assert script.run(sft.main, *arguments(place, "run", "--skip-bad")).status == 0

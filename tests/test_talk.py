@@ -20,12 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_sample import Fake
 
-import chat
 import gpt2
-import talk
+import sample
 import tasks.conversations as mixture
 import tools
 from common import UserError
+from tasks.conversations import checked, read
 from tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes()
@@ -51,13 +51,13 @@ def user(text):
 
 def ids_of(content):
     """What the assistant's tokens for a content are, with its <|im_end|>."""
-    return chat.render(BYTES, [{"role": "assistant", "content": content}])[0][12:]
+    return BYTES.render([{"role": "assistant", "content": content}])[0][12:]
 
 
 def speaker(answer, n_positions=512, before=lambda: None):
     """A model that answers the last question, a text, with answer(question): a content, or a list of ids.
     `before` is called before every token."""
-    header = chat.prompt(BYTES, [])[1:]
+    header = BYTES.prompt([])[1:]
 
     def logits(text):
         before()
@@ -74,7 +74,7 @@ def speaker(answer, n_positions=512, before=lambda: None):
 
 
 def assistant(model, tools=TOOLS, **settings):
-    return talk.Assistant(model, BYTES, tools, **{"temperature": 0.0, **settings})
+    return sample.Assistant(model, BYTES, tools, **{"temperature": 0.0, **settings})
 
 
 def random_model(n_positions=128):
@@ -108,12 +108,12 @@ def pairs(content):
 @given(st.lists(st.sampled_from([*b"ab\xe2\x82\xac\xff ", *SPECIAL.values()]), max_size=30))
 def test_what_is_streamed_is_what_was_said(ids):
     """Whatever the tokens: halves of characters, calls without end or beginning, tokens that mean nothing."""
-    seen, events = talk.Seen(), []
+    seen, events = sample.Seen(), []
     for n in range(1, len(ids) + 1):
-        events += seen.news(chat.parts(BYTES, ids[:n]))
+        events += seen.news(BYTES.parts(ids[:n]))
     now = folded(events)
-    events += seen.news(chat.parts(BYTES, ids), last=True)
-    assert folded(events) == pairs(chat.parts(BYTES, ids))
+    events += seen.news(BYTES.parts(ids), last=True)
+    assert folded(events) == pairs(BYTES.parts(ids))
     assert {} not in events and {"text": ""} not in events
     for kind, text in now:  # nothing that was shown has been taken back, and little is held back
         assert any(kind == other and whole.startswith(text) for other, whole in folded(events))
@@ -148,8 +148,8 @@ def test_the_next_answer_has_read_the_whole_conversation():
 
 def test_a_tool_that_is_not_there_is_an_output():
     ids = [SPECIAL["<|search_start|>"], ord("x"), SPECIAL["<|search_end|>"]]
-    output = chat.Host(BYTES, {}).reply(SimpleNamespace(ids=ids))
-    content = chat.parts(BYTES, [*ids, *output])
+    output = sample.Host(BYTES, {}).reply(SimpleNamespace(ids=ids))
+    content = BYTES.parts([*ids, *output])
     assert pairs(content)[1][1].startswith("error: ")
     events = []
     got = assistant(speaker(lambda question: content), tools={}).answer([user("?")], events.extend)
@@ -234,7 +234,7 @@ def test_what_was_said_when_ctrl_c_came_stays(tokens, kept):
     events = []
     content = assistant(model).answer([user("?")], events.extend)
     assert pairs(content) == kept
-    assert chat.checked([user("?"), {"role": "assistant", "content": content}]) if kept else content == []
+    assert checked([user("?"), {"role": "assistant", "content": content}]) if kept else content == []
 
 
 def test_an_answer_of_nothing_is_none():
@@ -257,15 +257,15 @@ def test_a_question_asked_again_may_get_another_answer_and_a_seed_repeats_them()
 def test_a_base_model_cannot_talk():
     base = Tokenizer("bytes", BYTES.ranks, chat=False)
     with pytest.raises(UserError, match="make sft"):
-        talk.Assistant(random_model(), base, {})
+        sample.Assistant(random_model(), base, {})
 
 
 def test_the_tools_are_those_of_the_training(monkeypatch):
     passages = [(country, f"The capital of {country} is {city}.") for country, city in CAPITALS.items()]
     passages = tools.Search(passages)
     monkeypatch.setattr(tools.Search, "factbook", lambda: passages)
-    assert talk.TOOLS["calc"]("3*17") == mixture.calculator("3*17") and "51" in talk.TOOLS["calc"]("3*17")
-    assert "Paris" in talk.TOOLS["search"]("capital France")
+    assert sample.TOOLS["calc"]("3*17") == mixture.calculator("3*17") and "51" in sample.TOOLS["calc"]("3*17")
+    assert "Paris" in sample.TOOLS["search"]("capital France")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_the_tools_are_those_of_the_training(monkeypatch):
 def typed(monkeypatch, model, *lines, **settings):
     """What chat() writes when these lines are its standard input: .out, .err."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
-    done = script.run(lambda argv: talk.chat(model, BYTES, tools=TOOLS, temperature=0.0, **settings))
+    done = script.run(lambda argv: sample.chat(model, BYTES, tools=TOOLS, temperature=0.0, **settings))
     assert done.status == 0
     return done
 
@@ -305,7 +305,7 @@ def test_reset_system_and_save(monkeypatch, tmp_path):
         user(text),
         {"role": "assistant", "content": [{"type": "text", "text": f"you said {text}"}]},
     ]
-    first, second = chat.read(one)[0]
+    first, second = read(one)[0]
     kind = {"role": "system", "content": "Be kind."}
     assert first == [kind, *turn("a")]
     assert second == [*turn("b"), *turn("c")]
@@ -347,7 +347,7 @@ def test_help_names_every_command(monkeypatch):
 def test_nothing_that_was_not_answered_is_remembered(monkeypatch, tmp_path):
     model = speaker(lambda question: "good" if question == "b" else [SPECIAL["<|im_end|>"]])
     typed(monkeypatch, model, "a", "b", "c", f"/save {tmp_path}/it")
-    assert [turn["role"] for turn in chat.read(tmp_path / "it")[0][0]] == ["user", "assistant"]
+    assert [turn["role"] for turn in read(tmp_path / "it")[0][0]] == ["user", "assistant"]
 
 
 def test_a_model_cannot_steer_the_terminal(monkeypatch):
@@ -366,9 +366,9 @@ import fcntl, signal, sys, termios, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # who started the tests may have had it ignored
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # from now on Ctrl-C reaches this process
 sys.path[:0] = {paths!r}
-import talk, test_talk as t
+import sample, test_talk as t
 answer = lambda question: t.ANSWER if question == "sum" else "z" * 400
-talk.chat(t.speaker(answer, before=lambda: time.sleep(0.01)), t.BYTES, tools=t.TOOLS, temperature=0.0)
+sample.chat(t.speaker(answer, before=lambda: time.sleep(0.01)), t.BYTES, tools=t.TOOLS, temperature=0.0)
 print("the end")
 """
 

@@ -13,10 +13,10 @@ import script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import chat
 import tasks.problems as tasks
 from common import UserError
 from tasks.problems import Problem, problems
+from tokenizer import text_of
 from tools import calculate
 
 LEVELS = [(name, level) for name, levels in tasks.TASKS.items() for level in levels]
@@ -28,7 +28,7 @@ def some(name, level=None, n=150, split="train", **more):
 
 def words_of(solution):
     """What the assistant says, without its calls."""
-    return solution if isinstance(solution, str) else chat.text_of(solution)
+    return solution if isinstance(solution, str) else text_of(solution)
 
 
 def sums(text):
@@ -584,8 +584,10 @@ def test_reasoning_gym():
 def test_the_pin_in_the_message_is_that_of_the_tests():
     from pathlib import Path  # noqa: PLC0415 -- only here
 
-    root = Path(tasks.__file__).parent
-    (pin,) = set(re.findall(r"reasoning-gym==[\d.]+", (root / "problems.py").read_text(encoding="utf-8")))
+    root = Path(tasks.__file__).parents[1]
+    (pin,) = set(
+        re.findall(r"reasoning-gym==[\d.]+", (root / "tasks" / "problems.py").read_text(encoding="utf-8"))
+    )
     assert pin in (root / "requirements-gym.txt").read_text(encoding="utf-8")
 
 
