@@ -7,7 +7,7 @@
 
 `make sft` does it twice: the first assistant is asked every factual question, and what it does not know
 becomes, for the second, a question whose right answer is "I don't know". Read sample.py (the format),
-tasks/conversations.py (the conversations) and batches.py first, exam.py (probe and evaluation) and rl.py
+tasks/conversations.py (the conversations) and batches.py first, evaluate.py (probe and evaluation) and rl.py
 next. The loss is train.py's; only the weights differ: 1 / targets on what the assistant must say, 0
 elsewhere.
 """
@@ -21,7 +21,7 @@ import numpy as np
 import batches
 import common
 import distributed
-import exam
+import evaluate
 import gpt2
 import kernels
 import tasks.conversations as mixture
@@ -61,7 +61,7 @@ def weighted(rows):
     return [(tokens, mask / targets) for tokens, mask in rows]
 
 
-def evaluate(model, rows, most):
+def held_out_loss(model, rows, most):
     """The mean loss, in nats, of what the assistant must say."""
     read = []
     for tokens, targets, weights in batches.micro_batches(weighted(rows), most, model.config.n_positions):
@@ -166,9 +166,9 @@ def main(argv=None):
         )
     if flags.probe or flags.eval:
         tokenizer, model = load(flags.probe or flags.eval, flags)
-        known = exam.read_probe(flags.known) if flags.known and flags.eval else None
-        known = known or exam.probe(model, tokenizer, flags.k, flags.seed, flags.probe and flags.to)
-        return flags.eval and exam.table(exam.evaluate(model, tokenizer, known), flags.json)
+        known = evaluate.read_probe(flags.known) if flags.known and flags.eval else None
+        known = known or evaluate.probe(model, tokenizer, flags.k, flags.seed, flags.probe and flags.to)
+        return flags.eval and evaluate.table(evaluate.evaluate(model, tokenizer, known), flags.json)
     train(flags, checkpoint)
 
 
@@ -250,12 +250,12 @@ def train(flags, checkpoint):
             )
             raise SystemExit(130)
         if last or (flags.eval_every and done % flags.eval_every == 0):
-            held = evaluate(model, held_out, flags.batch_tokens)
+            held = held_out_loss(model, held_out, flags.batch_tokens)
             line.clear(f"step {done}: loss on held-out conversations {held:.4f}")
             log.write("eval", step=done, loss=held)
         if flags.exam_every and done % flags.exam_every == 0 and not last:
-            results = exam.evaluate(model, tokenizer, n=20)
-            line.clear(exam.line(results))
+            results = evaluate.evaluate(model, tokenizer, n=20)
+            line.clear(evaluate.line(results))
             log.write("exam", step=done, results=results)
     line.clear(f"done: {place}; talk to it: python sample.py {run} --chat")
 

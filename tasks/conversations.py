@@ -6,8 +6,8 @@
 draw() makes n conversations, by share, the same for the same seed, without duplicates, contradictions and the
 questions of the evaluation. A small model learns what is short, regular and can be copied: a call repeats the
 tokens of the question, an answer those of the tool's output. The texts that no template makes stand in
-conversations.jsonl. Read tasks/factbook.py, tools.py, tasks/problems.py and sample.py before, sft.py after this
-file.
+conversations.jsonl. Read tasks/factbook.py, tools.py, tasks/problems.py and sample.py before, sft.py after
+this file.
 """
 
 import functools

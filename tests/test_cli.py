@@ -326,7 +326,7 @@ FLOORS = [  # a file may import those of the floors below its own; a new file ge
     {"tasks.problems"},
     {"tasks.conversations"},
     {"sample"},
-    {"exam", "train", "extras.serve"},
+    {"evaluate", "train", "extras.serve"},
     {"attempts"},
     {"extras.rlhf"},
     {"sft", "rl"},

@@ -9,7 +9,7 @@ import pytest
 import script
 
 import common
-import exam
+import evaluate
 import gpt2
 import sft
 from tokenizer import Tokenizer, text_of
@@ -97,7 +97,9 @@ def test_it_learns_the_conversations(place):
     checkpoint = common.newest_checkpoint(place / "run")
     assert common.read_state(checkpoint)["stage"] == "sft"
     model, tokenizer = gpt2.GPT2.from_pretrained(checkpoint), Tokenizer.load(checkpoint)
-    replies = exam.ask(model, tokenizer, [exam.user(f"{a}, {b}?") for a in range(6) for b in range(6)])
+    replies = evaluate.ask(
+        model, tokenizer, [evaluate.user(f"{a}, {b}?") for a in range(6) for b in range(6)]
+    )
     assert all(re.fullmatch("[0-5][.]", text_of(reply)) for reply in replies)
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import script
 
-import exam
+import evaluate
 import gpt2
 import sft
 import tasks.conversations as mixture
@@ -32,8 +32,8 @@ def sit(monkeypatch):
         def ask(model, tokenizer, conversations, *_, **__):
             return [answer(conversation) for conversation in conversations]
 
-        monkeypatch.setattr(exam, "ask", ask)
-        return exam.evaluate(None, None, n=12, **settings)
+        monkeypatch.setattr(evaluate, "ask", ask)
+        return evaluate.evaluate(None, None, n=12, **settings)
 
     return with_
 
@@ -110,12 +110,12 @@ def test_the_probe_counts_right_answers_and_its_file_comes_back(monkeypatch, tmp
         questions = [conversation[-1]["content"] for conversation in conversations]
         return [said(some.get(q, "?") if next(calls) % 3 else "?") for q in questions]
 
-    monkeypatch.setattr(exam, "ask", ask)
-    lines = exam.probe(None, None, 3, 0, tmp_path / "known.jsonl")
+    monkeypatch.setattr(evaluate, "ask", ask)
+    lines = evaluate.probe(None, None, 3, 0, tmp_path / "known.jsonl")
     assert len(lines) == len(facts.facts())
     assert {line["rate"] for line in lines} == {0, 2 / 3}
     assert sum(line["rate"] > 0.5 for line in lines) == len(some)
-    assert exam.read_probe(tmp_path / "known.jsonl") == lines
+    assert evaluate.read_probe(tmp_path / "known.jsonl") == lines
     assert len(facts.probed(tmp_path / "known.jsonl")) == len(lines) - len(some)
 
 
@@ -123,28 +123,28 @@ def test_a_file_that_is_no_probe_is_refused(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"country": "France"}\n')
     for path in (tmp_path / "bad.jsonl", tmp_path / "missing.jsonl"):
         with pytest.raises(UserError, match="is not what"):
-            exam.read_probe(path)
+            evaluate.read_probe(path)
 
 
 def test_the_table_shows_measures_and_bars(capsys):
     results = {"search": dict(n=470, searched=1.0, right=0.7), "word, level 1": dict(n=9, steps_first=None)}
-    exam.table(results)
+    evaluate.table(results)
     table = capsys.readouterr().out
     assert "search                       470  searched 100%, right 70% (>= 70%)" in table
-    exam.table(results, as_json=True)
+    evaluate.table(results, as_json=True)
     assert '"right": 0.7' in capsys.readouterr().out
-    assert exam.line(results) == "exam: search 100%"
+    assert evaluate.line(results) == "exam: search 100%"
 
 
 def test_asked_in_batches_the_replies_come_in_order(monkeypatch):
     """A model's replies do not depend on their company, and each goes to its question."""
-    monkeypatch.setattr(exam, "ROWS", 3)
+    monkeypatch.setattr(evaluate, "ROWS", 3)
     tokenizer = Tokenizer.bytes()
     model = gpt2.GPT2(gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=99, vocab_size=266), seed=3)
-    asked = [exam.user("?" * n) for n in (7, 1, 5, 3, 9, 2, 8)]
+    asked = [evaluate.user("?" * n) for n in (7, 1, 5, 3, 9, 2, 8)]
     settings = dict(max_tokens=6, temperature=1.0, seed=5)
-    together = exam.ask(model, tokenizer, asked, **settings)
-    alone = [exam.ask(model, tokenizer, [one], streams=[i], **settings)[0] for i, one in enumerate(asked)]
+    together = evaluate.ask(model, tokenizer, asked, **settings)
+    alone = [evaluate.ask(model, tokenizer, [one], streams=[i], **settings)[0] for i, one in enumerate(asked)]
     assert together == alone
     assert len({text_of(reply) for reply in together}) > 1
 
