@@ -273,6 +273,7 @@ def cross_entropy(losses, logits, targets, vocab_size):
     The faster versions use logits as scratch memory, so what they hold afterwards is not defined.
     """
     scores = logits[:, :vocab_size]  # (N, V)
+    scores = scores - scores.max(axis=1, keepdims=True)  # (N, V): the same softmax, and smaller numbers
     losses[...] = log_sum_exp(scores)[:, 0] - scores[np.arange(len(targets)), targets]  # (N,)
 
 
