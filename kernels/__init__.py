@@ -1,6 +1,7 @@
-"""The operations of GPT-2, once for each device: cpu.py in NumPy, to be read first, and cuda.py, our kernels.
+"""The operations of GPT-2, three times: reference.py in plain NumPy, to be read first, cpu.py in fast NumPy,
+and cuda.py, which launches our own kernels.
 
-Both modules define the same functions with the same arguments, so the model is written once, in gpt2.py.
+All three modules define the same functions with the same arguments, so the model is written once, in gpt2.py.
 """
 
 import importlib
@@ -9,9 +10,9 @@ from common import UserError, say
 
 
 def load(device):
-    """Return the module with the operations for device "cpu" or "cuda"."""
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f'device is "cpu" or "cuda", not {device!r}')
+    """Return the module with the operations for device "reference", "cpu" or "cuda"."""
+    if device not in ("reference", "cpu", "cuda"):
+        raise ValueError(f'device is "reference", "cpu" or "cuda", not {device!r}')
     return importlib.import_module(f"kernels.{device}")
 
 
@@ -20,7 +21,7 @@ def choose(device, dtype):
 
     UserError if "cuda" cannot be; float32, with a notice, for bfloat16 on a GPU that has no such arithmetic.
     """
-    if device == "cpu":
+    if device in ("reference", "cpu"):
         return device, dtype
     try:
         ops = load("cuda")

@@ -191,6 +191,25 @@ def test_same_bits_every_time_on_the_same_number_of_threads():
         np.testing.assert_allclose(first[1], results[0][1], rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_reference_trains_and_decodes_like_the_cpu(dtype):
+    """The whole model on reference.py, the optimizer included."""
+    tolerance = 1e-4 if dtype == "float32" else 1e-11
+    models = [GPT2(GPT2Config(**SMALL), device, dtype) for device in ("cpu", "reference")]
+    optimizers = [AdamW(model) for model in models]
+    for seed in range(3):
+        results = []
+        for model, optimizer in zip(models, optimizers):
+            losses = model.forward(*batch(model, seed=seed))
+            model.backward()
+            results.append((losses, optimizer.step(0.01), model.flat_params))
+        for one, two in zip(*results):
+            np.testing.assert_allclose(two, one, atol=tolerance)
+    tokens, _ = batch(models[0])
+    logits = [model.decode(tokens, model.new_cache(3, 16)) for model in models]
+    np.testing.assert_allclose(logits[1], logits[0], atol=tolerance)
+
+
 def test_an_untrained_model_knows_nothing():
     model = GPT2(GPT2Config(n_layer=4, n_head=4, n_embd=128, n_positions=128, vocab_size=5000))
     losses = model.losses(*batch(model, 2, 128))
