@@ -252,13 +252,14 @@ class GPT2:
         return np.ascontiguousarray(tokens, np.int32)
 
     def _on_device(self, tokens):
-        """tokens (B, T), checked, on the device. What does not lie on the host came from prefetch."""
+        """tokens (B, T), checked, on the device. What does not lie on the host has been checked."""
         on_host = isinstance(tokens, (np.ndarray, list, tuple))
         return self.ops.to_device(self._checked(tokens)) if on_host else tokens
 
     def prefetch(self, batches):
-        """Yield each (tokens, targets) on the device, for forward; a GPU has the next on its way already."""
-        return self.ops.prefetch(tuple(map(self._checked, batch)) for batch in batches)
+        """Yield each (tokens, targets) on the device, for forward."""
+        for batch in batches:
+            yield tuple(self._on_device(array) for array in batch)
 
     # -- forward and backward ------------------------------------------------------------------------------
 
@@ -549,8 +550,14 @@ class AdamW:
     def __init__(self, model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
         self.model, self.betas, self.eps, self.weight_decay = model, betas, eps, weight_decay
         self.m, self.v = (model.ops.zeros(len(model.flat_grads), model.exact) for _ in range(2))
-        self.norm, self.scale = (model.ops.zeros(1, model.exact) for _ in range(2))
-        self.steps = 0
+        self.norm, self.loss = (model.ops.zeros(1, model.exact) for _ in range(2))
+        self.plan = model.ops.zeros(4, model.exact)  # what plan_update decides, for adamw
+        self.step_count = model.ops.zeros(1, np.int32)
+
+    @property
+    def steps(self):
+        """The steps that were taken. Waits for the device."""
+        return int(self.model.ops.to_host(self.step_count)[0])
 
     def step(self, lr, max_norm=1.0, limit=np.inf):
         """Update the parameters, clear the gradients, return the gradients' norm before clipping to max_norm.
@@ -562,21 +569,15 @@ class AdamW:
     def update(self, lr, max_norm=1.0, limit=np.inf):
         """step() that waits for nothing: the function it returns reads the norm. Call it before the next."""
         model, ops, n = self.model, self.model.ops, self.model.n_decayed
-        self.steps += 1
         ops.global_norm(self.norm, model.flat_grads)
-        ops.clip_scale(self.scale, self.norm, max_norm, limit)
+        settings = ops.to_device(np.array([lr, max_norm, limit, np.inf], model.exact))
+        ops.plan_update(self.plan, self.step_count, self.norm, self.loss, settings, *self.betas)
         norm = ops.read_later(self.norm)
         for part, decay in ((slice(0, n), self.weight_decay), (slice(n, None), 0.0)):
             flat = (array[part] for array in (model.flat_master, model.flat_grads, self.m, self.v))
             copy = None if model.flat_master is model.flat_params else model.flat_params[part]
-            ops.adamw(*flat, self.scale, lr, *self.betas, self.eps, decay, self.steps, copy)
-
-        def read():
-            value = float(norm()[0])
-            self.steps -= not value <= limit or not np.isfinite(value)  # the bias correction waits too
-            return value
-
-        return read
+            ops.adamw(*flat, self.plan, *self.betas, self.eps, decay, copy)
+        return lambda: float(norm()[0])
 
     def save(self, path):
         """Write moments and step count to a safetensors file."""
@@ -592,7 +593,7 @@ class AdamW:
                 )
             for name in ("m", "v"):
                 getattr(self, name)[...] = self.model.ops.to_device(file.get_tensor(name))
-            self.steps = int(file.metadata()["steps"])
+            self.step_count.fill(int(file.metadata()["steps"]))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -463,7 +463,7 @@ def main(argv=None):
         stopping = interrupt.asked and not last  # asked once: Ctrl-C may come between two questions
         due = [n and done % n == 0 for n in (flags.save_every, flags.eval_every, flags.sample_every)]
         # The next step begins before this one's norm is read: a GPU never waits for Python to read and write.
-        ahead = gradients(ready) if ops.AHEAD and not (last or stopping or any(due)) else None
+        ahead = gradients(ready) if model.device == "cuda" and not (last or stopping or any(due)) else None
         norm = norm()
         norm_z, sound = norms.z(norm), norms.accepts(norm) and sound
         skipped, skipped_in_a_row = skipped + (not sound), 0 if sound else skipped_in_a_row + 1

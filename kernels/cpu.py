@@ -24,7 +24,6 @@ xp = np  # the array library; cupy in cuda.py
 DTYPES = {"float32": np.float32, "float64": np.float64}
 LOGITS = 1 << 22  # elements of a chunk of logits
 BATCH_TOKENS, SHARE = 8192, 0.5  # a micro-batch by default: at most these tokens, this part of the memory
-AHEAD = False  # nothing is won by asking for a step before the last one's norm is read
 SCORES = 1 << 17  # elements of a block of attention scores
 BLOCK = 128  # rows and columns of a block of attention scores
 FEW = 800_000  # multiplications that OpenBLAS does without packing the operands: with few rows, twice as fast
@@ -73,11 +72,6 @@ def free_memory():
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
-
-
-def prefetch(batches):
-    """Yield tuples of host arrays as tuples of device arrays. A GPU would fetch the next in the meantime."""
-    return batches
 
 
 def captured(function):
@@ -158,12 +152,6 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
         y += bias
 
     by_rows(body, len(inp), C)
-
-
-def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, weight, bias):
-    """residual = inp1 + inp2, all (..., C), and out = layernorm(residual). residual may be inp1."""
-    residual_forward(residual, inp1, inp2)
-    layernorm_forward(out, mean, rstd, residual, weight, bias)
 
 
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
@@ -546,6 +534,11 @@ def classifier(losses, logits, targets, weights, vocab_size):
     by_rows(body, *logits.shape)
 
 
+def weighted_sum(total, values, weights):
+    """total (1,) += sum of values (N,) * weights (N,)."""
+    total += np.dot(values, weights)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Optimizer: over the flat buffers that hold all parameters
 
@@ -562,20 +555,30 @@ def global_norm(norm, grads):
     norm[0] = np.sqrt(squares.sum())
 
 
-def clip_scale(scale, norm, max_norm, limit):
-    """scale (1,) = what clips the gradients to max_norm; -1 (skip this step) if norm is not <= limit."""
-    scale[0] = min(1, max_norm / max(norm[0], 1e-30)) if norm[0] <= limit and np.isfinite(norm[0]) else -1
+def plan_update(update, steps, norm, loss, settings, beta1, beta2):
+    """update (4,) = [clip, lr, 1 - beta1^steps, 1 - beta2^steps]; steps (1,) += 1 if the step is taken.
+
+    settings (4,) = [lr, max_norm, norm_limit, loss_limit]. clip = min(1, max_norm / norm), or -1 (leave the
+    step out) if norm (1,) or loss (1,) is not finite or above its limit.
+    """
+    lr, max_norm, norm_limit, loss_limit = settings
+    finite = np.isfinite(norm[0]) and np.isfinite(loss[0])
+    taken = finite and norm[0] <= norm_limit and loss[0] <= loss_limit
+    steps[0] += taken
+    update[0] = min(1, max_norm / max(norm[0], 1e-30)) if taken else -1
+    update[1:] = lr, 1 - beta1 ** int(steps[0]), 1 - beta2 ** int(steps[0])
 
 
-def adamw(params, grads, m, v, scale, lr, beta1, beta2, eps, weight_decay, step, copy=None):
+def adamw(params, grads, m, v, update, beta1, beta2, eps, weight_decay, copy=None):
     """One AdamW step (Loshchilov and Hutter 2019) over flat arrays; then the gradients are cleared.
 
-    g = scale * grads;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
-    params -= lr * (m / (1 - b1^step) / (sqrt(v / (1 - b2^step)) + eps) + weight_decay * params)
-    A negative scale leaves params, m and v as they are. step counts from 1. copy, if given, gets the new
-    params in its own type.
+    update (4,) = [clip, lr, 1 - b1^steps, 1 - b2^steps] comes from plan_update. With g = clip * grads:
+    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
+    params -= lr * (m / (1 - b1^steps) / (sqrt(v / (1 - b2^steps)) + eps) + weight_decay * params)
+    A negative clip leaves params, m and v as they are. copy, if given, gets the new params in its own type.
     """
-    clip, root = float(scale[0]), (1 - beta2**step) ** 0.5
+    clip, lr, correction1, correction2 = (float(number) for number in update)
+    root = correction2**0.5
 
     def body(block):
         p, g, m1, v1 = params[block], grads[block], m[block], v[block]
@@ -590,7 +593,7 @@ def adamw(params, grads, m, v, scale, lr, beta1, beta2, eps, weight_decay, step,
             np.sqrt(v1, out=g)
             g += eps * root
             np.divide(m1, g, out=g)
-            g *= lr * root / (1 - beta1**step)
+            g *= lr * root / correction1
             p *= 1 - lr * weight_decay
             p -= g
         g.fill(0)

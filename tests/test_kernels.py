@@ -103,24 +103,6 @@ def layernorm_definition(x):
     return {"out": norm * x.weight + x.bias, "mean": mean, "rstd": rstd}
 
 
-def residual_layernorm(ops, new, x):
-    rows, residual = x.inp.shape[:-1], new(*x.inp.shape)
-    out, mean, rstd = new(*x.inp.shape), new(*rows, wide=True), new(*rows, wide=True)
-    ops.residual_layernorm_forward(residual, out, mean, rstd, x.inp, x.branch, x.weight, x.bias)
-
-    def backward(d, dout):
-        d.branch.fill(0)  # what flows into the sum flows on to both that were added
-        ops.layernorm_backward(d.branch, d.weight, d.bias, dout, residual, x.weight, mean, rstd)
-        ops.residual_forward(d.inp, d.inp, d.branch)
-
-    return {"out": out, "residual": residual, "mean": mean, "rstd": rstd}, backward
-
-
-def residual_layernorm_definition(x):
-    residual = x.inp + x.branch
-    return {"residual": residual, **layernorm_definition(SimpleNamespace(**{**vars(x), "inp": residual}))}
-
-
 def gelu(ops, new, x):
     out = new(*x.inp.shape)
     ops.gelu_forward(out, x.inp)
@@ -279,7 +261,6 @@ def rows_cases():
     for shape in [(1, 1, 1), (1, 1, 5), (2, 3, 1), (2, 3, 7), (1, 129, 33), (3, 200, 129), (3, 200, 513)]:
         at, C = "x".join(map(str, shape)), shape[-1:]
         yield case(layernorm, "inp weight bias", at, inp=shape, weight=C, bias=C)
-        yield case(residual_layernorm, "inp weight bias", at, inp=shape, branch=shape, weight=C, bias=C)
         yield case(gelu, "", at, inp=shape)
         yield case(residual, "", at, inp=shape, branch=shape)
 
@@ -451,12 +432,7 @@ def test_reading_later_is_reading_what_was_there():
 
 def test_outputs_that_are_inputs():
     rng = np.random.default_rng(8)
-    a, b, weight, bias = (rng.standard_normal(s) for s in [(2, 3, 7), (2, 3, 7), (7,), (7,)])
-    wanted = residual_layernorm_definition(SimpleNamespace(inp=a, branch=b, weight=weight, bias=bias))
-    residual, out, mean, rstd = a.copy(), np.empty((2, 3, 7)), np.empty((2, 3)), np.empty((2, 3))
-    cpu.residual_layernorm_forward(residual, out, mean, rstd, residual, b, weight, bias)
-    assert_near(residual, wanted["residual"], 1e-12, "residual")
-    assert_near(out, wanted["out"], 1e-12, "out")
+    a, b = rng.standard_normal((2, 2, 3, 7))
     total = a.copy()
     cpu.residual_forward(total, total, b)
     assert_near(total, a + b, 1e-12, "total")
@@ -612,23 +588,39 @@ def test_global_norm(memory, n):
 
 
 @pytest.mark.parametrize(
-    "norm, max_norm, limit, wanted",
+    "norm, loss, max_norm, norm_limit, loss_limit, clip",
     [
-        (0.5, 1, np.inf, 1),
-        (4, 1, np.inf, 0.25),
-        (0, 1, np.inf, 1),
-        (4, 1, 4, 0.25),
-        (4, np.inf, np.inf, 1),
-        (4, 1, 3.9, -1),
-        (np.nan, 1, np.inf, -1),
-        (np.inf, 1, np.inf, -1),
-        (np.inf, 1, 10, -1),
+        (0.5, 3, 1, np.inf, np.inf, 1),
+        (4, 3, 1, np.inf, np.inf, 0.25),
+        (0, 0, 1, np.inf, np.inf, 1),
+        (4, 3, 1, 4, 3, 0.25),  # at the limits
+        (4, -3, 4, np.inf, np.inf, 1),  # at max_norm; in RL the loss may be negative
+        (4, 3, np.inf, np.inf, np.inf, 1),
+        (4, 3, 1, 3.9, np.inf, -1),
+        (4, 3, 1, np.inf, 2.9, -1),
+        *[(bad, 3, 1, limit, np.inf, -1) for bad in (np.nan, np.inf) for limit in (10, np.inf)],
+        *[(4, bad, 1, np.inf, np.inf, -1) for bad in (np.nan, np.inf, -np.inf)],
     ],
 )
-def test_clip_scale(memory, norm, max_norm, limit, wanted):
-    scale = memory.new(1, wide=True)
-    memory.ops.clip_scale(scale, memory.put(np.array([norm]), wide=True), max_norm, limit)
-    np.testing.assert_allclose(memory.get(scale), [wanted], rtol=1e-6)
+def test_plan_update(memory, norm, loss, max_norm, norm_limit, loss_limit, clip):
+    put, update, steps = memory.put, memory.new(4, wide=True), memory.put(np.array([6], np.int32))
+    settings = put(np.array([1e-3, max_norm, norm_limit, loss_limit]), wide=True)
+    one = [put(np.array([value]), wide=True) for value in (norm, loss)]
+    memory.ops.plan_update(update, steps, *one, settings, 0.9, 0.999)
+    taken = 6 + (clip >= 0)
+    assert memory.get(steps).tolist() == [taken]
+    wanted = [clip, 1e-3, 1 - 0.9**taken, 1 - 0.999**taken]
+    np.testing.assert_allclose(memory.get(update), wanted, rtol=memory.tolerance)
+    memory.assert_guards()
+
+
+@pytest.mark.parametrize("n", [1, 7, 1025, 70001])
+def test_weighted_sum(memory, n):
+    rng, total = np.random.default_rng(n), memory.put(np.array([0.5]), wide=True)
+    values, weights = rng.random(n), rng.random(n) / n
+    memory.ops.weighted_sum(total, memory.put(values, wide=True), memory.put(weights, wide=True))
+    np.testing.assert_allclose(memory.get(total), 0.5 + values @ weights, rtol=memory.tolerance)
+    memory.assert_guards()
 
 
 def textbook_adamw(p, g, m, v, lr, beta1, beta2, eps, weight_decay, step):
@@ -656,8 +648,8 @@ def test_adamw_is_the_textbook(memory, weight_decay, n):
         g[1:2] = 0
         grads[...] = memory.put(g, wide=True)
         before = [memory.get(a) for a in (params, dm, dv)]
-        where = memory.put(np.array([scale]), wide=True)
-        memory.ops.adamw(*there, where, lr, 0.9, 0.95, 1e-8, weight_decay, step, copy)
+        update = memory.put(np.array([scale, lr, 1 - 0.9**step, 1 - 0.95**step]), wide=True)
+        memory.ops.adamw(*there, update, 0.9, 0.95, 1e-8, weight_decay, copy)
         np.testing.assert_array_equal(memory.get(copy), memory.get(params).astype(memory.dtype))
         assert not memory.get(grads).any()
         if scale > 0:
@@ -674,8 +666,8 @@ def test_adamw_is_the_textbook(memory, weight_decay, n):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_adamw_skips_what_is_not_finite(memory, bad):
     params, grads, m, v = (memory.put(np.full(5, x), wide=True) for x in (1.0, bad, 2.0, 3.0))
-    scale = memory.put(np.array([-1.0]), wide=True)
-    memory.ops.adamw(params, grads, m, v, scale, 1.0, 0.9, 0.95, 1e-8, 0.1, 1)
+    update = memory.put(np.array([-1.0, 1.0, 0.1, 0.05]), wide=True)
+    memory.ops.adamw(params, grads, m, v, update, 0.9, 0.95, 1e-8, 0.1)
     for array, wanted in ((params, 1), (grads, 0), (m, 2), (v, 3)):
         np.testing.assert_array_equal(memory.get(array), wanted)
 
@@ -690,7 +682,7 @@ def test_the_optimizer_has_the_same_bits_on_any_number_of_threads(function):
         pool.THREADS = threads
         arrays, norm = [a.copy() for a in start], np.empty(1, np.float32)
         if function == "adamw":
-            cpu.adamw(*arrays, np.ones(1), 0.1, 0.9, 0.95, 1e-8, 0.1, 5)
+            cpu.adamw(*arrays, np.array([1, 0.1, 0.4, 0.2]), 0.9, 0.95, 1e-8, 0.1)
         else:
             cpu.global_norm(norm, arrays[0])
         results.append([*arrays, norm] if function == "global_norm" else arrays)
