@@ -10,7 +10,6 @@ the card has.
 
 import collections
 import functools
-import math
 
 import ml_dtypes
 import numpy as np
@@ -35,7 +34,6 @@ from kernels.gpu import (  # noqa: F401  what cpu.py has besides operations is a
     launch,
     load,
     now,
-    prefetch,
     read_later,
     scratch,
     synchronize,
@@ -51,7 +49,6 @@ if CAPABILITY < 80:
     del DTYPES["bfloat16"]  # its tensor cores came with sm_80
 LOGITS = 8192 * 50304  # elements of a chunk of logits: 8,192 rows of GPT-2's, 0.8 gigabytes of bf16
 BATCH_TOKENS, SHARE = 1 << 17, 0.9  # a micro-batch by default: at most these tokens, this part of the memory
-AHEAD = True  # a step is asked for before the last one's norm is read: so the GPU never waits for Python
 # Versions that a benchmark or a test wants instead of what is chosen here: "matmul": a tile of matmul.cu or a
 # name of HOPPER_TILES; "slices": of dweight's inner dimension; "attention": "portable" or "flash".
 KERNEL_OVERRIDES = {}
@@ -107,21 +104,6 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     kernel = _vectors("layernorm_forward", n, {"bf16": 7, "float": 13})
     blocks = cdiv(n.N, 4) if "rows" in kernel else min(5 * SMS, cdiv(n.N, 4))
     launch("layernorm", kernel, blocks, 128, out, mean, rstd, inp, weight, bias, n.N, n.C)
-
-
-def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, weight, bias):
-    """The fusion's other place: the model adds in matmul_residual_forward's epilogue and does not use it."""
-    what = (
-        "residual_layernorm_forward: residual S N C, out S N C, mean float N, rstd float N, "
-        "inp1 S N C, inp2 S N C, weight S C, bias S C"
-    )
-    n = check(what, residual, out, mean, rstd, inp1, inp2, weight, bias)
-    kernel = _vectors("residual_layernorm_forward", n, {"bf16": 7, "float": 13})
-    if kernel.endswith(f"rows<{n.S}>"):  # too wide for the fused kernel
-        residual_forward(residual, inp1, inp2)
-        return layernorm_forward(out, mean, rstd, residual, weight, bias)
-    arguments = residual, out, mean, rstd, inp1, inp2, weight, bias, n.N, n.C
-    launch("layernorm", kernel, cdiv(n.N, 4), 128, *arguments)
 
 
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
@@ -511,6 +493,11 @@ def classifier(losses, logits, targets, weights, vocab_size):
         launch("classifier", f"classifier_twice<{n.S}>", n.N, _threads(n, 1024), *arguments)
 
 
+def weighted_sum(total, values, weights):
+    n = check("weighted_sum: total float 1, values float N, weights float N", total, values, weights)
+    launch("classifier", "weighted_sum", 1, 1024, total, values, weights, n.N)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Optimizer
 
@@ -522,17 +509,18 @@ def global_norm(norm, grads):
     launch("norm", "global_norm_finish", 1, 1024, norm, partials, 1024)
 
 
-def clip_scale(scale, norm, max_norm, limit):
-    check("clip_scale: scale float 1, norm float 1", scale, norm)
-    launch("norm", "clip_scale", 1, 32, scale, norm, float(max_norm), float(limit))
+def plan_update(update, steps, norm, loss, settings, beta1, beta2):
+    what = "plan_update: update float 4, steps int 1, norm float 1, loss float 1, settings float 4"
+    check(what, update, steps, norm, loss, settings)
+    arguments = update, steps, norm, loss, settings, np.float64(beta1), np.float64(beta2)
+    launch("norm", "plan_update", 1, 32, *arguments)
 
 
-def adamw(params, grads, m, v, scale, lr, beta1, beta2, eps, weight_decay, step, copy=None):
-    what = "adamw: params float N, grads float N, m float N, v float N, scale float 1, copy? bf16 N"
-    n = check(what, params, grads, m, v, scale, copy)
-    root = math.sqrt(1 - beta2**step)
-    numbers = beta1, beta2, 1 - lr * weight_decay, lr * root / (1 - beta1**step), eps * root
-    arguments = params, grads, m, v, copy, scale, *map(float, numbers), n.N
+def adamw(params, grads, m, v, update, beta1, beta2, eps, weight_decay, copy=None):
+    what = "adamw: params float N, grads float N, m float N, v float N, update float 4, copy? bf16 N"
+    n = check(what, params, grads, m, v, update, copy)
+    numbers = float(beta1), float(beta2), float(eps), float(weight_decay)
+    arguments = params, grads, m, v, copy, update, *numbers, n.N
     launch("adamw", "adamw", cdiv(n.N, 2048), 256, *arguments)
 
 

@@ -7,6 +7,7 @@ A kernel believes its arguments, so every operation holds them to their types, s
 before it launches: a wrong one is an error, not a corruption.
 """
 
+import collections
 import contextlib
 import ctypes
 import functools
@@ -90,13 +91,26 @@ def empty(shape, dtype=np.float32):
     return _allocate(xp.empty, shape, dtype)
 
 
+_uploads = collections.deque()  # (event, pinned array) of copies to the GPU, the oldest first
+
+
 def to_device(array):
-    """A copy on the GPU of a NumPy array; what is there already stays as it is."""
+    """A copy on the GPU of a NumPy array, made on the current stream without waiting; a CuPy array as it is.
+
+    The array is copied into pinned memory, from which the GPU fetches it by itself, so the caller may change
+    it at once. The pinned memory is kept until its event says that the GPU has fetched it; then it goes back
+    to CuPy's pool, from which a later call gets it again.
+    """
     if isinstance(array, xp.ndarray):
         return array
-    array = np.ascontiguousarray(array)
-    out = empty(array.shape, array.dtype)
-    out.set(array)
+    array, stream = np.ascontiguousarray(array), xp.cuda.get_current_stream()
+    out, pinned, fetched = empty(array.shape, array.dtype), _pinned(array.shape, array.dtype), xp.cuda.Event()
+    while _uploads and _uploads[0][0].done:
+        _uploads.popleft()
+    pinned[...] = array
+    out.set(pinned, stream)
+    fetched.record(stream)
+    _uploads.append((fetched, pinned))
     return out
 
 
@@ -169,49 +183,6 @@ def scratch(*wanted):
         arrays.append(_scratch.buffer[start:end].view(dtype))
         start += n_bytes
     return arrays
-
-
-def prefetch(batches):
-    """Yield tuples of host arrays as tuples of device arrays, valid until the next; the next is on its way.
-
-    A side stream copies it from pinned memory while the GPU computes. Two sets of buffers take turns, and one
-    is filled again only when everything that was asked for with its last contents has been computed.
-    """
-    stream = xp.cuda.Stream(non_blocking=True)
-    try:
-        yield from _prefetched(batches, stream)
-    finally:
-        stream.synchronize()  # the pool may give the buffers to others now: no copy is under way to them
-
-
-def _prefetched(batches, stream):
-    slots, arrived = {}, None
-    for number, batch in enumerate(batches):
-        arrays = [np.ascontiguousarray(array) for array in batch]
-        key = number % 2, *((array.shape, array.dtype) for array in arrays)
-        if key not in slots:
-            host = [_pinned(array.shape, array.dtype) for array in arrays]
-            device = [empty(array.shape, array.dtype) for array in arrays]
-            slots[key] = host, device, xp.cuda.Event(), xp.cuda.Event()
-            slots[key][-1].record()  # the pool's memory: what used it before may not have been computed yet
-        host, device, copied, used = slots[key]
-        copied.synchronize()  # long ago
-        stream.wait_event(used)
-        for on_host, on_device, array in zip(host, device, arrays):
-            on_host[...] = array
-            on_device.set(on_host, stream)
-        copied.record(stream)
-        if arrived:
-            yield from _handed_over(*arrived)
-        arrived = device, copied, used
-    if arrived:
-        yield from _handed_over(*arrived)
-
-
-def _handed_over(device, copied, used):
-    xp.cuda.get_current_stream().wait_event(copied)
-    yield tuple(device)
-    used.record()
 
 
 def captured(function):

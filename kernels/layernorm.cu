@@ -1,14 +1,13 @@
-// Layernorm, forward and backward, and the sum of residual stream and branch fused in front of it. Read
-// layernorm_forward and layernorm_backward in kernels/cpu.py before, and common.cuh.
+// Layernorm, forward and backward. Read layernorm_forward and layernorm_backward in kernels/reference.py before,
+// and common.cuh.
 //
-//   inp, out, dinp, dout, residual (N, C) of T     weight, bias (C,) of T       N = B * T rows
-//   mean, rstd (N,) float32                        dweight, dbias (C,) float32
+//   inp, out, dinp, dout (N, C) of T     weight, bias (C,) of T       N = B * T rows
+//   mean, rstd (N,) float32              dweight, dbias (C,) float32
 //
 //   kernel                                  grid                   block  shared  workspace
 //   layernorm_forward_naive<T>              ceil(N / 128)          128    0       none
 //   layernorm_forward_rows<T>               ceil(N / 4)            128    0       none
 //   layernorm_forward<T, VECTORS>           F                      128    0       none
-//   residual_layernorm_forward<T, VECTORS>  ceil(N / 4)            128    0       none
 //   layernorm_backward_naive<T>             ceil(max(N, C) / 128)  128    0       none
 //   layernorm_backward_rows<T>              G                      128    0       partials: G * 2 * C float32
 //   layernorm_backward<T, VECTORS>          G                      128    8 * C   partials: G * 2 * C float32
@@ -16,12 +15,10 @@
 //
 // VECTORS = ceil(C / (32 * 16/sizeof(T))) is the number of 16-byte packs per lane: at most 7 for bf16, enough
 // for the 1600 channels of the largest GPT-2; for float32 at most 13 forward, 10 backward. Beyond, more
-// registers would be needed than there are, and the _rows kernels take any C (after residual_forward, where a
-// branch is to be added). F = min(5 * SMs, ceil(N / 4)) and G = min(3 * SMs, ceil(N / 4)) blocks, though any
+// registers would be needed than there are, and the _rows kernels take any C. F = min(5 * SMs, ceil(N / 4)) and G = min(3 * SMs, ceil(N / 4)) blocks, though any
 // number works. All handle misaligned rows.
 //
-// The floor is the memory's: N C elements are read and written once forward (2 N C), with a residual 4 N C,
-// and 4 N C backward (dout, inp, dinp read, dinp written); 10 to 20 FLOP each, and half the instructions that
+// The floor is the memory's: N C elements are read and written once forward (2 N C), and 4 N C backward (dout, inp, dinp read, dinp written); 10 to 20 FLOP each, and half the instructions that
 // an H200 has time for. Above it backward by the partials, 16 G C bytes that the L2 cache holds.
 
 #include "common.cuh"
@@ -162,45 +159,6 @@ layernorm_forward(T* out, float* mean, float* rstd, const T* inp, const T* __res
         load(min(row + step, N - 1));                       // at the end the last row again
         normalise(out + size_t(row) * C, mean + row, rstd + row, x, weight, bias, C);
     }
-}
-
-// ---- residual = inp1 + inp2, out = layernorm(residual); residual may be inp1 -----------------------------
-
-// The slower version is two kernels, residual_forward and layernorm_forward: this saves one read of the sum, and
-// moves each element once, as the floor says: 3586 GB/s on an H200. (gpt2.py lets the matmul in front add
-// the residual, which saves the write and the read of the branch as well: bench_gpu.py times this one, the
-// other place for the fusion.) The sum is normalised as it is stored, rounded to T, because that is what
-// backward will read. Misaligned rows are stored by the lanes that read them again: row_forward's channels
-// are those of the loop before it.
-template <typename T, int VECTORS>
-__global__ void __launch_bounds__(128, 3)
-residual_layernorm_forward(T* residual, T* out, float* mean, float* rstd, const T* inp1, const T* inp2,
-                           const T* weight, const T* bias, int N, int C) {
-    const int row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
-    const size_t start = size_t(row) * C;
-    if (row >= N) return;
-    if (!aligned(residual, C) || !aligned(out, C) || !aligned(inp1, C) || !aligned(inp2, C) ||
-        !aligned(weight, C) || !aligned(bias, C)) {
-        for (size_t i = start + threadIdx.x % WARP; i < start + C; i += WARP)
-            residual[i] = from_float<T>(to_float(inp1[i]) + to_float(inp2[i]));
-        return row_forward(out + start, mean + row, rstd + row, residual + start, weight, bias, C);
-    }
-    Pack<T> x[VECTORS], y[VECTORS];
-#pragma unroll
-    for (int k = 0; k < VECTORS; k++) {
-        x[k] = load_column(inp1 + start, k, C);
-        y[k] = load_column(inp2 + start, k, C);
-    }
-    float sum[VECTORS][Pack<T>::size];
-#pragma unroll
-    for (int k = 0; k < VECTORS; k++) {
-#pragma unroll
-        for (int i = 0; i < Pack<T>::size; i++)
-            x[k][i] = from_float<T>(to_float(x[k][i]) + to_float(y[k][i]));
-        if (column<T>(k) < C) store_pack(residual + start + column<T>(k), x[k]);
-        to_floats<T>(sum[k], x[k]);
-    }
-    normalise(out + start, mean + row, rstd + row, sum, weight, bias, C);
 }
 
 // ---- Backward --------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
-// The global norm of the gradients, and the factor that clips them. Both results stay in device memory, where
-// adamw.cu reads the factor: the GPU never waits for Python. Read common.cuh before and adamw.cu after.
+// The global norm of the gradients, and the plan of the update: whether it is made at all, how much the gradients
+// are clipped, and AdamW's bias corrections. Everything stays in device memory, where adamw.cu reads it, so the
+// host waits for nothing. Read common.cuh before and adamw.cu after.
 //
 //   kernel              grid   block   shared  workspace
 //   global_norm_naive   1      1024    0       none
 //   square_sums         1024   256     0       partials: 1024 float32, one per block
 //   global_norm_finish  1      1024    0       reads them; its argument `count` is the grid of square_sums
-//   clip_scale          1      32      0       none
+//   plan_update         1      32      0       none
 //
 // The grid does not depend on the card, so neither does the order of the sum.
 //
@@ -55,12 +56,26 @@ __global__ void global_norm_finish(float* norm, const float* partials, int count
     if (threadIdx.x == 0) norm[0] = sqrtf(sum);
 }
 
-// ---- scale = what clips the gradients to max_norm, or -1, "leave this step out" --------------------------
-
-// One thread, one version: the launch is all there is to win. A norm above `limit`, infinite or NaN (which no
-// comparison lets through) leaves the step out.
-__global__ void clip_scale(float* scale, const float* norm, float max_norm, float limit) {
+// ---- update (4,) = [clip, learning rate, 1 - beta1^steps, 1 - beta2^steps] -------------------------------
+//
+//   settings (4,) = [learning rate, max_norm, norm_limit, loss_limit]    norm, loss (1,)    steps (1,) int32
+//
+// clip = min(1, max_norm / norm), or -1, "leave this step out", if norm or loss is not finite or above its limit.
+// `steps` counts the steps that are taken. One thread and one version: the time is that of a launch. NaN fails
+// every comparison, and so leaves the step out. The powers are computed in double: with beta2 = 0.999, 1 - beta2^1
+// in float32 would have four digits instead of seven.
+__global__ void plan_update(float* update, int* steps, const float* norm, const float* loss,
+                            const float* settings, double beta1, double beta2) {
     constexpr float LARGEST = 3.4028234e38f;
-    if (threadIdx.x == 0)
-        scale[0] = norm[0] <= fminf(limit, LARGEST) ? fminf(1.0f, max_norm / fmaxf(norm[0], 1e-30f)) : -1.0f;
+    if (threadIdx.x > 0) return;
+    const float lr = settings[0], max_norm = settings[1], norm_limit = settings[2], loss_limit = settings[3];
+    const bool norm_is_good = norm[0] <= fminf(norm_limit, LARGEST);
+    const bool loss_is_good = fabsf(loss[0]) <= LARGEST && loss[0] <= loss_limit;
+    const bool taken = norm_is_good && loss_is_good;
+    const int count = steps[0] + (taken ? 1 : 0);
+    steps[0] = count;
+    update[0] = taken ? fminf(1.0f, max_norm / fmaxf(norm[0], 1e-30f)) : -1.0f;
+    update[1] = lr;
+    update[2] = 1.0 - pow(beta1, double(count));
+    update[3] = 1.0 - pow(beta2, double(count));
 }

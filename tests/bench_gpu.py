@@ -116,7 +116,7 @@ def attention(s, card):
 
 def bandwidth(s, card):
     B, T, V, C = s["B"], s["T"], s["V"], s["d12"]["C"]
-    kinds = "layernorm_forward", "residual_layernorm_forward", "layernorm_backward"
+    kinds = "layernorm_forward", "layernorm_backward"
     rows = [row(kind, B=B, T=T, C=C) for kind in kinds]
     rows += [row(k, B=B, T=T, C=4 * C) for k in ("gelu_forward", "gelu_backward", "residual_forward")]
     rows += [row(kind, B=B, T=T, C=C, V=V) for kind in ("encoder_forward", "encoder_backward")]

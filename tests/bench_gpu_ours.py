@@ -401,17 +401,6 @@ def layernorm_forward(B, T, C):
     return Kernel("ooorww", make, *both("layernorm_forward"))
 
 
-def residual_layernorm_forward(B, T, C):
-
-    def inputs():
-        return normal(B * T, C), normal(B * T, C), normal(C), normal(C)
-
-    def make():
-        return empty(B * T, C), empty(B * T, C), *statistics(B * T), *inputs()
-
-    return Kernel("oooorrww", make, *both("residual_layernorm_forward"))
-
-
 def layernorm_backward(B, T, C):
     def make():
         arrays = *statistics(B * T), normal(B * T, C)
@@ -484,15 +473,16 @@ def cross_entropy(M, V):
 def adamw(P):
     def make():
         values = [normal(P, dtype=F32, pool=pool) for pool in (None, None, None, "positive")]
-        return *values, ops.to_device(np.ones(1, np.float32)), empty(P)
+        return *values, ops.to_device(np.array(UPDATE, np.float32)), empty(P)
 
-    def update(module, params, grads, m, v, scale, copy):
-        module.adamw(params, grads, m, v, scale, *ADAMW, copy)
+    def update(module, params, grads, m, v, update, copy):
+        module.adamw(params, grads, m, v, update, *ADAMW, copy)
 
     return Kernel("xxxxwo", make, functools.partial(update, ops), functools.partial(update, cpu), n=4096)
 
 
-ADAMW = 1e-3, 0.9, 0.95, 1e-8, 0.1, 10  # learning rate, betas, eps, weight decay, step
+ADAMW = 0.9, 0.95, 1e-8, 0.1  # betas, eps, weight decay
+UPDATE = 1.0, 1e-3, 1 - 0.9**10, 1 - 0.95**10  # clip, learning rate, bias corrections of step 10
 
 
 def global_norm(P):
@@ -706,12 +696,9 @@ def curve(B, steps, folder, **sizes):
 
 
 def naive_adamw(P):
-    lr, beta1, beta2, eps, decay, step = ADAMW
-    root = math.sqrt(1 - beta2**step)
-    numbers = beta1, beta2, 1 - lr * decay, lr * root / (1 - beta1**step), eps * root, P
     grid = cdiv(P, 256), 256
-    return lambda p, g, m, v, scale, out: launch(
-        "adamw", "adamw_naive", *grid, p, g, m, v, out, scale, *numbers
+    return lambda p, g, m, v, update, out: launch(
+        "adamw", "adamw_naive", *grid, p, g, m, v, out, update, *ADAMW, P
     )
 
 

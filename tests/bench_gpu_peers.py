@@ -139,10 +139,6 @@ KINDS = {
     ),
     "head": lambda M, N, K: (random((M, N), (M, K), (N, K)), lambda out, x, w: torch.mm(x, w.T, out=out)),
     "layernorm_forward": lambda B, T, C: (random((B * T, C), (C,), (C,)), norm),
-    "residual_layernorm_forward": lambda B, T, C: (
-        random((B * T, C), (B * T, C), (C,), (C,)),
-        lambda x, y, w, b: norm(x + y, w, b),
-    ),
     "layernorm_backward": lambda **sizes: (functools.partial(normed, **sizes), gradient),
     "gelu_forward": lambda B, T, C: (random((B * T, C)), functools.partial(F.gelu, approximate="tanh")),
     "gelu_backward": lambda B, T, C: (

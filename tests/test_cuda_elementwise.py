@@ -166,31 +166,6 @@ def test_layernorm_forward(dtype, shift, C):
 
 @both_dtypes
 @both_alignments
-@pytest.mark.parametrize("C", [*CHANNELS, 1600])
-@pytest.mark.parametrize("in_place", [False, True])
-def test_residual_layernorm_forward(dtype, shift, C, in_place):
-    N = 13
-    inp1, weight, bias = layernorm_operands(dtype, N, C)
-    inp2 = random(4, (N, C), dtype)
-    summed = (inp1.astype(np.float32) + inp2.astype(np.float32)).astype(dtype)  # as it is stored
-    name = f"residual_layernorm_forward<{NAMES[dtype]}, {vectors(C, dtype)}>"
-
-    def compute():
-        out, mean, rstd = empty((N, C), dtype, shift), empty(N, F32), empty(N, F32)
-        inputs = [device(array, shift) for array in (inp1, inp2, weight, bias)]
-        residual = inputs[0] if in_place else empty((N, C), dtype, shift)
-        launch("layernorm.cu", name, cdiv(N, 4), 128, residual, out, mean, rstd, *inputs, N, C)
-        return residual, out, mean, rstd
-
-    residual, *results = twice(compute)
-    np.testing.assert_array_equal(residual, summed)
-    expected = forward_reference(summed, weight, bias)
-    for result, reference in zip(results, expected):
-        check(result, reference, largest_term(summed, expected[2]))
-
-
-@both_dtypes
-@both_alignments
 @pytest.mark.parametrize("C", [*CHANNELS, 1280])
 def test_layernorm_backward(dtype, shift, C):
     N, T = 61, NAMES[dtype]
@@ -451,6 +426,19 @@ def test_target_outside_the_vocabulary():
     np.testing.assert_array_equal(np.isnan(losses.get()), [True, True, True, False])
 
 
+@pytest.mark.parametrize("n", [1, 31, 1024, 9001])
+def test_weighted_sum(n):
+    values, weights, before = random(1, n, F32), random(2, n, F32), random(3, 1, F32)
+
+    def compute():
+        total = device(before)
+        launch("classifier.cu", "weighted_sum", 1, 1024, total, device(values), device(weights), n)
+        return [total]
+
+    expected = before + np.dot(*wide(values, weights))
+    check(twice(compute)[0], expected, terms=np.abs(values * weights).sum())
+
+
 # ------------------------------------------------------------------------------------------------------------
 # norm.cu
 
@@ -475,18 +463,31 @@ def test_global_norm(shift, n):
         check(twice(compute)[0], np.linalg.norm(wide(grads)[0])[None])
 
 
-def test_clip_scale():
-    for norm, limit, expected in [
-        (4, 1e9, 0.25),
-        (0.5, 1e9, 1),
-        (0, 1e9, 1),
-        (11, 10, -1),
-        (np.inf, np.inf, -1),
-        (np.nan, 1e9, -1),
+def test_plan_update():
+    """The same on the third step: what is taken and what is left out, at the limits and beyond them."""
+    inf, nan, largest = np.inf, np.nan, np.finfo(np.float32).max
+    for norm, loss, max_norm, norm_limit, loss_limit, clip in [
+        (4, 3, 1, inf, inf, 0.25),
+        (0.5, -3, 1, inf, inf, 1),
+        (1, 3, 1, inf, inf, 1),
+        (0, 0, 1, inf, inf, 1),
+        (largest, -largest, 1e30, inf, inf, 1e30 / largest),
+        (10, 3, 5, 10, 3, 0.5),
+        (np.nextafter(np.float32(10), 11), 3, 5, 10, inf, -1),
+        (10, np.nextafter(np.float32(3), 4), 5, inf, 3, -1),
+        *[(bad, 3, 1, inf, inf, -1) for bad in (inf, nan)],
+        *[(4, bad, 1, inf, inf, -1) for bad in (inf, -inf, nan)],
+        (4, 3, 1, -1, inf, -1),
     ]:
-        scale = empty(1, F32)
-        launch("norm.cu", "clip_scale", 1, 32, scale, device(np.float32([norm])), 1.0, float(limit))
-        assert scale.get()[0] == expected
+        update, steps = empty(4, F32), device(np.array([2], np.int32))
+        settings = device(np.array([6e-4, max_norm, norm_limit, loss_limit], np.float32))
+        ones = device(np.array([norm], np.float32)), device(np.array([loss], np.float32))
+        betas = np.float64(0.9), np.float64(0.999)
+        launch("norm.cu", "plan_update", 1, 32, update, steps, *ones, settings, *betas)
+        taken = 3 if clip >= 0 else 2
+        assert steps.get().tolist() == [taken]
+        wanted = np.array([clip, 6e-4, 1 - 0.9**taken, 1 - 0.999**taken])
+        np.testing.assert_allclose(update.get(), wanted.astype(np.float32), rtol=2e-7)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -499,24 +500,21 @@ def test_clip_scale():
 @pytest.mark.parametrize("with_copy", [False, True])
 def test_adamw(shift, n, version, with_copy):
     """Three steps, the last of which is left out; it fills the copy and clears the gradients all the same."""
-    lr, beta1, beta2, eps, weight_decay = 0.01, 0.9, 0.95, 1e-8, 0.1
+    lr, *rates = 0.01, 0.9, 0.95, 1e-8, 0.1  # betas, eps, weight decay
     params, grads = random(1, n, F32), [random(2 + step, n, F32, 0.1) for step in range(3)]
-    scales = [0.3, 1.0, -1.0]
-    expected = wide(params, np.zeros(n), np.zeros(n))
+    clips, expected = [0.3, 1.0, -1.0], wide(params, np.zeros(n), np.zeros(n))
+    updates = [np.array([clips[t - 1], lr, 1 - 0.9**t, 1 - 0.95**t]) for t in (1, 2, 3)]
     for step in range(3):
         p, m, v = expected
-        settings = (lr, beta1, beta2, eps, weight_decay, step + 1)
-        cpu.adamw(p, wide(grads[step])[0], m, v, np.array([scales[step]]), *settings)
+        cpu.adamw(p, wide(grads[step])[0], m, v, updates[step], *rates)
 
     def compute():
         p, m, v = device(params, shift), device(np.zeros(n, F32), shift), device(np.zeros(n, F32), shift)
         for step in range(3):
             copy = empty(n, BF16, shift) if with_copy else None
-            g, root = device(grads[step], shift), (1 - beta2 ** (step + 1)) ** 0.5
-            constants = beta1, beta2, 1 - lr * weight_decay, lr * root / (1 - beta1 ** (step + 1)), eps * root
+            g, update = device(grads[step], shift), device(updates[step].astype(F32))
             grid = cdiv(n, 256 * (1 if version else 8))
-            scale = device(np.float32([scales[step]]))
-            launch("adamw.cu", f"adamw{version}", grid, 256, p, g, m, v, copy, scale, *constants, n)
+            launch("adamw.cu", f"adamw{version}", grid, 256, p, g, m, v, copy, update, *rates, n)
             assert not g.get().any()
         return (p, m, v, copy) if with_copy else (p, m, v)
 

@@ -40,10 +40,10 @@ def batches(config, B, T, n, seed=1):
 
 
 def ten_steps(config, device, dtype, T, recompute=False):
-    """(losses and norms of ten steps, the parameters after them as bytes). Batches come by prefetch."""
+    """(losses and norms of ten steps, the parameters after them as bytes)."""
     model = gpt2.GPT2(config, device, dtype, seed=3, recompute=recompute)
     optimizer, curve = gpt2.AdamW(model), []
-    for tokens, targets in model.prefetch(batches(config, 3, T, 10)):
+    for tokens, targets in batches(config, 3, T, 10):
         losses = model.forward(tokens, targets)
         model.backward()
         loss = float(model.ops.to_host(losses).mean(dtype=np.float64))
@@ -182,7 +182,7 @@ def test_train_and_sample(shards, tmp_path, capsys, dtype):
 def test_a_step_is_asked_for_before_anything_is_read(shards, tmp_path, monkeypatch):
     """The order in which train.py asks the card for work and reads results, a letter for each.
 
-    F forward, B backward, E evaluation (e: of tokens that were not prefetched), A AdamW; c a copy to be read
+    F forward, B backward, E evaluation (e: of tokens on the host), A AdamW; c a copy to be read
     later is asked for, l a loss is read, n a norm; ! anything else that waits for the card.
     """
     order, read_later = [], cuda.read_later
@@ -319,7 +319,7 @@ def test_the_estimate_of_memory_is_what_training_takes():
     pool, before = XP.get_default_memory_pool(), XP.get_default_memory_pool().used_bytes()
     model = gpt2.GPT2(CONFIG, "cuda", "float32")
     optimizer, weights = gpt2.AdamW(model), cuda.zeros((16, 40))
-    for batch in model.prefetch(batches(CONFIG, 16, 40, 2)):
+    for batch in batches(CONFIG, 16, 40, 2):
         model.forward(*batch, weights)
         model.backward()
         optimizer.step(1e-3)
@@ -353,7 +353,7 @@ def test_memory_may_end_anywhere(monkeypatch, place, name, error):
     def train_and_decode():
         model = gpt2.GPT2(config, "cuda")
         optimizer, cache = gpt2.AdamW(model), model.new_cache(1, 4)
-        for batch in model.prefetch(batches(config, 1, 3, 2)):
+        for batch in batches(config, 1, 3, 2):
             model.forward(*batch)
             model.backward()
             optimizer.step(1e-3)

@@ -143,8 +143,8 @@ def variants(capability, monkeypatch):
     names["matmul"] |= {f"column_partials<{S}, {packed}>" for S in both for packed in ("true", "false")}
     flags = ("false, false", "false, true", "true, false")
     names["matmul"] |= {f"matmul_naive<{S}, {flag}>" for S in both for flag in flags}
-    most = {"float": (13, 13, 10), "bf16": (7, 7, 7)}
-    kernels = "layernorm_forward", "residual_layernorm_forward", "layernorm_backward"
+    most = {"float": (13, 10), "bf16": (7, 7)}
+    kernels = "layernorm_forward", "layernorm_backward"
     names["layernorm"] = {
         f"{kernel}<{S}, {n}>" for S in both for kernel, up in zip(kernels, most[S]) for n in range(1, up + 1)
     } | {"layernorm_backward_reduce"}
@@ -172,13 +172,14 @@ def variants(capability, monkeypatch):
     }
     for file, kernels in plain.items():
         names.setdefault(file, set()).update(f"{kernel}<{S}>" for kernel in kernels for S in both)
+    names["classifier"].add("weighted_sum")
     names["encoder"] |= {f"encoder_backward<{S}, 16, 4>" for S in both}
     names["encoder"] |= {"token_groups", "encoder_backward_join"}
     if capability == 90:
         names["matmul_hopper"] = hopper_matmuls(monkeypatch)
         ways = "forward", "backward_keys", "backward_queries"
         names["attention_hopper"] = {f"attention_{way}_hopper<{HS}>" for way in ways for HS in (64, 128)}
-    names["norm"] = {"global_norm_naive", "square_sums", "global_norm_finish", "clip_scale"}
+    names["norm"] = {"global_norm_naive", "square_sums", "global_norm_finish", "plan_update"}
     names["adamw"] = {"adamw_naive", "adamw"}
     if capability < 80:  # neither bf16 nor cp.async
         new = re.compile(r"bf16|_tensor<|^classifier<")
@@ -217,6 +218,7 @@ def step(S, H=12, C=768, B=16, T=1024, V=50304, R=5336):
     cuda.matmul_residual_forward(x, h, s(4 * C, C), s(C), x)
     cuda.matmul_forward(logits, rows, wte.T, None)
     cuda.classifier(f(R), logits, ints(R), f(R), V)
+    cuda.weighted_sum(f(1), f(R), f(R))
     cuda.matmul_backward(rows, dwte.T, None, logits, rows, wte.T)
     cuda.layernorm_backward(x, f(C), f(C), x, x, s(C), mean, mean)
     cuda.matmul_gelu_backward(h, f(4 * C, C), f(C), x, h, s(4 * C, C), h)
@@ -226,9 +228,9 @@ def step(S, H=12, C=768, B=16, T=1024, V=50304, R=5336):
     cuda.matmul_backward(x, f(C, 3 * C), f(3 * C), qkv, x, s(C, 3 * C))
     cuda.encoder_backward(dwte, dwpe, x, ints(B, T))
     cuda.global_norm(f(1), f(1000))
-    cuda.clip_scale(f(1), f(1), 1.0, 1.0)
+    cuda.plan_update(f(4), ints(1), f(1), f(1), f(4), 0.9, 0.95)
     copy = None if S == "float32" else s(1000)
-    cuda.adamw(f(1000), f(1000), f(1000), f(1000), f(1), 1e-3, 0.9, 0.95, 1e-8, 0.1, 1, copy)
+    cuda.adamw(f(1000), f(1000), f(1000), f(1000), f(4), 0.9, 0.95, 1e-8, 0.1, copy)
 
 
 def launches(capability, monkeypatch, training_only=False):
