@@ -14,7 +14,7 @@ import functools
 import numpy as np
 
 from kernels import threads
-from kernels.reference import (  # noqa: F401  what every device offers besides the fast operations
+from kernels.reference import (  # noqa: F401  constants, and what a device offers besides fast operations
     BATCH_TOKENS,
     DTYPES,
     EPSILON,
