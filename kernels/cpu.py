@@ -14,7 +14,7 @@ import functools
 import numpy as np
 
 from kernels import threads
-from kernels.reference import (  # noqa: F401  what every device offers besides the fast operations
+from kernels.reference import (  # noqa: F401  constants, and what a device offers besides fast operations
     BATCH_TOKENS,
     DTYPES,
     EPSILON,
@@ -70,7 +70,7 @@ def encoder_forward(out, tokens, wte, wpe, offsets=None):
 
 
 def encoder_backward(dwte, dwpe, dout, tokens):
-    """Sorting brings the rows of one token together, so that each row of dwte is summed once, in order."""
+    """Sorting brings the rows of one token together: each row of dwte is summed once, always in one order."""
     ids = tokens.reshape(-1)  # (N,)
     order = np.argsort(ids, kind="stable")  # (N,)
     unique, starts = np.unique(ids[order], return_index=True)  # (n,) each

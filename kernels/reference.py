@@ -3,7 +3,7 @@
 Each backward function stands under its forward function, takes the same arrays with a `d` in front of their
 gradients, and restates the line that it differentiates. There are no threads, no blocks and no scratch memory
 here: one line of mathematics is one line of NumPy. cpu.py and cuda.py define the same functions, fast, and
-are tested against this file. device="reference" runs a whole model on it.
+are tested against this file. device="reference" runs a whole model on it. The network, from top to bottom:
 
     tokens (B, T)
       encoder                  x = wte[tokens] + wpe[0 .. T - 1]       (B, T, C)   the residual stream
@@ -23,9 +23,10 @@ Outputs come first in the arguments and are allocated by the caller. Gradients o
 so that a large batch can be processed in several micro-batches. Gradients of activations are overwritten,
 except in layernorm_backward, which adds to the gradient of the residual stream.
 
-A numeric gradient proves a backward function: move one input by h and see how much the output moves.
+A numeric gradient proves a backward function: move one input by h and see how much the output moves. With
+arrays dx, plus and minus of the shape of x, in float64:
 
-    x, dout, h = np.random.randn(2, 3), np.random.randn(2, 3), 1e-5      # float64
+    x, dout, h = np.random.randn(2, 3), np.random.randn(2, 3), 1e-5
     gelu_backward(dx, dout, x)
     x[1, 2] += h;      gelu_forward(plus, x)
     x[1, 2] -= 2 * h;  gelu_forward(minus, x)
@@ -104,7 +105,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
 
 def as_rows(array):
     """(..., C) as a matrix of N rows, (N, C)."""
-    return array.reshape(-1, array.shape[-1])
+    return array.reshape(-1, array.shape[-1])  # (N, C)
 
 
 # ------------------------------------------------------------------------------------------------------------

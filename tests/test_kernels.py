@@ -531,24 +531,6 @@ def test_attention_decode_is_attention_in_pieces(memory, cuts):
     memory.assert_guards()
 
 
-@pytest.mark.parametrize("V", [5, 97, 128])
-def test_classifier_weights_and_padding(memory, V):
-    """dlogits = weight * (softmax - onehot) in the vocabulary and 0 behind it, whatever stood there."""
-    rng, N = np.random.default_rng(14), 9
-    logits, targets, weights = 4 * normal(rng, N, 128), tokens(1, N, V)[0], normal(rng, N)
-    logits[:, V:] = 2.0**20  # would take all probability
-    weights[:3] = 0, 1, -2
-    losses, z = memory.new(N, wide=True), memory.put(logits)
-    memory.ops.classifier(losses, z, memory.put(targets), memory.put(weights, wide=True), V)
-    p = np.exp(logits[:, :V] - logits[:, :V].max(1, keepdims=True))
-    p /= p.sum(1, keepdims=True)
-    assert_near(memory.get(losses), -np.log(p[np.arange(N), targets]), memory.tolerance, "losses")
-    p[np.arange(N), targets] -= 1
-    assert_near(memory.get(z)[:, :V], weights[:, None] * p, memory.tolerance, "dlogits")
-    assert not memory.get(z)[:, V:].any() and not memory.get(z)[0].any()
-    memory.assert_guards()
-
-
 def test_classifier_with_huge_logits(memory):
     logits, targets = np.array([[1e4, -1e4, 0], [-1e30, -1e30, -1e30]]), np.array([1, 2], np.int32)
     weights = [memory.put(np.ones(2), wide=True)]
@@ -638,13 +620,13 @@ def textbook_adamw(p, g, m, v, lr, beta1, beta2, eps, weight_decay, step):
 @pytest.mark.parametrize("weight_decay", [0, 0.1])
 @pytest.mark.parametrize("n", [1, 3, 1001])
 def test_adamw_is_the_textbook(memory, weight_decay, n):
-    """Twelve steps: the learning rate changes, all are clipped, and gradients are of every size."""
+    """Twelve steps with changing learning rates and gradients of every size; one is clipped to nothing."""
     rng, eps = np.random.default_rng(16), 1e-4  # not the usual 1e-8, so that it counts
     p, m, v = normal(rng, n), np.zeros(n), np.zeros(n)
     params, grads, dm, dv = there = [memory.put(a, wide=True) for a in (p, np.zeros(n), m, v)]
     copy = memory.new(n)  # of params, in the type of the activations
     for step in range(1, 13):
-        lr, clip = 0.01 * step, rng.uniform(0, 1)
+        lr, clip = 0.01 * step, 0 if step == 5 else rng.uniform(0, 1)
         g = normal(rng, n) * 10.0 ** rng.integers(-6, 2, n)
         g[1:2] = 0
         grads[...] = memory.put(g, wide=True)
