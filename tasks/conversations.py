@@ -6,7 +6,7 @@
 draw() makes n conversations, by share, the same for the same seed, without duplicates, contradictions and the
 questions of the evaluation. A small model learns what is short, regular and can be copied: a call repeats the
 tokens of the question, an answer those of the tool's output. The texts that no template makes stand in
-conversations.jsonl. Read tasks/factbook.py, tools.py, tasks/problems.py and sample.py before, sft.py after
+texts.jsonl. Read tasks/factbook.py, tools.py, tasks/problems.py and sample.py before, sft.py after
 this file.
 """
 
@@ -211,7 +211,7 @@ def and_its(rng, split, pool, known):
 
 
 def talk(rng, split, *_, source):
-    """A question and its answer of conversations.jsonl; in training, asked in one manner or another."""
+    """A question and its answer of texts.jsonl; in training, asked in one manner or another."""
     row = rng.choice([row for row in texts("source") if row["source"] == source])
     questions = row["ask"] if split == "train" else row["held_out"]
     which = rng.randrange(len(questions))

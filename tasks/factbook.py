@@ -1,6 +1,6 @@
 """Facts of the World Factbook with questions about them: what the assistant learns, and what examines it.
 
-all_facts() has one for every country and field, in the words of conversations.jsonl; matches() says whether
+all_facts() has one for every country and field, in the words of texts.jsonl; matches() says whether
 an answer tells it. A fifth of them, drawn by their name, is never asked about in training. Read factbook.py,
 which has the paragraphs, before this file and tasks/conversations.py, which makes conversations of the facts,
 after it.
@@ -70,8 +70,8 @@ class Fact:
 
 @functools.cache
 def texts(kind):
-    """The lines of conversations.jsonl that have this key: "field", "source" or "template"."""
-    lines = (Path(__file__).parent / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
+    """The lines of texts.jsonl that have this key: "field", "source" or "template"."""
+    lines = (Path(__file__).parent / "texts.jsonl").read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if kind in row]
 
 
@@ -195,7 +195,7 @@ def examined():
 
 
 def phrase(rng, split, template):
-    """One of the wordings of a template in conversations.jsonl: those that train, or those that test."""
+    """One of the wordings of a template in texts.jsonl: those that train, or those that test."""
     row = next(row for row in texts("template") if row["template"] == template)
     return rng.choice(row["ask"] if split == "train" else row["held_out"])
 
