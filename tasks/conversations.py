@@ -77,7 +77,7 @@ def searched(fact):
     output = looked_up(fact.query)
     told = f" {plain(output)} "
     finds = plain(fact.country) in told and sum(f" {n} " in told for n in fact.accepted) >= fact.needed
-    return called("search", fact.query, output, fact.found) if finds else None
+    return called("search", fact.query, output, fact.exact) if finds else None
 
 
 # ------------------------------------------------------------------------------------------------ the sources
@@ -205,7 +205,7 @@ def and_its(rng, split, pool, known):
     fact = rng.choice(pool if search else known)
     other = rng.choice([f for f in (pool if search else known) if f.country == fact.country])
     answers = [searched(fact), searched(other)] if search else [fact.answer, other.brief]
-    contents = fact.ask(rng, split), answers[0], rng.choice(other.follow), answers[1]
+    contents = fact.ask(rng, split), answers[0], rng.choice(other.follow_ups), answers[1]
     made = turns(*contents, system=SEARCH_SYSTEM if search else None)
     return made if other is not fact and all(answers) else None
 

@@ -386,8 +386,8 @@ def known(level):
 def fact(rng, level, wording):
     """A question about a country; the split is that of tasks/factbook.py."""
     one = rng.choice(known(level))
-    what, _, answer = one.found[4:].removesuffix(".").partition(" is ")  # "The capital of France is Paris."
-    return f"{one.country}|{one.field}", wording.format(what=what), f"{one.found}\nAnswer: {answer}", answer
+    what, _, answer = one.exact[4:].removesuffix(".").partition(" is ")  # "The capital of France is Paris."
+    return f"{one.country}|{one.field}", wording.format(what=what), f"{one.exact}\nAnswer: {answer}", answer
 
 
 # ----------------------------------------------------------------------------------- other people's problems
