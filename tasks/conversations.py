@@ -146,7 +146,7 @@ def comparison(rng, split, *_):
 
 def repeated(rng, split, pool, *_):
     """'Repeat: ...' words, names and numbers: copying what was said is half of using a tool."""
-    words = (tasks.a_word(rng, rng.choice((1, 2, 3))) for _ in itertools.count())
+    words = (tasks.draw_word(rng, rng.choice((1, 2, 3))) for _ in itertools.count())
     word = next(word for word in words if tasks.split_of(word) == split)  # not those that it is to spell
     name = rng.choice(pool).query.split(" of ", 1)[1]
     made = "".join(phrase(rng, split, "syllable") for _ in range(rng.choice((2, 3)))).capitalize()
@@ -172,7 +172,7 @@ def sums(rng, split, *_):
         elif op == "*" and rng.random() < 0.4:
             x, y, op = x * y, rng.randint(1, 8), "+"
         more = f" {op} 1" if op in "+-" and x < 20 and rng.random() < 0.25 and x > y else ""
-        if tasks.split_of(tasks.key_of(x, op, y)) == split and not asked_later(split, x, y):
+        if tasks.split_of(tasks.sum_key(x, op, y)) == split and not asked_later(split, x, y):
             step = f"{x} {op} {y}{more}"
             made.append((step, f"{step} = {tools.calculate(step)}"))
     asked, told = (", ".join(words) for words in zip(*made))
@@ -181,10 +181,11 @@ def sums(rng, split, *_):
 
 def events(rng, split, *_):
     """What happens in a story, one event after the other: longer ones than those that it learns to solve."""
-    numbers = {x: str(rng.randint(10, 99) if x == "A" else rng.randint(2, 9)) for x in "Abcdefg"}
-    facts, _, steps = tasks.chain(rng, rng.randint(2, 6))
-    said = ", then ".join(re.findall(r"([^,: ][^,:]*):", steps))
-    facts, said = tasks.filled(rng, numbers, facts, said)
+    numbers = {x: rng.randint(10, 99) if x == "A" else rng.randint(2, 9) for x in "Abcdefg"}
+    story = tasks.chain_of_events(rng, rng.randint(2, 6))
+    words = numbers | tasks.random_words(rng)
+    said = ", then ".join(story["events"]).format(**words)
+    facts = story["story"].format(**words)
     made = turns(phrase(rng, split, "events").format(facts), f"So {said}.")
     return made if held_out("events", said) == (split == "test") else None
 

@@ -246,11 +246,16 @@ def texts(kind):
     """The lines of texts.jsonl that have the key `kind`.
 
     "field": sentences about a fact. "source": questions and answers of a conversation. "template": phrases
-    that conversations are made of. "task": wordings of a problem. "story": a word problem. Under "ask" stands
-    what trains, under "held_out" what tests.
+    that conversations are made of. "task": wordings of a problem. "story", "event": word problems. "list":
+    words. Under "ask" stands what trains, under "held_out" what tests.
     """
     lines = (Path(__file__).parent / "texts.jsonl").read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if kind in row]
+
+
+def word_list(name):
+    """The words of a list in texts.jsonl: "names", "fruits" or "ordinals"."""
+    return next(row["words"] for row in texts("list") if row["list"] == name)
 
 
 def phrase(rng, split, template):

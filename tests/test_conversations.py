@@ -515,14 +515,14 @@ def test_sums_are_right_and_of_their_split(split):
         assert len(steps) == 6 and all(tools.calculate(left) == right for left, right in steps)
         assert re.findall(r"\d+(?: [-+*/] \d+)+", asked) == [left for left, _ in steps]
         told |= {re.match(r"(\d+) ([-+*/]) (\d+)", left).groups() for left, _ in steps}
-    assert all(tasks.split_of(tasks.key_of(int(a), op, int(b))) == split for a, op, b in told)
+    assert all(tasks.split_of(tasks.sum_key(int(a), op, int(b))) == split for a, op, b in told)
     assert {op for _, op, _ in told} == set("+-*/")
 
 
 def test_a_sum_that_is_held_out_is_no_problem_that_trains():
     problems = itertools.islice(tasks.problems("arithmetic", "train", 1), 500)
     for a, op, b in {re.search(r"(\d+) ([-+*]) (\d+)", p.prompt).groups() for p in problems}:
-        assert tasks.split_of(tasks.key_of(int(a), op, int(b))) == "train"
+        assert tasks.split_of(tasks.sum_key(int(a), op, int(b))) == "train"
 
 
 def test_what_is_examined_elsewhere_is_not_practised():
