@@ -6,7 +6,7 @@
 draw() makes n conversations, by share, the same for the same seed, without duplicates, contradictions and the
 questions of the evaluation. A small model learns what is short, regular and can be copied: a call repeats the
 tokens of the question, an answer those of the tool's output. The texts that no template makes stand in
-conversations.jsonl. Read tasks/factbook.py, tools.py, tasks/problems.py and sample.py before, sft.py after
+texts.jsonl. Read tasks/factbook.py, tools.py, tasks/problems.py and sample.py before, sft.py after
 this file.
 """
 
@@ -77,7 +77,7 @@ def searched(fact):
     output = looked_up(fact.query)
     told = f" {plain(output)} "
     finds = plain(fact.country) in told and sum(f" {n} " in told for n in fact.accepted) >= fact.needed
-    return called("search", fact.query, output, fact.found) if finds else None
+    return called("search", fact.query, output, fact.exact) if finds else None
 
 
 # ------------------------------------------------------------------------------------------------ the sources
@@ -146,7 +146,7 @@ def comparison(rng, split, *_):
 
 def repeated(rng, split, pool, *_):
     """'Repeat: ...' words, names and numbers: copying what was said is half of using a tool."""
-    words = (tasks.a_word(rng, rng.choice((1, 2, 3))) for _ in itertools.count())
+    words = (tasks.draw_word(rng, rng.choice((1, 2, 3))) for _ in itertools.count())
     word = next(word for word in words if tasks.split_of(word) == split)  # not those that it is to spell
     name = rng.choice(pool).query.split(" of ", 1)[1]
     made = "".join(phrase(rng, split, "syllable") for _ in range(rng.choice((2, 3)))).capitalize()
@@ -172,7 +172,7 @@ def sums(rng, split, *_):
         elif op == "*" and rng.random() < 0.4:
             x, y, op = x * y, rng.randint(1, 8), "+"
         more = f" {op} 1" if op in "+-" and x < 20 and rng.random() < 0.25 and x > y else ""
-        if tasks.split_of(tasks.key_of(x, op, y)) == split and not asked_later(split, x, y):
+        if tasks.split_of(tasks.sum_key(x, op, y)) == split and not asked_later(split, x, y):
             step = f"{x} {op} {y}{more}"
             made.append((step, f"{step} = {tools.calculate(step)}"))
     asked, told = (", ".join(words) for words in zip(*made))
@@ -181,10 +181,11 @@ def sums(rng, split, *_):
 
 def events(rng, split, *_):
     """What happens in a story, one event after the other: longer ones than those that it learns to solve."""
-    numbers = {x: str(rng.randint(10, 99) if x == "A" else rng.randint(2, 9)) for x in "Abcdefg"}
-    facts, _, steps = tasks.chain(rng, rng.randint(2, 6))
-    said = ", then ".join(re.findall(r"([^,: ][^,:]*):", steps))
-    facts, said = tasks.filled(rng, numbers, facts, said)
+    numbers = {x: rng.randint(10, 99) if x == "A" else rng.randint(2, 9) for x in "Abcdefg"}
+    story = tasks.chain_of_events(rng, rng.randint(2, 6))
+    words = numbers | tasks.random_words(rng)
+    said = ", then ".join(story["events"]).format(**words)
+    facts = story["story"].format(**words)
     made = turns(phrase(rng, split, "events").format(facts), f"So {said}.")
     return made if held_out("events", said) == (split == "test") else None
 
@@ -205,13 +206,13 @@ def and_its(rng, split, pool, known):
     fact = rng.choice(pool if search else known)
     other = rng.choice([f for f in (pool if search else known) if f.country == fact.country])
     answers = [searched(fact), searched(other)] if search else [fact.answer, other.brief]
-    contents = fact.ask(rng, split), answers[0], rng.choice(other.follow), answers[1]
+    contents = fact.ask(rng, split), answers[0], rng.choice(other.follow_ups), answers[1]
     made = turns(*contents, system=SEARCH_SYSTEM if search else None)
     return made if other is not fact and all(answers) else None
 
 
 def talk(rng, split, *_, source):
-    """A question and its answer of conversations.jsonl; in training, asked in one manner or another."""
+    """A question and its answer of texts.jsonl; in training, asked in one manner or another."""
     row = rng.choice([row for row in texts("source") if row["source"] == source])
     questions = row["ask"] if split == "train" else row["held_out"]
     which = rng.randrange(len(questions))

@@ -1,9 +1,11 @@
-"""Facts of the World Factbook with questions about them: what the assistant learns, and what examines it.
+"""Facts of the World Factbook, the questions that ask for them, and a check of the answers.
 
-all_facts() has one for every country and field, in the words of conversations.jsonl; matches() says whether
-an answer tells it. A fifth of them, drawn by their name, is never asked about in training. Read factbook.py,
-which has the paragraphs, before this file and tasks/conversations.py, which makes conversations of the facts,
-after it.
+A reader of the course can skip this file. The one thing to know: a Fact is one value of one country, such as
+the capital of France, with its questions and answers. A fifth of the facts is held out: no conversation that
+trains asks about them.
+
+The sentences come from texts.jsonl. Read data.py first, which extracts the Factbook's paragraphs, and
+tasks/conversations.py next, which makes conversations of the facts.
 """
 
 import functools
@@ -18,8 +20,44 @@ from pathlib import Path
 import data
 from common import UserError
 
-# What a paragraph is called, and where in it the value stands, after "Capital of France: ".
-NAME, PERSON = r"([A-Z][a-z]+(?: [A-Z][a-z]+)*)", r"([A-Z][^(;,]+?)(?= \(since)"
+
+@dataclass(frozen=True)
+class Fact:
+    """One value of one country, with the sentences that ask for it and state it."""
+
+    country: str  # "France"
+    field: str  # "population"
+    questions: tuple  # wordings for training: "What is the population of France?"
+    held_out: tuple  # wordings for evaluation
+    follow_ups: tuple  # questions that leave the country out: "And its population?"
+    answer: str  # from memory, numbers rounded: "The population of France is over 68 million."
+    brief: str  # "It is over 68 million."
+    exact: str  # copied from what a search finds: "The population of France is 68,512,806."
+    query: str  # what to search for: " population of France"
+    accepted: tuple  # values that count as right, as plain() writes them
+    needed: int  # how many of them an answer must name
+
+    def ask(self, rng, split):
+        """A question for the fact, in a wording of the split.
+
+        In training, three fifths of the questions "What is ...?" are asked in yet another way, such as
+        "Could you tell me ...?".
+        """
+        question = rng.choice(self.questions if split == "train" else self.held_out)
+        subject = re.fullmatch(r"What is (.+)\?", question)
+        if subject and split == "train" and rng.random() < 0.6:
+            return phrase(rng, split, "ask for").format(subject[1])
+        return question
+
+
+# {field: (title of the Factbook's paragraph, regular expression whose first group is the value)}.
+#
+# The expression is matched where the paragraph's text begins, after "Capital of France: ". (?!...) at its
+# beginning rejects a paragraph that begins so, (?=...) at its end is what must follow the value. Example: of
+# "Capital of France: Paris. Geographic coordinates: 48 52 N, ..." the value is "Paris", because the value of
+# "capital" ends before a full stop that a capital letter follows.
+NAME = r"([A-Z][a-z]+(?: [A-Z][a-z]+)*)"
+PERSON = r"([A-Z][^(;,]+?)(?= \(since)"
 FIELDS = {
     "capital": ("Capital", r"(?!Time|Note)([A-Z].+?)(?=\. [A-Z]| \(|;|,|\.$)"),
     "population": ("Population", r"(\d[\d,]*)(?= |\.)"),
@@ -43,182 +81,230 @@ FIELDS = {
     "life expectancy": ("Life expectancy at birth", r"Total population: (\d[\d.]* years)"),
     "climate": ("Climate", r"([a-z][^;,(.:]+?)(?=[;,.(])"),
 }
-NUMBERS = ("population", "area", "coastline", "life expectancy")
+NUMBERS = ("population", "area", "coastline", "life expectancy")  # fields whose value is a number
+LONGEST_VALUE = 60  # characters; a longer value is a sentence and cannot be learned as a name
 
 
-@dataclass(frozen=True)
-class Fact:
-    country: str
-    field: str
-    questions: tuple  # the phrasings that train
-    held_out: tuple  # and those that test
-    follow: tuple  # questions after another one about the country
-    answer: str  # from memory: "The population of France is over 68 million."
-    brief: str  # "It is over 68 million."
-    found: str  # copied from what search() finds: "The population of France is 68,512,806."
-    query: str  # " population of France"
-    accepted: tuple  # what may be said for it, as plain() writes it
-    needed: int  # how many of these must be said
-
-    def ask(self, rng, split):
-        """A question for it; one in three of those that train is put in another of many ways."""
-        question = rng.choice(self.questions if split == "train" else self.held_out)
-        asked = re.fullmatch(r"What is (.+)\?", question)
-        reworded = asked and split == "train" and rng.random() < 0.6
-        return phrase(rng, split, "ask for").format(asked[1]) if reworded else question
-
-
-@functools.cache
-def texts(kind):
-    """The lines of conversations.jsonl that have this key: "field", "source" or "template"."""
-    lines = (Path(__file__).parent / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if kind in row]
-
-
-def digest(*words):
-    """A number that depends on the words alone, on every machine: it parts what trains from what tests."""
-    return int.from_bytes(hashlib.blake2b("|".join(words).encode(), digest_size=6).digest(), "big")
-
-
-def held_out(*words):
-    return digest(*words) % 5 == 0
+def facts(split="all"):
+    """The facts that "train", those that are held out to "test" (a fifth), or "all" of them."""
+    held_out_too = {"train": (False,), "test": (True,), "all": (False, True)}[split]
+    return [fact for fact in all_facts() if held_out(fact.country, fact.field) in held_out_too]
 
 
 @functools.cache
 def all_facts():
-    wordings, found = {row["field"]: row for row in texts("field")}, []
-    for name, sections in data.countries():
-        c = f"the {name.removeprefix('The ')}" if re.match(data.THE, name) else name
-        country = {"c": c, "C": c[0].upper() + c[1:], "s": c + ("'" if c.endswith("s") else "'s")}
+    """Every country's facts, as far as the Factbook has a short value for them, in its order."""
+    wordings = {row["field"]: row for row in texts("field")}
+    result = []
+    for country, sections in data.countries():
+        if country in ("World", "European Union"):
+            continue
         for field, (title, pattern) in FIELDS.items():
             content = next((fields[title] for fields in sections.values() if title in fields), {})
-            paragraph = data.field_text(name, title, content).split("\n")[0].partition(": ")[2]
+            paragraph = data.field_text(country, title, content).split("\n")[0].partition(": ")[2]
             match = re.match(pattern, paragraph)
-            value = match and match[1].strip()
-            if value and field == "neighbours":  # 'Andorra 55 km; Belgium 556 km' -> 'Andorra, Belgium'
-                value = ", ".join(re.sub(r" (\d| \().*", "", part.strip()) for part in value.split(";"))
-            if not value or len(value) > 60 or name in ("World", "European Union"):
+            if not match:
                 continue
-            row = wordings[field]
-            train, test = (
-                tuple(text.format(**country) for text in row[kind]) for kind in ("ask", "held_out")
-            )
-            brief = re.sub(r"^(The .*\{c\}|\{C\})", "It", row["answer"]).replace("People from {c}", "They")
-            shown = (
-                f"the {value}"
-                if value.startswith(("Middle East", "Caribbean", "Central America and"))
-                else value
-            )
-            known = rounded(value) if field == "population" else shown
-            answers = [text.format(v=known, **country) for text in (row["answer"], brief)]
-            query = f" {title.lower().replace('(s)', '')} of {c}"
-            accepted = tuple(dict.fromkeys(plain(text) for text in other_names(field, value, paragraph)))
-            needed = (len(accepted) + 1) // 2 if field == "neighbours" else 1
-            follow, looked_up = tuple(row["follow"]), row["answer"].format(v=shown, **country)
-            found.append(Fact(name, field, train, test, follow, *answers, looked_up, query, accepted, needed))
-    return found
+            value = match[1].strip()
+            if field == "neighbours":  # 'Andorra 55 km; Belgium 556 km' -> 'Andorra, Belgium'
+                value = ", ".join(re.sub(r" (\d| \().*", "", part.strip()) for part in value.split(";"))
+            if len(value) <= LONGEST_VALUE:
+                result.append(make_fact(country, field, value, paragraph, wordings[field]))
+    return result
+
+
+def make_fact(country, field, value, paragraph, wording):
+    """The Fact that `country` has this `value`, in the sentences of `wording`, a line of texts.jsonl."""
+    names = country_forms(country)
+    with_article = value.startswith(("Middle East", "Caribbean", "Central America and"))
+    exact = f"the {value}" if with_article else value
+    remembered = rounded(value) if field == "population" else exact
+    title = FIELDS[field][0].lower().replace("(s)", "")
+    accepted = tuple(dict.fromkeys(plain(text) for text in accepted_values(field, value, paragraph)))
+    return Fact(
+        country=country,
+        field=field,
+        questions=tuple(text.format(**names) for text in wording["ask"]),
+        held_out=tuple(text.format(**names) for text in wording["held_out"]),
+        follow_ups=tuple(wording["follow"]),
+        answer=wording["answer"].format(value=remembered, **names),
+        brief=wording["brief"].format(value=remembered),
+        exact=wording["answer"].format(value=exact, **names),
+        query=f" {title} of {names['country']}",
+        accepted=accepted,
+        needed=(len(accepted) + 1) // 2 if field == "neighbours" else 1,  # at least half of the neighbours
+    )
+
+
+def country_forms(name):
+    """What stands in the sentences of texts.jsonl for {country}, {Country} and {possessive}:
+
+    'the Netherlands', 'The Netherlands' at the beginning of a sentence, "the Netherlands'".
+    """
+    name = f"the {name.removeprefix('The ')}" if re.match(data.THE, name) else name
+    possessive = name + ("'" if name.endswith("s") else "'s")
+    return {"country": name, "Country": name[0].upper() + name[1:], "possessive": possessive}
 
 
 def rounded(number):
-    """68,512,806 -> 'over 68 million': what one can remember, in figures that stand in the text."""
-    groups = number.split(",")
-    if len(groups) > 2 and int(number.replace(",", "")) >= 10**7:
-        return f"over {','.join(groups[:-2])} million"
-    return f"over {','.join(groups[:-1])},000" if int(number.replace(",", "")) >= 10**4 else number
+    """A number that can be remembered, rounded down: '68,512,806' -> 'over 68 million'."""
+    value = int(number.replace(",", ""))
+    if value >= 10**7:
+        return f"over {value // 10**6:,} million"
+    return f"over {value // 1000:,},000" if value >= 10**4 else number
 
 
-def other_names(field, value, paragraph):
-    """The value and what is as good: every official language, the surname, the date without its name."""
+def accepted_values(field, value, paragraph):
+    """The value, and others that are as good: every official language, a surname, a date without its name."""
     if field == "neighbours":
         return value.split(", ")
+    others = []
     if field == "language":
-        return [value, *re.findall(NAME + r" \(official", paragraph)]
-    if field in ("president", "prime minister"):
-        return [value, " ".join(re.findall(r"\b[^\Wa-z\d_]{2,}\b", value)) or value]
-    if field == "currency":
-        return [value, value.removesuffix("s")]
-    if field in ("holiday", "religion"):  # 'Independence Day, 28 July', 'Roman Catholic'
-        return [value, value.split({"holiday": ", ", "religion": "Roman "}[field])[-1]]
-    return [value, *value.split({"highest point": " on ", "nationality": " or "}.get(field, "\n"))]
+        others = re.findall(NAME + r" \(official", paragraph)
+    elif field in ("president", "prime minister"):  # surnames stand in capitals: 'Emmanuel MACRON'
+        others = [" ".join(re.findall(r"\b[^\Wa-z\d_]{2,}\b", value)) or value]
+    elif field == "currency":
+        others = [value.removesuffix("s")]
+    elif field == "religion":  # 'Roman Catholic'
+        others = [value.split("Roman ")[-1]]
+    elif field == "holiday":  # 'Independence Day, 28 July'
+        others = [value.split(", ")[-1]]
+    elif field == "highest point":  # 'Uhuru Peak on Kilimanjaro'
+        others = value.split(" on ")
+    elif field == "nationality":  # 'Swiss or Helvetian'
+        others = value.split(" or ")
+    return [value, *others]
 
 
-def facts(split="all"):
-    """The facts: of countries and fields that "train", of those held out to "test" (a fifth), or "all"."""
-    wanted = {"train": (False,), "test": (True,), "all": (False, True)}[split]
-    return [fact for fact in all_facts() if held_out(fact.country, fact.field) in wanted]
-
-
-def plain(text):
-    """Words without capitals, accents and signs: "Côte d'Ivoire" -> 'cote d ivoire'."""
-    text = unicodedata.normalize("NFKD", text).casefold()
-    return " ".join(re.findall(r"\w+", "".join(c for c in text if not unicodedata.combining(c))))
+# ------------------------------------------------------------------------------------------------------------
+# Is an answer right? Does the model know the fact?
 
 
 def matches(fact, text):
-    """Whether a text tells the fact: a number to 5 % or in two figures, a name up to capitals and accents."""
+    """Whether a text states the fact. Capitals and accents do not matter, numbers may be a little off."""
     if fact.field in NUMBERS:
-        scales = {"thousand": 1e3, "million": 1e6, "billion": 1e9}
-        figures = [re.search(r"(\d[\d,]*(?:\.\d+)?)(?: (\w+))?", words) for words in (fact.found, text)]
-        if not figures[1]:
-            return False
-        truth, said = (float(f[1].replace(",", "")) * scales.get(f[2], 1) for f in figures)
-        alike = len(str(int(truth))) == len(str(int(said))) > 1 and str(truth)[:2] == str(said)[:2]
-        return alike or abs(truth - said) <= 0.05 * truth
+        truth, given = first_number(fact.exact), first_number(text)
+        return given is not None and roughly_equal(given, truth)
     country, words = plain(fact.country), plain(text)
-    rest = re.sub(
-        rf"\b(of|in|from) (the )?{country}\b", "", words
-    )  # "The capital of Panama is": not yet a match
-    told = [f" {name} " in f" {rest if name in country else words} " for name in fact.accepted]
-    return sum(told) >= fact.needed
+    # In "The capital of Panama is" the name of the country is no answer. It is removed where it could be one.
+    without_country = re.sub(rf"\b(of|in|from) (the )?{country}\b", "", words)
+    named = [has_words(without_country if name in country else words, name) for name in fact.accepted]
+    return sum(named) >= fact.needed
+
+
+def first_number(text):
+    """The first number of a text, None if there is none: 'over 68 million' -> 68000000.0."""
+    match = re.search(r"(\d[\d,]*(?:\.\d+)?)(?: (\w+))?", text)
+    if match is None:
+        return None
+    scale = {"thousand": 1e3, "million": 1e6, "billion": 1e9}.get(match[2], 1)
+    return float(match[1].replace(",", "")) * scale
+
+
+def roughly_equal(given, truth):
+    """Whether a number is right to 5 %, or has the first two digits of the right one and as many digits.
+
+    The digits are for rounded numbers: "over 10 million" is right for 10,900,000.
+    """
+    if abs(truth - given) <= 0.05 * truth:
+        return True
+    as_long = len(str(int(truth))) == len(str(int(given))) > 1
+    return as_long and str(truth)[:2] == str(given)[:2]
+
+
+def plain(text):
+    """The words of a text without capitals, accents and punctuation: "Côte d'Ivoire" -> 'cote d ivoire'."""
+    decomposed = unicodedata.normalize("NFKD", text).casefold()
+    return " ".join(re.findall(r"\w+", "".join(c for c in decomposed if not unicodedata.combining(c))))
+
+
+def has_words(text, words):
+    """Whether a text has these words one after the other, both as plain() writes them."""
+    return f" {words} " in f" {text} "
 
 
 def probed(path):
-    """The (country, field) that sft.py --probe found unknown: right in at most half of the attempts."""
+    """The (country, field) pairs that a model does not know.
+
+    `path` is what sft.py --probe writes. A fact is unknown if at most half of the answers were right.
+    """
     try:
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
         return {(line["country"], line["field"]) for line in lines if line["rate"] <= 0.5}
     except OSError as error:
         raise UserError(f"unknown:{path}: {error.strerror}; write it with sft.py --probe") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"unknown:{path} is not what sft.py --probe writes; let it write one") from None
+        raise UserError(f"unknown:{path} is not a file that sft.py --probe wrote; write it again") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The texts, and what of them is for testing
 
 
 @functools.cache
-def examined():
-    """The questions of the evaluation, as plain() writes them."""
-    found = [row["held_out"] for row in texts("source")] + [fact.held_out for fact in all_facts()]
-    found += [fact.questions for fact in facts("test")]
-    return {plain(question) for questions in found for question in questions}
+def texts(kind):
+    """The lines of texts.jsonl that have the key `kind`.
+
+    "field": sentences about a fact. "source": questions and answers of a conversation. "template": phrases
+    that conversations are made of. "task": wordings of a problem. "story", "event": word problems. "list":
+    words. Under "ask" stands what trains, under "held_out" what tests.
+    """
+    lines = (Path(__file__).parent / "texts.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if kind in row]
 
 
-# --------------------------------------------------------------------------------------------- and inventions
+def word_list(name):
+    """The words of a list in texts.jsonl: "names", "fruits" or "ordinals"."""
+    return next(row["words"] for row in texts("list") if row["list"] == name)
 
 
 def phrase(rng, split, template):
-    """One of the wordings of a template in conversations.jsonl: those that train, or those that test."""
+    """One of the phrases of a template in texts.jsonl, such as "brief": "{} Answer briefly."."""
     row = next(row for row in texts("template") if row["template"] == template)
     return rng.choice(row["ask"] if split == "train" else row["held_out"])
 
 
+def digest(*words):
+    """A number that depends on the words alone and is the same on every machine."""
+    return int.from_bytes(hashlib.blake2b("|".join(words).encode(), digest_size=6).digest(), "big")
+
+
+def held_out(*words):
+    """Whether these words are for testing only. A fifth of all are."""
+    return digest(*words) % 5 == 0
+
+
 @functools.cache
-def names():
-    """All countries, as plain() writes them."""
+def examined():
+    """Every question that the evaluation may ask, as plain() writes it."""
+    groups = [row["held_out"] for row in texts("source")]
+    groups += [fact.held_out for fact in all_facts()]
+    groups += [fact.questions for fact in facts("test")]
+    return {plain(question) for group in groups for question in group}
+
+
+@functools.cache
+def country_names():
+    """The names of all countries, as plain() writes them."""
     return {plain(name) for name, _ in data.countries()}
 
 
 def invented(split, n, seed):
-    """n questions about people and countries that are not, and what to search for: [(text, query), ...]."""
-    rng, found = random.Random(f"{seed} {split}"), {}
-    usual = ("capital", "population", "area", "language", "currency", "location")
-    rows = [row for row in texts("field") if row["field"] in usual]
-    while len(found) < n:
-        root = "".join(phrase(rng, split, "syllable") for _ in range(rng.choice((2, 2, 3)))).capitalize()
-        country, row = root + phrase(rng, split, "country's end"), rng.choice(rows)
+    """n questions about people and countries that do not exist: [(question, search query), ...]."""
+    rng = random.Random(f"{seed} {split}")
+    fields = ("capital", "population", "area", "language", "currency", "location")
+    rows = [row for row in texts("field") if row["field"] in fields]
+    queries = {}  # {question: query}
+    while len(queries) < n:
+        syllables = [phrase(rng, split, "syllable") for _ in range(rng.choice((2, 2, 3)))]
+        surname = "".join(syllables).capitalize()
+        country = surname + phrase(rng, split, "country's end")
+        row = rng.choice(rows)
         if rng.random() < 0.5:
-            person = f"{phrase(rng, split, 'first name')} {root}"
-            found[phrase(rng, split, "person").format(person)] = f" {person}"
-        elif plain(country) not in names():
-            text = rng.choice(row["ask"] if split == "train" else row["held_out"])
+            person = f"{phrase(rng, split, 'first name')} {surname}"
+            queries[phrase(rng, split, "person").format(person)] = f" {person}"
+        elif plain(country) not in country_names():
+            question = rng.choice(row["ask"] if split == "train" else row["held_out"])
             title = FIELDS[row["field"]][0].lower()
-            found[text.format(c=country, C=country, s=f"{country}'s")] = f" {title} of {country}"
-    return list(found.items())
+            queries[question.format(**country_forms(country))] = f" {title} of {country}"
+    return list(queries.items())

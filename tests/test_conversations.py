@@ -45,7 +45,7 @@ def test_the_facts_of_a_country_that_one_knows():
     assert FRANCE["capital"].answer == "The capital of France is Paris."
     assert FRANCE["capital"].brief == "It is Paris."
     assert re.fullmatch(r"The population of France is over \d\d million.", FRANCE["population"].answer)
-    assert re.fullmatch(r"The population of France is \d\d,\d{3},\d{3}.", FRANCE["population"].found)
+    assert re.fullmatch(r"The population of France is \d\d,\d{3},\d{3}.", FRANCE["population"].exact)
     assert FACT["Peru", "neighbours"].answer == "Peru borders Bolivia, Brazil, Chile, Colombia, Ecuador."
     assert FACT["The Bahamas", "capital"].answer == "The capital of the Bahamas is Nassau."
     assert FACT["Netherlands", "capital"].questions[1] == "What is the Netherlands' capital?"
@@ -56,13 +56,13 @@ def test_every_fact_is_told_by_its_answers_and_few_by_those_of_others():
     every, rng, wrong = facts.facts(), random.Random(0), 0
     assert len(every) > 4000
     for fact in every:
-        assert all(facts.matches(fact, text) for text in (fact.answer, fact.brief, fact.found)), fact
+        assert all(facts.matches(fact, text) for text in (fact.answer, fact.brief, fact.exact)), fact
         assert not facts.matches(fact, f"{mixture.DONT_KNOW}.") and not facts.matches(fact, "")
         other = rng.choice(every)
         if other.field == fact.field in ("capital", "population", "president", "anthem"):
             wrong += (
                 facts.matches(fact, other.answer)
-                and fact.found.split(" is ")[1] != other.found.split(" is ")[1]
+                and fact.exact.split(" is ")[1] != other.exact.split(" is ")[1]
             )
     assert wrong <= 5
 
@@ -131,7 +131,9 @@ def test_invented_names_are_nobodys():
             *facts.texts("field"),
             *(row for row in facts.texts("template") if row["template"] == "person"),
         ]
-        worded = {text.format("X", c="X", C="X", s="X's") for row in rows for text in row[kind]}
+        worded = {
+            text.format("X", country="X", Country="X", possessive="X's") for row in rows for text in row[kind]
+        }
         assert {text.replace(name(query), "X") for text, query in made} <= worded
     found = [mixture.looked_up(query) == " nothing found" for _, query in test]
     assert sum(found) > 280 and {" of " in query for _, query in test} == {True, False}
@@ -513,14 +515,14 @@ def test_sums_are_right_and_of_their_split(split):
         assert len(steps) == 6 and all(tools.calculate(left) == right for left, right in steps)
         assert re.findall(r"\d+(?: [-+*/] \d+)+", asked) == [left for left, _ in steps]
         told |= {re.match(r"(\d+) ([-+*/]) (\d+)", left).groups() for left, _ in steps}
-    assert all(tasks.split_of(tasks.key_of(int(a), op, int(b))) == split for a, op, b in told)
+    assert all(tasks.split_of(tasks.sum_key(int(a), op, int(b))) == split for a, op, b in told)
     assert {op for _, op, _ in told} == set("+-*/")
 
 
 def test_a_sum_that_is_held_out_is_no_problem_that_trains():
     problems = itertools.islice(tasks.problems("arithmetic", "train", 1), 500)
     for a, op, b in {re.search(r"(\d+) ([-+*]) (\d+)", p.prompt).groups() for p in problems}:
-        assert tasks.split_of(tasks.key_of(int(a), op, int(b))) == "train"
+        assert tasks.split_of(tasks.sum_key(int(a), op, int(b))) == "train"
 
 
 def test_what_is_examined_elsewhere_is_not_practised():
