@@ -170,8 +170,8 @@ def split_of(key, split, threshold):
 def first_pass(documents, val_fraction, progress):
     """Read all (key, split, text); return the threshold for split_of(), and training texts to learn bpe from.
 
-    Keys are uniform in [0, 2^64), so the threshold is val_fraction of that. With few documents one side
-    could be empty. So the threshold is moved until the smallest key validates and the largest trains.
+    Keys are uniform in [0, 2^64), so the threshold is val_fraction of that. With few documents it could leave
+    a split empty. So the smallest key always validates, and the largest trains if no other document does.
     """
     smallest, largest, splits = 2**64, -1, set()
     sample, sampled = [], 0
@@ -184,11 +184,13 @@ def first_pass(documents, val_fraction, progress):
             sample.append((key, split, text))
             sampled += len(text)
     progress.done()
-    if not splits:
+    if splits <= {"train"}:  # nothing at all, or only what --train-also names
         raise UserError("every document is empty; give other files")
     if splits == {None} and smallest == largest:
         raise UserError("one document cannot both train and validate; give more, or lower --document-chars")
-    threshold = min(max(int(val_fraction * 2**64), smallest + 1), largest)
+    threshold = max(int(val_fraction * 2**64), smallest + 1)
+    if "train" not in splits:
+        threshold = min(threshold, largest)
     return threshold, [text for key, split, text in sample if split_of(key, split, threshold) == "train"]
 
 

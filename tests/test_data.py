@@ -285,6 +285,16 @@ def test_few_documents_still_have_two_sides(here):
         assert len(documents_of(out, "train")) == len(documents_of(out, "val")) == 1
 
 
+def test_one_document_validates_if_others_train(here):
+    write(here / "one.txt", "one document")
+    write(here / "blank.txt", " ")
+    write(here / "more.jsonl", lines(9))
+    run("text one.txt --train-also more.jsonl --tokenizer bytes --out out")
+    assert documents_of("out", "val") == ["one document"] and len(documents_of("out", "train")) == 9
+    with pytest.raises(UserError, match="every document is empty"):
+        run("text blank.txt --train-also more.jsonl --tokenizer bytes --out other")
+
+
 def test_same_command_same_bytes(here):
     write(here / "a.jsonl", lines(300))
     for out in "12":
