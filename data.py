@@ -295,7 +295,8 @@ def parser():
     number = common.number
     flags = common.Parser(prog="data.py", description=__doc__.split("\n\n")[0])
     add = flags.add_argument_group("what to read").add_argument
-    add("source", nargs="?", choices=("factbook", "text", "shakespeare"), default="factbook")
+    words = "where the text comes from"
+    add("source", nargs="?", choices=("factbook", "text", "shakespeare"), default="factbook", help=words)
     add("paths", nargs="*", metavar="PATH", help="for text: .txt, .md, .jsonl, folders, - for standard input")
     words = "more texts, as for text, which train and never validate"
     add("--train-also", nargs="+", default=[], metavar="PATH", help=words)
@@ -411,7 +412,7 @@ NAMES = {
     "vt": "Vatican City",
     "xx": "World",
 }
-# Names that take an article: the Netherlands.
+# The names that take an article, as "the Netherlands" does.
 THE = (
     r"(The|Republic|Democratic|Isle|Federated) |.*(Bank|Comoros|Emirates|Islands|Kingdom|Lands|Maldives"
     r"|Netherlands|Philippines|Refuges|Republic|Seychelles|States|Strip|Territory|Union|World)$"
@@ -469,9 +470,8 @@ def field_text(name, field, content):
     sentences, notes = [], []
     for key, value in content.items():
         label = re.sub(": | - ", ", ", key.strip())  # 'improved: rural' -> 'improved, rural'
-        is_field = re.fullmatch(
-            rf"(Total )?{re.escape(field)}( \d{{4}}| \(.*\))?", key.strip(), re.IGNORECASE
-        )
+        field_again = rf"(Total )?{re.escape(field)}( \d{{4}}| \(.*\))?"  # 'Exports 2023' in 'Exports'
+        is_field = re.fullmatch(field_again, key.strip(), re.IGNORECASE)
         entries = {key: value} if isinstance(value, str) else value
         for kind, html in entries.items():
             lines = [JUNK.sub("", line).strip(" ;") for line in prose(html).split("\n")]
@@ -481,7 +481,7 @@ def field_text(name, field, content):
             text = re.sub(r"^note( \d+)?\s*[:–-]\s*", r"Note\1: ", text, flags=re.M)
             if kind == "note":
                 notes.append(full_stop(text))
-            elif is_field and sentences:  # 'Exports 2023' in 'Exports': the number has its year with it
+            elif is_field and sentences:  # another year: its number goes on with the sentence
                 sentences[-1] = sentences[-1].removesuffix(".") + ", " + full_stop(text)
             elif is_field or label in ("text", "name", "total"):
                 sentences.append(full_stop(text))
@@ -489,7 +489,7 @@ def field_text(name, field, content):
                 text = text.removeprefix(label.split(", ")[-1] + ": ")  # many texts repeat their label
                 sentences.append(f"{label[0].upper()}{label[1:]}: {full_stop(text)}")
     text = "\n".join(filter(None, [" ".join(sentences), *notes]))
-    text = re.sub(r"\n.", lambda start: start[0].upper(), text)
+    text = re.sub(r"\n.", lambda start: start[0].upper(), text)  # every line begins with a capital letter
     if not text or field == "Background" or field.endswith("note"):
         return text[:1].upper() + text[1:]
     head, tail = re.fullmatch(r"(.*?)((?: - | \().*)?", field).groups("")  # 'Exports', ' - partners'

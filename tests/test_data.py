@@ -296,12 +296,12 @@ def test_split_depends_on_document_and_seed_alone(here):
     assert not first & set(documents_of("1", "train"))
 
 
-def test_few_documents_still_have_two_sides(here):
+@pytest.mark.parametrize("fraction", [0.01, 0.5])
+def test_few_documents_still_have_two_sides(here, fraction):
+    write(here / "a.jsonl", lines(2))
     for seed in range(12):
-        write(here / "a.jsonl", lines(2))
-        out = f"out{seed}"
-        run(f"text a.jsonl --tokenizer bytes --seed {seed} --val-fraction 0.01 --out {out}")
-        assert len(documents_of(out, "train")) == len(documents_of(out, "val")) == 1
+        run(f"text a.jsonl --tokenizer bytes --seed {seed} --val-fraction {fraction} --out {seed}")
+        assert len(documents_of(str(seed), "train")) == len(documents_of(str(seed), "val")) == 1
 
 
 def test_one_document_validates_if_others_train(here):
@@ -329,6 +329,13 @@ def test_bpe_sees_training_text_only(here, monkeypatch):
     write(here / "a.jsonl", lines(300))
     run("text a.jsonl --vocab-size 280 --out out")
     assert sorted(seen) == sorted(documents_of("out", "train"))
+
+
+def test_bpe_learns_from_the_first_texts(monkeypatch):
+    monkeypatch.setattr(data, "BPE_SAMPLE", 25)
+    documents = [(k, "val" if k == 0 else "train", f"{k} letters ") for k in range(9)]  # 10 characters each
+    _, sample = data.first_pass(documents, 0.05, common.Progress("reading"))
+    assert sample == ["1 letters ", "2 letters "]
 
 
 # ------------------------------------------------------------------------------------------- shards
