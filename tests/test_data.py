@@ -110,6 +110,38 @@ def pages():
     return data.factbook()
 
 
+@pytest.mark.parametrize(
+    ("field", "content", "expected"),
+    [
+        (
+            "Capital",
+            {"name": {"text": "Paris"}, "time difference": {"text": "UTC+1", "note": "<b>note:</b> no DST"}},
+            "Capital of the Netherlands: Paris. Time difference: UTC+1.\nNote: no DST.",
+        ),
+        (
+            "Exports",
+            {"Exports 2023": {"text": "$1 (2023 est.)"}, "Exports 2022": {"text": "$2"}, "note": "note 1: so"},
+            "Exports of the Netherlands: $1 (2023 est.), $2.\nNote 1: so.",
+        ),
+        (
+            "Exports - partners",
+            {"text": "Germany 11%; see https://example.org"},
+            "Exports of the Netherlands, partners: Germany 11%.",
+        ),
+        (
+            "Telephones",
+            {"total": {"text": "NA"}, "fixed: rural": {"text": "rural: 5 [m]"}},
+            "Telephones of the Netherlands: Fixed, rural: 5.",
+        ),
+        ("Telephones", {"total": {"text": "not available (2020)"}}, ""),
+        ("Geography - note", {"text": "the largest island"}, "The largest island."),
+        ("Background", {"text": "A land of lakes"}, "A land of lakes."),
+    ],
+)
+def test_field_text(field, content, expected):
+    assert data.field_text("The Netherlands", field, content) == expected
+
+
 def test_countries():
     known = dict(data.countries())
     assert len(known) == 256
@@ -396,6 +428,12 @@ def damage(path, offset, content):
         file.write(content)
 
 
+def empty(path):
+    """Leave a header that says, truly, that no token follows."""
+    damage(path, 8, bytes(4))
+    os.truncate(path, data.HEADER_BYTES)
+
+
 def count_of(path, error):
     """Make the header say that there are `error` tokens more than there are."""
     n = (path.stat().st_size - data.HEADER_BYTES) // 2
@@ -413,6 +451,7 @@ def count_of(path, error):
         (lambda path: os.truncate(path, 1024), "truncated or damaged"),
         (lambda path: os.truncate(path, 10), "truncated or damaged"),
         (lambda path: os.truncate(path, 0), "truncated or damaged"),
+        (empty, "truncated or damaged"),
         (lambda path: path.unlink(), "make shards: python data.py"),
     ],
 )
