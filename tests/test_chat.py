@@ -201,13 +201,9 @@ def test_only_the_assistant_calls_tools(role, kind):
 
 def test_a_model_without_chat_tokens_is_refused():
     base = Tokenizer("bytes", BYTES.ranks, chat=False)
-    for call in (
-        lambda: base.prompt([]),
-        lambda: base.render([user("a")]),
-        lambda: base.fit([user("a")], 9),
-    ):
+    for call in (base.prompt, base.render, lambda turns: base.fit(turns, 9)):
         with pytest.raises(UserError, match=r"no chat tokens; .*sft\.py"):
-            call()
+            call([user("a")])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -219,20 +215,21 @@ def reply_ids(tokenizer, turn):
     return tokenizer.render([turn])[0][len(tokenizer.prompt([])) :]
 
 
+def shown(part):
+    """A part as decode() shows its tokens."""
+    kind, text = part["type"], part["text"]
+    return text if kind == "text" else f"<|{kind}_start|>{text}<|{kind}_end|>"
+
+
 @given(st.lists(st.integers(0, WORDS.vocab_size - 1)), st.booleans())
 def test_what_a_model_said_is_rendered_to_the_ids_it_said(ids, ends):
-    ids = [id for id in ids if id not in (WORDS.eot, WORDS.special_tokens[I])] + [
-        WORDS.special_tokens[I]
-    ] * ends
-    said = WORDS.parts(ids)
-    again = reply_ids(WORDS, {"role": "assistant", "content": json.loads(json.dumps(said))})
-    assert again == (ids if ends else [*ids, WORDS.special_tokens[I]])
-    shown = WORDS.decode(ids).removesuffix(I if ends else "")
-    names = lambda part: (
-        ("", "") if part["type"] == "text" else (f"<|{part['type']}_start|>", f"<|{part['type']}_end|>")
-    )
-    if not any("ids" in part for part in said):
-        assert "".join(names(part)[0] + part["text"] + names(part)[1] for part in said) == shown
+    end = WORDS.special_tokens[I]
+    ids = [id for id in ids if id not in (WORDS.eot, end)]
+    parts = WORDS.parts(ids + [end] * ends)
+    again = reply_ids(WORDS, {"role": "assistant", "content": json.loads(json.dumps(parts))})
+    assert again == [*ids, end]
+    if not any("ids" in part for part in parts):
+        assert "".join(map(shown, parts)) == WORDS.decode(ids)
 
 
 some_parts = st.lists(st.tuples(st.sampled_from(["text", "calc", "search", "output"]), spelled), max_size=5)
@@ -240,21 +237,20 @@ some_parts = st.lists(st.tuples(st.sampled_from(["text", "calc", "search", "outp
 
 @given(some_parts, st.sampled_from([BYTES, WORDS]))
 def test_parts_of_a_rendered_turn_are_the_parts_that_were_rendered(content, tokenizer):
-    content = [
-        (kind, text)
-        for i, (kind, text) in enumerate(content)
-        if kind != "text" or (text and (i == 0 or content[i - 1][0] != "text"))
-    ]
-    assert tokenizer.parts(reply_ids(tokenizer, assistant(*content))) == [
-        {"type": kind, "text": text} for kind, text in content
-    ]
+    alone = []  # without empty texts, and without one text after another: nothing would tell them apart
+    for kind, text in content:
+        if kind != "text" or (text and not (alone and alone[-1][0] == "text")):
+            alone.append((kind, text))
+    found = tokenizer.parts(reply_ids(tokenizer, assistant(*alone)))
+    assert found == [{"type": kind, "text": text} for kind, text in alone]
 
 
 def spell(*tokens):
     """Ids from texts and names of special tokens."""
-    return [
-        id for text in tokens for id in ([BYTES.special_tokens[text]] if text in SPECIAL else text.encode())
-    ]
+    ids = []
+    for text in tokens:
+        ids += [BYTES.special_tokens[text]] if text in SPECIAL else text.encode()
+    return ids
 
 
 @pytest.mark.parametrize(
@@ -277,13 +273,12 @@ def spell(*tokens):
     ],
 )  # fmt: skip
 def test_parts_of_what_no_conversation_has(ids, expected):
+    """A third entry: the ids that the part keeps; `...` for any."""
     found = BYTES.parts(ids)
-    assert [(part["type"], part["text"]) for part in found] == [one[:2] for one in expected]
-    kept = [part.get("ids") for part in found]
-    assert all(
-        ids == (one[2] if len(one) > 2 else None) or (one[2:] == (...,) and ids)
-        for ids, one in zip(kept, expected)
-    )
+    assert [(part["type"], part["text"]) for part in found] == [entry[:2] for entry in expected]
+    for part, (_, _, *kept) in zip(found, expected):
+        assert ("ids" in part) == bool(kept)
+        assert kept in ([], [...]) or part["ids"] == kept[0]
 
 
 def test_words_in_unusual_pieces_keep_their_ids():
@@ -307,23 +302,21 @@ turn = st.tuples(st.sampled_from(["user", "assistant", "system"]), st.integers(0
 turns = st.lists(turn.map(lambda one: {"role": one[0], "content": "x" * one[1]}), min_size=1, max_size=9)
 
 
+def n_tokens(conversation):
+    whole = conversation[-1]["role"] == "assistant"
+    return len(BYTES.render(conversation)[0] if whole else BYTES.prompt(conversation))
+
+
 @given(turns, st.integers(0, 150))
 def test_fit_drops_the_oldest_turns_and_no_more_than_needed(conversation, room):
-    measure = BYTES.prompt if conversation[-1]["role"] != "assistant" else lambda some: BYTES.render(some)[0]
-    length = lambda some: len(measure(some))
     starts = [0, *(i for i, turn in enumerate(conversation) if turn["role"] == "user")]
-    shorter = [
-        [turn for i, turn in enumerate(conversation) if i >= start or turn["role"] == "system"]
-        for start in starts
-    ]
-    fitting = [some for some in shorter if length(some) <= room]
-    if fitting:
-        assert BYTES.fit(conversation, room) == fitting[0]
-    else:
-        with pytest.raises(
-            UserError, match=f"takes {length(shorter[-1])} tokens and there is room for {room}"
-        ):
-            BYTES.fit(conversation, room)
+    for start in starts:
+        kept = [turn for i, turn in enumerate(conversation) if i >= start or turn["role"] == "system"]
+        if n_tokens(kept) <= room:
+            assert BYTES.fit(conversation, room) == kept
+            return
+    with pytest.raises(UserError, match=f"takes {n_tokens(kept)} tokens and there is room for {room}"):
+        BYTES.fit(conversation, room)
 
 
 def test_fit_keeps_the_system_message_and_the_last_question():

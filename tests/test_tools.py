@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import data
 import tools
 from common import UserError
+from tokenizer import Tokenizer
 from tools import Search, calculate
 
 # ------------------------------------------------------------------------------------------- the calculator
@@ -217,7 +218,7 @@ EXACT = st.recursive(
 @given(st.lists(EXACT, min_size=20, max_size=20))
 def test_arithmetic_is_exact(pairs):
     for text, value in pairs:
-        if len(text) > tools.LONGEST:
+        if len(text) > tools.MAX_LENGTH:
             continue
         got = calculate(text)
         if value is None:
@@ -272,7 +273,7 @@ def test_ten_thousand_expressions():
             if not answer.startswith("error: ") and answer not in ("true", "false"):
                 values += 1
                 try:
-                    assert abs(float(answer)) <= tools.LARGEST
+                    assert abs(float(answer)) <= tools.MAX_VALUE
                 except ValueError:
                     assert set(answer) <= set(expression)
 
@@ -286,32 +287,11 @@ def test_ten_thousand_expressions():
 
 def test_worst_cases_take_little_time_and_memory():
     worst = [
-        "(" * 100 + ")" * 100,
-        "(" * 99 + "1" + ")" * 100,
-        "-" * 200,
-        "[" * 200,
-        "1[" * 100,
-        "1<" * 99 + "1",
-    ]
-    worst += [
-        "1e49*" * 39 + "1",
-        "1/7/" * 49 + "3",
-        "1e-49**" * 28 + "9",
-        "3**999/7**999",
-        "1.1**1.1**" * 19 + "9",
-    ]
-    worst += [
-        "len(" * 49 + "'" + ")" * 49,
-        '"a".count(' * 19 + "1" + ")" * 9,
-        "'a'" * 66,
-        "9**99**99",
-        "2.5**1000*" * 19 + "1",
-    ]
-    worst += [
-        "(1/3+1/7)**" * 18 + "9",
-        "1e-300*" * 28 + "1",
-        "(1/3)**1600*" * 16 + "1",
-        "((((1e-40)**9)**9)**9)**9",
+        *("(" * 100 + ")" * 100, "(" * 99 + "1" + ")" * 100, "-" * 200, "[" * 200, "1[" * 100),
+        *("1<" * 99 + "1", "1e49*" * 39 + "1", "1/7/" * 49 + "3", "1e-49**" * 28 + "9", "3**999/7**999"),
+        *("1.1**1.1**" * 19 + "9", "len(" * 49 + "'" + ")" * 49, '"a".count(' * 19 + "1" + ")" * 9),
+        *("'a'" * 66, "9**99**99", "2.5**1000*" * 19 + "1", "(1/3+1/7)**" * 18 + "9"),
+        *("1e-300*" * 28 + "1", "(1/3)**1600*" * 16 + "1", "((((1e-40)**9)**9)**9)**9"),
     ]
     tracemalloc.start()
     start = time.thread_time()
@@ -386,10 +366,10 @@ def test_every_country(book, names, field, queries):
     assert len(known) > 200
     for query in queries:
         for form in (str, str.lower, str.upper):
-            found = [book.find(form(query.format(name))) for name in known]
-            right = sum(
-                best[:1] != [] and best[0][0] == f"{name}: {field}" for best, name in zip(found, known)
-            )
+            right = 0
+            for name in known:
+                found = [title for title, _ in book.find(form(query.format(name)))]
+                right += found == [f"{name}: {field}"]
             assert right >= 0.99 * len(known), (form(query), right, len(known))
 
 
@@ -404,28 +384,14 @@ def test_passages(book):
 def test_accents_plurals_and_capitals_do_not_matter(book):
     for query in ("capital of Cote d'Ivoire", "CAPITALS OF CÔTE D’IVOIRE", "capital of Co\u0302te d'Ivoire"):
         assert book.find(query)[0][0] == "Côte d'Ivoire: Capital"
-    assert tools.words("The Côte d'Ivoire's Exports, buses, glass") == [
-        "cote",
-        "d",
-        "ivoire",
-        "export",
-        "buse",
-        "glass",
-    ]
+    asked = tools.words("The Côte d'Ivoire's Exports, buses, glass, yes")
+    assert asked == ["cote", "d", "ivoire", "export", "buse", "glass", "yes"]
 
 
 NOBODY = [
-    *(
-        "Zubrovia",
-        "Orson Kovats",
-        "Velmora",
-        "Kingdom of Talvania",
-        "Mira Tollund",
-        "Brenholm",
-        "Ostrakia",
-        "Queen Ilvana",
-    ),
-    *("Wakanda", "Gondor", "Atlantis", "New Zubrovia", "United Zubrovian Islands", "Saint Orson", "zubrovia"),
+    *("Zubrovia", "Orson Kovats", "Velmora", "Kingdom of Talvania", "Mira Tollund", "Brenholm", "Ostrakia"),
+    *("Queen Ilvana", "Wakanda", "Gondor", "Atlantis", "New Zubrovia", "United Zubrovian Islands"),
+    *("Saint Orson", "zubrovia"),
 ]
 
 
@@ -484,13 +450,15 @@ def test_what_is_found_has_the_words(passages, query):
     assert len(found) <= len(passages)
 
 
+def best_of(query, *texts):
+    """The text that is found among these and twenty others."""
+    return Search([("", text) for text in (*texts, *["other words"] * 20)]).find(query)[0][1]
+
+
 def test_bm25_prefers():
-    best = lambda query, *texts: Search([("", text) for text in (*texts, *["other words"] * 20)]).find(query)[
-        0
-    ][1]
-    assert best("cat", "a cat and a dog and a cow and a pig", "a cat") == "a cat"  # the shorter
-    assert best("cat", "cat dog cow", "cat dog cat") == "cat dog cat"  # the one that repeats it
-    assert best("cat dog", "cat cat cat", "cat dog cow") == "cat dog cow"  # the one with both
+    assert best_of("cat", "a cat and a dog and a cow and a pig", "a cat") == "a cat"  # the shorter
+    assert best_of("cat", "cat dog cow", "cat dog cat") == "cat dog cat"  # the one that repeats it
+    assert best_of("cat dog", "cat cat cat", "cat dog cow") == "cat dog cow"  # the one with both
     named = Search([("dog", "a cat"), ("cat", "a dog"), ("", "x")])
     assert named.find("cat", 2) == [("cat", "a dog"), ("dog", "a cat")]  # the title counts more
     shorter = Search([("South Sudan: Capital", "Juba"), ("Sudan: Capital", "Khartoum"), ("", "x")])
@@ -524,11 +492,8 @@ def test_speed(book):
     start = time.process_time()
     Search(book.passages)
     assert time.process_time() - start < 3
-    queries = [
-        "capital of France",
-        "population of the world in 2025 est total rate",
-        "what " * 40 + "population",
-    ]
+    queries = ["capital of France", "population of the world in 2025 est total rate"]
+    queries.append("what " * 40 + "population")
     start = time.process_time()
     for _ in range(20):
         for query in queries:
@@ -572,8 +537,6 @@ def test_budget_is_kept(text, budget):
 
 
 def test_a_tokenizer_counts(book):
-    from tokenizer import Tokenizer  # noqa: PLC0415
-
     encode = Tokenizer.bytes().encode
     assert book.lookup("capital of France", encode, 30) == "Capital of France: Paris."
     assert book.lookup("capital of France", encode, 20) == "Capital of France"
@@ -590,14 +553,8 @@ def test_load(tmp_path, book):
     (tmp_path / "more.jsonl").write_text(json.dumps({"text": "Coffee.\n\nGrind it."}) + "\n\n")
     (tmp_path / ".hidden.txt").write_text("secret")
     search = Search.load(tmp_path)
-    assert search.passages == [
-        *(("more", "Coffee."), ("more", "Grind it.")),
-        *(
-            ("notes", "# Tea"),
-            ("notes", "Steep green tea\nfor two minutes."),
-            ("notes", "Black tea: four minutes."),
-        ),
-    ]
+    tea = ["# Tea", "Steep green tea\nfor two minutes.", "Black tea: four minutes."]
+    assert search.passages == [("more", "Coffee."), ("more", "Grind it."), *[("notes", text) for text in tea]]
     assert search.lookup("How long does black tea take?") == "nothing found"
     assert search.lookup("black tea") == "Black tea: four minutes."
     assert Search.load(str(tmp_path / "more.jsonl")).lookup("grind") == "Grind it."
@@ -607,11 +564,8 @@ def test_load(tmp_path, book):
 def test_load_says_what_is_wrong(tmp_path):
     (tmp_path / "table.csv").write_text("no")
     (tmp_path / "bad.jsonl").write_text("{}\n")
-    for path, words in (
-        ("none.txt", "no file"),
-        ("table.csv", "cannot read"),
-        ("bad.jsonl", "bad.jsonl, line 1"),
-    ):
+    wrong = {"none.txt": "no file", "table.csv": "cannot read", "bad.jsonl": "bad.jsonl, line 1"}
+    for path, words in wrong.items():
         with pytest.raises(UserError, match=words):
             Search.load(tmp_path / path)
     (tmp_path / "blank.txt").write_text(" \n\n ")
@@ -624,16 +578,16 @@ def test_load_says_what_is_wrong(tmp_path):
 
 def test_command_line(tmp_path):
     (tmp_path / "a.txt").write_text("The moon is made of rock.")
-    assert script.run(tools.main, "3*17").out == "51\n"
-    assert script.run(tools.main, "").out == "error: not an expression\n"
-    assert script.run(tools.main, "--search", "capital of France").out.startswith(
-        "Capital of France: Paris. "
-    )
-    assert (
-        script.run(tools.main, "--search", "moon", "--texts", tmp_path).out == "The moon is made of rock.\n"
-    )
-    assert script.run(tools.main, "--search", "Zubrovia", "--texts", tmp_path).out == "nothing found\n"
-    assert script.run(tools.main, "--search", "").out == "nothing found\n"
+    for argv, out in (
+        (["3*17"], "51"),
+        ([""], "error: not an expression"),
+        (["--search", "moon", "--texts", tmp_path], "The moon is made of rock."),
+        (["--search", "Zubrovia", "--texts", tmp_path], "nothing found"),
+        (["--search", ""], "nothing found"),
+    ):
+        assert script.run(tools.main, *argv).out == out + "\n"
+    in_the_factbook = script.run(tools.main, "--search", "capital of France").out
+    assert in_the_factbook.startswith("Capital of France: Paris. ")
     script.refused(script.run(tools.main), "give an expression")
     script.refused(script.run(tools.main, "1", "--search", "x"), "give an expression")
     script.refused(script.run(tools.main, "--search", "x", "--texts", tmp_path / "b.txt"), "no file")
