@@ -87,7 +87,8 @@ __global__ void attention_backward_sums(Storage* dqkv, const float* p, const flo
 // ---- What versions 2 and 3 need to know of a query: lse and D --------------------------------------------
 
 // rows[b, h, t] = {lse * LOG2E, D}; from T on {inf, 0}, for which P = exp2(S - inf) = 0: tails need no mask.
-// Eight lanes share a row: 8 lanes x 16 bytes are a head of 64 bf16.
+// Eight lanes share a row: 8 lanes x 16 bytes are a head of 64 bf16. (A head of any other size is read element
+// by element, because the version in float arithmetic, which needs these rows too, takes every size.)
 template <typename Storage>
 __global__ void attention_backward_prepare(float2* rows, const Storage* dout, const Storage* out,
                                            const float* lse, int B, int T, int Tp, int NH, int HS) {
@@ -98,7 +99,7 @@ __global__ void attention_backward_prepare(float2* rows, const Storage* dout, co
     float D = 0.0f;
     if (real) {
         const size_t offset = (static_cast<size_t>(b) * T + t) * NH * HS + h * HS;
-        if (aligned(out, HS) && aligned(dout, HS)) {
+        if (HS % Pack<Storage>::size == 0) {
             for (int d = lane * Pack<Storage>::size; d < HS; d += 8 * Pack<Storage>::size) {
                 const Pack<Storage> x = load_pack(out + offset + d), dx = load_pack(dout + offset + d);
                 for (int i = 0; i < Pack<Storage>::size; i++) D += to_float(x[i]) * to_float(dx[i]);
@@ -144,12 +145,12 @@ attention_backward_keys_flash(Storage* dqkv, const Storage* dout, const Storage*
 
     constexpr int E = Tile::EACH;
     float dk[E][HP / 16] = {}, dv[E][HP / 16] = {};                         // E keys of this thread
-    load_tile<HP>(k_tile, q + C, stride, first_key, T, HS);
-    load_tile<HP>(v_tile, q + 2 * C, stride, first_key, T, HS);
+    load_floats<HP>(k_tile, q + C, stride, first_key, T, HS);
+    load_floats<HP>(v_tile, q + 2 * C, stride, first_key, T, HS);
     for (int first_query = first_key; first_query < T; first_query += Tile::ROWS) {
         __syncthreads();                                    // nobody reads the previous tile any more
-        load_tile<HP>(q_tile, q, stride, first_query, T, HS);
-        load_tile<HP>(dout_tile, head_dout, C, first_query, T, HS);
+        load_floats<HP>(q_tile, q, stride, first_query, T, HS);
+        load_floats<HP>(dout_tile, head_dout, C, first_query, T, HS);
         __syncthreads();
         float p[E][E] = {}, ds[E][E] = {};                  // keys E ty + i, queries tx + 16 j
         multiply_transposed<HP>(p, k_tile, q_tile);
@@ -169,8 +170,8 @@ attention_backward_keys_flash(Storage* dqkv, const Storage* dout, const Storage*
     }
     for (int i = 0; i < E; i++)
         for (int j = 0; j < HP / 16; j++) dk[i][j] *= scale * LN2;
-    store_tile<HP>(dqkv + head.qkv + C, stride, first_key, T, HS, dk);
-    store_tile<HP>(dqkv + head.qkv + 2 * C, stride, first_key, T, HS, dv);
+    store_floats<HP>(dqkv + head.qkv + C, stride, first_key, T, HS, dk);
+    store_floats<HP>(dqkv + head.qkv + 2 * C, stride, first_key, T, HS, dv);
 }
 
 // A block owns ROWS queries and walks the keys up to the diagonal, longest rows first, as in forward.
@@ -196,12 +197,12 @@ attention_backward_queries_flash(Storage* dqkv, const Storage* dout, const Stora
 
     constexpr int E = Tile::EACH;
     float dq[E][HP / 16] = {};                                              // E queries of this thread
-    load_tile<HP>(q_tile, q, stride, first_query, T, HS);
-    load_tile<HP>(dout_tile, head_dout, C, first_query, T, HS);
+    load_floats<HP>(q_tile, q, stride, first_query, T, HS);
+    load_floats<HP>(dout_tile, head_dout, C, first_query, T, HS);
     for (int first_key = 0; first_key <= first_query; first_key += Tile::ROWS) {
         __syncthreads();                                    // nobody reads the previous tile any more
-        load_tile<HP>(k_tile, q + C, stride, first_key, T, HS);
-        load_tile<HP>(v_tile, q + 2 * C, stride, first_key, T, HS);
+        load_floats<HP>(k_tile, q + C, stride, first_key, T, HS);
+        load_floats<HP>(v_tile, q + 2 * C, stride, first_key, T, HS);
         __syncthreads();
         float p[E][E] = {}, ds[E][E] = {};                  // queries E ty + i, keys tx + 16 j
         multiply_transposed<HP>(p, q_tile, k_tile);
@@ -220,7 +221,7 @@ attention_backward_queries_flash(Storage* dqkv, const Storage* dout, const Stora
     }
     for (int i = 0; i < E; i++)
         for (int j = 0; j < HP / 16; j++) dq[i][j] *= scale * LN2;
-    store_tile<HP>(dqkv + head.qkv, stride, first_query, T, HS, dq);
+    store_floats<HP>(dqkv + head.qkv, stride, first_query, T, HS, dq);
 }
 
 // ---- Version 3: tensor cores, bf16 -----------------------------------------------------------------------
@@ -253,16 +254,16 @@ attention_backward_keys_tensor(bf16* dqkv, const bf16* dout, const bf16* qkv, co
     const float scale = softmax_scale(HS);
 
     auto load_queries = [&](int first_query, int buffer) {
-        load_tile_async<QUERIES, HS>(q_tiles + buffer * QUERIES * HS, q, stride, first_query, T);
-        load_tile_async<QUERIES, HS>(dout_tiles + buffer * QUERIES * HS, head_dout, C, first_query, T);
+        load_rows<QUERIES, HS>(q_tiles + buffer * QUERIES * HS, q, stride, first_query, T);
+        load_rows<QUERIES, HS>(dout_tiles + buffer * QUERIES * HS, head_dout, C, first_query, T);
         const int pair = 2 * threadIdx.x;                   // two rows in 16 bytes
         if (pair < QUERIES)
             cp_async_16(rows_tiles + buffer * QUERIES + pair, head_rows + first_query + pair, 16);
         cp_async_commit();
     };
     float dk[1][HS / 8][4] = {}, dv[1][HS / 8][4] = {};     // keys lane / 4 and lane / 4 + 8 of 16
-    load_tile_async<KEYS, HS>(k_tile, q + C, stride, first_key, T);
-    load_tile_async<KEYS, HS>(v_tile, q + 2 * C, stride, first_key, T);
+    load_rows<KEYS, HS>(k_tile, q + C, stride, first_key, T);
+    load_rows<KEYS, HS>(v_tile, q + 2 * C, stride, first_key, T);
     load_queries(first_key, 0);
     uint32_t k_left[1][HS / 16][4], v_left[1][HS / 16][4];
     int buffer = 0;
@@ -332,14 +333,14 @@ attention_backward_queries_tensor(bf16* dqkv, const bf16* dout, const bf16* qkv,
     const float scale = softmax_scale(HS);
 
     auto load_keys = [&](int first_key, int buffer) {
-        load_tile_async<KEYS, HS>(k_tiles + buffer * KEYS * HS, q + C, stride, first_key, T);
-        load_tile_async<KEYS, HS>(v_tiles + buffer * KEYS * HS, q + 2 * C, stride, first_key, T);
+        load_rows<KEYS, HS>(k_tiles + buffer * KEYS * HS, q + C, stride, first_key, T);
+        load_rows<KEYS, HS>(v_tiles + buffer * KEYS * HS, q + 2 * C, stride, first_key, T);
         cp_async_commit();
     };
     float dq[1][HS / 8][4] = {};                            // queries lane / 4 and lane / 4 + 8 of 16
     const float2 row[2] = {head_rows[warp_query + lane / 4], head_rows[warp_query + lane / 4 + 8]};
-    load_tile_async<QUERIES, HS>(q_tile, q, stride, first_query, T);
-    load_tile_async<QUERIES, HS>(dout_tile, head_dout, C, first_query, T);
+    load_rows<QUERIES, HS>(q_tile, q, stride, first_query, T);
+    load_rows<QUERIES, HS>(dout_tile, head_dout, C, first_query, T);
     load_keys(0, 0);
     const int end = min(first_query + QUERIES, T);
     uint32_t q_left[1][HS / 16][4], dout_left[1][HS / 16][4];

@@ -62,7 +62,10 @@ def encoder_forward(out, tokens, wte, wpe, offsets=None):
     what = "encoder_forward: out S B T C, tokens int B T, wte S V C, wpe S P C, offsets? int B"
     n = check(what, out, tokens, wte, wpe, offsets)
     arguments = out, tokens, wte, wpe, offsets, n.B * n.T, n.T, n.C, n.P
-    launch("encoder", f"encoder_forward<{n.S}>", cdiv(n.B * n.T, 8), 256, *arguments)
+    if aligned(out, wte, wpe):
+        launch("encoder", f"encoder_forward<{n.S}>", cdiv(n.B * n.T, 8), 256, *arguments)
+    else:
+        launch("encoder", f"encoder_forward_naive<{n.S}>", cdiv(n.B * n.T * n.C, 256), 256, *arguments)
 
 
 _chunk_count = []  # (1,) int32: of token_groups; zero, and the kernels leave it zero
@@ -73,6 +76,11 @@ def encoder_backward(dwte, dwpe, dout, tokens):
     n = check(what, dout, dwte, dwpe, tokens)
     if n.T > n.P:
         raise ValueError(f"encoder_backward: dwpe has {n.P} positions, dout {n.T}")
+    if not aligned(dout, dwte, dwpe):
+        grid, arguments = (n.V, cdiv(n.C, 256)), (dwte, dout, tokens, n.B * n.T, n.C)
+        launch("encoder", f"encoder_backward_naive<{n.S}>", grid, 256, *arguments)
+        grid, arguments = cdiv(n.T * n.C, 256), (dwpe, dout, n.B, n.T, n.C)
+        return launch("encoder", f"encoder_backward_wpe_naive<{n.S}>", grid, 256, *arguments)
     if not _chunk_count:
         _chunk_count.append(zeros(1, np.int32))
     N, slots, most = n.B * n.T, cdiv(n.B * n.T, 32), min(n.B * n.T, n.V + n.B * n.T // 32)
@@ -89,9 +97,11 @@ def encoder_backward(dwte, dwpe, dout, tokens):
 
 def take_rows(out, inp, rows):
     n = check("take_rows: out S R C, inp~ S M C, rows int R", out, inp, rows)
-    stride = inp.strides[0] // inp.itemsize
-    grid = n.R, cdiv(n.C, 256 * WIDTH[n.S])
-    launch("gather", f"take_rows<{n.S}>", grid, 256, out, inp, rows, n.C, stride)
+    arguments = out, inp, rows, n.C, inp.strides[0] // inp.itemsize
+    if aligned(out, inp) and inp.strides[0] % 16 == 0:
+        launch("gather", f"take_rows<{n.S}>", (n.R, cdiv(n.C, 256 * WIDTH[n.S])), 256, *arguments)
+    else:
+        launch("gather", f"take_rows_naive<{n.S}>", (n.R, cdiv(n.C, 256)), 256, *arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -101,9 +111,13 @@ def take_rows(out, inp, rows):
 def layernorm_forward(out, mean, rstd, inp, weight, bias):
     what = "layernorm_forward: out S N C, mean float N, rstd float N, inp S N C, weight S C, bias S C"
     n = check(what, out, mean, rstd, inp, weight, bias)
-    kernel = _vectors("layernorm_forward", n, {"bf16": 7, "float": 13})
-    blocks = cdiv(n.N, 4) if "rows" in kernel else min(5 * SMS, cdiv(n.N, 4))
-    launch("layernorm", kernel, blocks, 128, out, mean, rstd, inp, weight, bias, n.N, n.C)
+    arguments = out, mean, rstd, inp, weight, bias, n.N, n.C
+    vectors, blocks = cdiv(n.C, 32 * WIDTH[n.S]), cdiv(n.N, 4)  # 16 bytes for each lane of a warp
+    if aligned(out, inp, weight, bias) and vectors <= {"bf16": 7, "float": 13}[n.S]:
+        kernel = f"layernorm_forward<{n.S}, {vectors}>"
+        launch("layernorm", kernel, min(5 * SMS, blocks), 128, *arguments)
+    else:
+        launch("layernorm", f"layernorm_forward_rows<{n.S}>", blocks, 128, *arguments)
 
 
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
@@ -114,21 +128,23 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     n = check(what, dinp, dweight, dbias, dout, inp, weight, mean, rstd)
     blocks = min(3 * SMS, cdiv(n.N, 4))
     (partials,) = scratch((blocks * 2 * n.C, np.float32))
-    kernel = _vectors("layernorm_backward", n, {"bf16": 7, "float": 10})
     arguments = dinp, partials, dout, inp, weight, mean, rstd, n.N, n.C
-    launch("layernorm", kernel, blocks, 128, *arguments, shared=0 if "rows" in kernel else 8 * n.C)
+    vectors = cdiv(n.C, 32 * WIDTH[n.S])
+    if aligned(dinp, dout, inp, weight) and vectors <= {"bf16": 7, "float": 10}[n.S]:
+        kernel = f"layernorm_backward<{n.S}, {vectors}>"
+        launch("layernorm", kernel, blocks, 128, *arguments, shared=8 * n.C)
+    else:
+        launch("layernorm", f"layernorm_backward_rows<{n.S}>", blocks, 128, *arguments)
     arguments = dweight, dbias, partials, blocks, n.C
     launch("layernorm", "layernorm_backward_reduce", cdiv(2 * n.C, 32), 1024, *arguments)
 
 
-def _vectors(kernel, n, most):
-    """The variant that holds a row of C in registers, if there are enough; else the one for any C."""
-    vectors = cdiv(n.C, 32 * WIDTH[n.S])
-    return f"{kernel}<{n.S}, {vectors}>" if vectors <= most[n.S] else f"{kernel}_rows<{n.S}>"
-
-
 def _elementwise(kernel, n, *arrays):
-    launch("gelu", f"{kernel}<{n.S}>", cdiv(n.N * n.C, 512 * WIDTH[n.S]), 256, *arrays, n.N * n.C)
+    size = n.N * n.C
+    if aligned(*arrays):
+        launch("gelu", f"{kernel}<{n.S}>", cdiv(size, 512 * WIDTH[n.S]), 256, *arrays, size)
+    else:
+        launch("gelu", f"{kernel}_naive<{n.S}>", cdiv(size, 256), 256, *arrays, size)
 
 
 def gelu_forward(out, inp):
@@ -150,15 +166,13 @@ def residual_forward(out, inp1, inp2):
 # Matmul: matmul.cu and matmul_hopper.cu say what the tiles are
 
 
-def _tile(S, M, N, K, packed, split):
+def _tile(S, M, N, K, split):
     """BM, BN, BK and how a block shares them out. split: K is long, and slices of it are further blocks."""
     if "matmul" in KERNEL_OVERRIDES:
         return KERNEL_OVERRIDES["matmul"]
     blocks = cdiv(M, 128) * cdiv(N, 128) * (cdiv(K, 512) if split else 1)
     if S == "float":
         return (128, 128, 8, 8, 8) if blocks >= SMS else (64, 64, 16, 4, 4)
-    if not packed:
-        return 64, 64, 32, 32, 32, 3
     if blocks < SMS:
         return 64, 64, 64, 32, 32, 3
     if SHARED >= 200 * 1024:  # sm_90
@@ -241,27 +255,28 @@ def _hopper_product(out, a, b, a_t, b_t, epilogue, M, N, K, extra, bias, forced)
 
 
 def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None):
-    """out (M, N) = a (M, K) @ b (K, N) and the epilogue; a_t: a lies as (K, M), b_t: b lies as (N, K)."""
+    """out (M, N) = a (M, K) @ b (K, N) and the epilogue; a_t: a is stored as (K, M), b_t: b as (N, K)."""
     S, O = NAMES[a.dtype], NAMES[out.dtype]
-    rows = N, M if a_t else K, K if b_t else N
-    packed = aligned(out, a, b, extra, bias) and all(length % WIDTH[S] == 0 for length in rows)
+    arguments = out, extra, bias, a, b, M, N, K
+    flags = ", ".join(str(flag).lower() for flag in (a_t, b_t))
+    if not (aligned(out, a, b, extra, bias) and N % WIDTH[S] == 0):
+        kernel, grid = f"matmul_naive<{S}, {O}, {epilogue}, {flags}>", cdiv(M, 8) * cdiv(N, 32)
+        return launch("matmul", kernel, grid, (32, 8), *arguments)
     wanted = KERNEL_OVERRIDES.get("matmul")
     forced = wanted if wanted in HOPPER_TILES else None
     large = M * N * K >= 1 << 27 and M >= 128 and not wanted  # else latency is what counts
-    if CAPABILITY == 90 and S == "bf16" and packed and (large or forced):
-        matrices = [array.reshape(-1, length) for array, length in zip((a, b), (rows[1], rows[2]))]
-        flat = [array if array is None else array.reshape(-1, N) for array in (out, extra)]
-        extra = flat[1]
-        return _hopper_product(flat[0], *matrices, a_t, b_t, epilogue, M, N, K, extra, bias, forced)
-    arguments = out, extra, bias, a, b, M, N, K
+    if CAPABILITY == 90 and S == "bf16" and (large or forced):
+        a, b = a.reshape(-1, M if a_t else K), b.reshape(-1, K if b_t else N)
+        out, extra = out.reshape(-1, N), None if extra is None else extra.reshape(-1, N)
+        return _hopper_product(out, a, b, a_t, b_t, epilogue, M, N, K, extra, bias, forced)
     rows = 1 if M <= 16 else 4  # times 16
     stages = _skinny_stages(rows, K)
     few = M <= 16 or (M <= 64 and N <= 4096)  # every 16 columns read all of A
-    if S == "bf16" and packed and not a_t and few and stages and not wanted:
+    if S == "bf16" and not a_t and few and stages and not wanted:
         kernel = f"matmul_skinny<{O}, {epilogue}, {str(b_t).lower()}, {rows}, {stages}>"
         shared = stages * (rows + 1) * 16384
         return launch("matmul", kernel, cdiv(N, 16), 256, *arguments, shared=shared)
-    tile = _tile(S, M, N, K, packed, split=epilogue == "ACCUMULATE")
+    tile = _tile(S, M, N, K, split=epilogue == "ACCUMULATE")
     BM, BN, BK, WM, WN, *stages = tile
     shared = stages[0] * (BM + BN) * BK * 2 if stages else 0
     threads = BM * BN // (WM * WN) * (32 if stages else 1)
@@ -272,11 +287,10 @@ def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None):
     slices, target = cdiv(K, k_slice), out
     if slices > 1:
         epilogue, (target,) = "STORE", scratch((slices * M * N, np.float32))
-    flags = ", ".join(str(flag).lower() for flag in (a_t, b_t, packed))
     variant = f"{epilogue}, {flags}, {', '.join(map(str, tile))}"
     kernel = f"matmul_bf16<{O}, {variant}>" if stages else f"matmul_float<{variant}>"
     grid = cdiv(M, BM) * cdiv(N, BN), 1, slices
-    launch("matmul", kernel, grid, threads, target, extra, bias, a, b, M, N, K, k_slice, shared=shared)
+    launch("matmul", kernel, grid, threads, target, *arguments[1:], k_slice, shared=shared)
     if slices > 1:
         _add_partials(out, target, M * N, M * N, slices)
 
@@ -344,12 +358,14 @@ def matmul_gelu_backward(dpre, dweight, dbias, dout, act, weight, pre):
 
 
 def _bias_gradient(dbias, dout, n):
+    if not aligned(dbias, dout):
+        kernel = f"column_sums_naive<{n.S}>"
+        return launch("matmul", kernel, cdiv(n.O, 256), 256, dbias, dout, n.N, n.O)
     blocks = cdiv(n.O, 32 * WIDTH[n.S])
     slices = max(1, min(cdiv(4 * SMS, blocks), n.N // 64))
     (partials,) = scratch((slices * n.O, np.float32))
-    packed = str(aligned(dout) and n.O % WIDTH[n.S] == 0).lower()
     arguments = partials, dout, n.N, n.O, cdiv(n.N, slices)
-    launch("matmul", f"column_partials<{n.S}, {packed}>", (blocks, slices), 256, *arguments)
+    launch("matmul", f"column_partials<{n.S}>", (blocks, slices), 256, *arguments)
     _add_partials(dbias, partials, n.O, n.O, slices)
 
 
@@ -364,7 +380,9 @@ def _attention_version(n, *arrays):
     HS = n.C // n.H
     if HS > 128:
         raise UserError(f"heads of {HS} channels are too wide for the GPU's kernels, at most 128; add heads")
-    tensor = n.S == "bf16" and HS in (64, 128) and aligned(*arrays)
+    if any(array.data.ptr % 16 for array in arrays):
+        raise ValueError("attention: an array does not begin on a 16-byte boundary")
+    tensor = n.S == "bf16" and HS in (64, 128)
     return HS, 64 if HS <= 64 else 128, tensor and KERNEL_OVERRIDES.get("attention") != "flash"
 
 
@@ -449,13 +467,22 @@ def attention_decode(out, qkv, keys, values, lengths, empty_cache=False):
     HS, HP, _ = _attention_version(n)
     if HS != n.D:
         raise ValueError(f"attention_decode: {n.H} heads of {n.D} channels are not {n.C}")
-    if n.T > 1:
+
+    def append():
         arguments = keys, values, qkv, lengths, n.T, n.H, HS, n.M
         launch("decode", f"attention_append<{n.S}>", (cdiv(n.C, 256), n.T, n.B), 256, *arguments)
+
+    if n.T > 1:
+        append()
         if empty_cache:  # every token looks back at its own prompt alone
             (lse,) = scratch((n.B * n.H * n.T, np.float32))
             return attention_forward(out, lse.reshape(n.B, n.H, n.T), qkv, n.H)
-    width = WIDTH[n.S] if HS % WIDTH[n.S] == 0 and aligned(out, qkv, keys, values) else 1
+    arguments = qkv, keys, values, lengths, n.T, n.H, HS, n.M
+    if not aligned(out, qkv, keys, values):
+        if n.T == 1:
+            append()
+        grid = cdiv(n.C, 256), n.T, n.B
+        return launch("decode", f"attention_decode_naive<{n.S}>", grid, 256, out, *arguments)
     blocks = n.B * n.T * n.H
     splits = min(8, cdiv(n.M, 64)) if blocks < SMS else 1  # decode.cu has the measurements
     partial = finished = None
@@ -463,9 +490,8 @@ def attention_decode(out, qkv, keys, values, lengths, empty_cache=False):
         if not _finished:
             _finished.append(zeros(SMS, np.uint32))
         (partial,), (finished,) = scratch((blocks * splits * (HS + 2), np.float32)), _finished
-    arguments = out, partial, finished, qkv, keys, values, lengths, n.T, n.H, HS, n.M, splits
-    kernel = f"attention_decode<{n.S}, {HP}, {width}>"
-    launch("decode", kernel, (n.H * splits, n.T, n.B), 128, *arguments)
+    kernel, grid = f"attention_decode<{n.S}, {HP}>", (n.H * splits, n.T, n.B)
+    launch("decode", kernel, grid, 128, out, partial, finished, *arguments, splits)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -479,18 +505,27 @@ def _threads(n, most):
 
 def cross_entropy(losses, logits, targets, vocab_size):
     n = check("cross_entropy: losses float N, logits S N P, targets int N", losses, logits, targets)
-    arguments = losses, logits, targets, min(vocab_size, n.P), n.P
-    launch("classifier", f"cross_entropy<{n.S}>", n.N, _threads(n, 512), *arguments)
+    inputs, columns = (losses, logits, targets), (min(vocab_size, n.P), n.P)
+    if aligned(logits):
+        launch("classifier", f"cross_entropy<{n.S}>", n.N, _threads(n, 512), *inputs, *columns)
+    else:
+        kernel = f"cross_entropy_naive<{n.S}>"
+        launch("classifier", kernel, cdiv(n.N, 128), 128, *inputs, n.N, *columns)
 
 
 def classifier(losses, logits, targets, weights, vocab_size):
     what = "classifier: losses float N, logits S N P, targets int N, weights float N"
     n = check(what, losses, logits, targets, weights)
-    arguments, row = (losses, logits, targets, weights, min(vocab_size, n.P), n.P), n.P * logits.itemsize
-    if CAPABILITY >= 80 and row <= SHARED - 512 and aligned(logits) and n.P % WIDTH[n.S] == 0:
-        launch("classifier", f"classifier<{n.S}>", n.N, _threads(n, 768), *arguments, shared=row)
+    inputs, columns = (losses, logits, targets, weights), (min(vocab_size, n.P), n.P)
+    row = n.P * logits.itemsize  # bytes
+    if not aligned(logits):
+        kernel = f"classifier_naive<{n.S}>"
+        launch("classifier", kernel, cdiv(n.N, 128), 128, *inputs, n.N, *columns)
+    elif CAPABILITY >= 80 and row <= SHARED - 512:  # less the kernel's static shared memory
+        kernel = f"classifier<{n.S}>"
+        launch("classifier", kernel, n.N, _threads(n, 768), *inputs, *columns, shared=row)
     else:
-        launch("classifier", f"classifier_twice<{n.S}>", n.N, _threads(n, 1024), *arguments)
+        launch("classifier", f"classifier_twice<{n.S}>", n.N, _threads(n, 1024), *inputs, *columns)
 
 
 def weighted_sum(total, values, weights):
@@ -504,6 +539,8 @@ def weighted_sum(total, values, weights):
 
 def global_norm(norm, grads):
     n = check("global_norm: norm float 1, grads float N", norm, grads)
+    if not aligned(grads):
+        return launch("norm", "global_norm_naive", 1, 1024, norm, grads, n.N)
     (partials,) = scratch((1024, np.float32))
     launch("norm", "square_sums", 1024, 256, partials, grads, n.N)
     launch("norm", "global_norm_finish", 1, 1024, norm, partials, 1024)
@@ -521,7 +558,8 @@ def adamw(params, grads, m, v, update, beta1, beta2, eps, weight_decay, copy=Non
     n = check(what, params, grads, m, v, update, copy)
     numbers = float(beta1), float(beta2), float(eps), float(weight_decay)
     arguments = params, grads, m, v, copy, update, *numbers, n.N
-    launch("adamw", "adamw", cdiv(n.N, 2048), 256, *arguments)
+    fast = aligned(params, grads, m, v, copy)
+    launch("adamw", "adamw" if fast else "adamw_naive", cdiv(n.N, 2048 if fast else 256), 256, *arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------
