@@ -1,11 +1,11 @@
-"""The operations of cpu.py, same names, same arguments, on an NVIDIA GPU: our kernels, launched.
+"""The operations of reference.py, same names, same arguments, on an NVIDIA GPU: each launches our kernels.
 
-Read cpu.py first: it says what every operation computes. Read gpu.py for check and launch, and the .cu file
-beside the function that launches it: its table has each kernel's grid, block and workspace, and this file
-follows the tables. Which of a file's versions runs, and with what tile, is decided here, by size and by what
-the card has.
+Read reference.py first: what every operation computes, and the letters for the sizes, stand there. Read
+gpu.py for check and launch, and the .cu file beside the function that launches it: the table at its top has
+each kernel's grid, block and workspace, and this file follows the tables. What is decided here is which of a
+file's kernels runs, and with what tile: by sizes, by alignment and by what the card has.
 
-  letters as in cpu.py; S is the storage type, "float" or "bf16", that all arrays marked with it share
+S is the storage type, "float" or "bf16", of all arrays that are marked with it.
 """
 
 import collections
@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from console import UserError
-from kernels.gpu import (  # noqa: F401  what cpu.py has besides operations is among these
+from kernels.gpu import (  # noqa: F401  what reference.py has at its end is among these
     CAPABILITY,
     DEVICE,
     HERE,
@@ -48,9 +48,9 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 if CAPABILITY < 80:
     del DTYPES["bfloat16"]  # its tensor cores came with sm_80
 LOGITS = 8192 * 50304  # elements of a chunk of logits: 8,192 rows of GPT-2's, 0.8 gigabytes of bf16
-BATCH_TOKENS, SHARE = 1 << 17, 0.9  # a micro-batch by default: at most these tokens, this part of the memory
-# Versions that a benchmark or a test wants instead of what is chosen here: "matmul": a tile of matmul.cu or a
-# name of HOPPER_TILES; "slices": of dweight's inner dimension; "attention": "portable" or "flash".
+BATCH_TOKENS, SHARE = 1 << 17, 0.9  # a default micro-batch: at most so many tokens, that part of the memory
+# What a benchmark or a test wants instead of what is chosen here. "matmul": a tile of matmul.cu or a name of
+# HOPPER_TILES; "slices": pieces of the inner dimension of dweight; "attention": "portable" or "flash".
 KERNEL_OVERRIDES = {}
 
 
@@ -68,7 +68,7 @@ def encoder_forward(out, tokens, wte, wpe, offsets=None):
         launch("encoder", f"encoder_forward_naive<{n.S}>", cdiv(n.B * n.T * n.C, 256), 256, *arguments)
 
 
-_chunk_count = []  # (1,) int32: of token_groups; zero, and the kernels leave it zero
+_chunk_count = []  # (1,) int32: a counter of token_groups, allocated once; the kernels leave it zero
 
 
 def encoder_backward(dwte, dwpe, dout, tokens):
@@ -86,7 +86,7 @@ def encoder_backward(dwte, dwpe, dout, tokens):
     N, slots, most = n.B * n.T, cdiv(n.B * n.T, 32), min(n.B * n.T, n.V + n.B * n.T // 32)
     wanted = (N, np.int32), (4 * most, np.int32), (2 * slots, np.int32), (slots * n.C, np.float32)
     order, chunks, groups, partials = scratch(*wanted)
-    bits = max((cdiv(n.V, 400) - 1).bit_length(), min(6, (N // 512).bit_length()))  # that choose a block
+    bits = max((cdiv(n.V, 400) - 1).bit_length(), min(6, (N // 512).bit_length()))  # of the number of blocks
     arguments = order, chunks, *_chunk_count, groups, tokens, N, n.V, bits
     launch("encoder", "token_groups", 1 << bits, 1024, *arguments, shared=4 * 33 * cdiv(n.V, 1 << bits))
     arguments = dwte, dwpe, partials, dout, order, chunks, *_chunk_count, n.B, n.T, n.C
@@ -167,7 +167,7 @@ def residual_forward(out, inp1, inp2):
 
 
 def _tile(S, M, N, K, split):
-    """BM, BN, BK and how a block shares them out. split: K is long, and slices of it are further blocks."""
+    """BM, BN, BK, then how threads share them (matmul.cu's table). split: K can be cut for more blocks."""
     if "matmul" in KERNEL_OVERRIDES:
         return KERNEL_OVERRIDES["matmul"]
     blocks = cdiv(M, 128) * cdiv(N, 128) * (cdiv(K, 512) if split else 1)
@@ -182,7 +182,7 @@ def _tile(S, M, N, K, split):
 
 @functools.cache
 def _slices(tile, M, N, K, shared):
-    """In how many pieces to cut K: full waves of blocks, weighed against the traffic of the partial sums."""
+    """In how many slices to cut K: full waves of blocks, weighed against the traffic of the partial sums."""
     BM, BN, BK = tile[:3]
     tiles, at_once = cdiv(M, BM) * cdiv(N, BN), SMS * (1 if shared > SHARED // 2 else 2)
 
@@ -194,14 +194,14 @@ def _slices(tile, M, N, K, shared):
 
 
 def _skinny_stages(rows, K):
-    """How many stages matmul_skinny's ring has: as many as K fills and the card has room for, or 0."""
+    """Stages of matmul_skinny's ring: as many as K fills and shared memory holds; 0 if there is no room."""
     stages = min(6, cdiv(K, 512), (SHARED - 11264) // ((rows + 1) * 16384))  # less its static shared memory
     return max(2, stages) if (rows + 1) * 32768 <= SHARED - 11264 else 0
 
 
 HopperTile = collections.namedtuple("HopperTile", "BM BN stages pingpong speed epilogue")
-# Fitted to timings on an H200, to rank the tiles and not to predict: TFLOP/s of all multiprocessors while
-# they multiply, seconds of a tile's epilogue that nothing hides.
+# speed: TFLOP/s of all multiprocessors while they multiply. epilogue: seconds of a tile's epilogue that no
+# product hides. Both are fitted to timings on an H200, to rank the tiles, not to predict a time.
 HOPPER_TILES = {
     "pingpong": HopperTile(128, 192, 4, True, 700, 0),
     "narrow": HopperTile(128, 192, 4, False, 708, 3e-6),
@@ -211,7 +211,7 @@ HOPPER_TILES = {
 
 @functools.cache
 def _hopper_choice(M, N, K, split, forced):
-    """(name of the tile, slices of K): whatever is predicted to take the shortest time."""
+    """(name of the tile, slices of K) with the shortest predicted time."""
 
     def seconds(name, slices):
         tile = HOPPER_TILES[name]
@@ -301,7 +301,7 @@ def _add_partials(out, partials, size, stride, slices):
 
 
 def _stored(weight):
-    """weight as it lies in memory, and whether that is transposed: (in, out), or wte's (V, C) for wte.T."""
+    """weight as it is stored, and whether that is transposed: (in, out), or (V, C) where weight is wte.T."""
     return (weight, False) if weight.flags.c_contiguous else (weight.T, True)
 
 
@@ -329,7 +329,7 @@ def matmul_residual_forward(out, inp, weight, bias, residual):
 def matmul_backward(dinp, dweight, dbias, dout, inp, weight):
     (weight, transposed), (dweight, same) = _stored(weight), _stored(dweight)
     if same != transposed:
-        raise ValueError("matmul_backward: weight and dweight must lie in memory the same way")
+        raise ValueError("matmul_backward: weight and dweight must be stored the same way")
     shape = "O I" if transposed else "I O"
     what = (
         f"matmul_backward: dout S N O, inp S N I, dinp? S N I, dweight float {shape}, dbias? float O, "
@@ -374,7 +374,7 @@ def _bias_gradient(dbias, dout, n):
 
 
 def _attention_version(n, *arrays):
-    """(head size, the size that kernels are made for, whether on tensor cores)"""
+    """(head size HS, HS rounded up to 64 or 128, whether the tensor cores compute)."""
     if n.C % n.H:
         raise ValueError(f"attention: {n.C} channels cannot be shared by {n.H} heads")
     HS = n.C // n.H
@@ -387,7 +387,7 @@ def _attention_version(n, *arrays):
 
 
 def _on_hopper():
-    """Whether attention_hopper.cu runs: it needs wgmma."""
+    """Whether attention_hopper.cu may run: its instructions exist on sm_90 alone."""
     return CAPABILITY == 90 and KERNEL_OVERRIDES.get("attention") != "portable"
 
 
@@ -458,7 +458,7 @@ def attention_backward(dqkv, dout, out, lse, qkv, n_head):
             launch(file, kernel, grid, 256, *arguments, HS, shared=4 * tile + scores)
 
 
-_finished = []  # (SMS,) uint32: splits of a head that attention_decode has finished; it leaves zeros
+_finished = []  # (SMS,) uint32: attention_decode counts finished splits in it, and leaves it zero
 
 
 def attention_decode(out, qkv, keys, values, lengths, empty_cache=False):
@@ -499,7 +499,7 @@ def attention_decode(out, qkv, keys, values, lengths, empty_cache=False):
 
 
 def _threads(n, most):
-    """A block for a row of Vp logits: a thread for every 16 bytes, whole warps, not more than `most`."""
+    """Threads for a row of Vp logits: one for every 16 bytes, in whole warps, at most `most`."""
     return min(most, cdiv(n.P, 32 * WIDTH[n.S]) * 32)
 
 
