@@ -447,12 +447,12 @@ def attention_backward(dqkv, dout, out, lse, qkv, n_head):
             launch("attention_hopper", kernel, grid, 384, *arguments, shared=shared[HS])
         return
     arguments = dqkv, dout, qkv, rows, n.T, n.H
-    for owner, tensor_shared in (("keys", {64: 50176, 128: 49408}), ("queries", {64: 49152, 128: 65536})):
+    for owner, tensor_shared in (("KEYS", {64: 50176, 128: 49408}), ("QUERIES", {64: 49152, 128: 65536})):
         if tensor:
-            kernel, grid = f"attention_backward_{owner}_tensor<{HS}>", (n.H, cdiv(n.T, 64), n.B)
+            kernel, grid = f"attention_backward_tensor<{HS}, {owner}>", (n.H, cdiv(n.T, 64), n.B)
             launch(file, kernel, grid, 128, *arguments, shared=tensor_shared[HS])
         else:
-            kernel = f"attention_backward_{owner}_flash<{n.S}, {HP}>"
+            kernel = f"attention_backward_flash<{n.S}, {HP}, {owner}>"
             owned, tile, scores = _float_tile(HP)
             grid = n.H, cdiv(n.T, owned), n.B
             launch(file, kernel, grid, 256, *arguments, HS, shared=4 * tile + scores)

@@ -100,7 +100,7 @@ def module(file):
         elif file == "attention_backward.cu":
             names += [f"attention_backward_{kind}<{storage}>" for kind in ("scores", "sums", "prepare")]
             names += [
-                f"attention_backward_{own}_flash<{storage}, {HP}>" for own in OWNERS for HP in (64, 128)
+                f"attention_backward_flash<{storage}, {HP}, {own}>" for own in OWNERS for HP in (64, 128)
             ]
         else:
             names += [f"attention_{kind}<{storage}>" for kind in ("append", "decode_naive")]
@@ -108,12 +108,12 @@ def module(file):
     if file == "attention.cu":
         names += ["attention_softmax", "attention_forward_tensor<64>", "attention_forward_tensor<128>"]
     elif file == "attention_backward.cu":
-        names += [f"attention_backward_{own}_tensor<{HS}>" for own in OWNERS for HS in (64, 128)]
+        names += [f"attention_backward_tensor<{HS}, {own}>" for own in OWNERS for HS in (64, 128)]
     code, options = (cuda.HERE / file).read_text(), gpu._options()
     return cupy.RawModule(code=code, options=options, name_expressions=names)
 
 
-OWNERS = ("keys", "queries")
+OWNERS = ("KEYS", "QUERIES")
 WIDTH = {"float": 4, "bf16": 8}
 
 
@@ -182,12 +182,12 @@ def backward(version, dout, out, lse, qkv, NH, dtype):
     for own in OWNERS:
         if version == "flash":
             HP, tile_rows, tile, scores = float_tile(HS)
-            grid, name = (NH, ceil_div(T, tile_rows), B), f"attention_backward_{own}_flash<{storage}, {HP}>"
+            grid, name = (NH, ceil_div(T, tile_rows), B), f"attention_backward_flash<{storage}, {HP}, {own}>"
             launch(file, name, grid, 256, dqkv, dout, qkv, rows, T, NH, HS, shared=4 * tile + scores)
         else:
-            step = 64 if HS == 64 else 16 if own == "keys" else 32
-            shared = 2 * HS * (2 * 64 + 4 * step) + (16 * step if own == "keys" else 0)
-            grid, name = (NH, ceil_div(T, 64), B), f"attention_backward_{own}_tensor<{HS}>"
+            step = 64 if HS == 64 else 16 if own == "KEYS" else 32
+            shared = 2 * HS * (2 * 64 + 4 * step) + (16 * step if own == "KEYS" else 0)
+            grid, name = (NH, ceil_div(T, 64), B), f"attention_backward_tensor<{HS}, {own}>"
             launch(file, name, grid, 128, dqkv, dout, qkv, rows, T, NH, shared=shared)
     return dqkv
 

@@ -1445,8 +1445,8 @@ def test_cards_with_less_shared_memory_have_tiles_that_fit(capability, stages):
     assert tiles == {f"128, 128, 32, 64, 64, {stages}"}
     for HS in (64, 128):
         assert f"attention_forward_tensor<{HS}>" in kernels
-        assert f"attention_backward_queries_tensor<{HS}>" in kernels
-    assert "attention_backward_keys_flash<bf16, 64>" in kernels
+        assert f"attention_backward_tensor<{HS}, QUERIES>" in kernels
+    assert "attention_backward_flash<bf16, 64, KEYS>" in kernels
 
 
 def test_the_cache_forgets_what_an_earlier_text_left(tmp_path, monkeypatch):

@@ -150,9 +150,9 @@ def variants(capability, monkeypatch):
     heads = [f"{S}, {HP}" for S in both for HP in (64, 128)]
     names["attention"] = {f"attention_forward_flash<{head}>" for head in heads}
     names["attention"] |= {f"attention_forward_tensor<{HS}>" for HS in (64, 128)} | {"attention_softmax"}
-    owners = "keys", "queries"
-    names["attention_backward"] = {f"attention_backward_{o}_flash<{head}>" for head in heads for o in owners}
-    names["attention_backward"] |= {f"attention_backward_{o}_tensor<{H}>" for H in (64, 128) for o in owners}
+    owners = "KEYS", "QUERIES"
+    names["attention_backward"] = {f"attention_backward_flash<{head}, {o}>" for head in heads for o in owners}
+    names["attention_backward"] |= {f"attention_backward_tensor<{H}, {o}>" for H in (64, 128) for o in owners}
     names["decode"] = {f"attention_decode<{head}>" for head in heads}
     plain = {
         "decode": ["attention_append", "attention_decode_naive"],
