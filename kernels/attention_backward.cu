@@ -124,8 +124,6 @@ __global__ void attention_backward_prepare(float2* rows, const Storage* dout, co
 //     QUERIES    Q, dOut       K, V          P             dP             dQ += dS y
 //
 // So one kernel is both. The first blocks to start have most to do.
-enum Owner { KEYS, QUERIES };
-
 // Where a head's rows of the four begin, and how far apart they are; those of x and y are 3C apart.
 template <typename Storage> struct Operands {
     const Storage *x, *y, *u, *w;

@@ -117,6 +117,10 @@ __device__ inline float block_max(float x) {
     return warp_max(lane < warps ? partial[lane] : MINUS_INFINITY);
 }
 
+// ---- Which of attention's two backward passes a kernel is: attention_backward.cu says more ---------------
+
+enum Owner { KEYS, QUERIES };
+
 // ---- GELU, the tanh form that GPT-2 was trained with -----------------------------------------------------
 
 // gelu(x) = 0.5 x (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3). Since 0.5 (1 + tanh(u)) =

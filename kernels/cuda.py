@@ -433,9 +433,9 @@ def attention_backward(dqkv, dout, out, lse, qkv, n_head):
     launch(file, f"attention_backward_prepare<{n.S}>", cdiv(n.B * Tp * n.H, 32), 256, *arguments)
     if hopper:
         grid = min(SMS, n.B * n.H * cdiv(n.T, 128))
-        for owner, queries, keys, shared in (  # QUERIES, KEYS and SHARED of BackwardKeys, BackwardQueries
-            ("keys", 128 if HS == 64 else 64, 128, {64: 149568, 128: 164912}),
-            ("queries", 128, 128 if HS == 64 else 64, {64: 147520, 128: 163888}),
+        for owner, queries, keys, shared in (  # OWN or WALKED, and SHARED of Backward<HS, OWNER>
+            ("KEYS", 128 if HS == 64 else 64, 128, {64: 149568, 128: 164912}),
+            ("QUERIES", 128, 128 if HS == 64 else 64, {64: 147520, 128: 163888}),
         ):
             maps = (
                 head_map(qkv, 3, n.H, keys),
@@ -443,7 +443,7 @@ def attention_backward(dqkv, dout, out, lse, qkv, n_head):
                 head_map(dout, 1, n.H, queries),
             )
             arguments = *maps, head_map(dqkv, 3, n.H, 64), rows, n.B, n.T, Tp, n.H
-            kernel = f"attention_backward_{owner}_hopper<{HS}>"
+            kernel = f"attention_backward_hopper<{HS}, {owner}>"
             launch("attention_hopper", kernel, grid, 384, *arguments, shared=shared[HS])
         return
     arguments = dqkv, dout, qkv, rows, n.T, n.H

@@ -177,8 +177,10 @@ def variants(capability, monkeypatch):
     names["encoder"] |= {"token_groups", "encoder_backward_join"}
     if capability == 90:
         names["matmul_hopper"] = hopper_matmuls(monkeypatch)
-        ways = "forward", "backward_keys", "backward_queries"
-        names["attention_hopper"] = {f"attention_{way}_hopper<{HS}>" for way in ways for HS in (64, 128)}
+        names["attention_hopper"] = {f"attention_forward_hopper<{HS}>" for HS in (64, 128)}
+        names["attention_hopper"] |= {
+            f"attention_backward_hopper<{H}, {o}>" for H in (64, 128) for o in owners
+        }
     names["norm"] = {"global_norm_naive", "square_sums", "global_norm_finish", "plan_update"}
     names["adamw"] = {"adamw_naive", "adamw"}
     if capability < 80:  # neither bf16 nor cp.async
