@@ -6,9 +6,9 @@
 //   adamw_naive  ceil(n / 256)        256     0       none
 //   adamw        ceil(n / (256 * 8))  256     0       none
 //
-// update (4,) float32 = [clip, lr, 1 - beta1^steps, 1 - beta2^steps] lies in device memory. Where clip is below
-// zero the step is left out: params, m and v stay as they are. copy, bf16, may be null. n is below 2^31.
-// Groups of parameters that begin on multiples of 8 elements are fast.
+// update (4,) float32 = [clip, lr, 1 - beta1^steps, 1 - beta2^steps] lies in device memory. Where clip is
+// negative the step is left out: params, m and v stay as they are. copy, bf16, may be null. n is below 2^31;
+// in the second version it is a multiple of 8, and all arrays begin on 16-byte boundaries.
 //
 // The floor is the memory's: 34 bytes a parameter (params, grads, m and v read and written, copy written) for
 // 15 FLOP, one root and one division: 0.9 ms for GPT-2 small on an H200. Nothing is touched twice.
@@ -33,8 +33,8 @@ __device__ inline float updated(const Rule& rule, float p, float g, float& m, fl
 }
 
 // Version 1: one parameter per thread.
-__device__ inline void adamw_one(const Rule& rule, float* params, float* grads, float* m, float* v, bf16* copy,
-                                 size_t i) {
+__device__ inline void adamw_one(const Rule& rule, float* params, float* grads, float* m, float* v,
+                                 bf16* copy, size_t i) {
     if (rule.clip >= 0.0f) params[i] = updated(rule, params[i], rule.clip * grads[i], m[i], v[i]);
     if (copy != nullptr) copy[i] = from_float<bf16>(params[i]);
     grads[i] = 0.0f;
@@ -54,16 +54,15 @@ adamw(float* params, float* grads, float* m, float* v, bf16* copy, const float* 
     constexpr int PACKS = 2;
     const Rule rule = rule_of(update, beta1, beta2, eps, weight_decay);
     const size_t step = blockDim.x * 4, first = blockIdx.x * PACKS * step, last = first + PACKS * step;
-    if (last > n || !aligned(params, 0) || !aligned(grads, 0) || !aligned(m, 0) || !aligned(v, 0) ||
-        !aligned(copy, 0)) {
-        for (size_t i = first + threadIdx.x; i < n && i < last; i += blockDim.x)
+    if (last > n) {                                         // the last block
+        for (size_t i = first + threadIdx.x; i < n; i += blockDim.x)
             adamw_one(rule, params, grads, m, v, copy, i);
         return;
     }
     const size_t start = first + threadIdx.x * 4;
     Pack<float> p4[PACKS], g4[PACKS], m4[PACKS], v4[PACKS];
 #pragma unroll
-    for (int k = 0; k < PACKS; k++) {                       // before clip is known: the loads do not wait for it
+    for (int k = 0; k < PACKS; k++) {                       // before clip is known: these loads wait for nothing
         p4[k] = load_pack(params + start + k * step);
         g4[k] = load_pack(grads + start + k * step);
         m4[k] = load_pack(m + start + k * step);

@@ -99,11 +99,11 @@ attention_forward_flash(Storage* out, float* lse, const Storage* qkv, int T, int
     constexpr int E = Tile::EACH;
     float acc[E][HP / 16] = {}, maximum[E], sum[E] = {};                    // E queries of this thread
     for (int i = 0; i < E; i++) maximum[i] = MINUS_INFINITY;
-    load_tile<HP>(q_tile, q, stride, first_query, T, HS);
+    load_floats<HP>(q_tile, q, stride, first_query, T, HS);
     for (int first_key = 0; first_key <= first_query; first_key += Tile::ROWS) {
         __syncthreads();                                    // nobody reads the previous tile any more
-        load_tile<HP>(k_tile, q + C, stride, first_key, T, HS);
-        load_tile<HP>(v_tile, q + 2 * C, stride, first_key, T, HS);
+        load_floats<HP>(k_tile, q + C, stride, first_key, T, HS);
+        load_floats<HP>(v_tile, q + 2 * C, stride, first_key, T, HS);
         __syncthreads();
         float s[E][E] = {};                                 // queries E ty + i, keys tx + 16 j
         multiply_transposed<HP>(s, q_tile, k_tile);
@@ -136,7 +136,7 @@ attention_forward_flash(Storage* out, float* lse, const Storage* qkv, int T, int
         if (tx == 0 && query < T)
             lse[head.number * T + query] = maximum[i] * LN2 + logf(sum[i]);
     }
-    store_tile<HP>(out + head.out, C, first_query, T, HS, acc);
+    store_floats<HP>(out + head.out, C, first_query, T, HS, acc);
 }
 
 // ---- Version 3: flash attention on tensor cores, bf16 ----------------------------------------------------
@@ -169,11 +169,11 @@ attention_forward_tensor(bf16* out, float* lse, const bf16* qkv, int T, int NH) 
     for (int m = 0; m < M; m++) maximum[m][0] = maximum[m][1] = MINUS_INFINITY;
     uint32_t left[M][HS / 16][4];                           // the queries as left operand, kept in registers
     auto load_keys = [&](int first_key, int buffer) {
-        load_tile_async<KEYS, HS>(k_tiles + buffer * KEYS * HS, q + C, stride, first_key, T);
-        load_tile_async<KEYS, HS>(v_tiles + buffer * KEYS * HS, q + 2 * C, stride, first_key, T);
+        load_rows<KEYS, HS>(k_tiles + buffer * KEYS * HS, q + C, stride, first_key, T);
+        load_rows<KEYS, HS>(v_tiles + buffer * KEYS * HS, q + 2 * C, stride, first_key, T);
         cp_async_commit();
     };
-    load_tile_async<QUERIES, HS>(q_tile, q, stride, first_query, T);
+    load_rows<QUERIES, HS>(q_tile, q, stride, first_query, T);
     load_keys(0, 0);
     const int end = min(first_query + QUERIES, T);
     int buffer = 0;

@@ -1,5 +1,5 @@
 // The tiles that attention.cu and attention_backward.cu are made of: two products, each written twice, once
-// for float arithmetic and once for tensor cores. Read common.cuh and ptx.cuh before, attention.cu after.
+// for float arithmetic and once for tensor cores. Read common.cuh and tile.cuh before, attention.cu after.
 //
 // Attention is seven products of tiles, two forward and five backward, and they come in two forms only:
 //
@@ -10,8 +10,7 @@
 // lie in qkv (B, T, 3C) with a stride of 3C and are read and written in place; rows from T on are zeros.
 
 #pragma once
-#include "common.cuh"
-#include "ptx.cuh"
+#include "tile.cuh"
 
 // 1 / sqrt(HS), for powers of two: exp2(softmax_scale(HS) * q·k - lse * LOG2E) is a probability.
 __device__ inline float softmax_scale(int HS) { return LOG2E / sqrtf(static_cast<float>(HS)); }
@@ -48,8 +47,9 @@ template <int HP> struct FloatTile {
     static constexpr int SCORES_SIZE = ROWS * SCORES_PITCH;
 };
 
+// Rows first .. first + ROWS of a head as float32, with zeros from T and from HS on.
 template <int HP, typename Storage>
-__device__ void load_tile(float* tile, const Storage* inp, int stride, int first, int T, int HS) {
+__device__ void load_floats(float* tile, const Storage* inp, int stride, int first, int T, int HS) {
     for (int i = threadIdx.x; i < FloatTile<HP>::ROWS * HP; i += blockDim.x) {
         const int row = i / HP, d = i % HP, t = first + row;
         tile[row * FloatTile<HP>::PITCH + d] =
@@ -110,7 +110,7 @@ __device__ inline void multiply(float (&acc)[E][HP / 16], float* scores, const f
 }
 
 template <int HP, typename Storage, int E>
-__device__ inline void store_tile(Storage* out, int stride, int first, int T, int HS,
+__device__ inline void store_floats(Storage* out, int stride, int first, int T, int HS,
                                   const float (&acc)[E][HP / 16]) {
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
     for (int i = 0; i < E; i++)
@@ -124,34 +124,21 @@ __device__ inline void store_tile(Storage* out, int stride, int first, int T, in
 
 inline constexpr int TENSOR_THREADS = 128;
 
-// The 16-byte chunk `chunk` of row `row`. A row is 128 or 256 bytes, so without the XOR the same chunk of
-// eight rows, which is what ldmatrix reads at once, would lie on the same four banks; with it, on all 32.
-template <int HS> __device__ inline bf16* swizzled(bf16* tile, int row, int chunk) {
-    return tile + row * HS + (chunk ^ (row % 8)) * 8;
-}
-
 // Starts the copy of rows first .. first + ROWS of a head into shared memory; the caller commits.
 template <int ROWS, int HS>
-__device__ inline void load_tile_async(bf16* tile, const bf16* inp, int stride, int first, int T) {
-    constexpr int CHUNKS = HS / 8;                          // 16-byte chunks of a row
-#pragma unroll
-    for (int i = 0; i < ROWS * CHUNKS / TENSOR_THREADS; i++) {
-        const int index = i * TENSOR_THREADS + threadIdx.x, row = index / CHUNKS, chunk = index % CHUNKS;
-        const int t = first + row;
-        const bf16* source = inp + static_cast<size_t>(min(t, T - 1)) * stride + chunk * 8;
-        cp_async_16(swizzled<HS>(tile, row, chunk), source, t < T ? 16 : 0);
-    }
+__device__ inline void load_rows(bf16* tile, const bf16* inp, int stride, int first, int T) {
+    load_tile<ROWS, HS, TENSOR_THREADS>(tile, inp, first, 0, T, HS, stride);
 }
 
 // A 16 x 16 block is one ldmatrix of four 8 x 8 matrices. For the left operand, and for Y in P @ Y, which is
 // transposed on the way, they are taken down first, then right; for Y in X @ Yᵀ right first, then down.
 template <int HS> __device__ inline bf16* down_then_right(bf16* tile, int row, int chunk) {
     const int lane = threadIdx.x % WARP;
-    return swizzled<HS>(tile, row + lane % 16, chunk + lane / 16);
+    return tile + swizzle<HS>(row + lane % 16, chunk + lane / 16);
 }
 template <int HS> __device__ inline bf16* right_then_down(bf16* tile, int row, int chunk) {
     const int lane = threadIdx.x % WARP;
-    return swizzled<HS>(tile, row + lane / 16 * 8 + lane % 8, chunk + lane / 8 % 2);
+    return tile + swizzle<HS>(row + lane / 16 * 8 + lane % 8, chunk + lane / 8 % 2);
 }
 
 // Rows 0 .. 16 M of x (.., HS) as the left operand of a product, in registers.
@@ -221,7 +208,7 @@ __device__ inline void store_rows(bf16* out, int stride, int first, int T, const
         for (int n = 0; n < CHUNKS; n++)
 #pragma unroll
             for (int i = 0; i < 4; i += 2) {
-                bf16* pair = swizzled<HS>(tile, 16 * m + lane / 4 + 4 * i, n) + lane % 4 * 2;
+                bf16* pair = tile + swizzle<HS>(16 * m + lane / 4 + 4 * i, n) + lane % 4 * 2;
                 *reinterpret_cast<uint32_t*>(pair) = pack_bf16(acc[m][n][i], acc[m][n][i + 1]);
             }
     __syncwarp();
@@ -230,6 +217,6 @@ __device__ inline void store_rows(bf16* out, int stride, int first, int T, const
         const int row = (i * WARP + lane) / CHUNKS, chunk = (i * WARP + lane) % CHUNKS, t = first + row;
         if (t < T)
             store_pack(out + static_cast<size_t>(t) * stride + chunk * 8,
-                       load_pack(swizzled<HS>(tile, row, chunk)));
+                       load_pack(tile + swizzle<HS>(row, chunk)));
     }
 }

@@ -17,14 +17,13 @@
 // attention_backward_scores<Storage>              (ceil(T/256), T, B NH)   256    0
 // attention_backward_sums<Storage>                (ceil(C/256), T, B)      256    0
 // attention_backward_prepare<Storage>             (ceil(B Tp NH / 32))     256    0
-// attention_backward_keys_flash<Storage, HP>      (NH, ceil(T/ROWS), B)    256    HP 64: 87,040; 128: 72,192
-// attention_backward_queries_flash<Storage, HP>   (NH, ceil(T/ROWS), B)    256    HP 64: 87,040; 128: 72,192
-// attention_backward_keys_tensor<HS>              (NH, ceil(T/64), B)      128    HS 64: 50,176; 128: 49,408
-// attention_backward_queries_tensor<HS>           (NH, ceil(T/64), B)      128    HS 64: 49,152; 128: 65,536
+// attention_backward_flash<Storage, HP, OWNER>    (NH, ceil(T/ROWS), B)    256    HP 64: 87,040; 128: 72,192
+// attention_backward_tensor<HS, KEYS>             (NH, ceil(T/64), B)      128    HS 64: 50,176; 128: 49,408
+// attention_backward_tensor<HS, QUERIES>          (NH, ceil(T/64), B)      128    HS 64: 49,152; 128: 65,536
 //
-// The naive version is scores and sums; the others are always all three: prepare, then keys and queries in any
-// order. Storage, HP, HS and alignment as in attention.cu; ROWS is 64 for HP 64 and 32 for HP 128; on sm_75
-// it is half of that, and 39,424 and 35,072 bytes. All of dqkv is overwritten.
+// The naive version is scores and sums; the others are always all three: prepare, then the passes for the owners
+// KEYS and QUERIES in any order. Storage, HP, HS and alignment as in attention.cu; ROWS is 64 for HP 64 and 32 for
+// HP 128; on sm_75 it is half of that, and 39,424 and 35,072 bytes. All of dqkv is overwritten.
 //
 // The floor: five products, 5 B T² C FLOP with causality, for 16 B T C bytes of bf16. Above it by 7/5, the
 // price of no atomics, and by what attention.cu says.
@@ -87,7 +86,8 @@ __global__ void attention_backward_sums(Storage* dqkv, const float* p, const flo
 // ---- What versions 2 and 3 need to know of a query: lse and D --------------------------------------------
 
 // rows[b, h, t] = {lse * LOG2E, D}; from T on {inf, 0}, for which P = exp2(S - inf) = 0: tails need no mask.
-// Eight lanes share a row: 8 lanes x 16 bytes are a head of 64 bf16.
+// Eight lanes share a row: 8 lanes x 16 bytes are a head of 64 bf16. (A head of any other size is read element
+// by element, because the version in float arithmetic, which needs these rows too, takes every size.)
 template <typename Storage>
 __global__ void attention_backward_prepare(float2* rows, const Storage* dout, const Storage* out,
                                            const float* lse, int B, int T, int Tp, int NH, int HS) {
@@ -98,7 +98,7 @@ __global__ void attention_backward_prepare(float2* rows, const Storage* dout, co
     float D = 0.0f;
     if (real) {
         const size_t offset = (static_cast<size_t>(b) * T + t) * NH * HS + h * HS;
-        if (aligned(out, HS) && aligned(dout, HS)) {
+        if (HS % Pack<Storage>::size == 0) {
             for (int d = lane * Pack<Storage>::size; d < HS; d += 8 * Pack<Storage>::size) {
                 const Pack<Storage> x = load_pack(out + offset + d), dx = load_pack(dout + offset + d);
                 for (int i = 0; i < Pack<Storage>::size; i++) D += to_float(x[i]) * to_float(dx[i]);
@@ -114,268 +114,173 @@ __global__ void attention_backward_prepare(float2* rows, const Storage* dout, co
     }
 }
 
-// ---- Version 2: two passes, float arithmetic -------------------------------------------------------------
+// ---- The two passes --------------------------------------------------------------------------------------
 
-// 116 -> 4.60 ms on an H200 (B 16, T 1024, 12 heads of 64, bf16).
+// A block owns a tile of keys or of queries and walks the tiles of the others that causality leaves. Both passes
+// are products of the same four operands, x, y, u and w, with a row for each row that the block owns:
 //
-// P and dS live for one tile, in registers and shared memory: nothing is written but the result.
+//                owns x, u     walks y, w    x yᵀ makes    u wᵀ makes     sums
+//     KEYS       K, V          Q, dOut       Pᵀ            dPᵀ            dV += Pᵀ w,  dK += dSᵀ y
+//     QUERIES    Q, dOut       K, V          P             dP             dQ += dS y
 //
-// A block owns ROWS keys and walks the queries from the diagonal on. Scores lie transposed, a row for each
-// key, ready to be multiplied by dOut and Q. The first blocks to start have most to do.
-template <typename Storage, int HP>
-__global__ void __launch_bounds__(256)
-attention_backward_keys_flash(Storage* dqkv, const Storage* dout, const Storage* qkv, const float2* rows,
-                              int T, int NH, int HS) {
-    using Tile = FloatTile<HP>;
-    extern __shared__ __align__(16) unsigned char shared_memory[];
-    float* k_tile = reinterpret_cast<float*>(shared_memory);                // (ROWS, PITCH)
-    float* v_tile = k_tile + Tile::SIZE;                                    // (ROWS, PITCH)
-    float* q_tile = v_tile + Tile::SIZE;                                    // (ROWS, PITCH)
-    float* dout_tile = q_tile + Tile::SIZE;                                 // (ROWS, PITCH)
-    float* scores = dout_tile + Tile::SIZE;                                 // (ROWS, SCORES_PITCH)
-    const int C = NH * HS, stride = 3 * C;
-    const Head head = head_of_block(T, NH, HS);
-    const int first_key = blockIdx.y * Tile::ROWS;
-    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-    const Storage* q = qkv + head.qkv;                                      // (T, HS), rows stride apart
-    const Storage* head_dout = dout + head.out;                             // (T, HS), rows C apart
-    const float2* head_rows = rows + head.number * (ceil_div(T, 64) * 64);  // (Tp,)
-    const float scale = softmax_scale(HS);
-
-    constexpr int E = Tile::EACH;
-    float dk[E][HP / 16] = {}, dv[E][HP / 16] = {};                         // E keys of this thread
-    load_tile<HP>(k_tile, q + C, stride, first_key, T, HS);
-    load_tile<HP>(v_tile, q + 2 * C, stride, first_key, T, HS);
-    for (int first_query = first_key; first_query < T; first_query += Tile::ROWS) {
-        __syncthreads();                                    // nobody reads the previous tile any more
-        load_tile<HP>(q_tile, q, stride, first_query, T, HS);
-        load_tile<HP>(dout_tile, head_dout, C, first_query, T, HS);
-        __syncthreads();
-        float p[E][E] = {}, ds[E][E] = {};                  // keys E ty + i, queries tx + 16 j
-        multiply_transposed<HP>(p, k_tile, q_tile);
-        multiply_transposed<HP>(ds, v_tile, dout_tile);
-#pragma unroll
-        for (int j = 0; j < E; j++) {
-            const int query = first_query + tx + 16 * j;
-            const float2 row = head_rows[query];
-#pragma unroll
-            for (int i = 0; i < E; i++) {
-                p[i][j] = first_key + E * ty + i <= query ? exp2f(p[i][j] * scale - row.x) : 0.0f;
-                ds[i][j] = p[i][j] * (ds[i][j] - row.y);
-            }
-        }
-        multiply<HP>(dv, scores, p, dout_tile);
-        multiply<HP>(dk, scores, ds, q_tile);
-    }
-    for (int i = 0; i < E; i++)
-        for (int j = 0; j < HP / 16; j++) dk[i][j] *= scale * LN2;
-    store_tile<HP>(dqkv + head.qkv + C, stride, first_key, T, HS, dk);
-    store_tile<HP>(dqkv + head.qkv + 2 * C, stride, first_key, T, HS, dv);
+// So one kernel is both. The first blocks to start have most to do.
+// Where a head's rows of the four begin, and how far apart they are; those of x and y are 3C apart.
+template <typename Storage> struct Operands {
+    const Storage *x, *y, *u, *w;
+    int u_stride, w_stride;                                 // 3C, or C if it is dOut
+};
+template <Owner OWNER, typename Storage>
+__device__ inline Operands<Storage> operands(const Storage* qkv, const Storage* dout, const Head& head, int C) {
+    const Storage *q = qkv + head.qkv, *k = q + C, *v = q + 2 * C, *dy = dout + head.out;   // (T, HS)
+    if (OWNER == KEYS) return {k, q, v, dy, 3 * C, C};
+    return {q, k, dy, v, C, 3 * C};
 }
 
-// A block owns ROWS queries and walks the keys up to the diagonal, longest rows first, as in forward.
-template <typename Storage, int HP>
+// ---- Version 2: float arithmetic -------------------------------------------------------------------------
+
+// 116 -> 4.60 ms on an H200 (B 16, T 1024, 12 heads of 64, bf16). P and dS live for one tile, in registers and
+// shared memory: nothing is written but the result.
+template <typename Storage, int HP, Owner OWNER>
 __global__ void __launch_bounds__(256)
-attention_backward_queries_flash(Storage* dqkv, const Storage* dout, const Storage* qkv, const float2* rows,
-                                 int T, int NH, int HS) {
+attention_backward_flash(Storage* dqkv, const Storage* dout, const Storage* qkv, const float2* rows, int T,
+                         int NH, int HS) {
     using Tile = FloatTile<HP>;
     extern __shared__ __align__(16) unsigned char shared_memory[];
-    float* q_tile = reinterpret_cast<float*>(shared_memory);                // (ROWS, PITCH)
-    float* dout_tile = q_tile + Tile::SIZE;                                 // (ROWS, PITCH)
-    float* k_tile = dout_tile + Tile::SIZE;                                 // (ROWS, PITCH)
-    float* v_tile = k_tile + Tile::SIZE;                                    // (ROWS, PITCH)
-    float* scores = v_tile + Tile::SIZE;                                    // (ROWS, SCORES_PITCH)
+    float* x_tile = reinterpret_cast<float*>(shared_memory);                // (ROWS, PITCH)
+    float* u_tile = x_tile + Tile::SIZE;                                   // (ROWS, PITCH)
+    float* y_tile = u_tile + Tile::SIZE;                                   // (ROWS, PITCH)
+    float* w_tile = y_tile + Tile::SIZE;                                   // (ROWS, PITCH)
+    float* scores = w_tile + Tile::SIZE;                                   // (ROWS, SCORES_PITCH)
     const int C = NH * HS, stride = 3 * C;
     const Head head = head_of_block(T, NH, HS);
-    const int first_query = (gridDim.y - 1 - blockIdx.y) * Tile::ROWS;
-    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-    const Storage* q = qkv + head.qkv;                                      // (T, HS), rows stride apart
-    const Storage* head_dout = dout + head.out;                             // (T, HS), rows C apart
+    const Operands<Storage> of = operands<OWNER>(qkv, dout, head, C);
     const float2* head_rows = rows + head.number * (ceil_div(T, 64) * 64);  // (Tp,)
     const float scale = softmax_scale(HS);
+    const int own = (OWNER == KEYS ? blockIdx.y : gridDim.y - 1 - blockIdx.y) * Tile::ROWS;     // the first row
+    const int begin = OWNER == KEYS ? own : 0, end = OWNER == KEYS ? T : own + 1;   // from or to the diagonal
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
 
     constexpr int E = Tile::EACH;
-    float dq[E][HP / 16] = {};                                              // E queries of this thread
-    load_tile<HP>(q_tile, q, stride, first_query, T, HS);
-    load_tile<HP>(dout_tile, head_dout, C, first_query, T, HS);
-    for (int first_key = 0; first_key <= first_query; first_key += Tile::ROWS) {
+    float sum[E][HP / 16] = {}, sum_dv[E][HP / 16] = {};                    // dK or dQ, and dV, of E rows
+    load_floats<HP>(x_tile, of.x, stride, own, T, HS);
+    load_floats<HP>(u_tile, of.u, of.u_stride, own, T, HS);
+    for (int walked = begin; walked < end; walked += Tile::ROWS) {
         __syncthreads();                                    // nobody reads the previous tile any more
-        load_tile<HP>(k_tile, q + C, stride, first_key, T, HS);
-        load_tile<HP>(v_tile, q + 2 * C, stride, first_key, T, HS);
+        load_floats<HP>(y_tile, of.y, stride, walked, T, HS);
+        load_floats<HP>(w_tile, of.w, of.w_stride, walked, T, HS);
         __syncthreads();
-        float p[E][E] = {}, ds[E][E] = {};                  // queries E ty + i, keys tx + 16 j
-        multiply_transposed<HP>(p, q_tile, k_tile);
-        multiply_transposed<HP>(ds, dout_tile, v_tile);
+        float p[E][E] = {}, ds[E][E] = {};                  // own rows E ty + i, walked rows tx + 16 j
+        multiply_transposed<HP>(p, x_tile, y_tile);
+        multiply_transposed<HP>(ds, u_tile, w_tile);
 #pragma unroll
-        for (int i = 0; i < E; i++) {
-            const int query = first_query + E * ty + i;
-            const float2 row = head_rows[query];
+        for (int i = 0; i < E; i++)
 #pragma unroll
             for (int j = 0; j < E; j++) {
-                p[i][j] = first_key + tx + 16 * j <= query ? exp2f(p[i][j] * scale - row.x) : 0.0f;
+                const int x_row = own + E * ty + i, y_row = walked + tx + 16 * j;
+                const int key = OWNER == KEYS ? x_row : y_row, query = OWNER == KEYS ? y_row : x_row;
+                const float2 row = head_rows[query];
+                p[i][j] = key <= query ? exp2f(p[i][j] * scale - row.x) : 0.0f;
                 ds[i][j] = p[i][j] * (ds[i][j] - row.y);
             }
-        }
-        multiply<HP>(dq, scores, ds, k_tile);
+        if (OWNER == KEYS) multiply<HP>(sum_dv, scores, p, w_tile);
+        multiply<HP>(sum, scores, ds, y_tile);
     }
     for (int i = 0; i < E; i++)
-        for (int j = 0; j < HP / 16; j++) dq[i][j] *= scale * LN2;
-    store_tile<HP>(dqkv + head.qkv, stride, first_query, T, HS, dq);
+        for (int j = 0; j < HP / 16; j++) sum[i][j] *= scale * LN2;
+    Storage* result = dqkv + head.qkv + (OWNER == KEYS ? C : 0);
+    store_floats<HP>(result, stride, own, T, HS, sum);
+    if (OWNER == KEYS) store_floats<HP>(result + C, stride, own, T, HS, sum_dv);
 }
 
 // ---- Version 3: tensor cores, bf16 -----------------------------------------------------------------------
 
 // 4.60 ms -> 374 us on an H200, 172 TFLOP/s (the same). Version 4 is attention_hopper.cu.
 //
-// A block owns 64 keys, a warp 16 of them: dK and dV of these stay in its registers while the queries pass
-// by, from the diagonal on, each tile of Q, dOut and rows arriving by cp.async while the one before is
-// computed. The accumulators of dP start at -D instead of 0, which is the subtraction for nothing. (Tiles are
-// smaller for HS 128, where the accumulators of dK and dV alone take 128 registers.)
-template <int HS>
+// A block owns 64 rows, a warp 16 of them: their sums stay in its registers while the tiles pass by, each one
+// arriving by cp.async while the one before is computed. The accumulators of dP start at -D instead of 0, which
+// subtracts D at no cost. lse and D belong to queries: those that a block owns stay in registers, those that it
+// walks arrive with their tile. (Tiles are smaller for HS 128, where the accumulators of dK and dV alone take 128
+// registers.)
+template <int HS, Owner OWNER>
 __global__ void __launch_bounds__(TENSOR_THREADS, 2)
-attention_backward_keys_tensor(bf16* dqkv, const bf16* dout, const bf16* qkv, const float2* rows, int T,
-                               int NH) {
-    constexpr int KEYS = 64, QUERIES = HS == 64 ? 64 : 16, N = QUERIES / 8; // a warp's scores: (16, 8 N)
+attention_backward_tensor(bf16* dqkv, const bf16* dout, const bf16* qkv, const float2* rows, int T, int NH) {
+    constexpr int OWN = 64, WALKED = HS == 64 ? 64 : OWNER == KEYS ? 16 : 32, N = WALKED / 8;
     extern __shared__ __align__(16) unsigned char shared_memory[];
-    bf16* k_tile = reinterpret_cast<bf16*>(shared_memory);                  // (KEYS, HS)
-    bf16* v_tile = k_tile + KEYS * HS;                                      // (KEYS, HS)
-    bf16* q_tiles = v_tile + KEYS * HS;                                     // 2 x (QUERIES, HS)
-    bf16* dout_tiles = q_tiles + 2 * QUERIES * HS;                          // 2 x (QUERIES, HS)
-    float2* rows_tiles = reinterpret_cast<float2*>(dout_tiles + 2 * QUERIES * HS);  // 2 x (QUERIES,)
+    bf16* x_tile = reinterpret_cast<bf16*>(shared_memory);                  // (OWN, HS)
+    bf16* u_tile = x_tile + OWN * HS;                                      // (OWN, HS)
+    bf16* y_tiles = u_tile + OWN * HS;                                     // 2 x (WALKED, HS)
+    bf16* w_tiles = y_tiles + 2 * WALKED * HS;                             // 2 x (WALKED, HS)
+    float2* rows_tiles = reinterpret_cast<float2*>(w_tiles + 2 * WALKED * HS);     // of KEYS: 2 x (WALKED,)
     const int C = NH * HS, stride = 3 * C;
     const Head head = head_of_block(T, NH, HS);
-    const int first_key = blockIdx.y * KEYS;
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int warp_key = first_key + 16 * warp;             // this warp's first key
-    const bf16* q = qkv + head.qkv;                                         // (T, HS), rows stride apart
-    const bf16* head_dout = dout + head.out;                                // (T, HS), rows C apart
+    const Operands<bf16> of = operands<OWNER>(qkv, dout, head, C);
     const float2* head_rows = rows + head.number * (ceil_div(T, 64) * 64);  // (Tp,)
     const float scale = softmax_scale(HS);
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int own = (OWNER == KEYS ? blockIdx.y : gridDim.y - 1 - blockIdx.y) * OWN, warp_row = own + 16 * warp;
+    const int begin = OWNER == KEYS ? own : 0, end = OWNER == KEYS ? T : min(own + OWN, T);
 
-    auto load_queries = [&](int first_query, int buffer) {
-        load_tile_async<QUERIES, HS>(q_tiles + buffer * QUERIES * HS, q, stride, first_query, T);
-        load_tile_async<QUERIES, HS>(dout_tiles + buffer * QUERIES * HS, head_dout, C, first_query, T);
+    auto load_walked = [&](int first, int buffer) {
+        load_rows<WALKED, HS>(y_tiles + buffer * WALKED * HS, of.y, stride, first, T);
+        load_rows<WALKED, HS>(w_tiles + buffer * WALKED * HS, of.w, of.w_stride, first, T);
         const int pair = 2 * threadIdx.x;                   // two rows in 16 bytes
-        if (pair < QUERIES)
-            cp_async_16(rows_tiles + buffer * QUERIES + pair, head_rows + first_query + pair, 16);
+        if (OWNER == KEYS && pair < WALKED)
+            cp_async_16(rows_tiles + buffer * WALKED + pair, head_rows + first + pair, 16);
         cp_async_commit();
     };
-    float dk[1][HS / 8][4] = {}, dv[1][HS / 8][4] = {};     // keys lane / 4 and lane / 4 + 8 of 16
-    load_tile_async<KEYS, HS>(k_tile, q + C, stride, first_key, T);
-    load_tile_async<KEYS, HS>(v_tile, q + 2 * C, stride, first_key, T);
-    load_queries(first_key, 0);
-    uint32_t k_left[1][HS / 16][4], v_left[1][HS / 16][4];
+    float sum[1][HS / 8][4] = {}, sum_dv[1][HS / 8][4] = {};    // dK or dQ, and dV: rows lane / 4, lane / 4 + 8
+    float2 own_row[2] = {};                                 // lse and D of these rows, if they are queries
+    if (OWNER == QUERIES)
+        for (int i = 0; i < 2; i++) own_row[i] = head_rows[warp_row + lane / 4 + 8 * i];
+    load_rows<OWN, HS>(x_tile, of.x, stride, own, T);
+    load_rows<OWN, HS>(u_tile, of.u, of.u_stride, own, T);
+    load_walked(begin, 0);
+    uint32_t x_left[1][HS / 16][4], u_left[1][HS / 16][4];
     int buffer = 0;
-    for (int first_query = first_key; first_query < T; first_query += QUERIES, buffer ^= 1) {
+    for (int walked = begin; walked < end; walked += WALKED, buffer ^= 1) {
         cp_async_wait<0>();
         __syncthreads();                                    // this tile is here, nobody reads the previous
-        if (first_query + QUERIES < T) load_queries(first_query + QUERIES, buffer ^ 1);
-        if (first_query + QUERIES - 1 < warp_key) continue; // all of it before this warp's keys
-        bf16* q_tile = q_tiles + buffer * QUERIES * HS;
-        bf16* dout_tile = dout_tiles + buffer * QUERIES * HS;
-        const float2* rows_tile = rows_tiles + buffer * QUERIES + lane % 4 * 2;  // queries 8 n + {0, 1}
-        const bool load = HS > 64 || first_query == first_key;  // K and V of HS 64 stay in registers
-        if (load) load_left<HS>(k_left, k_tile + 16 * warp * HS);
-        float p[1][N][4] = {}, ds[1][N][4];                 // (16 keys, 8 N queries)
-        multiply_transposed<HS>(p, k_left, q_tile);
-        const bool diagonal = first_query < warp_key + 15;
+        if (walked + WALKED < end) load_walked(walked + WALKED, buffer ^ 1);
+        // A tile all of whose queries come before all of whose keys has nothing for this warp.
+        if (OWNER == KEYS ? walked + WALKED - 1 < warp_row : walked > warp_row + 15) continue;
+        bf16 *y_tile = y_tiles + buffer * WALKED * HS, *w_tile = w_tiles + buffer * WALKED * HS;
+        const float2* rows_tile = rows_tiles + buffer * WALKED + lane % 4 * 2;  // walked rows 8 n + {0, 1}
+        const auto row = [&](int n, int i) {                // the query of result i of the n-th 8
+            return OWNER == KEYS ? rows_tile[8 * n + i % 2] : own_row[i / 2];
+        };
+        const bool load = HS > 64 || walked == begin;       // x and u of HS 64 stay in registers
+        if (load) load_left<HS>(x_left, x_tile + 16 * warp * HS);
+        float p[1][N][4] = {}, ds[1][N][4];                 // (16 own rows, 8 N walked rows)
+        multiply_transposed<HS>(p, x_left, y_tile);
+        const bool diagonal = OWNER == KEYS ? walked < warp_row + 15 : walked + WALKED - 1 > warp_row;
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int key = warp_key + lane / 4 + i / 2 * 8;
-                const int query = first_query + 8 * n + lane % 4 * 2 + i % 2;
-                const float lse = rows_tile[8 * n + i % 2].x;
-                p[0][n][i] = diagonal && query < key ? 0.0f : exp2f(p[0][n][i] * scale - lse);
+                const int x_row = warp_row + lane / 4 + i / 2 * 8;
+                const int y_row = walked + 8 * n + lane % 4 * 2 + i % 2;
+                const bool hidden = OWNER == KEYS ? y_row < x_row : x_row < y_row;      // query < key
+                p[0][n][i] = diagonal && hidden ? 0.0f : exp2f(p[0][n][i] * scale - row(n, i).x);
             }
-        multiply<HS>(dv, p, dout_tile);
+        if (OWNER == KEYS) multiply<HS>(sum_dv, p, w_tile);
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) ds[0][n][i] = -rows_tile[8 * n + i % 2].y;
-        if (load) load_left<HS>(v_left, v_tile + 16 * warp * HS);
-        multiply_transposed<HS>(ds, v_left, dout_tile);
+            for (int i = 0; i < 4; i++) ds[0][n][i] = -row(n, i).y;
+        if (load) load_left<HS>(u_left, u_tile + 16 * warp * HS);
+        multiply_transposed<HS>(ds, u_left, w_tile);
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) ds[0][n][i] *= p[0][n][i];
-        multiply<HS>(dk, ds, q_tile);
+        multiply<HS>(sum, ds, y_tile);
     }
 #pragma unroll
     for (int n = 0; n < HS / 8; n++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) dk[0][n][i] *= scale * LN2;
-    // Each warp leaves through the rows of k_tile that were its own.
-    store_rows<HS>(dqkv + head.qkv + C, stride, warp_key, T, dk, k_tile + 16 * warp * HS);
-    store_rows<HS>(dqkv + head.qkv + 2 * C, stride, warp_key, T, dv, k_tile + 16 * warp * HS);
-}
-
-// A block owns 64 queries, a warp 16 of them, and the keys pass by up to the diagonal.
-template <int HS>
-__global__ void __launch_bounds__(TENSOR_THREADS, 2)
-attention_backward_queries_tensor(bf16* dqkv, const bf16* dout, const bf16* qkv, const float2* rows, int T,
-                                  int NH) {
-    constexpr int QUERIES = 64, KEYS = HS == 64 ? 64 : 32, N = KEYS / 8;    // a warp's scores: (16, 8 N)
-    extern __shared__ __align__(16) unsigned char shared_memory[];
-    bf16* q_tile = reinterpret_cast<bf16*>(shared_memory);                  // (QUERIES, HS)
-    bf16* dout_tile = q_tile + QUERIES * HS;                                // (QUERIES, HS)
-    bf16* k_tiles = dout_tile + QUERIES * HS;                               // 2 x (KEYS, HS)
-    bf16* v_tiles = k_tiles + 2 * KEYS * HS;                                // 2 x (KEYS, HS)
-    const int C = NH * HS, stride = 3 * C;
-    const Head head = head_of_block(T, NH, HS);
-    const int first_query = (gridDim.y - 1 - blockIdx.y) * QUERIES;
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int warp_query = first_query + 16 * warp;         // this warp's first query
-    const bf16* q = qkv + head.qkv;                                         // (T, HS), rows stride apart
-    const bf16* head_dout = dout + head.out;                                // (T, HS), rows C apart
-    const float2* head_rows = rows + head.number * (ceil_div(T, 64) * 64);  // (Tp,)
-    const float scale = softmax_scale(HS);
-
-    auto load_keys = [&](int first_key, int buffer) {
-        load_tile_async<KEYS, HS>(k_tiles + buffer * KEYS * HS, q + C, stride, first_key, T);
-        load_tile_async<KEYS, HS>(v_tiles + buffer * KEYS * HS, q + 2 * C, stride, first_key, T);
-        cp_async_commit();
-    };
-    float dq[1][HS / 8][4] = {};                            // queries lane / 4 and lane / 4 + 8 of 16
-    const float2 row[2] = {head_rows[warp_query + lane / 4], head_rows[warp_query + lane / 4 + 8]};
-    load_tile_async<QUERIES, HS>(q_tile, q, stride, first_query, T);
-    load_tile_async<QUERIES, HS>(dout_tile, head_dout, C, first_query, T);
-    load_keys(0, 0);
-    const int end = min(first_query + QUERIES, T);
-    uint32_t q_left[1][HS / 16][4], dout_left[1][HS / 16][4];
-    int buffer = 0;
-    for (int first_key = 0; first_key < end; first_key += KEYS, buffer ^= 1) {
-        cp_async_wait<0>();
-        __syncthreads();                                    // this tile is here, nobody reads the previous
-        if (first_key + KEYS < end) load_keys(first_key + KEYS, buffer ^ 1);
-        if (first_key > warp_query + 15) continue;          // all of it beyond this warp's queries
-        bf16* k_tile = k_tiles + buffer * KEYS * HS;
-        bf16* v_tile = v_tiles + buffer * KEYS * HS;
-        const bool load = HS > 64 || first_key == 0;        // Q and dOut of HS 64 stay in registers
-        if (load) load_left<HS>(q_left, q_tile + 16 * warp * HS);
-        float p[1][N][4] = {}, ds[1][N][4];                 // (16 queries, 8 N keys)
-        multiply_transposed<HS>(p, q_left, k_tile);
-        const bool diagonal = first_key + KEYS - 1 > warp_query;
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int query = warp_query + lane / 4 + i / 2 * 8;
-                const int key = first_key + 8 * n + lane % 4 * 2 + i % 2;
-                p[0][n][i] = diagonal && query < key ? 0.0f : exp2f(p[0][n][i] * scale - row[i / 2].x);
-                ds[0][n][i] = -row[i / 2].y;
-            }
-        if (load) load_left<HS>(dout_left, dout_tile + 16 * warp * HS);
-        multiply_transposed<HS>(ds, dout_left, v_tile);
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) ds[0][n][i] *= p[0][n][i];
-        multiply<HS>(dq, ds, k_tile);
-    }
-#pragma unroll
-    for (int n = 0; n < HS / 8; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) dq[0][n][i] *= scale * LN2;
-    store_rows<HS>(dqkv + head.qkv, stride, warp_query, T, dq, q_tile + 16 * warp * HS);
+        for (int i = 0; i < 4; i++) sum[0][n][i] *= scale * LN2;
+    // Each warp leaves through the rows of x_tile that were its own.
+    bf16 *result = dqkv + head.qkv + (OWNER == KEYS ? C : 0), *warp_tile = x_tile + 16 * warp * HS;
+    store_rows<HS>(result, stride, warp_row, T, sum, warp_tile);
+    if (OWNER == KEYS) store_rows<HS>(result + C, stride, warp_row, T, sum_dv, warp_tile);
 }

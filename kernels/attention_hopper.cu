@@ -2,13 +2,13 @@
 // of attention.cu and attention_backward.cu, which say what is computed, with wgmma and TMA. Read these and
 // matmul_hopper.cu before.
 //
-//     kernel                                 grid                block     dynamic shared bytes, HS = 64; 128
-//     attention_forward_hopper<HS>           at most one per SM  512; 384  139,360; 229,472
-//     attention_backward_keys_hopper<HS>     the same            384       149,568; 164,912
-//     attention_backward_queries_hopper<HS>  the same            384       147,520; 163,888
+//     kernel                                  grid                block     dynamic shared bytes, HS = 64; 128
+//     attention_forward_hopper<HS>            at most one per SM  512; 384  139,360; 229,472
+//     attention_backward_hopper<HS, KEYS>     the same            384       149,568; 164,912
+//     attention_backward_hopper<HS, QUERIES>  the same            384       147,520; 163,888
 //
 //     forward(map q, map kv, map out, float* lse, int B, int T, int NH)
-//     keys, queries(map kv, map q, map dout, map dqkv, float2* rows, int B, int T, int Tp, int NH)
+//     backward(map kv, map q, map dout, map dqkv, float2* rows, int B, int T, int Tp, int NH)
 //
 // The maps are head_map's of qkv (B, T, 3 NH, HS), out, dout (B, T, NH, HS) and dqkv: q and dout in boxes of
 // QUERIES tokens, kv of KEYS, out and dqkv of 64. rows (B, NH, Tp) holds lse log2(e) and D of every query, made
@@ -263,74 +263,86 @@ attention_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_c
     if (thread == 0) bulk_wait<0>();
 }
 
-// ---- Backward: dK and dV ---------------------------------------------------------------------------------
+// ---- Backward: a pass that owns keys and makes dK and dV, and one that owns queries and makes dQ ----------
 
-template <int HS> struct BackwardKeys {
-    static constexpr int CONSUMERS = 2, KEYS = 64 * CONSUMERS, QUERIES = HS == 64 ? 128 : 64, STAGES = 2;
-    static constexpr int KV_BUFFERS = HS == 64 ? 2 : 1;
-    static constexpr int KV = KEYS * HS, Q = QUERIES * HS, OUT = 64 * HS;   // elements of a tile
-    static constexpr int ROWS = QUERIES * 8;                                // bytes
-    static constexpr int SHARED = 2 * (2 * KV_BUFFERS * KV + 2 * STAGES * Q + CONSUMERS * OUT) + STAGES * ROWS +
-                                  8 * (2 * KV_BUFFERS + 2 * STAGES);
+// Operands x, y, u and w as in attention_backward.cu:
+//
+//                owns x, u     walks y, w    x yᵀ makes    u wᵀ makes     sums
+//     KEYS       K, V          Q, dOut       Pᵀ            dPᵀ            dV += Pᵀ w,  dK += dSᵀ y
+//     QUERIES    Q, dOut       K, V          P             dP             dQ += dS y
+template <int HS, Owner OWNER> struct Backward {
+    static constexpr int CONSUMERS = 2, OWN = 64 * CONSUMERS, WALKED = HS == 64 ? 128 : 64, STAGES = 2;
+    static constexpr int BUFFERS = HS == 64 ? 2 : 1;                        // of x and of u
+    static constexpr int X = OWN * HS, Y = WALKED * HS, OUT = 64 * HS;      // elements of a tile
+    static constexpr int ROWS = OWNER == KEYS ? WALKED * 8 : 0;             // bytes of lse and D of walked queries
+    static constexpr int SHARED = 2 * (2 * BUFFERS * X + 2 * STAGES * Y + CONSUMERS * OUT) + STAGES * ROWS +
+                                  8 * (2 * BUFFERS + 2 * STAGES);
 };
 
-// A block owns KEYS keys and walks the queries from the last down to the diagonal. Scores lie transposed, a row
-// for each key: Pᵀ and dSᵀ are the left operands of dV and dK.
-template <int HS>
+// A block owns OWN rows and walks the others from the last block to the first, of those that causality leaves.
+template <int HS, Owner OWNER>
 __global__ void __launch_bounds__(WARPGROUP * 3, 1)
-attention_backward_keys_hopper(const __grid_constant__ TensorMap kv_map,
-                               const __grid_constant__ TensorMap q_map,
-                               const __grid_constant__ TensorMap dout_map,
-                               const __grid_constant__ TensorMap dqkv_map, const float2* rows, int B, int T,
-                               int Tp, int NH) {
-    using Tile = BackwardKeys<HS>;
-    constexpr int CONSUMERS = Tile::CONSUMERS, KEYS = Tile::KEYS, QUERIES = Tile::QUERIES;
-    constexpr int STAGES = Tile::STAGES, KV_BUFFERS = Tile::KV_BUFFERS;
+attention_backward_hopper(const __grid_constant__ TensorMap kv_map, const __grid_constant__ TensorMap q_map,
+                          const __grid_constant__ TensorMap dout_map,
+                          const __grid_constant__ TensorMap dqkv_map, const float2* rows, int B, int T,
+                          int Tp, int NH) {
+    using Tile = Backward<HS, OWNER>;
+    constexpr int CONSUMERS = Tile::CONSUMERS, OWN = Tile::OWN, WALKED = Tile::WALKED;
+    constexpr int STAGES = Tile::STAGES, BUFFERS = Tile::BUFFERS;
     extern __shared__ __align__(1024) unsigned char shared_memory[];
-    bf16* const k_tiles = reinterpret_cast<bf16*>(shared_memory);           // KV_BUFFERS x (KEYS, HS)
-    bf16* const v_tiles = k_tiles + KV_BUFFERS * Tile::KV;                  // KV_BUFFERS x (KEYS, HS)
-    bf16* const q_tiles = v_tiles + KV_BUFFERS * Tile::KV;                  // STAGES x (QUERIES, HS)
-    bf16* const dout_tiles = q_tiles + STAGES * Tile::Q;                    // STAGES x (QUERIES, HS)
-    bf16* const boxes = dout_tiles + STAGES * Tile::Q;                      // CONSUMERS x (64, HS)
-    float2* const rows_tiles = reinterpret_cast<float2*>(boxes + CONSUMERS * Tile::OUT);  // STAGES x (QUERIES,)
-    Barrier* const kv_full = reinterpret_cast<Barrier*>(rows_tiles + STAGES * QUERIES);
-    Barrier* const kv_empty = kv_full + KV_BUFFERS;
-    Barrier* const full = kv_empty + KV_BUFFERS;
+    bf16* const x_tiles = reinterpret_cast<bf16*>(shared_memory);           // BUFFERS x (OWN, HS)
+    bf16* const u_tiles = x_tiles + BUFFERS * Tile::X;                      // BUFFERS x (OWN, HS)
+    bf16* const y_tiles = u_tiles + BUFFERS * Tile::X;                      // STAGES x (WALKED, HS)
+    bf16* const w_tiles = y_tiles + STAGES * Tile::Y;                       // STAGES x (WALKED, HS)
+    bf16* const boxes = w_tiles + STAGES * Tile::Y;                         // CONSUMERS x (64, HS)
+    float2* const rows_tiles = reinterpret_cast<float2*>(boxes + CONSUMERS * Tile::OUT);    // STAGES x (WALKED,)
+    Barrier* const own_full = reinterpret_cast<Barrier*>(rows_tiles + STAGES * Tile::ROWS / 8);
+    Barrier* const own_empty = own_full + BUFFERS;
+    Barrier* const full = own_empty + BUFFERS;
     Barrier* const empty = full + STAGES;
     if (threadIdx.x == 0) {
-        ring_init<KV_BUFFERS>(kv_full, kv_empty, CONSUMERS);
-        ring_init<STAGES>(full, empty, CONSUMERS * WARPGROUP / WARP);
+        ring_init<BUFFERS>(own_full, own_empty, CONSUMERS);
+        ring_init<STAGES>(full, empty, OWNER == KEYS ? CONSUMERS * WARPGROUP / WARP : CONSUMERS);
         barrier_init_fence();
     }
     __syncthreads();
-    const int tiles = ceil_div(T, KEYS), heads = B * NH, last = tiles * heads, blocks = ceil_div(T, QUERIES);
+    const int tiles = ceil_div(T, OWN), heads = B * NH, last = tiles * heads;
     const int warpgroup = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0);
     const int thread = threadIdx.x % WARPGROUP;
     RingPosition<STAGES> at;
-    RingPosition<KV_BUFFERS> kv_at;
+    RingPosition<BUFFERS> own_at;
+    const auto first_own = [&](const Task& task) {          // tile 0 has most to do
+        return (OWNER == KEYS ? task.tile : tiles - 1 - task.tile) * OWN;
+    };
+    const auto first_block = [&](int own) { return OWNER == KEYS ? own / WALKED : 0; };
+    const auto end_block = [&](int own) { return ceil_div(OWNER == KEYS ? T : min(own + OWN, T), WALKED); };
 
     if (warpgroup == 0) {                                   // the producer
         registers_decrease<24>();
+        const TensorMap &x_map = OWNER == KEYS ? kv_map : q_map, &u_map = OWNER == KEYS ? kv_map : dout_map;
+        const TensorMap &y_map = OWNER == KEYS ? q_map : kv_map, &w_map = OWNER == KEYS ? dout_map : kv_map;
         if (thread == 0)
-            for (int number = blockIdx.x; number < last; number += gridDim.x, kv_at.next()) {
+            for (int number = blockIdx.x; number < last; number += gridDim.x, own_at.next()) {
                 const Task task = task_of(number, tiles, heads, NH);
-                const int first_key = task.tile * KEYS;
-                barrier_wait(kv_empty + kv_at.stage, kv_at.parity ^ 1);
-                barrier_arrive_expect(kv_full + kv_at.stage, 2 * Tile::KV * 2);
-                load_rows<HS, KEYS>(k_tiles + kv_at.stage * Tile::KV, kv_map, kv_full + kv_at.stage, NH + task.h,
-                                    first_key, task.b);
-                load_rows<HS, KEYS>(v_tiles + kv_at.stage * Tile::KV, kv_map, kv_full + kv_at.stage,
-                                    2 * NH + task.h, first_key, task.b);
-                for (int block = blocks - 1; block >= first_key / QUERIES; block--, at.next()) {
+                const int own = first_own(task), begin = first_block(own);
+                const int q = task.h, dout = task.h, k = NH + task.h, v = 2 * NH + task.h;  // heads of the maps
+                barrier_wait(own_empty + own_at.stage, own_at.parity ^ 1);
+                barrier_arrive_expect(own_full + own_at.stage, 2 * Tile::X * 2);
+                load_rows<HS, OWN>(x_tiles + own_at.stage * Tile::X, x_map, own_full + own_at.stage,
+                                   OWNER == KEYS ? k : q, own, task.b);
+                load_rows<HS, OWN>(u_tiles + own_at.stage * Tile::X, u_map, own_full + own_at.stage,
+                                   OWNER == KEYS ? v : dout, own, task.b);
+                for (int block = end_block(own) - 1; block >= begin; block--, at.next()) {
                     barrier_wait(empty + at.stage, at.parity ^ 1);
-                    barrier_arrive_expect(full + at.stage, 2 * Tile::Q * 2 + Tile::ROWS);
-                    load_rows<HS, QUERIES>(q_tiles + at.stage * Tile::Q, q_map, full + at.stage, task.h,
-                                           block * QUERIES, task.b);
-                    load_rows<HS, QUERIES>(dout_tiles + at.stage * Tile::Q, dout_map, full + at.stage, task.h,
-                                           block * QUERIES, task.b);
-                    bulk_load(rows_tiles + at.stage * QUERIES,
-                              rows + static_cast<size_t>(task.head) * Tp + block * QUERIES, Tile::ROWS,
-                              full + at.stage);
+                    barrier_arrive_expect(full + at.stage, 2 * Tile::Y * 2 + Tile::ROWS);
+                    load_rows<HS, WALKED>(y_tiles + at.stage * Tile::Y, y_map, full + at.stage,
+                                          OWNER == KEYS ? q : k, block * WALKED, task.b);
+                    load_rows<HS, WALKED>(w_tiles + at.stage * Tile::Y, w_map, full + at.stage,
+                                          OWNER == KEYS ? dout : v, block * WALKED, task.b);
+                    if constexpr (OWNER == KEYS)
+                        bulk_load(rows_tiles + at.stage * WALKED,
+                                  rows + static_cast<size_t>(task.head) * Tp + block * WALKED, Tile::ROWS,
+                                  full + at.stage);
                 }
             }
         return;
@@ -338,182 +350,96 @@ attention_backward_keys_hopper(const __grid_constant__ TensorMap kv_map,
     registers_increase<240>();                              // a consumer
     const int consumer = warpgroup - 1, lane = thread % WARP, warp = thread / WARP;
     constexpr float FACTOR = SCALE<HS> * LOG2E;
-    float p[QUERIES / 2], ds[QUERIES / 2], dk[HS / 2], dv[HS / 2];  // p and ds: (64 keys, QUERIES)
-    for (int number = blockIdx.x; number < last; number += gridDim.x, kv_at.next()) {
+    float p[WALKED / 2], ds[WALKED / 2], sum[HS / 2], sum_dv[HS / 2];   // p and ds: (64 own rows, WALKED)
+    for (int number = blockIdx.x; number < last; number += gridDim.x, own_at.next()) {
         const Task task = task_of(number, tiles, heads, NH);
-        const int first_key = task.tile * KEYS + 64 * consumer, end = task.tile * KEYS / QUERIES;
-        const bf16* const k_tile = k_tiles + kv_at.stage * Tile::KV + consumer * 64 * 64;
-        const bf16* const v_tile = v_tiles + kv_at.stage * Tile::KV + consumer * 64 * 64;
-        barrier_wait(kv_full + kv_at.stage, kv_at.parity);
-        for (int block = blocks - 1; block >= end; block--, at.next()) {
-            const bf16* const q_tile = q_tiles + at.stage * Tile::Q;
-            const bf16* const dout_tile = dout_tiles + at.stage * Tile::Q;
-            // This lane's queries are 8 j + lane % 4 * 2 and its neighbour: {lse, D} of both in 16 bytes.
-            const float4* const pairs =
-                reinterpret_cast<const float4*>(rows_tiles + at.stage * QUERIES) + lane % 4;
-            barrier_wait(full + at.stage, at.parity);
-            start_scores<HS, KEYS, QUERIES>(p, k_tile, q_tile);
-            start_scores<HS, KEYS, QUERIES>(ds, v_tile, dout_tile);
-            wgmma_wait<1>();
-            wgmma_results(p);
-            if (block * QUERIES < first_key + 63) {         // the diagonal
-                const int before = first_key + warp * 16 + lane / 4 - block * QUERIES - lane % 4 * 2;
-#pragma unroll
-                for (int i = 0; i < QUERIES / 2; i++)       // key > query
-                    if (before + i % 4 / 2 * 8 > i / 4 * 8 + i % 2) p[i] = MINUS_INFINITY;
-            }
-#pragma unroll
-            for (int i = 0; i < QUERIES / 2; i += 4) {
-                const float4 pair = pairs[i];               // (lse, D) of two queries; float4 number i is 2 i
-                p[i] = exp2f(p[i] * FACTOR - pair.x), p[i + 1] = exp2f(p[i + 1] * FACTOR - pair.z);
-                p[i + 2] = exp2f(p[i + 2] * FACTOR - pair.x), p[i + 3] = exp2f(p[i + 3] * FACTOR - pair.z);
-            }
-            wgmma_wait<0>();
-            wgmma_results(ds);
-            uint32_t p_left[QUERIES / 4], ds_left[QUERIES / 4];
-#pragma unroll
-            for (int i = 0; i < QUERIES / 2; i += 4) {
-                const float4 pair = pairs[i];
-                p_left[i / 2] = pack_bf16(p[i], p[i + 1]);
-                p_left[i / 2 + 1] = pack_bf16(p[i + 2], p[i + 3]);
-                ds_left[i / 2] = pack_bf16(p[i] * (ds[i] - pair.y), p[i + 1] * (ds[i + 1] - pair.w));
-                ds_left[i / 2 + 1] = pack_bf16(p[i + 2] * (ds[i + 2] - pair.y), p[i + 3] * (ds[i + 3] - pair.w));
-            }
-            start_sums<HS, QUERIES>(dv, p_left, dout_tile, block < blocks - 1);
-            start_sums<HS, QUERIES>(dk, ds_left, q_tile, block < blocks - 1);
-            wgmma_wait<0>();
-            wgmma_results(dv);
-            wgmma_results(dk);
-            __syncwarp();                                   // each warp: its lanes have read rows_tiles themselves
-            if (lane == 0) barrier_arrive(empty + at.stage);
-        }
-        if (thread == 0) barrier_arrive(kv_empty + kv_at.stage);
-        bf16* const box = boxes + consumer * Tile::OUT;
-        store_rows<HS>(dqkv_map, box, dv, 1.0f, 1.0f, 2 * NH + task.h, first_key, task.b, 1 + consumer);
-        store_rows<HS>(dqkv_map, box, dk, SCALE<HS>, SCALE<HS>, NH + task.h, first_key, task.b, 1 + consumer);
-    }
-    if (thread == 0) bulk_wait<0>();
-}
-
-// ---- Backward: dQ ----------------------------------------------------------------------------------------
-
-template <int HS> struct BackwardQueries {
-    static constexpr int CONSUMERS = 2, QUERIES = 64 * CONSUMERS, KEYS = HS == 64 ? 128 : 64, STAGES = 2;
-    static constexpr int Q_BUFFERS = HS == 64 ? 2 : 1;
-    static constexpr int Q = QUERIES * HS, KV = KEYS * HS, OUT = 64 * HS;   // elements of a tile
-    static constexpr int SHARED = 2 * (2 * Q_BUFFERS * Q + 2 * STAGES * KV + CONSUMERS * OUT) +
-                                  8 * (2 * Q_BUFFERS + 2 * STAGES);
-};
-
-// A block owns QUERIES queries and walks the keys from the diagonal down to 0.
-template <int HS>
-__global__ void __launch_bounds__(WARPGROUP * 3, 1)
-attention_backward_queries_hopper(const __grid_constant__ TensorMap kv_map,
-                                  const __grid_constant__ TensorMap q_map,
-                                  const __grid_constant__ TensorMap dout_map,
-                                  const __grid_constant__ TensorMap dqkv_map, const float2* rows, int B, int T,
-                                  int Tp, int NH) {
-    using Tile = BackwardQueries<HS>;
-    constexpr int CONSUMERS = Tile::CONSUMERS, KEYS = Tile::KEYS, QUERIES = Tile::QUERIES;
-    constexpr int STAGES = Tile::STAGES, Q_BUFFERS = Tile::Q_BUFFERS;
-    extern __shared__ __align__(1024) unsigned char shared_memory[];
-    bf16* const q_tiles = reinterpret_cast<bf16*>(shared_memory);           // Q_BUFFERS x (QUERIES, HS)
-    bf16* const dout_tiles = q_tiles + Q_BUFFERS * Tile::Q;                 // Q_BUFFERS x (QUERIES, HS)
-    bf16* const k_tiles = dout_tiles + Q_BUFFERS * Tile::Q;                 // STAGES x (KEYS, HS)
-    bf16* const v_tiles = k_tiles + STAGES * Tile::KV;                      // STAGES x (KEYS, HS)
-    bf16* const boxes = v_tiles + STAGES * Tile::KV;                        // CONSUMERS x (64, HS)
-    Barrier* const q_full = reinterpret_cast<Barrier*>(boxes + CONSUMERS * Tile::OUT);
-    Barrier* const q_empty = q_full + Q_BUFFERS;
-    Barrier* const full = q_empty + Q_BUFFERS;
-    Barrier* const empty = full + STAGES;
-    if (threadIdx.x == 0) {
-        ring_init<Q_BUFFERS>(q_full, q_empty, CONSUMERS);
-        ring_init<STAGES>(full, empty, CONSUMERS);
-        barrier_init_fence();
-    }
-    __syncthreads();
-    const int tiles = ceil_div(T, QUERIES), heads = B * NH, last = tiles * heads;
-    const int warpgroup = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0);
-    const int thread = threadIdx.x % WARPGROUP;
-    RingPosition<STAGES> at;
-    RingPosition<Q_BUFFERS> q_at;
-
-    if (warpgroup == 0) {                                   // the producer
-        registers_decrease<24>();
-        if (thread == 0)
-            for (int number = blockIdx.x; number < last; number += gridDim.x, q_at.next()) {
-                const Task task = task_of(number, tiles, heads, NH);
-                const int first_query = (tiles - 1 - task.tile) * QUERIES;
-                barrier_wait(q_empty + q_at.stage, q_at.parity ^ 1);
-                barrier_arrive_expect(q_full + q_at.stage, 2 * Tile::Q * 2);
-                load_rows<HS, QUERIES>(q_tiles + q_at.stage * Tile::Q, q_map, q_full + q_at.stage, task.h,
-                                       first_query, task.b);
-                load_rows<HS, QUERIES>(dout_tiles + q_at.stage * Tile::Q, dout_map, q_full + q_at.stage, task.h,
-                                       first_query, task.b);
-                const int last_key = min(first_query + QUERIES, T) - 1;
-                for (int block = last_key / KEYS; block >= 0; block--, at.next()) {
-                    barrier_wait(empty + at.stage, at.parity ^ 1);
-                    barrier_arrive_expect(full + at.stage, 2 * Tile::KV * 2);
-                    load_rows<HS, KEYS>(k_tiles + at.stage * Tile::KV, kv_map, full + at.stage, NH + task.h,
-                                        block * KEYS, task.b);
-                    load_rows<HS, KEYS>(v_tiles + at.stage * Tile::KV, kv_map, full + at.stage, 2 * NH + task.h,
-                                        block * KEYS, task.b);
-                }
-            }
-        return;
-    }
-    registers_increase<240>();                              // a consumer
-    const int consumer = warpgroup - 1, lane = thread % WARP, warp = thread / WARP;
-    constexpr float FACTOR = SCALE<HS> * LOG2E;
-    float p[KEYS / 2], ds[KEYS / 2], dq[HS / 2];            // p and ds: (64 queries, KEYS)
-    for (int number = blockIdx.x; number < last; number += gridDim.x, q_at.next()) {
-        const Task task = task_of(number, tiles, heads, NH);
-        const int first_query = (tiles - 1 - task.tile) * QUERIES, first_row = first_query + 64 * consumer;
+        const int own = first_own(task), first_row = own + 64 * consumer;
         const int row = first_row + warp * 16 + lane / 4;   // this lane's rows are row and row + 8
-        const int loaded = ceil_div(min(first_query + QUERIES, T), KEYS);   // blocks of keys
-        const int used = first_row < T ? min(loaded, ceil_div(first_row + 64, KEYS)) : 0;
-        const bf16* const q_tile = q_tiles + q_at.stage * Tile::Q + consumer * 64 * 64;
-        const bf16* const dout_tile = dout_tiles + q_at.stage * Tile::Q + consumer * 64 * 64;
-        const float2* const own = rows + static_cast<size_t>(task.head) * Tp + row;     // Tp covers all QUERIES
-        const float2 own0 = own[0], own1 = own[8];          // {lse, D}
-        barrier_wait(q_full + q_at.stage, q_at.parity);
-        for (int block = loaded - 1; block >= used; block--, at.next()) {   // above this consumer's diagonal
-            barrier_wait(full + at.stage, at.parity);
-            named_barrier_sync<WARPGROUP>(1 + consumer);    // or a late warp could miss a phase
-            if (thread == 0) barrier_arrive(empty + at.stage);
+        const int begin = first_block(own), end = end_block(own);
+        // Of queries, those from T on have nothing to do, and the others nothing above their diagonal.
+        const int used = OWNER == KEYS ? end : first_row < T ? min(end, ceil_div(first_row + 64, WALKED)) : 0;
+        const bf16* const x_tile = x_tiles + own_at.stage * Tile::X + consumer * 64 * 64;
+        const bf16* const u_tile = u_tiles + own_at.stage * Tile::X + consumer * 64 * 64;
+        float2 own_rows[2];                                 // {lse, D} of row and row + 8, if they are queries
+        if constexpr (OWNER == QUERIES) {
+            const float2* const from = rows + static_cast<size_t>(task.head) * Tp + row;    // Tp covers all OWN
+            own_rows[0] = from[0], own_rows[1] = from[8];
         }
-        for (int block = used - 1; block >= 0; block--, at.next()) {
-            const bf16* const k_tile = k_tiles + at.stage * Tile::KV;
+        barrier_wait(own_full + own_at.stage, own_at.parity);
+        if constexpr (OWNER == QUERIES)
+            for (int block = end - 1; block >= used; block--, at.next()) {  // above this consumer's diagonal
+                barrier_wait(full + at.stage, at.parity);
+                named_barrier_sync<WARPGROUP>(1 + consumer);    // or a late warp could miss a phase
+                if (thread == 0) barrier_arrive(empty + at.stage);
+            }
+        for (int block = used - 1; block >= begin; block--, at.next()) {
+            const bf16* const y_tile = y_tiles + at.stage * Tile::Y;
+            const bf16* const w_tile = w_tiles + at.stage * Tile::Y;
+            // This lane's walked rows are 8 j + lane % 4 * 2 and its neighbour: {lse, D} of both in 16 bytes.
+            const float4* const pairs = reinterpret_cast<const float4*>(rows_tiles + at.stage * WALKED) + lane % 4;
             barrier_wait(full + at.stage, at.parity);
-            start_scores<HS, QUERIES, KEYS>(p, q_tile, k_tile);
-            start_scores<HS, QUERIES, KEYS>(ds, dout_tile, v_tiles + at.stage * Tile::KV);
+            start_scores<HS, OWN, WALKED>(p, x_tile, y_tile);
+            start_scores<HS, OWN, WALKED>(ds, u_tile, w_tile);
             wgmma_wait<1>();
             wgmma_results(p);
-            if (block * KEYS + KEYS - 1 > first_row) {      // the diagonal
-                const int before = row - block * KEYS - lane % 4 * 2;
+            const bool diagonal = OWNER == KEYS ? block * WALKED < first_row + 63
+                                                : block * WALKED + WALKED - 1 > first_row;
+            if (diagonal) {
+                const int before = row - block * WALKED - lane % 4 * 2;
 #pragma unroll
-                for (int i = 0; i < KEYS / 2; i++)          // key > query
-                    if (i / 4 * 8 + i % 2 > before + i % 4 / 2 * 8) p[i] = MINUS_INFINITY;
+                for (int i = 0; i < WALKED / 2; i++) {
+                    const int x_row = before + i % 4 / 2 * 8, y_row = i / 4 * 8 + i % 2;
+                    if (OWNER == KEYS ? x_row > y_row : y_row > x_row) p[i] = MINUS_INFINITY;   // key > query
+                }
             }
 #pragma unroll
-            for (int i = 0; i < KEYS / 2; i++) p[i] = exp2f(p[i] * FACTOR - (i % 4 < 2 ? own0.x : own1.x));
+            for (int i = 0; i < WALKED / 2; i += 4) {
+                if constexpr (OWNER == KEYS) {
+                    const float4 pair = pairs[i];           // (lse, D) of two queries; float4 number i is 2 i
+                    p[i] = exp2f(p[i] * FACTOR - pair.x), p[i + 1] = exp2f(p[i + 1] * FACTOR - pair.z);
+                    p[i + 2] = exp2f(p[i + 2] * FACTOR - pair.x), p[i + 3] = exp2f(p[i + 3] * FACTOR - pair.z);
+                } else {
+                    for (int j = i; j < i + 4; j++) p[j] = exp2f(p[j] * FACTOR - own_rows[j % 4 / 2].x);
+                }
+            }
             wgmma_wait<0>();
             wgmma_results(ds);
-            uint32_t ds_left[KEYS / 4];
+            uint32_t p_left[WALKED / 4], ds_left[WALKED / 4];
 #pragma unroll
-            for (int i = 0; i < KEYS / 4; i++) {
-                const float D = i % 2 == 0 ? own0.y : own1.y;
-                ds_left[i] = pack_bf16(p[2 * i] * (ds[2 * i] - D), p[2 * i + 1] * (ds[2 * i + 1] - D));
+            for (int i = 0; i < WALKED / 2; i += 4) {
+                if constexpr (OWNER == KEYS) {
+                    const float4 pair = pairs[i];
+                    p_left[i / 2] = pack_bf16(p[i], p[i + 1]);
+                    p_left[i / 2 + 1] = pack_bf16(p[i + 2], p[i + 3]);
+                    ds_left[i / 2] = pack_bf16(p[i] * (ds[i] - pair.y), p[i + 1] * (ds[i + 1] - pair.w));
+                    ds_left[i / 2 + 1] =
+                        pack_bf16(p[i + 2] * (ds[i + 2] - pair.y), p[i + 3] * (ds[i + 3] - pair.w));
+                } else {
+                    for (int j = i; j < i + 4; j += 2) {
+                        const float D = own_rows[j % 4 / 2].y;
+                        ds_left[j / 2] = pack_bf16(p[j] * (ds[j] - D), p[j + 1] * (ds[j + 1] - D));
+                    }
+                }
             }
-            start_sums<HS, KEYS>(dq, ds_left, k_tile, block < used - 1);
+            if constexpr (OWNER == KEYS) start_sums<HS, WALKED>(sum_dv, p_left, w_tile, block < used - 1);
+            start_sums<HS, WALKED>(sum, ds_left, y_tile, block < used - 1);
             wgmma_wait<0>();
-            wgmma_results(dq);
-            if (thread == 0) barrier_arrive(empty + at.stage);
+            if constexpr (OWNER == KEYS) wgmma_results(sum_dv);
+            wgmma_results(sum);
+            if constexpr (OWNER == KEYS) {
+                __syncwarp();                               // each warp: its lanes have read rows_tiles themselves
+                if (lane == 0) barrier_arrive(empty + at.stage);
+            } else {
+                if (thread == 0) barrier_arrive(empty + at.stage);
+            }
         }
-        if (thread == 0) barrier_arrive(q_empty + q_at.stage);
-        if (used > 0)
-            store_rows<HS>(dqkv_map, boxes + consumer * Tile::OUT, dq, SCALE<HS>, SCALE<HS>, task.h, first_row,
-                           task.b, 1 + consumer);
+        if (thread == 0) barrier_arrive(own_empty + own_at.stage);
+        bf16* const box = boxes + consumer * Tile::OUT;
+        const int head = OWNER == KEYS ? NH + task.h : task.h;  // of dqkv: dK or dQ
+        if constexpr (OWNER == KEYS)
+            store_rows<HS>(dqkv_map, box, sum_dv, 1.0f, 1.0f, NH + head, first_row, task.b, 1 + consumer);
+        if (OWNER == KEYS || used > 0)
+            store_rows<HS>(dqkv_map, box, sum, SCALE<HS>, SCALE<HS>, head, first_row, task.b, 1 + consumer);
     }
     if (thread == 0) bulk_wait<0>();
 }

@@ -16,7 +16,7 @@ using uint32_t = unsigned int;
 inline constexpr int WARP = 32;           // threads per warp
 inline constexpr unsigned ALL_LANES = 0xffffffffu;
 #define MINUS_INFINITY __int_as_float(0xff800000)          // INFINITY is a host header's
-inline constexpr float LOG2E = 1.4426950408889634f;   // exp(x) = exp2(x log2(e)), and exp2 is one instruction
+inline constexpr float LOG2E = 1.4426950408889634f;         // e^x = 2^(x log2(e)), and 2^x is one instruction
 inline constexpr float LN2 = 0.6931471805599453f;
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -42,8 +42,8 @@ __device__ inline float2 unpack_bf16(uint32_t pair) {
 // ---- 16 bytes at a time: 4 floats or 8 bf16 --------------------------------------------------------------
 
 // A warp that loads packs asks for 512 contiguous bytes in one instruction, which is what it takes to keep
-// the memory busy. The address must be a multiple of 16: `aligned` says whether rows of n elements may be
-// read this way.
+// the memory busy. The address must be a multiple of 16: where the rows of an array are not, cuda.py launches
+// the first version of a kernel, which moves elements.
 template <typename T> struct alignas(16) Pack {
     static constexpr int size = 16 / sizeof(T);
     T value[size];
@@ -84,11 +84,6 @@ template <typename T> __device__ inline Pack<T> rounded_pack(const float (&x)[Pa
     return pack;
 }
 
-// True if every row of n elements of T that starts at `address` begins on a 16-byte boundary.
-template <typename T> __device__ inline bool aligned(const T* address, int n) {
-    return reinterpret_cast<size_t>(address) % 16 == 0 && n % Pack<T>::size == 0;
-}
-
 // ---- Reductions: every lane, or every thread, gets the result --------------------------------------------
 
 __device__ inline float warp_sum(float x) {
@@ -122,6 +117,10 @@ __device__ inline float block_max(float x) {
     return warp_max(lane < warps ? partial[lane] : MINUS_INFINITY);
 }
 
+// ---- Which of attention's two backward passes a kernel is: attention_backward.cu says more ---------------
+
+enum Owner { KEYS, QUERIES };
+
 // ---- GELU, the tanh form that GPT-2 was trained with -----------------------------------------------------
 
 // gelu(x) = 0.5 x (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3). Since 0.5 (1 + tanh(u)) =
@@ -133,7 +132,7 @@ inline constexpr float GELU_SCALE = 0.7978845608028654f;    // sqrt(2 / pi)
 inline constexpr float GELU_CUBE = 0.044715f;
 
 __device__ inline float gelu_sigmoid(float x) {             // sigmoid(2u)
-    constexpr float A = -2.0f * GELU_SCALE * 1.4426950408889634f;  // exp(-2u) is 2^(A (x + 0.044715 x^3))
+    constexpr float A = -2.0f * GELU_SCALE * LOG2E;         // exp(-2u) is 2^(A (x + 0.044715 x^3))
     return __fdividef(1.0f, 1.0f + exp2f(x * (A + A * GELU_CUBE * x * x)));
 }
 __device__ inline float gelu(float x) { return x * gelu_sigmoid(x); }

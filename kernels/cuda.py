@@ -1,11 +1,11 @@
-"""The operations of cpu.py, same names, same arguments, on an NVIDIA GPU: our kernels, launched.
+"""The operations of reference.py, same names, same arguments, on an NVIDIA GPU: each launches our kernels.
 
-Read cpu.py first: it says what every operation computes. Read gpu.py for check and launch, and the .cu file
-beside the function that launches it: its table has each kernel's grid, block and workspace, and this file
-follows the tables. Which of a file's versions runs, and with what tile, is decided here, by size and by what
-the card has.
+Read reference.py first: what every operation computes, and the letters for the sizes, stand there. Read
+gpu.py for check and launch, and the .cu file beside the function that launches it: the table at its top has
+each kernel's grid, block and workspace, and this file follows the tables. What is decided here is which of a
+file's kernels runs, and with what tile: by sizes, by alignment and by what the card has.
 
-  letters as in cpu.py; S is the storage type, "float" or "bf16", that all arrays marked with it share
+S is the storage type, "float" or "bf16", of all arrays that are marked with it.
 """
 
 import collections
@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from common import UserError
-from kernels.gpu import (  # noqa: F401  what cpu.py has besides operations is among these
+from kernels.gpu import (  # noqa: F401  what reference.py has at its end is among these
     CAPABILITY,
     DEVICE,
     HERE,
@@ -48,9 +48,9 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 if CAPABILITY < 80:
     del DTYPES["bfloat16"]  # its tensor cores came with sm_80
 LOGITS = 8192 * 50304  # elements of a chunk of logits: 8,192 rows of GPT-2's, 0.8 gigabytes of bf16
-BATCH_TOKENS, SHARE = 1 << 17, 0.9  # a micro-batch by default: at most these tokens, this part of the memory
-# Versions that a benchmark or a test wants instead of what is chosen here: "matmul": a tile of matmul.cu or a
-# name of HOPPER_TILES; "slices": of dweight's inner dimension; "attention": "portable" or "flash".
+BATCH_TOKENS, SHARE = 1 << 17, 0.9  # a default micro-batch: at most so many tokens, that part of the memory
+# What a benchmark or a test wants instead of what is chosen here. "matmul": a tile of matmul.cu or a name of
+# HOPPER_TILES; "slices": pieces of the inner dimension of dweight; "attention": "portable" or "flash".
 KERNEL_OVERRIDES = {}
 
 
@@ -62,10 +62,13 @@ def encoder_forward(out, tokens, wte, wpe, offsets=None):
     what = "encoder_forward: out S B T C, tokens int B T, wte S V C, wpe S P C, offsets? int B"
     n = check(what, out, tokens, wte, wpe, offsets)
     arguments = out, tokens, wte, wpe, offsets, n.B * n.T, n.T, n.C, n.P
-    launch("encoder", f"encoder_forward<{n.S}>", cdiv(n.B * n.T, 8), 256, *arguments)
+    if aligned(out, wte, wpe):
+        launch("encoder", f"encoder_forward<{n.S}>", cdiv(n.B * n.T, 8), 256, *arguments)
+    else:
+        launch("encoder", f"encoder_forward_naive<{n.S}>", cdiv(n.B * n.T * n.C, 256), 256, *arguments)
 
 
-_chunk_count = []  # (1,) int32: of token_groups; zero, and the kernels leave it zero
+_chunk_count = []  # (1,) int32: a counter of token_groups, allocated once; the kernels leave it zero
 
 
 def encoder_backward(dwte, dwpe, dout, tokens):
@@ -73,12 +76,17 @@ def encoder_backward(dwte, dwpe, dout, tokens):
     n = check(what, dout, dwte, dwpe, tokens)
     if n.T > n.P:
         raise ValueError(f"encoder_backward: dwpe has {n.P} positions, dout {n.T}")
+    if not aligned(dout, dwte, dwpe):
+        grid, arguments = (n.V, cdiv(n.C, 256)), (dwte, dout, tokens, n.B * n.T, n.C)
+        launch("encoder", f"encoder_backward_naive<{n.S}>", grid, 256, *arguments)
+        grid, arguments = cdiv(n.T * n.C, 256), (dwpe, dout, n.B, n.T, n.C)
+        return launch("encoder", f"encoder_backward_wpe_naive<{n.S}>", grid, 256, *arguments)
     if not _chunk_count:
         _chunk_count.append(zeros(1, np.int32))
     N, slots, most = n.B * n.T, cdiv(n.B * n.T, 32), min(n.B * n.T, n.V + n.B * n.T // 32)
     wanted = (N, np.int32), (4 * most, np.int32), (2 * slots, np.int32), (slots * n.C, np.float32)
     order, chunks, groups, partials = scratch(*wanted)
-    bits = max((cdiv(n.V, 400) - 1).bit_length(), min(6, (N // 512).bit_length()))  # that choose a block
+    bits = max((cdiv(n.V, 400) - 1).bit_length(), min(6, (N // 512).bit_length()))  # of the number of blocks
     arguments = order, chunks, *_chunk_count, groups, tokens, N, n.V, bits
     launch("encoder", "token_groups", 1 << bits, 1024, *arguments, shared=4 * 33 * cdiv(n.V, 1 << bits))
     arguments = dwte, dwpe, partials, dout, order, chunks, *_chunk_count, n.B, n.T, n.C
@@ -89,9 +97,11 @@ def encoder_backward(dwte, dwpe, dout, tokens):
 
 def take_rows(out, inp, rows):
     n = check("take_rows: out S R C, inp~ S M C, rows int R", out, inp, rows)
-    stride = inp.strides[0] // inp.itemsize
-    grid = n.R, cdiv(n.C, 256 * WIDTH[n.S])
-    launch("gather", f"take_rows<{n.S}>", grid, 256, out, inp, rows, n.C, stride)
+    arguments = out, inp, rows, n.C, inp.strides[0] // inp.itemsize
+    if aligned(out, inp) and inp.strides[0] % 16 == 0:
+        launch("gather", f"take_rows<{n.S}>", (n.R, cdiv(n.C, 256 * WIDTH[n.S])), 256, *arguments)
+    else:
+        launch("gather", f"take_rows_naive<{n.S}>", (n.R, cdiv(n.C, 256)), 256, *arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -101,9 +111,13 @@ def take_rows(out, inp, rows):
 def layernorm_forward(out, mean, rstd, inp, weight, bias):
     what = "layernorm_forward: out S N C, mean float N, rstd float N, inp S N C, weight S C, bias S C"
     n = check(what, out, mean, rstd, inp, weight, bias)
-    kernel = _vectors("layernorm_forward", n, {"bf16": 7, "float": 13})
-    blocks = cdiv(n.N, 4) if "rows" in kernel else min(5 * SMS, cdiv(n.N, 4))
-    launch("layernorm", kernel, blocks, 128, out, mean, rstd, inp, weight, bias, n.N, n.C)
+    arguments = out, mean, rstd, inp, weight, bias, n.N, n.C
+    vectors, blocks = cdiv(n.C, 32 * WIDTH[n.S]), cdiv(n.N, 4)  # 16 bytes for each lane of a warp
+    if aligned(out, inp, weight, bias) and vectors <= {"bf16": 7, "float": 13}[n.S]:
+        kernel = f"layernorm_forward<{n.S}, {vectors}>"
+        launch("layernorm", kernel, min(5 * SMS, blocks), 128, *arguments)
+    else:
+        launch("layernorm", f"layernorm_forward_rows<{n.S}>", blocks, 128, *arguments)
 
 
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
@@ -114,21 +128,23 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     n = check(what, dinp, dweight, dbias, dout, inp, weight, mean, rstd)
     blocks = min(3 * SMS, cdiv(n.N, 4))
     (partials,) = scratch((blocks * 2 * n.C, np.float32))
-    kernel = _vectors("layernorm_backward", n, {"bf16": 7, "float": 10})
     arguments = dinp, partials, dout, inp, weight, mean, rstd, n.N, n.C
-    launch("layernorm", kernel, blocks, 128, *arguments, shared=0 if "rows" in kernel else 8 * n.C)
+    vectors = cdiv(n.C, 32 * WIDTH[n.S])
+    if aligned(dinp, dout, inp, weight) and vectors <= {"bf16": 7, "float": 10}[n.S]:
+        kernel = f"layernorm_backward<{n.S}, {vectors}>"
+        launch("layernorm", kernel, blocks, 128, *arguments, shared=8 * n.C)
+    else:
+        launch("layernorm", f"layernorm_backward_rows<{n.S}>", blocks, 128, *arguments)
     arguments = dweight, dbias, partials, blocks, n.C
     launch("layernorm", "layernorm_backward_reduce", cdiv(2 * n.C, 32), 1024, *arguments)
 
 
-def _vectors(kernel, n, most):
-    """The variant that holds a row of C in registers, if there are enough; else the one for any C."""
-    vectors = cdiv(n.C, 32 * WIDTH[n.S])
-    return f"{kernel}<{n.S}, {vectors}>" if vectors <= most[n.S] else f"{kernel}_rows<{n.S}>"
-
-
 def _elementwise(kernel, n, *arrays):
-    launch("gelu", f"{kernel}<{n.S}>", cdiv(n.N * n.C, 512 * WIDTH[n.S]), 256, *arrays, n.N * n.C)
+    size = n.N * n.C
+    if aligned(*arrays):
+        launch("gelu", f"{kernel}<{n.S}>", cdiv(size, 512 * WIDTH[n.S]), 256, *arrays, size)
+    else:
+        launch("gelu", f"{kernel}_naive<{n.S}>", cdiv(size, 256), 256, *arrays, size)
 
 
 def gelu_forward(out, inp):
@@ -150,15 +166,13 @@ def residual_forward(out, inp1, inp2):
 # Matmul: matmul.cu and matmul_hopper.cu say what the tiles are
 
 
-def _tile(S, M, N, K, packed, split):
-    """BM, BN, BK and how a block shares them out. split: K is long, and slices of it are further blocks."""
+def _tile(S, M, N, K, split):
+    """BM, BN, BK, then how threads share them (matmul.cu's table). split: K can be cut for more blocks."""
     if "matmul" in KERNEL_OVERRIDES:
         return KERNEL_OVERRIDES["matmul"]
     blocks = cdiv(M, 128) * cdiv(N, 128) * (cdiv(K, 512) if split else 1)
     if S == "float":
         return (128, 128, 8, 8, 8) if blocks >= SMS else (64, 64, 16, 4, 4)
-    if not packed:
-        return 64, 64, 32, 32, 32, 3
     if blocks < SMS:
         return 64, 64, 64, 32, 32, 3
     if SHARED >= 200 * 1024:  # sm_90
@@ -168,7 +182,7 @@ def _tile(S, M, N, K, packed, split):
 
 @functools.cache
 def _slices(tile, M, N, K, shared):
-    """In how many pieces to cut K: full waves of blocks, weighed against the traffic of the partial sums."""
+    """In how many slices to cut K: full waves of blocks, weighed against the traffic of the partial sums."""
     BM, BN, BK = tile[:3]
     tiles, at_once = cdiv(M, BM) * cdiv(N, BN), SMS * (1 if shared > SHARED // 2 else 2)
 
@@ -180,14 +194,14 @@ def _slices(tile, M, N, K, shared):
 
 
 def _skinny_stages(rows, K):
-    """How many stages matmul_skinny's ring has: as many as K fills and the card has room for, or 0."""
+    """Stages of matmul_skinny's ring: as many as K fills and shared memory holds; 0 if there is no room."""
     stages = min(6, cdiv(K, 512), (SHARED - 11264) // ((rows + 1) * 16384))  # less its static shared memory
     return max(2, stages) if (rows + 1) * 32768 <= SHARED - 11264 else 0
 
 
 HopperTile = collections.namedtuple("HopperTile", "BM BN stages pingpong speed epilogue")
-# Fitted to timings on an H200, to rank the tiles and not to predict: TFLOP/s of all multiprocessors while
-# they multiply, seconds of a tile's epilogue that nothing hides.
+# speed: TFLOP/s of all multiprocessors while they multiply. epilogue: seconds of a tile's epilogue that no
+# product hides. Both are fitted to timings on an H200, to rank the tiles, not to predict a time.
 HOPPER_TILES = {
     "pingpong": HopperTile(128, 192, 4, True, 700, 0),
     "narrow": HopperTile(128, 192, 4, False, 708, 3e-6),
@@ -197,7 +211,7 @@ HOPPER_TILES = {
 
 @functools.cache
 def _hopper_choice(M, N, K, split, forced):
-    """(name of the tile, slices of K): whatever is predicted to take the shortest time."""
+    """(name of the tile, slices of K) with the shortest predicted time."""
 
     def seconds(name, slices):
         tile = HOPPER_TILES[name]
@@ -241,27 +255,28 @@ def _hopper_product(out, a, b, a_t, b_t, epilogue, M, N, K, extra, bias, forced)
 
 
 def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None):
-    """out (M, N) = a (M, K) @ b (K, N) and the epilogue; a_t: a lies as (K, M), b_t: b lies as (N, K)."""
+    """out (M, N) = a (M, K) @ b (K, N) and the epilogue; a_t: a is stored as (K, M), b_t: b as (N, K)."""
     S, O = NAMES[a.dtype], NAMES[out.dtype]
-    rows = N, M if a_t else K, K if b_t else N
-    packed = aligned(out, a, b, extra, bias) and all(length % WIDTH[S] == 0 for length in rows)
+    arguments = out, extra, bias, a, b, M, N, K
+    flags = ", ".join(str(flag).lower() for flag in (a_t, b_t))
+    if not (aligned(out, a, b, extra, bias) and N % WIDTH[S] == 0):
+        kernel, grid = f"matmul_naive<{S}, {O}, {epilogue}, {flags}>", cdiv(M, 8) * cdiv(N, 32)
+        return launch("matmul", kernel, grid, (32, 8), *arguments)
     wanted = KERNEL_OVERRIDES.get("matmul")
     forced = wanted if wanted in HOPPER_TILES else None
     large = M * N * K >= 1 << 27 and M >= 128 and not wanted  # else latency is what counts
-    if CAPABILITY == 90 and S == "bf16" and packed and (large or forced):
-        matrices = [array.reshape(-1, length) for array, length in zip((a, b), (rows[1], rows[2]))]
-        flat = [array if array is None else array.reshape(-1, N) for array in (out, extra)]
-        extra = flat[1]
-        return _hopper_product(flat[0], *matrices, a_t, b_t, epilogue, M, N, K, extra, bias, forced)
-    arguments = out, extra, bias, a, b, M, N, K
+    if CAPABILITY == 90 and S == "bf16" and (large or forced):
+        a, b = a.reshape(-1, M if a_t else K), b.reshape(-1, K if b_t else N)
+        out, extra = out.reshape(-1, N), None if extra is None else extra.reshape(-1, N)
+        return _hopper_product(out, a, b, a_t, b_t, epilogue, M, N, K, extra, bias, forced)
     rows = 1 if M <= 16 else 4  # times 16
     stages = _skinny_stages(rows, K)
     few = M <= 16 or (M <= 64 and N <= 4096)  # every 16 columns read all of A
-    if S == "bf16" and packed and not a_t and few and stages and not wanted:
+    if S == "bf16" and not a_t and few and stages and not wanted:
         kernel = f"matmul_skinny<{O}, {epilogue}, {str(b_t).lower()}, {rows}, {stages}>"
         shared = stages * (rows + 1) * 16384
         return launch("matmul", kernel, cdiv(N, 16), 256, *arguments, shared=shared)
-    tile = _tile(S, M, N, K, packed, split=epilogue == "ACCUMULATE")
+    tile = _tile(S, M, N, K, split=epilogue == "ACCUMULATE")
     BM, BN, BK, WM, WN, *stages = tile
     shared = stages[0] * (BM + BN) * BK * 2 if stages else 0
     threads = BM * BN // (WM * WN) * (32 if stages else 1)
@@ -272,11 +287,10 @@ def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None):
     slices, target = cdiv(K, k_slice), out
     if slices > 1:
         epilogue, (target,) = "STORE", scratch((slices * M * N, np.float32))
-    flags = ", ".join(str(flag).lower() for flag in (a_t, b_t, packed))
     variant = f"{epilogue}, {flags}, {', '.join(map(str, tile))}"
     kernel = f"matmul_bf16<{O}, {variant}>" if stages else f"matmul_float<{variant}>"
     grid = cdiv(M, BM) * cdiv(N, BN), 1, slices
-    launch("matmul", kernel, grid, threads, target, extra, bias, a, b, M, N, K, k_slice, shared=shared)
+    launch("matmul", kernel, grid, threads, target, *arguments[1:], k_slice, shared=shared)
     if slices > 1:
         _add_partials(out, target, M * N, M * N, slices)
 
@@ -287,7 +301,7 @@ def _add_partials(out, partials, size, stride, slices):
 
 
 def _stored(weight):
-    """weight as it lies in memory, and whether that is transposed: (in, out), or wte's (V, C) for wte.T."""
+    """weight as it is stored, and whether that is transposed: (in, out), or (V, C) where weight is wte.T."""
     return (weight, False) if weight.flags.c_contiguous else (weight.T, True)
 
 
@@ -315,7 +329,7 @@ def matmul_residual_forward(out, inp, weight, bias, residual):
 def matmul_backward(dinp, dweight, dbias, dout, inp, weight):
     (weight, transposed), (dweight, same) = _stored(weight), _stored(dweight)
     if same != transposed:
-        raise ValueError("matmul_backward: weight and dweight must lie in memory the same way")
+        raise ValueError("matmul_backward: weight and dweight must be stored the same way")
     shape = "O I" if transposed else "I O"
     what = (
         f"matmul_backward: dout S N O, inp S N I, dinp? S N I, dweight float {shape}, dbias? float O, "
@@ -344,12 +358,14 @@ def matmul_gelu_backward(dpre, dweight, dbias, dout, act, weight, pre):
 
 
 def _bias_gradient(dbias, dout, n):
+    if not aligned(dbias, dout):
+        kernel = f"column_sums_naive<{n.S}>"
+        return launch("matmul", kernel, cdiv(n.O, 256), 256, dbias, dout, n.N, n.O)
     blocks = cdiv(n.O, 32 * WIDTH[n.S])
     slices = max(1, min(cdiv(4 * SMS, blocks), n.N // 64))
     (partials,) = scratch((slices * n.O, np.float32))
-    packed = str(aligned(dout) and n.O % WIDTH[n.S] == 0).lower()
     arguments = partials, dout, n.N, n.O, cdiv(n.N, slices)
-    launch("matmul", f"column_partials<{n.S}, {packed}>", (blocks, slices), 256, *arguments)
+    launch("matmul", f"column_partials<{n.S}>", (blocks, slices), 256, *arguments)
     _add_partials(dbias, partials, n.O, n.O, slices)
 
 
@@ -358,18 +374,20 @@ def _bias_gradient(dbias, dout, n):
 
 
 def _attention_version(n, *arrays):
-    """(head size, the size that kernels are made for, whether on tensor cores)"""
+    """(head size HS, HS rounded up to 64 or 128, whether the tensor cores compute)."""
     if n.C % n.H:
         raise ValueError(f"attention: {n.C} channels cannot be shared by {n.H} heads")
     HS = n.C // n.H
     if HS > 128:
         raise UserError(f"heads of {HS} channels are too wide for the GPU's kernels, at most 128; add heads")
-    tensor = n.S == "bf16" and HS in (64, 128) and aligned(*arrays)
+    if any(array.data.ptr % 16 for array in arrays):
+        raise ValueError("attention: an array does not begin on a 16-byte boundary")
+    tensor = n.S == "bf16" and HS in (64, 128)
     return HS, 64 if HS <= 64 else 128, tensor and KERNEL_OVERRIDES.get("attention") != "flash"
 
 
 def _on_hopper():
-    """Whether attention_hopper.cu runs: it needs wgmma."""
+    """Whether attention_hopper.cu may run: its instructions exist on sm_90 alone."""
     return CAPABILITY == 90 and KERNEL_OVERRIDES.get("attention") != "portable"
 
 
@@ -415,9 +433,9 @@ def attention_backward(dqkv, dout, out, lse, qkv, n_head):
     launch(file, f"attention_backward_prepare<{n.S}>", cdiv(n.B * Tp * n.H, 32), 256, *arguments)
     if hopper:
         grid = min(SMS, n.B * n.H * cdiv(n.T, 128))
-        for owner, queries, keys, shared in (  # QUERIES, KEYS and SHARED of BackwardKeys, BackwardQueries
-            ("keys", 128 if HS == 64 else 64, 128, {64: 149568, 128: 164912}),
-            ("queries", 128, 128 if HS == 64 else 64, {64: 147520, 128: 163888}),
+        for owner, queries, keys, shared in (  # OWN or WALKED, and SHARED of Backward<HS, OWNER>
+            ("KEYS", 128 if HS == 64 else 64, 128, {64: 149568, 128: 164912}),
+            ("QUERIES", 128, 128 if HS == 64 else 64, {64: 147520, 128: 163888}),
         ):
             maps = (
                 head_map(qkv, 3, n.H, keys),
@@ -425,22 +443,22 @@ def attention_backward(dqkv, dout, out, lse, qkv, n_head):
                 head_map(dout, 1, n.H, queries),
             )
             arguments = *maps, head_map(dqkv, 3, n.H, 64), rows, n.B, n.T, Tp, n.H
-            kernel = f"attention_backward_{owner}_hopper<{HS}>"
+            kernel = f"attention_backward_hopper<{HS}, {owner}>"
             launch("attention_hopper", kernel, grid, 384, *arguments, shared=shared[HS])
         return
     arguments = dqkv, dout, qkv, rows, n.T, n.H
-    for owner, tensor_shared in (("keys", {64: 50176, 128: 49408}), ("queries", {64: 49152, 128: 65536})):
+    for owner, tensor_shared in (("KEYS", {64: 50176, 128: 49408}), ("QUERIES", {64: 49152, 128: 65536})):
         if tensor:
-            kernel, grid = f"attention_backward_{owner}_tensor<{HS}>", (n.H, cdiv(n.T, 64), n.B)
+            kernel, grid = f"attention_backward_tensor<{HS}, {owner}>", (n.H, cdiv(n.T, 64), n.B)
             launch(file, kernel, grid, 128, *arguments, shared=tensor_shared[HS])
         else:
-            kernel = f"attention_backward_{owner}_flash<{n.S}, {HP}>"
+            kernel = f"attention_backward_flash<{n.S}, {HP}, {owner}>"
             owned, tile, scores = _float_tile(HP)
             grid = n.H, cdiv(n.T, owned), n.B
             launch(file, kernel, grid, 256, *arguments, HS, shared=4 * tile + scores)
 
 
-_finished = []  # (SMS,) uint32: splits of a head that attention_decode has finished; it leaves zeros
+_finished = []  # (SMS,) uint32: attention_decode counts finished splits in it, and leaves it zero
 
 
 def attention_decode(out, qkv, keys, values, lengths, empty_cache=False):
@@ -449,13 +467,22 @@ def attention_decode(out, qkv, keys, values, lengths, empty_cache=False):
     HS, HP, _ = _attention_version(n)
     if HS != n.D:
         raise ValueError(f"attention_decode: {n.H} heads of {n.D} channels are not {n.C}")
-    if n.T > 1:
+
+    def append():
         arguments = keys, values, qkv, lengths, n.T, n.H, HS, n.M
         launch("decode", f"attention_append<{n.S}>", (cdiv(n.C, 256), n.T, n.B), 256, *arguments)
+
+    if n.T > 1:
+        append()
         if empty_cache:  # every token looks back at its own prompt alone
             (lse,) = scratch((n.B * n.H * n.T, np.float32))
             return attention_forward(out, lse.reshape(n.B, n.H, n.T), qkv, n.H)
-    width = WIDTH[n.S] if HS % WIDTH[n.S] == 0 and aligned(out, qkv, keys, values) else 1
+    arguments = qkv, keys, values, lengths, n.T, n.H, HS, n.M
+    if not aligned(out, qkv, keys, values):
+        if n.T == 1:
+            append()
+        grid = cdiv(n.C, 256), n.T, n.B
+        return launch("decode", f"attention_decode_naive<{n.S}>", grid, 256, out, *arguments)
     blocks = n.B * n.T * n.H
     splits = min(8, cdiv(n.M, 64)) if blocks < SMS else 1  # decode.cu has the measurements
     partial = finished = None
@@ -463,9 +490,8 @@ def attention_decode(out, qkv, keys, values, lengths, empty_cache=False):
         if not _finished:
             _finished.append(zeros(SMS, np.uint32))
         (partial,), (finished,) = scratch((blocks * splits * (HS + 2), np.float32)), _finished
-    arguments = out, partial, finished, qkv, keys, values, lengths, n.T, n.H, HS, n.M, splits
-    kernel = f"attention_decode<{n.S}, {HP}, {width}>"
-    launch("decode", kernel, (n.H * splits, n.T, n.B), 128, *arguments)
+    kernel, grid = f"attention_decode<{n.S}, {HP}>", (n.H * splits, n.T, n.B)
+    launch("decode", kernel, grid, 128, out, partial, finished, *arguments, splits)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -473,24 +499,33 @@ def attention_decode(out, qkv, keys, values, lengths, empty_cache=False):
 
 
 def _threads(n, most):
-    """A block for a row of Vp logits: a thread for every 16 bytes, whole warps, not more than `most`."""
+    """Threads for a row of Vp logits: one for every 16 bytes, in whole warps, at most `most`."""
     return min(most, cdiv(n.P, 32 * WIDTH[n.S]) * 32)
 
 
 def cross_entropy(losses, logits, targets, vocab_size):
     n = check("cross_entropy: losses float N, logits S N P, targets int N", losses, logits, targets)
-    arguments = losses, logits, targets, min(vocab_size, n.P), n.P
-    launch("classifier", f"cross_entropy<{n.S}>", n.N, _threads(n, 512), *arguments)
+    inputs, columns = (losses, logits, targets), (min(vocab_size, n.P), n.P)
+    if aligned(logits):
+        launch("classifier", f"cross_entropy<{n.S}>", n.N, _threads(n, 512), *inputs, *columns)
+    else:
+        kernel = f"cross_entropy_naive<{n.S}>"
+        launch("classifier", kernel, cdiv(n.N, 128), 128, *inputs, n.N, *columns)
 
 
 def classifier(losses, logits, targets, weights, vocab_size):
     what = "classifier: losses float N, logits S N P, targets int N, weights float N"
     n = check(what, losses, logits, targets, weights)
-    arguments, row = (losses, logits, targets, weights, min(vocab_size, n.P), n.P), n.P * logits.itemsize
-    if CAPABILITY >= 80 and row <= SHARED - 512 and aligned(logits) and n.P % WIDTH[n.S] == 0:
-        launch("classifier", f"classifier<{n.S}>", n.N, _threads(n, 768), *arguments, shared=row)
+    inputs, columns = (losses, logits, targets, weights), (min(vocab_size, n.P), n.P)
+    row = n.P * logits.itemsize  # bytes
+    if not aligned(logits):
+        kernel = f"classifier_naive<{n.S}>"
+        launch("classifier", kernel, cdiv(n.N, 128), 128, *inputs, n.N, *columns)
+    elif CAPABILITY >= 80 and row <= SHARED - 512:  # less the kernel's static shared memory
+        kernel = f"classifier<{n.S}>"
+        launch("classifier", kernel, n.N, _threads(n, 768), *inputs, *columns, shared=row)
     else:
-        launch("classifier", f"classifier_twice<{n.S}>", n.N, _threads(n, 1024), *arguments)
+        launch("classifier", f"classifier_twice<{n.S}>", n.N, _threads(n, 1024), *inputs, *columns)
 
 
 def weighted_sum(total, values, weights):
@@ -504,6 +539,8 @@ def weighted_sum(total, values, weights):
 
 def global_norm(norm, grads):
     n = check("global_norm: norm float 1, grads float N", norm, grads)
+    if not aligned(grads):
+        return launch("norm", "global_norm_naive", 1, 1024, norm, grads, n.N)
     (partials,) = scratch((1024, np.float32))
     launch("norm", "square_sums", 1024, 256, partials, grads, n.N)
     launch("norm", "global_norm_finish", 1, 1024, norm, partials, 1024)
@@ -521,7 +558,8 @@ def adamw(params, grads, m, v, update, beta1, beta2, eps, weight_decay, copy=Non
     n = check(what, params, grads, m, v, update, copy)
     numbers = float(beta1), float(beta2), float(eps), float(weight_decay)
     arguments = params, grads, m, v, copy, update, *numbers, n.N
-    launch("adamw", "adamw", cdiv(n.N, 2048), 256, *arguments)
+    fast = aligned(params, grads, m, v, copy)
+    launch("adamw", "adamw" if fast else "adamw_naive", cdiv(n.N, 2048 if fast else 256), 256, *arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------

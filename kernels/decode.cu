@@ -11,16 +11,15 @@
 // so tensor cores would have nothing to do, and all that counts is loads in flight: 4.1 TB/s for 1 us are 31
 // KB on each of an H200's 132 multiprocessors.
 //
-// kernel                                grid                 block  shared  workspace
-// attention_append<Storage>             (ceil(C/256), T, B)  256    0       none
-// attention_decode_naive<Storage>       (ceil(C/256), T, B)  256    0       none
-// attention_decode<Storage, HP, WIDTH>  (NH splits, T, B)    128    0       if splits > 1: partial, finished
+// kernel                           grid                 block  shared  workspace
+// attention_append<Storage>        (ceil(C/256), T, B)  256    0       none
+// attention_decode_naive<Storage>  (ceil(C/256), T, B)  256    0       none
+// attention_decode<Storage, HP>    (NH splits, T, B)    128    0       if splits > 1: partial, finished
 //
-// First attention_append, though with T = 1 attention_decode appends by itself. HP: 64 for HS <= 64, 128 for
-// HS <= 128. WIDTH: elements in one access, which is 16 / sizeof(Storage) where HS is a multiple of that and
-// the arrays are aligned to 16 bytes, or 1. splits <= 8. partial: (B, T, NH, splits, HS + 2) float32.
-// finished: (B, T, NH) unsigned, zero before the first launch and left zero by every launch. Without splits
-// both may be null.
+// First attention_append, though with T = 1 attention_decode appends by itself, which attention_decode_naive
+// does not. HP: 64 for HS <= 64, 128 for HS <= 128; HS is a multiple of 16 bytes except in the naive version.
+// splits <= 8. partial: (B, T, NH, splits, HS + 2) float32. finished: (B, T, NH) unsigned, zero before the first
+// launch and left zero by every launch. Without splits both may be null.
 
 #include "attention.cuh"
 
@@ -74,7 +73,7 @@ __global__ void attention_decode_naive(Storage* out, const Storage* qkv, const S
 
 // ---- Version 2: the cache is read once, 16 bytes at a time -----------------------------------------------
 
-// A block per (head, split, token, row). Eight lanes hold a query between them, WIDTH neighbouring channels
+// A block per (head, split, token, row). Eight lanes hold a query between them, 16 bytes of neighbouring channels
 // each, and read whole keys: a warp asks for four rows at once, and for KEYS times as many before it waits.
 // Each group runs an online softmax of its own over every sixteenth key; at the end the block adds the groups
 // up in their order.
@@ -82,22 +81,17 @@ __global__ void attention_decode_naive(Storage* out, const Storage* qkv, const S
 // 46 -> 2319 GB/s on an H200 (64 rows of 1024 positions, 12 heads of 64, bf16). Then what is loaded stayed
 // packed until it is used, and a lane beyond the end reads the last key again instead of asking each time: 78
 // registers instead of 112, so that 6 blocks share a multiprocessor instead of 4, and the 768 of that size
-// run at once: 3856 GB/s, 52.2 us. (64 registers since then: not measured yet.) Tried, 2026-11-27: cp.async
-// into a ring of 4 stages, where loads under way need no registers. It was the same: 51.9 us, and 8.7 us
-// instead of 8.6 for one row.
+// run at once: 3856 GB/s, 52.2 us; with 64 registers 3921 GB/s, 51.3 us. Tried, 2026-11-27: cp.async into a ring
+// of 4 stages, where loads under way need no registers. It was the same: 51.9 us, and 8.7 us instead of 8.6 for
+// one row.
 
-// What a lane reads at once, as bits: 16 bytes, or one element.
-template <typename Storage, int WIDTH> struct Access { int4 bits; };
-template <typename Storage> struct Access<Storage, 1> { Storage bits; };
-
-template <typename Storage, int WIDTH>
-__device__ inline Access<Storage, WIDTH> load_access(const Storage* address) {
-    return *reinterpret_cast<const Access<Storage, WIDTH>*>(address);
+// 16 bytes that stay bits until they are used.
+template <typename Storage> __device__ inline int4 load_bits(const Storage* address) {
+    return *reinterpret_cast<const int4*>(address);
 }
-template <typename Storage, int WIDTH>
-__device__ inline void to_floats(float (&x)[WIDTH], const Access<Storage, WIDTH>& access) {
-    if constexpr (WIDTH == 1) x[0] = to_float(access.bits);
-    else to_floats(x, reinterpret_cast<const Pack<Storage>&>(access));
+template <typename Storage>
+__device__ inline void unpack_bits(float (&x)[Pack<Storage>::size], const int4& bits) {
+    to_floats(x, reinterpret_cast<const Pack<Storage>&>(bits));
 }
 
 // ---- splits > 1: several blocks share a head's keys, so that few rows fill the card ----------------------
@@ -107,7 +101,7 @@ __device__ inline void to_floats(float (&x)[WIDTH], const Access<Storage, WIDTH>
 // On an H200 with 1 row of 1024 positions 37 -> 13 us, and 7.3 us since the loads above wait for less and 8
 // splits, not 16, are enough (2026-11-27; 7.8 us with 4 splits, 12.0 with 32; 4 rows: 9.4 us with 8, 9.6 with
 // 4; 16 rows: 16.3 us without, 18.4 with 2). Until then a second launch joined them, 9 us by itself with cold
-// caches. In the same launch: not measured yet.
+// caches; in the same launch 5.3 us.
 template <typename Storage>
 __device__ inline void join_splits(Storage* out, float* parts, unsigned* finished, float result,
                                    float maximum, float total, int HS, int split, int splits) {
@@ -146,11 +140,12 @@ __device__ inline void join_splits(Storage* out, float* parts, unsigned* finishe
     out[d] = from_float<Storage>(result / total);
 }
 
-template <typename Storage, int HP, int WIDTH>
+template <typename Storage, int HP>
 __global__ void __launch_bounds__(8 * DECODE_GROUPS, HP * sizeof(Storage) == 128 ? 6 : 2)
 attention_decode(Storage* out, float* partial, unsigned* finished, const Storage* qkv, Storage* keys,
                  Storage* values, const int* lengths, int T, int NH, int HS, int Tmax, int splits) {
-    constexpr int KEYS = WIDTH == 1 ? 2 : 4, ACCESSES = HP / 8 / WIDTH;     // of a lane in a key
+    constexpr int WIDTH = Pack<Storage>::size, ACCESSES = HP / 8 / WIDTH;   // of a lane in a key
+    constexpr int KEYS = 4;                                 // under way at once, of each group
     __shared__ float group_acc[DECODE_GROUPS][HP], group_maximum[DECODE_GROUPS], group_sum[DECODE_GROUPS];
     const int h = blockIdx.x % NH, split = blockIdx.x / NH, t = blockIdx.y, b = blockIdx.z, C = NH * HS;
     const int group = threadIdx.x / 8, lane = threadIdx.x % 8;
@@ -169,11 +164,11 @@ attention_decode(Storage* out, float* partial, unsigned* finished, const Storage
     for (int a = 0; a < ACCESSES; a++) {
         const int d = (8 * a + lane) * WIDTH;
         channel[a] = min(d, HS - WIDTH);
-        to_floats(q[a], load_access<Storage, WIDTH>(token + channel[a]));
+        unpack_bits<Storage>(q[a], load_bits(token + channel[a]));
         for (int w = 0; w < WIDTH; w++) q[a][w] = d < HS ? q[a][w] * scale : 0.0f, acc[a][w] = 0.0f;
     }
     for (int first = begin; first < end; first += KEYS * DECODE_GROUPS) {
-        Access<Storage, WIDTH> k[KEYS][ACCESSES], v[KEYS][ACCESSES];
+        int4 k[KEYS][ACCESSES], v[KEYS][ACCESSES];
 #pragma unroll
         for (int i = 0; i < KEYS; i++) {                    // the new key is not in the cache yet
             const int key = min(first + i * DECODE_GROUPS + group, end - 1);
@@ -181,8 +176,8 @@ attention_decode(Storage* out, float* partial, unsigned* finished, const Storage
             for (int a = 0; a < ACCESSES; a++) {
                 const Storage* k_row = key == fresh ? token + C : keys + key * HS;       // (HS,)
                 const Storage* v_row = key == fresh ? token + 2 * C : values + key * HS;  // (HS,)
-                k[i][a] = load_access<Storage, WIDTH>(k_row + channel[a]);
-                v[i][a] = load_access<Storage, WIDTH>(v_row + channel[a]);
+                k[i][a] = load_bits(k_row + channel[a]);
+                v[i][a] = load_bits(v_row + channel[a]);
             }
         }
         float scores[KEYS], new_maximum = maximum;
@@ -191,7 +186,7 @@ attention_decode(Storage* out, float* partial, unsigned* finished, const Storage
             float score = 0.0f;
 #pragma unroll
             for (int a = 0; a < ACCESSES; a++) {
-                to_floats(x, k[i][a]);
+                unpack_bits<Storage>(x, k[i][a]);
 #pragma unroll
                 for (int w = 0; w < WIDTH; w++) score += q[a][w] * x[w];
             }
@@ -212,7 +207,7 @@ attention_decode(Storage* out, float* partial, unsigned* finished, const Storage
             sum += weight;
 #pragma unroll
             for (int a = 0; a < ACCESSES; a++) {
-                to_floats(x, v[i][a]);
+                unpack_bits<Storage>(x, v[i][a]);
 #pragma unroll
                 for (int w = 0; w < WIDTH; w++) acc[a][w] += weight * x[w];
             }

@@ -6,7 +6,7 @@
 //   kernel                             grid                            block  shared   workspace
 //   encoder_forward_naive<S>           ceil(N C / 256)                 256    0        none
 //   encoder_forward<S>                 ceil(N / 8)                     256    0        none
-//   encoder_backward_naive<S>          (ceil(C / 256), V)              256    0        none
+//   encoder_backward_naive<S>          (V, ceil(C / 256))              256    0        none
 //   encoder_backward_wpe_naive<S>      ceil(T C / 256)                 256    0        none
 //   token_groups                       2^bits                          1024   132 ceil(V / 2^bits)
 //   encoder_backward<S, LANES, LOADS>  any, at best what fits at once  256    0
@@ -14,8 +14,8 @@
 //
 // The last three, in this order, are both gradients; V <= 1024 * 2^bits. Their workspace: order (N,), chunks
 // (min(N, V + N / 32), 4) and groups (ceil(N / 32), 2) int32; partials (ceil(N / 32), C) float32; chunk_count
-// (1,) int32, zero before the first use and left zero by every use. Token ids must lie in 0 .. V - 1: whoever
-// brings them to the device has checked that.
+// (1,) int32, zero before the first use and left zero by every use. All but the naive versions want rows aligned
+// to 16 bytes. Token ids must lie in 0 .. V - 1: whoever brings them to the device has checked that.
 //
 // The floor is the memory's: 2 N C sizeof(S) bytes forward, with wpe in the L2 cache; backward dout once, and
 // 8 C bytes for each row of dwte and dwpe that is used. Above it backward by the first and the last launch,
@@ -57,10 +57,6 @@ encoder_forward(S* out, const int* tokens, const S* wte, const S* wpe, const int
     const S* token = wte + size_t(tokens[row]) * C;
     const S* place = wpe + size_t(position(row, T, P, offsets)) * C;
     S* y = out + size_t(row) * C;
-    if (!aligned(out, C) || !aligned(wte, C) || !aligned(wpe, C)) {
-        for (int c = lane; c < C; c += WARP) y[c] = from_float<S>(to_float(token[c]) + to_float(place[c]));
-        return;
-    }
     for (int first = lane * SIZE; first < C; first += LOADS * STEP) {
         Pack<S> a[LOADS], b[LOADS];
 #pragma unroll
@@ -79,11 +75,11 @@ encoder_forward(S* out, const int* tokens, const S* wte, const S* wpe, const int
     }
 }
 
-// ---- Backward, version 1: a thread per element of dwte, which looks through all N tokens for its own ---------
+// ---- Backward, version 1: a thread per element of dwte, which looks through all N tokens for its own -----
 
 template <typename S>
 __global__ void encoder_backward_naive(float* dwte, const S* dout, const int* tokens, int N, int C) {
-    const int c = blockIdx.x * blockDim.x + threadIdx.x, token = blockIdx.y;
+    const int c = blockIdx.y * blockDim.x + threadIdx.x, token = blockIdx.x;
     if (c >= C) return;
     float sum = 0.0f;
     for (int row = 0; row < N; row++)
@@ -254,7 +250,6 @@ __global__ void __launch_bounds__(256, LOADS <= 4 ? 4 : 2)
 encoder_backward(float* dwte, float* dwpe, float* partials, const S* dout, const int* order,
                  const int* chunks, const int* chunk_count, int B, int T, int C) {
     constexpr int SIZE = Pack<S>::size;
-    const bool packed = aligned(dout, C) && aligned(dwte, C) && aligned(dwpe, C);
     const int workers = gridDim.x * blockDim.x / LANES, items = T + chunk_count[0];
     const int worker = (blockIdx.x * blockDim.x + threadIdx.x) / LANES, lane = threadIdx.x % LANES;
     for (int strip = 0, c = lane * SIZE; c < C; strip++, c += LANES * SIZE) {
@@ -274,14 +269,6 @@ encoder_backward(float* dwte, float* dwpe, float* partials, const S* dout, const
                 n = end - begin;
             }
             const auto row = [&](int i) { return rows == nullptr ? i * T + item : rows[i]; };
-            if (!packed) {
-                for (int k = 0; k < min(SIZE, C - c); k++) {
-                    float sum = accumulate ? total[k] : 0.0f;
-                    for (int i = 0; i < n; i++) sum += to_float(dout[size_t(row(i)) * C + c + k]);
-                    total[k] = sum;
-                }
-                continue;
-            }
             Pack<float> sum[SIZE / 4] = {};
             if (accumulate)
                 for (int k = 0; k < SIZE / 4; k++) sum[k] = load_pack(total + 4 * k);

@@ -1,10 +1,10 @@
-"""The card: its memory, its streams, and how a kernel gets there. Read cuda.py after, which uses it.
+"""The GPU: its memory, its streams, checking arguments, compiling and launching kernels. Read cuda.py after.
 
 CuPy brings memory, streams and the compiler, NVRTC: a kernel is compiled when it is first used, and ~/.cupy
 keeps the result. CuPy computes nothing here.
 
-A kernel believes its arguments, so every operation holds them to their types, shapes and layout with check()
-before it launches: a wrong one is an error, not a corruption.
+A kernel cannot check its arguments, so every operation calls check() before it launches: a wrong type, shape
+or layout is an error, not corrupted memory.
 """
 
 import collections
@@ -29,12 +29,12 @@ try:
     import cupy as xp
 
     xp.cuda.runtime.getDeviceCount()
-except ImportError as error:  # CuPy's own message is a page; what it rests on is one line
+except ImportError as error:  # CuPy's own message is a page; the message of its cause is one line
     missing = isinstance(error, ModuleNotFoundError) and error.name == "cupy"
     what = "CuPy is not installed" if missing else f"CuPy cannot be loaded: {error.__cause__ or error}"
     what = f"{NO_GPU}; if there is one, {what}" if NO_GPU else what
     raise ImportError(f"{what}; python -m pip install -r requirements-cuda.txt") from None
-except RuntimeError as error:  # without any driver, too, CUDA says that it is insufficient
+except RuntimeError as error:  # CUDA says 'insufficient' of a missing driver, too
     what = "no NVIDIA GPU was found"
     if "InsufficientDriver" in str(error):
         what = "the GPU's driver is too old, CUDA 13 needs 580 or newer"
@@ -43,7 +43,7 @@ except RuntimeError as error:  # without any driver, too, CUDA says that it is i
 HERE = Path(__file__).parent
 DEVICE = xp.cuda.Device()
 CAPABILITY = int(DEVICE.compute_capability)  # 80: A100, 86: RTX 30, 89: RTX 40, L4, 90: H100, H200
-SMS = DEVICE.attributes["MultiProcessorCount"]  # each runs blocks of its own
+SMS = DEVICE.attributes["MultiProcessorCount"]
 SHARED = DEVICE.attributes["MaxSharedMemoryPerBlockOptin"]  # bytes: 227 KB on sm_90, 163 on sm_80, else 99
 if CAPABILITY < 75:
     raise ImportError(f"the GPU is of compute capability {CAPABILITY / 10}, CUDA 13 begins at 7.5")
@@ -59,7 +59,7 @@ def cdiv(a, b):
 
 @contextlib.contextmanager
 def _needing(what):
-    """The end of memory as one line. CuPy's arrays, the runtime and the driver have an error each for it."""
+    """Make "out of memory", for which CuPy, the runtime and the driver have an error each, one UserError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -72,11 +72,11 @@ def _needing(what):
         ) from None
 
 
-_recording = False  # while captured() records
+_recording = False  # True while captured() records
 
 
 def _allocate(make, shape, dtype):
-    if _recording:  # played later, it would write to memory that belongs to others by then
+    if _recording:  # a replay would write to this memory when it belongs to other arrays
         what = "the first call, which is not recorded, must bring everything to its size"
         raise RuntimeError(f"{np.dtype(dtype)} {shape} would be allocated inside of a recording; {what}")
     with _needing(f"{size(int(np.prod(shape)) * np.dtype(dtype).itemsize)} more are"):
@@ -115,12 +115,12 @@ def to_device(array):
 
 
 def to_host(array):
-    """A NumPy array, once everything that was asked for before has been computed."""
+    """A NumPy array. Waits until all work that was queued before is done."""
     return xp.asnumpy(array)
 
 
 def _pinned(shape, dtype):
-    """An array on the host that the GPU copies from and to by itself: nobody waits."""
+    """An array in pinned host memory, which asynchronous copies need."""
     n = math.prod(shape)
     n_bytes = n * np.dtype(dtype).itemsize
     with _needing(f"{size(n_bytes)} of the computer's own, pinned for copies, are"):
@@ -128,7 +128,7 @@ def _pinned(shape, dtype):
 
 
 def read_later(array):
-    """A function that returns what the array holds now: the GPU goes on, the function waits for the copy."""
+    """Start an asynchronous copy to the host; call the result to wait for it and get the NumPy array."""
     host, arrived = _pinned(array.shape, array.dtype), xp.cuda.Event()
     array.get(out=host, blocking=False)
     arrived.record()
@@ -137,30 +137,30 @@ def read_later(array):
         arrived.synchronize()
         return host
 
-    weakref.finalize(read, arrived.synchronize).atexit = False  # until then nobody else gets the memory
+    weakref.finalize(read, arrived.synchronize).atexit = False  # if nobody reads: keep the memory until then
     return read
 
 
 def synchronize():
-    """Wait until everything asked for has been computed."""
+    """Wait until all queued work is done."""
     DEVICE.synchronize()
 
 
 def now():
-    """The end of what has been asked for so far, for elapsed()."""
+    """An event behind the work that is queued so far, for elapsed()."""
     event = xp.cuda.Event()
     event.record()
     return event
 
 
 def elapsed(start, end):
-    """How long what was asked for between two now() took to compute, once it is."""
+    """Seconds that the GPU spent between two events of now(). Waits for the second."""
     end.synchronize()
     return xp.cuda.get_elapsed_time(start, end) / 1e3
 
 
 def free_memory():
-    """Bytes that can still be allocated: the card's, and what CuPy keeps for later."""
+    """Bytes that can still be allocated: free memory of the GPU, and free blocks of CuPy's pool."""
     return DEVICE.mem_info[0] + xp.get_default_memory_pool().free_bytes()
 
 
@@ -168,14 +168,14 @@ _scratch = SimpleNamespace(buffer=None)
 
 
 def scratch(*wanted):
-    """Working memory, an array for each (elements, type): valid until the next operation asks for some.
+    """Workspace for an operation, an array for each (elements, type); valid until the next operation.
 
-    One buffer serves all, because operations follow each other on one stream. It grows to the largest demand.
+    One buffer serves all operations, because they follow each other on one stream. It only grows.
     """
     sizes = [cdiv(n * np.dtype(dtype).itemsize, 256) * 256 for n, dtype in wanted]
     if _scratch.buffer is None or _scratch.buffer.size < sum(sizes):
         if not _recording:
-            _scratch.buffer = None  # so that its memory can be part of the new one
+            _scratch.buffer = None  # freed first, so that its memory can be part of the new one
         _scratch.buffer = empty(sum(sizes), np.uint8)
     arrays, start = [], 0
     for (n, dtype), n_bytes in zip(wanted, sizes):
@@ -188,8 +188,8 @@ def scratch(*wanted):
 def captured(function):
     """`function`, which must use the same arrays every time, as a CUDA graph: one launch instead of hundreds.
 
-    The first call runs it, so that kernels are compiled and scratch memory has its size; the second records
-    it; from then on the recording is played. Python's share of a decoding step vanishes.
+    The first call runs it, so that kernels are compiled and the workspace has its size; the second records
+    it; all calls from the second on replay the graph, and Python's time for the launches is saved.
     """
     state = SimpleNamespace(calls=0, graph=None, scratch=None)
 
@@ -209,7 +209,7 @@ def captured(function):
                     finally:
                         _recording = False
                         graph = stream.end_capture()
-                # The recording writes to this scratch memory, also when others have a larger one.
+                # The graph goes on using this workspace, even when scratch() has made a larger one.
                 state.graph, state.scratch = graph, _scratch.buffer
             state.graph.launch()
 
@@ -222,7 +222,7 @@ def captured(function):
 NAMES = {np.dtype(np.float32): "float", np.dtype(np.int32): "int", np.dtype(np.int64): "long"}
 NAMES[np.dtype(ml_dtypes.bfloat16)] = "bf16"
 WIDTH = {"float": 4, "bf16": 8}  # elements in 16 bytes, the most that a thread reads at once
-MOST = 2**31 - 1  # elements of an array: kernels take sizes as int
+MOST = 2**31 - 1  # elements of an array, because kernels take sizes as int
 
 
 @functools.cache
@@ -238,11 +238,11 @@ def _parsed(what):
 
 
 def check(what, *arrays):
-    """Hold arrays to "operation: name type sizes, ..." and return the sizes, and S, by their letters.
+    """Check arrays against "operation: name type sizes, ..."; return the sizes, and S, by their letters.
 
-    A letter means the same number everywhere, 3C three times C, and N as the first of an array's sizes is all
-    its leading dimensions together. A type is S, W (S or float), float, bf16, int or long. name? may be None;
-    the rows of name~ may lie further apart than they are long.
+    A letter stands for the same number everywhere, and 3C for three times C. N as the first size stands for
+    all leading dimensions together. A type is S, W (S or float), float, bf16, int or long. name? may be None;
+    the rows of name~ may be further apart than they are long.
     """
     operation, entries = _parsed(what)
     found = {}
@@ -278,7 +278,16 @@ def check(what, *arrays):
 
 
 def aligned(*arrays):
-    return all(array is None or array.data.ptr % 16 == 0 for array in arrays)
+    """Whether the rows of these arrays, of which some may be None, begin on 16-byte boundaries.
+
+    Where they do, kernels move 16 bytes at a time; where they do not, the first version of a kernel runs,
+    which takes any size. Whole arrays begin on such a boundary: gpt2.py begins every view at a multiple of 64
+    elements and pads the vocabulary to a multiple of 128. So the length of the rows, mostly C, decides.
+    """
+    for array in arrays:
+        if array is not None and (array.data.ptr % 16 or array.shape[-1] * array.itemsize % 16):
+            return False
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -286,9 +295,9 @@ def aligned(*arrays):
 
 
 def tensor_map(array, box_rows):
-    """The map of a matrix (rows, columns) for TMA: boxes of 128 bytes by box_rows rows, 128-byte swizzle.
+    """The TMA map of a matrix (rows, columns): boxes of 128 bytes by box_rows rows, with 128-byte swizzle.
 
-    It goes to a kernel by value, as a `const __grid_constant__ TensorMap`. The row length in bytes and the
+    A kernel takes it by value, as a `const __grid_constant__ TensorMap`. The row length in bytes and the
     address must be multiples of 16.
     """
     rows, columns = array.shape
@@ -296,7 +305,7 @@ def tensor_map(array, box_rows):
 
 
 def head_map(array, n_parts, n_head, box_rows):
-    """The map of (B, T, n_parts * n_head * HS) for TMA: boxes of 64 channels of one head by box_rows tokens.
+    """The TMA map of (B, T, n_parts * n_head * HS): boxes of 64 channels of one head by box_rows tokens.
 
     Coordinates in the kernel are channel, head (of all parts), token, row of the batch.
     """
@@ -307,9 +316,9 @@ def head_map(array, n_parts, n_head, box_rows):
 
 @functools.lru_cache(8192)
 def _encoded(address, dtype, sizes, box):
-    """128 bytes from the driver's cuTensorMapEncodeTiled, which CuPy does not offer.
+    """The 128 bytes of a map, from the driver's cuTensorMapEncodeTiled, which CuPy does not offer.
 
-    sizes are innermost first, of an array without gaps; the box is 128 bytes wide and then as given. The
+    sizes are those of a contiguous array, innermost first; the box is 128 bytes wide and then as given. The
     constants are those of cuda.h: float32 is type 7, bfloat16 type 9; swizzle 3 is 128 bytes; promotion 2
     fetches 128 bytes at once into L2.
     """
@@ -348,21 +357,21 @@ def _driver():
 
 @functools.cache
 def _options(file=""):
-    """CuPy's cache looks at the .cu file and at these, so what the file includes must be among them.
+    """NVRTC's options. CuPy's cache depends on them and on the .cu file, so a checksum of the headers is one.
 
-    -ftz=true: denormal numbers are 0, and exp2f, rsqrtf and division need no extra steps for them.
+    -ftz=true: denormal numbers become 0, so exp2f, rsqrtf and division need no extra steps for them.
     """
     headers = b"".join(path.read_bytes() for path in sorted(HERE.glob("*.cuh")))
     common = "-std=c++17", "-ftz=true", f"-I{HERE}", f"-UHEADERS_{zlib.crc32(headers)}"
     return (*common, "-arch=sm_90a") if file.endswith("_hopper") else common
 
 
-_allowed = {}  # (file, kernel): bytes; it only grows, because CuPy gives the same function every time
+_allowed = {}  # (file, kernel): bytes of dynamic shared memory, the most that a launch has asked for
 
 
 @functools.cache
 def load(file, kernel, shared=0):
-    """A kernel of a .cu file, compiled for this card, allowed so many bytes of dynamic shared memory."""
+    """A kernel of a .cu file, compiled for this GPU; it may use `shared` bytes of dynamic shared memory."""
     if shared > SHARED:
         needs = f"{kernel} needs {shared:,} bytes of shared memory"
         has = f"a block of this GPU (sm_{CAPABILITY}) has {SHARED:,}"
@@ -378,16 +387,16 @@ def load(file, kernel, shared=0):
     except (ImportError, OSError, RuntimeError) as error:
         remedy = "NVRTC may be missing: python -m pip install -r requirements-cuda.txt"
         raise UserError(f"kernels/{file}.cu cannot be compiled or loaded ({error}); {remedy}") from None
-    if shared:  # without it 48 KB are the most, less what the kernel declares statically
+    if shared:  # without this 48 KB are the most; CuPy returns the same function for every size
         _allowed[file, kernel] = most = max(shared, _allowed.get((file, kernel), 0))
         function.max_dynamic_shared_size_bytes = most
     return function
 
 
 def launch(file, kernel, grid, block, *arguments, shared=0):
-    """Run a kernel. grid and block are numbers or tuples; Python's numbers go as int and float.
+    """Launch a kernel. grid and block are numbers or tuples; Python's numbers become int and float.
 
-    None goes as a null pointer: CuPy itself would make 0xffffffff of it (its issue 9046).
+    None becomes a null pointer: CuPy itself would make 0xffffffff of it (its issue 9046).
     """
     grid, block = (shape if isinstance(shape, tuple) else (shape,) for shape in (grid, block))
     plain = {int: np.int32, float: np.float32, type(None): lambda _: np.uint64(0)}

@@ -1,25 +1,24 @@
-// Layernorm, forward and backward. Read layernorm_forward and layernorm_backward in kernels/reference.py before,
-// and common.cuh.
+// Layernorm, forward and backward. Read layernorm_forward and layernorm_backward in kernels/reference.py, and
+// common.cuh, before.
 //
 //   inp, out, dinp, dout (N, C) of T     weight, bias (C,) of T       N = B * T rows
 //   mean, rstd (N,) float32              dweight, dbias (C,) float32
 //
-//   kernel                                  grid                   block  shared  workspace
-//   layernorm_forward_naive<T>              ceil(N / 128)          128    0       none
-//   layernorm_forward_rows<T>               ceil(N / 4)            128    0       none
-//   layernorm_forward<T, VECTORS>           F                      128    0       none
-//   layernorm_backward_naive<T>             ceil(max(N, C) / 128)  128    0       none
-//   layernorm_backward_rows<T>              G                      128    0       partials: G * 2 * C float32
-//   layernorm_backward<T, VECTORS>          G                      128    8 * C   partials: G * 2 * C float32
-//   layernorm_backward_reduce               ceil(2 * C / 32)       1024   0       reads them; `count` is G
+//   kernel                          grid              block  shared  workspace
+//   layernorm_forward_rows<T>       ceil(N / 4)       128    0       none
+//   layernorm_forward<T, VECTORS>   F                 128    0       none
+//   layernorm_backward_rows<T>      G                 128    0       partials: G * 2 * C float32
+//   layernorm_backward<T, VECTORS>  G                 128    8 * C   partials: G * 2 * C float32
+//   layernorm_backward_reduce       ceil(2 * C / 32)  1024   0       reads them; `count` is G
 //
-// VECTORS = ceil(C / (32 * 16/sizeof(T))) is the number of 16-byte packs per lane: at most 7 for bf16, enough
-// for the 1600 channels of the largest GPT-2; for float32 at most 13 forward, 10 backward. Beyond, more
-// registers would be needed than there are, and the _rows kernels take any C. F = min(5 * SMs, ceil(N / 4)) and G = min(3 * SMs, ceil(N / 4)) blocks, though any
-// number works. All handle misaligned rows.
+// The _rows kernels take any C. The others want rows aligned to 16 bytes, and hold a row in registers: VECTORS =
+// ceil(C / (32 * 16/sizeof(T))) is the number of 16-byte packs per lane, at most 7 for bf16, enough for the 1600
+// channels of the largest GPT-2; for float32 at most 13 forward, 10 backward. F = min(5 * SMs, ceil(N / 4)) and
+// G = min(3 * SMs, ceil(N / 4)) blocks, though any number works.
 //
-// The floor is the memory's: N C elements are read and written once forward (2 N C), and 4 N C backward (dout, inp, dinp read, dinp written); 10 to 20 FLOP each, and half the instructions that
-// an H200 has time for. Above it backward by the partials, 16 G C bytes that the L2 cache holds.
+// The floor is the memory's: N C elements are read and written once forward (2 N C), and 4 N C backward (dout,
+// inp, dinp read, dinp written); 10 to 20 FLOP each, and half the instructions that an H200 has time for. Above
+// it backward by the partials, 16 G C bytes that the L2 cache holds.
 
 #include "common.cuh"
 
@@ -27,56 +26,36 @@ inline constexpr float EPSILON = 1e-5f;                     // GPT-2's
 
 // ---- out = (inp - mean) * rstd * weight + bias -----------------------------------------------------------
 
-// Version 1: one thread per row.
+// Version 1: one warp per row, so that neighbouring lanes read neighbouring channels. 1827 GB/s on an H200
+// (16,384 rows of 768, bf16), where a thread per row would reach 147.
 template <typename T>
-__global__ void layernorm_forward_naive(T* out, float* mean, float* rstd, const T* inp, const T* weight,
-                                        const T* bias, int N, int C) {
-    const int row = blockIdx.x * blockDim.x + threadIdx.x;
+__global__ void __launch_bounds__(128)
+layernorm_forward_rows(T* out, float* mean, float* rstd, const T* inp, const T* weight, const T* bias, int N,
+                       int C) {
+    const int row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP, lane = threadIdx.x % WARP;
     if (row >= N) return;
     const T* x = inp + size_t(row) * C;
     T* y = out + size_t(row) * C;
-    float sum = 0.0f, squares = 0.0f;
-    for (int c = 0; c < C; c++) sum += to_float(x[c]);
-    const float m = sum / C;
-    for (int c = 0; c < C; c++) squares += (to_float(x[c]) - m) * (to_float(x[c]) - m);
-    const float r = rsqrtf(squares / C + EPSILON);
-    for (int c = 0; c < C; c++)
-        y[c] = from_float<T>((to_float(x[c]) - m) * r * to_float(weight[c]) + to_float(bias[c]));
-    mean[row] = m;
-    rstd[row] = r;
-}
-
-// Version 2: one warp per row, so that neighbouring lanes read neighbouring channels. 147 -> 1827 GB/s on an
-// H200 (16,384 rows of 768, bf16).
-template <typename T>
-__device__ inline void row_forward(T* out, float* mean, float* rstd, const T* x, const T* weight,
-                                   const T* bias, int C) {
-    const int lane = threadIdx.x % WARP;
     float sum = 0.0f, squares = 0.0f;
     for (int c = lane; c < C; c += WARP) sum += to_float(x[c]);
     const float m = warp_sum(sum) / C;
     for (int c = lane; c < C; c += WARP) squares += (to_float(x[c]) - m) * (to_float(x[c]) - m);
     const float r = rsqrtf(warp_sum(squares) / C + EPSILON);
     for (int c = lane; c < C; c += WARP)
-        out[c] = from_float<T>((to_float(x[c]) - m) * r * to_float(weight[c]) + to_float(bias[c]));
-    if (lane == 0) *mean = m, *rstd = r;
-}
-template <typename T>
-__global__ void __launch_bounds__(128)
-layernorm_forward_rows(T* out, float* mean, float* rstd, const T* inp, const T* weight, const T* bias, int N,
-                       int C) {
-    const int row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
-    const size_t start = size_t(row) * C;
-    if (row < N) row_forward(out + start, mean + row, rstd + row, inp + start, weight, bias, C);
+        y[c] = from_float<T>((to_float(x[c]) - m) * r * to_float(weight[c]) + to_float(bias[c]));
+    if (lane == 0) mean[row] = m, rstd[row] = r;
 }
 
-// Version 3: the row stays in registers between the passes, so `inp` is read once instead of three times, and 16
+// Version 2: the row stays in registers between the passes, so `inp` is read once instead of three times, and 16
 // bytes at a time. 1827 -> 3097 GB/s on an H200 (16,384 rows of 768, bf16).
 //
-// Version 4: a warp takes rows in turn, and asks for the next one before it computes with this one. A channel is
+// Version 3: a warp takes rows in turn, and asks for the next one before it computes with this one. A channel is
 // taken out of its register once, and rounded into it in pairs. On an H200 on 2026-11-27: 16,384 rows 16.5 ->
 // 16.2 us, but 65,536 rows 54.4 -> 55.6 us, 3622 GB/s; with 6 blocks on a multiprocessor instead of 5, 16.1
 // and 57.1 us.
+//
+// weight and bias are not __restrict__: the compiler would keep a row of both in registers, too, and fewer blocks
+// would fit.
 //
 // A lane's pack k holds the channels column<T>(k) and following. The last packs may lie beyond C: they are
 // loaded from inside the row all the same, because loads that depend on nothing are all under way at once,
@@ -99,7 +78,7 @@ template <typename T> __device__ inline const Pack<T>& as_pack(const int4& bits)
 
 template <typename T, int VECTORS>
 __device__ inline void normalise(T* out, float* mean, float* rstd, float (&x)[VECTORS][Pack<T>::size],
-                                 const T* __restrict__ weight, const T* __restrict__ bias, int C) {
+                                 const T* weight, const T* bias, int C) {
     constexpr int SIZE = Pack<T>::size;
     float sum = 0.0f, squares = 0.0f;
 #pragma unroll
@@ -135,17 +114,10 @@ __device__ inline void normalise(T* out, float* mean, float* rstd, float (&x)[VE
 
 template <typename T, int VECTORS>
 __global__ void __launch_bounds__(128, VECTORS * Pack<T>::size <= 32 ? 3 : 2)
-layernorm_forward(T* out, float* mean, float* rstd, const T* inp, const T* __restrict__ weight,
-                  const T* __restrict__ bias, int N, int C) {
+layernorm_forward(T* out, float* mean, float* rstd, const T* inp, const T* weight,
+                  const T* bias, int N, int C) {
     int row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
     const int step = gridDim.x * (blockDim.x / WARP);
-    if (!aligned(out, C) || !aligned(inp, C) || !aligned(weight, C) || !aligned(bias, C)) {
-        for (; row < N; row += step) {
-            const size_t start = size_t(row) * C;
-            row_forward(out + start, mean + row, rstd + row, inp + start, weight, bias, C);
-        }
-        return;
-    }
     int4 next[VECTORS];
     const auto load = [&](int row) {
 #pragma unroll
@@ -167,42 +139,14 @@ layernorm_forward(T* out, float* mean, float* rstd, const T* inp, const T* __res
 //   dinp    += rstd * (dnorm - mean(dnorm) - norm * mean(dnorm * norm))      along the row
 //   dweight += sum of dout * norm,  dbias += sum of dout                     down the columns
 //
-// Version 1: thread i computes row i of dinp, then column i of dweight and dbias. C threads walk all N rows
-// while the rest of the card waits.
-template <typename T>
-__global__ void layernorm_backward_naive(T* dinp, float* dweight, float* dbias, const T* dout, const T* inp,
-                                         const T* weight, const float* mean, const float* rstd, int N,
-                                         int C) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    const auto dy = [&](int row, int c) { return to_float(dout[size_t(row) * C + c]); };
-    const auto norm = [&](int row, int c) {
-        return (to_float(inp[size_t(row) * C + c]) - mean[row]) * rstd[row];
-    };
-    float sum = 0.0f, sum_norm = 0.0f, dw = 0.0f, db = 0.0f;
-    const int columns = i < N ? C : 0, rows = i < C ? N : 0;  // of row i, of column i
-    for (int c = 0; c < columns; c++) {
-        sum += dy(i, c) * to_float(weight[c]);
-        sum_norm += dy(i, c) * to_float(weight[c]) * norm(i, c);
-    }
-    for (int c = 0; c < columns; c++) {
-        T& dx = dinp[size_t(i) * C + c];
-        const float change = dy(i, c) * to_float(weight[c]) - sum / C - norm(i, c) * (sum_norm / C);
-        dx = from_float<T>(to_float(dx) + rstd[i] * change);
-    }
-    for (int row = 0; row < rows; row++) {
-        dw += dy(row, i) * norm(row, i);
-        db += dy(row, i);
-    }
-    if (i < C) dweight[i] += dw, dbias[i] += db;
-}
-
-// Version 2: a warp per row for dinp, then, over the same rows again, a thread per column for the sums. A block
+// Version 1: a warp per row for dinp, then, over the same rows again, a thread per column for the sums. A block
 // owns rows: those of its warps, each `warps of the grid` further on than the one before. It leaves the sums
-// of its rows in partials (grid, 2, C); layernorm_backward_reduce adds up the blocks, in their order. Not
-// measured on its own.
+// of its rows in partials (grid, 2, C); layernorm_backward_reduce adds up the blocks, in their order. (A thread
+// per row and then per column, while the rest of the card waits, reaches 25 GB/s on an H200.)
 template <typename T>
-__device__ inline void rows_backward(T* dinp, float* partials, const T* dout, const T* inp, const T* weight,
-                                     const float* mean, const float* rstd, int N, int C) {
+__global__ void __launch_bounds__(128)
+layernorm_backward_rows(T* dinp, float* partials, const T* dout, const T* inp, const T* weight,
+                        const float* mean, const float* rstd, int N, int C) {
     const int warps = blockDim.x / WARP, first = blockIdx.x * warps, step = gridDim.x * warps;
     for (int row = first + threadIdx.x / WARP; row < N; row += step) {
         const T *dy = dout + size_t(row) * C, *x = inp + size_t(row) * C;
@@ -233,18 +177,12 @@ __device__ inline void rows_backward(T* dinp, float* partials, const T* dout, co
         partials[size_t(blockIdx.x) * 2 * C + C + c] = db;
     }
 }
-template <typename T>
-__global__ void __launch_bounds__(128)
-layernorm_backward_rows(T* dinp, float* partials, const T* dout, const T* inp, const T* weight,
-                        const float* mean, const float* rstd, int N, int C) {
-    rows_backward(dinp, partials, dout, inp, weight, mean, rstd, N, C);
-}
 
-// Version 3: everything is read once. A warp holds its row in registers, and in further registers the column
+// Version 2: everything is read once. A warp holds its row in registers, and in further registers the column
 // sums of the channels that its lanes see in every row. At the end the warps of the block add theirs up in
 // shared memory, one after the other. 25 -> 2540 GB/s on an H200 (16,384 rows of 768, bf16).
 //
-// Version 4: the next row of dout and inp is asked for before this one is computed with, and this row of dinp,
+// Version 3: the next row of dout and inp is asked for before this one is computed with, and this row of dinp,
 // which only the second pass needs, before the first pass. Fewer instructions a channel, too: norm by one
 // fused multiplication and addition, bf16 out of a register in pairs. On an H200 on 2026-11-27: 16,384 rows
 // 40.5 -> 39.1 us, 65,536 rows 113.6 -> 109.9 us, 3662 GB/s; without asking ahead 112.6 us.
@@ -252,8 +190,6 @@ template <typename T, int VECTORS>
 __global__ void __launch_bounds__(128, VECTORS * Pack<T>::size <= 24 ? 3 : 2)
 layernorm_backward(T* dinp, float* partials, const T* dout, const T* inp, const T* __restrict__ weight,
                    const float* mean, const float* rstd, int N, int C) {
-    if (!aligned(dinp, C) || !aligned(dout, C) || !aligned(inp, C) || !aligned(weight, C))
-        return rows_backward(dinp, partials, dout, inp, weight, mean, rstd, N, C);
     constexpr int SIZE = Pack<T>::size;
     constexpr bool AHEAD = VECTORS <= (sizeof(T) == 2 ? 4 : 3);  // there are registers for the next row
     const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP, step = gridDim.x * warps;

@@ -12,20 +12,22 @@
 // What happens to a finished tile on its way to memory is the EPILOGUE: see finish() below.
 //
 //   launch             grid x, y, z                      block               dynamic shared bytes
-//   matmul_naive       ceil(N / 32), ceil(M / 8), 1      32, 8               0
+//   matmul_naive       ceil(M / 8) ceil(N / 32), 1, 1    32, 8               0
 //   matmul_float       ceil(M / BM) ceil(N / BN), 1, S   (BM/TM) (BN/TN)     0
 //   matmul_bf16        ceil(M / BM) ceil(N / BN), 1, S   (BM/WM) (BN/WN) 32  STAGES (BM + BN) BK 2
 //   matmul_skinny      ceil(N / 16), 1, 1                256                 STAGES (MI + 1) 16384
 //   add_partials       ceil(size / 1024), 1, 1           256                 0
+//   column_sums_naive  ceil(N / 256), 1, 1               256                 0
 //   column_partials    ceil(N / (512 / sizeof T)), S, 1  256                 0
 //
-//   matmul_naive<T, A_T, B_T>(T* out, T* a, T* b, T* bias or null, int M, int N, int K)
-//   matmul_float<EPILOGUE, A_T, B_T, ALIGNED, BM, BN, BK, TM, TN> and
-//   matmul_bf16<O, EPILOGUE, A_T, B_T, ALIGNED, BM, BN, BK, WM, WN, STAGES>
+//   matmul_naive<T, O, EPILOGUE, A_T, B_T>(O* out, O* extra, O* bias, T* a, T* b, int M, int N, int K)
+//   matmul_float<EPILOGUE, A_T, B_T, BM, BN, BK, TM, TN> and
+//   matmul_bf16<O, EPILOGUE, A_T, B_T, BM, BN, BK, WM, WN, STAGES>
 //       (O* out, O* extra, O* bias, T* a, T* b, int M, int N, int K, int k_slice)     T = float = O; T = bf16
 //   matmul_skinny<O, EPILOGUE, B_T, MI, STAGES>(O* out, O* extra, O* bias, bf16* a, bf16* b, int M, int N, int K)
 //   add_partials(float* out, float* partials, size_t size, size_t stride, int slices)
-//   column_partials<T, ALIGNED>(float* partials, T* dout, int rows, int N, int rows_per_slice)
+//   column_sums_naive<T>(float* dbias, T* dout, int rows, int N)
+//   column_partials<T>(float* partials, T* dout, int rows, int N, int rows_per_slice)
 //
 //   tiles of matmul_float    128, 128, 8, 8, 8         256 threads, TM x TN outputs each
 //                            64, 64, 16, 4, 4          256 threads, for small outputs
@@ -34,10 +36,9 @@
 //      per warp)             128, 128, 32, 64, 64, 4   128 threads,  65536 bytes: two blocks per SM on sm_80
 //                            128, 128, 32, 64, 64, 3   128 threads,  49152 bytes: two on sm_86 and sm_89
 //                            64, 64, 64, 32, 32, 3     128 threads,  49152 bytes: small outputs
-//                            64, 64, 32, 32, 32, 3     128 threads,  24576 bytes: whatever is not ALIGNED
 //
-// ALIGNED: every pointer is a multiple of 16 bytes, and N and the row lengths of A and B as they are stored
-// are multiples of 8 (bf16) or 4 (float). Otherwise elements are moved one by one: any size works, slower.
+// The naive versions take any size. All others move 16 bytes at a time: every pointer is a multiple of 16
+// bytes, and N and the row lengths of A and B as they are stored are multiples of 8 (bf16) or 4 (float).
 //
 // S slices share the inner dimension, k_slice to each: a multiple of BK with S k_slice >= K. Forward and dinp
 // have S = 1. dweight has few tiles and a long K, all the tokens: with S = 1 its EPILOGUE is ACCUMULATE, with
@@ -51,70 +52,65 @@
 // as the L2 cache gives: hence large tiles, and the order of tile_of().
 
 #include "matmul.cuh"
-#include "ptx.cuh"
+#include "tile.cuh"
 
 // ---- Version 1: one thread per output --------------------------------------------------------------------
 
-// The definition. Every element of A is read N times and every element of B M times, mostly from the caches.
-// Won: the right answer, which the other versions are tested against. 5.2 TFLOP/s on an H200 (qkv's product of
-// GPT-2 124M, 16,384 rows, bf16).
-template <typename T, bool A_T, bool B_T>
-__global__ void matmul_naive(T* out, const T* a, const T* b, const T* bias, int M, int N, int K) {
-    const int m = blockIdx.y * blockDim.y + threadIdx.y, n = blockIdx.x * blockDim.x + threadIdx.x;
+// The definition, with every epilogue, for any size. Every element of A is read N times and every element of B
+// M times, mostly from the caches. 5.2 TFLOP/s on an H200 (qkv's product of GPT-2 124M, 16,384 rows, bf16).
+template <typename T, typename O, Epilogue EPILOGUE, bool A_T, bool B_T>
+__global__ void matmul_naive(O* out, O* extra, const O* bias, const T* a, const T* b, int M, int N, int K) {
+    const int across = ceil_div(N, blockDim.x);
+    const int m = blockIdx.x / across * blockDim.y + threadIdx.y;
+    const int n = blockIdx.x % across * blockDim.x + threadIdx.x;
     if (m >= M || n >= N) return;
-    float sum = bias ? to_float(bias[n]) : 0.0f;
+    float x = 0.0f;
     for (int k = 0; k < K; k++)
-        sum += to_float(A_T ? a[(size_t)k * M + m] : a[(size_t)m * K + k]) *
-               to_float(B_T ? b[(size_t)n * K + k] : b[(size_t)k * N + n]);
-    out[(size_t)m * N + n] = from_float<T>(sum);
+        x += to_float(A_T ? a[(size_t)k * M + m] : a[(size_t)m * K + k]) *
+             to_float(B_T ? b[(size_t)n * K + k] : b[(size_t)k * N + n]);
+    const size_t at = (size_t)m * N + n;                // in out and in extra
+    if constexpr (ADDS_BIAS<EPILOGUE>) x += to_float(bias[n]);
+    if constexpr (EPILOGUE == BIAS_GELU) {              // out = gelu(pre) of pre as it is stored, so that
+        extra[at] = from_float<O>(x);                   // recomputing it gives the same bits
+        x = gelu(to_float(extra[at]));
+    }
+    if constexpr (EPILOGUE == BIAS_RESIDUAL) x += to_float(extra[at]);
+    if constexpr (EPILOGUE == GELU_GRAD) x *= gelu_grad(to_float(extra[at]));
+    if constexpr (EPILOGUE == ACCUMULATE) x += to_float(out[at]);
+    out[at] = from_float<O>(x);
 }
 
-// ---- What the faster versions share ----------------------------------------------------------------------
-
-// 16 bytes, of which the first `count` elements exist. ALIGNED promises that they all do, and the alignment.
-template <bool ALIGNED, typename T>
-__device__ inline Pack<T> load_part(const T* address, int count) {
-    Pack<T> pack;
-    if constexpr (ALIGNED) pack = load_pack(address);
-    else for (int i = 0; i < Pack<T>::size; i++) pack[i] = i < count ? address[i] : from_float<T>(0.0f);
-    return pack;
-}
-template <bool ALIGNED, typename T>
-__device__ inline void store_part(T* address, const Pack<T>& pack, int count) {
-    if constexpr (ALIGNED) store_pack(address, pack);
-    else for (int i = 0; i < Pack<T>::size; i++) if (i < count) address[i] = pack[i];
-}
+// ---- The epilogue of the faster versions -----------------------------------------------------------------
 
 // 16 bytes of outputs, x, at (row, col) go to memory. `extra` (M, N) is the pre-activation that BIAS_GELU
 // writes and GELU_GRAD reads, or the residual that BIAS_RESIDUAL reads.
-template <Epilogue EPILOGUE, bool ALIGNED, typename O>
+template <Epilogue EPILOGUE, typename O>
 __device__ inline void finish(O* out, O* extra, const O* bias, float (&x)[Pack<O>::size], int row, int col,
                               int N) {
     constexpr int SIZE = Pack<O>::size;
     const size_t at = (size_t)row * N + col;
-    const int count = N - col;
-    if constexpr (EPILOGUE == BIAS || EPILOGUE == BIAS_GELU || EPILOGUE == BIAS_RESIDUAL) {
-        const Pack<O> b = load_part<ALIGNED>(bias + col, count);
+    if constexpr (ADDS_BIAS<EPILOGUE>) {
+        const Pack<O> b = load_pack(bias + col);
         for (int i = 0; i < SIZE; i++) x[i] += to_float(b[i]);
     }
-    if constexpr (EPILOGUE == BIAS_GELU) {          // out = gelu(pre) of pre as it is stored, so that
-        const Pack<O> pre = rounded_pack<O>(x);     // recomputing it gives the same bits
-        store_part<ALIGNED>(extra + at, pre, count);
+    if constexpr (EPILOGUE == BIAS_GELU) {
+        const Pack<O> pre = rounded_pack<O>(x);
+        store_pack(extra + at, pre);
         for (int i = 0; i < SIZE; i++) x[i] = gelu(to_float(pre[i]));
     }
-    if constexpr (EPILOGUE == BIAS_RESIDUAL) {      // out = residual + inp @ weight + bias
-        const Pack<O> residual = load_part<ALIGNED>(extra + at, count);
+    if constexpr (EPILOGUE == BIAS_RESIDUAL) {          // out = residual + inp @ weight + bias
+        const Pack<O> residual = load_pack(extra + at);
         for (int i = 0; i < SIZE; i++) x[i] += to_float(residual[i]);
     }
-    if constexpr (EPILOGUE == GELU_GRAD) {          // dpre = (dout @ weight.T) * gelu'(pre)
-        const Pack<O> pre = load_part<ALIGNED>(extra + at, count);
+    if constexpr (EPILOGUE == GELU_GRAD) {              // dpre = (dout @ weight.T) * gelu'(pre)
+        const Pack<O> pre = load_pack(extra + at);
         for (int i = 0; i < SIZE; i++) x[i] *= gelu_grad(to_float(pre[i]));
     }
-    if constexpr (EPILOGUE == ACCUMULATE) {         // dweight += inp.T @ dout
-        const Pack<O> before = load_part<ALIGNED>(out + at, count);
+    if constexpr (EPILOGUE == ACCUMULATE) {             // dweight += inp.T @ dout
+        const Pack<O> before = load_pack(out + at);
         for (int i = 0; i < SIZE; i++) x[i] += to_float(before[i]);
     }
-    store_part<ALIGNED>(out + at, rounded_pack<O>(x), count);
+    store_pack(out + at, rounded_pack<O>(x));
 }
 
 // ---- Version 2, float32: tiles in shared memory, 8 x 8 outputs in the registers of a thread ------------------
@@ -125,7 +121,7 @@ __device__ inline void finish(O* out, O* extra, const O* bias, float (&x)[Pack<O
 // global memory to registers while the present one is multiplied: 40 TFLOP/s on an H200, in float32.
 
 // A thread's share of the tile that begins at (mn0, k0). K_MAJOR: stored (mn_size, K), else (K, mn_size).
-template <bool K_MAJOR, bool ALIGNED, int SIDE, int BK, int THREADS, int PACKS>
+template <bool K_MAJOR, int SIDE, int BK, int THREADS, int PACKS>
 __device__ inline void fetch(Pack<float> (&packs)[PACKS], const float* matrix, int mn0, int k0, int mn_size,
                              int K) {
     for (int p = 0; p < PACKS; p++) {
@@ -133,8 +129,7 @@ __device__ inline void fetch(Pack<float> (&packs)[PACKS], const float* matrix, i
         const int row = K_MAJOR ? mn0 + i / BK : k0 + i / SIDE, rows = K_MAJOR ? mn_size : K;
         const int col = K_MAJOR ? k0 + i % BK : mn0 + i % SIDE, cols = K_MAJOR ? K : mn_size;
         packs[p] = {};
-        if (row < rows && col < cols)
-            packs[p] = load_part<ALIGNED>(matrix + (size_t)row * cols + col, cols - col);
+        if (row < rows && col < cols) packs[p] = load_pack(matrix + (size_t)row * cols + col);
     }
 }
 // The padding of 4 lets the transposing stores of a warp fall into different banks.
@@ -147,7 +142,7 @@ __device__ inline void put(float (&tile)[BK][SIDE + 4], const Pack<float> (&pack
     }
 }
 
-template <Epilogue EPILOGUE, bool A_T, bool B_T, bool ALIGNED, int BM, int BN, int BK, int TM, int TN>
+template <Epilogue EPILOGUE, bool A_T, bool B_T, int BM, int BN, int BK, int TM, int TN>
 __global__ void __launch_bounds__(BM / TM * (BN / TN), 2)       // two blocks per SM: at most 128 registers
 matmul_float(float* out, float* extra, const float* bias, const float* a, const float* b, int M, int N, int K,
              int k_slice) {
@@ -165,14 +160,14 @@ matmul_float(float* out, float* extra, const float* bias, const float* a, const 
     constexpr int ROW_GAP = BM / (TM / 4), COL_GAP = BN / (TN / 4);
     Pack<float> a_packs[A_PACKS], b_packs[B_PACKS];
     float sums[TM][TN] = {};
-    fetch<!A_T, ALIGNED, BM, BK, THREADS>(a_packs, a, tile.m, k_begin, M, K);
-    fetch<B_T, ALIGNED, BN, BK, THREADS>(b_packs, b, tile.n, k_begin, N, K);
+    fetch<!A_T, BM, BK, THREADS>(a_packs, a, tile.m, k_begin, M, K);
+    fetch<B_T, BN, BK, THREADS>(b_packs, b, tile.n, k_begin, N, K);
     for (int k0 = k_begin, now = 0; k0 < k_end; k0 += BK, now ^= 1) {
         put<!A_T, BM, BK, THREADS>(a_tile[now], a_packs);
         put<B_T, BN, BK, THREADS>(b_tile[now], b_packs);
         __syncthreads();                            // one barrier: the other buffer was read before it
-        fetch<!A_T, ALIGNED, BM, BK, THREADS>(a_packs, a, tile.m, k0 + BK, M, K);
-        fetch<B_T, ALIGNED, BN, BK, THREADS>(b_packs, b, tile.n, k0 + BK, N, K);
+        fetch<!A_T, BM, BK, THREADS>(a_packs, a, tile.m, k0 + BK, M, K);
+        fetch<B_T, BN, BK, THREADS>(b_packs, b, tile.n, k0 + BK, N, K);
 #pragma unroll 2                                      // unrolled further, it would spill
         for (int k = 0; k < BK; k++) {
             Pack<float> x[TM / 4], y[TN / 4];
@@ -189,7 +184,7 @@ matmul_float(float* out, float* extra, const float* bias, const float* a, const 
         for (int j = 0; j < TN; j += 4) {
             const int n = tile.n + col + j / 4 * COL_GAP;
             float x[4] = {sums[i][j], sums[i][j + 1], sums[i][j + 2], sums[i][j + 3]};
-            if (m < M && n < N) finish<EPILOGUE, ALIGNED>(out, extra, bias, x, m, n, N);
+            if (m < M && n < N) finish<EPILOGUE>(out, extra, bias, x, m, n, N);
         }
     }
 }
@@ -200,35 +195,6 @@ matmul_float(float* out, float* extra, const float* bias, const float* a, const 
 // present one; and while mma works on 16 of a stage's BK, ldmatrix brings the next 16 to registers. A tile
 // lies in shared memory as it lies in global memory; ldmatrix.trans turns what lies across, so that the three
 // products are one kernel. 40 -> 313 TFLOP/s. On Hopper matmul_hopper.cu is the next version.
-
-// Where the 16-byte chunk `chunk` of row `row` lies in a tile with rows of COLS bf16. ldmatrix reads the same
-// chunk of 8 rows, which would all lie in the same banks: xor with the row number spreads them over all 32.
-// (At COLS = 32 two rows lie side by side in the banks, so every second row counts.)
-template <int COLS> __device__ inline int swizzle(int row, int chunk) {
-    return row * COLS + (COLS >= 64 ? chunk ^ row % 8 : chunk ^ row / (64 / COLS) % (COLS / 8)) * 8;
-}
-
-// Part `part` of `parts` of the tile that begins at (row0, col0) of matrix (rows, cols); what lies outside of
-// the matrix becomes zero. A thread stays in its column of chunks and goes down the tile in steps of a
-// multiple of 8 rows, after which the swizzle repeats: one address is computed, the others are a constant
-// away.
-template <bool ALIGNED, int ROWS, int COLS, int THREADS>
-__device__ inline void load_tile(bf16* tile, const bf16* matrix, int row0, int col0, int rows, int cols,
-                                 int part, int parts) {
-    constexpr int CHUNKS = COLS / 8, STEP = THREADS / CHUNKS;
-    static_assert(ROWS % STEP == 0 && STEP % 8 == 0, "whole steps");
-    const int row = threadIdx.x / CHUNKS, col = col0 + threadIdx.x % CHUNKS * 8;
-    const int count = max(0, min(8, cols - col)), rows_left = rows - row0 - row;
-    const bf16* from = matrix + (size_t)(row0 + row) * cols + col;  // read where count and rows_left are > 0
-    bf16* to = tile + swizzle<COLS>(row, threadIdx.x % CHUNKS);
-#pragma unroll
-    for (int down = 0; down < ROWS; down += STEP) {
-        if (down / STEP % parts != part) continue;
-        const int there = down < rows_left ? count : 0;
-        if constexpr (ALIGNED) cp_async_16(to + down * COLS, from + (size_t)down * cols, there * 2);
-        else store_pack(to + down * COLS, load_part<false>(from + (size_t)down * cols, there));
-    }
-}
 
 // Four 8 x 8 tiles, 16 (m or n) x 16 (k), from (mn, k) of a shared tile: one fragment of A, or two of B. A
 // wants the second tile 8 further in m (see mma in ptx.cuh), B 8 further in k.
@@ -241,8 +207,8 @@ __device__ inline void load_fragment(uint32_t (&r)[4], const bf16* tile, int mn,
     else ldmatrix_x4_trans(r, tile + swizzle<SIDE>(k + lane % 8, mn / 8));
 }
 
-template <typename O, Epilogue EPILOGUE, bool A_T, bool B_T, bool ALIGNED, int BM, int BN, int BK, int WM,
-          int WN, int STAGES>
+template <typename O, Epilogue EPILOGUE, bool A_T, bool B_T, int BM, int BN, int BK, int WM, int WN,
+          int STAGES>
 __global__ void __launch_bounds__(BM / WM * (BN / WN) * WARP)
 matmul_bf16(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int M, int N, int K, int k_slice) {
     constexpr int THREADS = BM / WM * (BN / WN) * WARP, MI = WM / 16, NI = WN / 8, STEPS = BK / 16;
@@ -263,10 +229,10 @@ matmul_bf16(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int M
         bf16* const b_tile = b_tiles + stage * BN * BK;
         const int k = k_begin + block * BK;
         if (block < blocks) {       // else an empty group: the count of groups stays the count of blocks
-            if constexpr (A_T) load_tile<ALIGNED, BK, BM, THREADS>(a_tile, a, k, tile.m, K, M, part, parts);
-            else load_tile<ALIGNED, BM, BK, THREADS>(a_tile, a, tile.m, k, M, K, part, parts);
-            if constexpr (B_T) load_tile<ALIGNED, BN, BK, THREADS>(b_tile, b, tile.n, k, N, K, part, parts);
-            else load_tile<ALIGNED, BK, BN, THREADS>(b_tile, b, k, tile.n, K, N, part, parts);
+            if constexpr (A_T) load_tile<BK, BM, THREADS>(a_tile, a, k, tile.m, K, M, M, part, parts);
+            else load_tile<BM, BK, THREADS>(a_tile, a, tile.m, k, M, K, K, part, parts);
+            if constexpr (B_T) load_tile<BN, BK, THREADS>(b_tile, b, tile.n, k, N, K, K, part, parts);
+            else load_tile<BK, BN, THREADS>(b_tile, b, k, tile.n, K, N, N, part, parts);
         }
         if (part == parts - 1) cp_async_commit();
     };
@@ -337,7 +303,7 @@ matmul_bf16(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int M
                 for (int e = 0; e < 4; e++) x[c + e] = four[e];
             }
             const int m = tile.m + warp_m + i * 16 + row, n = tile.n + warp_n + col;
-            if (m < M && n < N) finish<EPILOGUE, ALIGNED>(out, extra, bias, x, m, n, N);
+            if (m < M && n < N) finish<EPILOGUE>(out, extra, bias, x, m, n, N);
         }
         __syncwarp();                               // the strip may be written again
     }
@@ -348,9 +314,9 @@ matmul_bf16(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int M
 // For M <= 16 MI rows the work is to read B once, and what counts is how much of it is asked for at a time. A
 // block owns 16 columns and all of K: each of its 8 warps takes every eighth 64 of k, through a ring of STAGES
 // of its own, so that nobody waits for anybody until the 8 sums are added, in their order. With 6 stages and
-// K = 3072 a block asks for all that it will ever read at once. B is aligned, as are the rows of A and out.
-// Not measured yet (the version before, tiles of 16 x 32 and K walked by one pipeline: 556 us for a token of
-// GPT-2 124M on an H200, this and all other kernels).
+// K = 3072 a block asks for all that it will ever read at once. A token of GPT-2 124M, by this and all other
+// kernels, took 556 us on an H200 with the version before (tiles of 16 x 32, K walked by one pipeline), and
+// takes 429 us since this one and decode.cu's single launch.
 template <typename O, Epilogue EPILOGUE, bool B_T, int MI, int STAGES>
 __global__ void __launch_bounds__(256)
 matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int M, int N, int K) {
@@ -421,7 +387,7 @@ matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int
             float x[SIZE] = {};
             for (int w = 0; w < WARPS; w++)
                 for (int e = 0; e < SIZE; e++) x[e] += partial[w][row][col + e];
-            finish<EPILOGUE, true>(out, extra, bias, x, i * 16 + row, n0 + col, N);
+            finish<EPILOGUE>(out, extra, bias, x, i * 16 + row, n0 + col, N);
         }
     }
 }
@@ -429,19 +395,12 @@ matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int
 // ---- Sums in a fixed order -------------------------------------------------------------------------------
 
 // out[i] += partials[0][i] + partials[1][i] + ..., `stride` elements from one slice to the next: the second half
-// of the split dweight, here and in matmul_hopper.cu, and of the bias gradient. Four elements a thread.
-// Bandwidth alone: (slices + 2) size 4 bytes, which the L2 cache holds in part.
+// of the split dweight, here and in matmul_hopper.cu, and of the bias gradient. Four elements a thread: size
+// and stride are multiples of 4. Bandwidth alone: (slices + 2) size 4 bytes, which the L2 cache holds in part.
 __global__ void __launch_bounds__(256)
 add_partials(float* out, const float* partials, size_t size, size_t stride, int slices) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i + 4 > size || !aligned(out, 0) || !aligned(partials, stride)) {
-        for (size_t j = i; j < min(i + 4, size); j++) {
-            float sum = 0.0f;
-            for (int s = 0; s < slices; s++) sum += partials[s * stride + j];
-            out[j] += sum;
-        }
-        return;
-    }
+    if (i >= size) return;
     Pack<float> sum = {};
 #pragma unroll 4
     for (int s = 0; s < slices; s++) {
@@ -453,10 +412,20 @@ add_partials(float* out, const float* partials, size_t size, size_t stride, int 
     store_pack(out + i, total);
 }
 
-// partials (S, N): the column sums of each slice of the rows of dout (rows, N), for dbias. A lane owns 16
-// bytes of columns, so a warp reads 512 contiguous bytes of a row; the 8 warps of a block take rows in turn
-// and meet at the end. Bandwidth alone: dout is read once.
-template <typename T, bool ALIGNED>
+// The bias gradient, version 1: dbias (N,) += the column sums of dout (rows, N), a thread for each column.
+template <typename T>
+__global__ void column_sums_naive(float* dbias, const T* dout, int rows, int N) {
+    const int n = blockIdx.x * blockDim.x + threadIdx.x;
+    if (n >= N) return;
+    float sum = 0.0f;
+    for (int row = 0; row < rows; row++) sum += to_float(dout[(size_t)row * N + n]);
+    dbias[n] += sum;
+}
+
+// Version 2: partials (S, N), the column sums of each slice of the rows, for add_partials. A lane owns 16 bytes
+// of columns, so a warp reads 512 contiguous bytes of a row; the 8 warps of a block take rows in turn and meet
+// at the end. Bandwidth alone: dout is read once.
+template <typename T>
 __global__ void __launch_bounds__(256)
 column_partials(float* partials, const T* dout, int rows, int N, int rows_per_slice) {
     constexpr int SIZE = Pack<T>::size, COLS = WARP * SIZE, WARPS = 8;
@@ -468,7 +437,7 @@ column_partials(float* partials, const T* dout, int rows, int N, int rows_per_sl
     if (col < N) {
 #pragma unroll 4
         for (int row = begin + warp; row < end; row += WARPS) {
-            const Pack<T> pack = load_part<ALIGNED>(dout + (size_t)row * N + col, N - col);
+            const Pack<T> pack = load_pack(dout + (size_t)row * N + col);
             for (int i = 0; i < SIZE; i++) sum[i] += to_float(pack[i]);
         }
     }

@@ -8,6 +8,7 @@
 //   BIAS            out = x + bias                 BIAS_RESIDUAL   out = x + bias + extra
 //   BIAS_GELU       extra = x + bias, out = gelu(extra)            GELU_GRAD       out = x * gelu'(extra)
 enum Epilogue { STORE, BIAS, BIAS_GELU, BIAS_RESIDUAL, GELU_GRAD, ACCUMULATE };
+template <Epilogue E> inline constexpr bool ADDS_BIAS = E == BIAS || E == BIAS_GELU || E == BIAS_RESIDUAL;
 
 // Which tile of BM x BN outputs is number `index`. Tiles are computed in the order of their numbers, so
 // neighbours in number should share rows of A and columns of B in the L2 cache: 16 tiles down, then one

@@ -184,7 +184,6 @@ __device__ inline void load_extra(const Outbox<RING>& outbox, const TensorMap& e
 template <Epilogue EPILOGUE, int MI, int HALF, int RING>
 __device__ inline void finish(float (&acc)[MI][HALF], Outbox<RING>& outbox, const TensorMap& out,
                               const TensorMap& extra, int m, int n) {
-    constexpr bool ADDS_BIAS = EPILOGUE == BIAS || EPILOGUE == BIAS_GELU || EPILOGUE == BIAS_RESIDUAL;
     constexpr bool READS = EPILOGUE == BIAS_RESIDUAL || EPILOGUE == GELU_GRAD;
     constexpr int ACROSS = HALF / 32, BOXES = MI * ACROSS, EACH = EPILOGUE == BIAS_GELU ? 2 : 1;
     static_assert(BOXES * EACH % RING == 0 && RING % EACH == 0, "every tile begins with box 0");
@@ -209,7 +208,7 @@ __device__ inline void finish(float (&acc)[MI][HALF], Outbox<RING>& outbox, cons
                 const float* const pair = &acc[number / ACROSS][column / 2 + i % 2 * 2];
                 uint32_t& stored = y[i / 4][i % 4];
                 float2 x = make_float2(pair[0], pair[1]);
-                if constexpr (ADDS_BIAS) {
+                if constexpr (ADDS_BIAS<EPILOGUE>) {
                     const float2 bias = *reinterpret_cast<const float2*>(outbox.bias + column + lane % 4 * 2);
                     x.x += bias.x, x.y += bias.y;
                 }
@@ -310,7 +309,6 @@ matmul_hopper(const __grid_constant__ TensorMap a, const __grid_constant__ Tenso
               const bf16* bias, int M, int N, int K, int slices) {
     constexpr int CONSUMERS = 2, ROWS = PINGPONG ? BM : BM / CONSUMERS, MI = ROWS / 64;
     constexpr int A_BYTES = BM * 128, B_BYTES = BN * 128;
-    constexpr bool ADDS_BIAS = EPILOGUE == BIAS || EPILOGUE == BIAS_GELU || EPILOGUE == BIAS_RESIDUAL;
     constexpr bool READS = EPILOGUE == BIAS_RESIDUAL || EPILOGUE == GELU_GRAD;
     extern __shared__ __align__(1024) unsigned char shared_memory[];
     unsigned char* const a_tiles = shared_memory;                           // STAGES x (BM, 64)
@@ -363,7 +361,7 @@ matmul_hopper(const __grid_constant__ TensorMap a, const __grid_constant__ Tenso
         }
         const int m = work.m + (PINGPONG ? 0 : consumer * ROWS);
         const unsigned char* const own_rows = a_tiles + (PINGPONG ? 0 : consumer * MI * BOX_BYTES);
-        if constexpr (ADDS_BIAS) {
+        if constexpr (ADDS_BIAS<EPILOGUE>) {
             for (int c = thread; c < BN; c += WARPGROUP)
                 outbox.bias[c] = work.n + c < N ? to_float(bias[work.n + c]) : 0.0f;
             named_barrier_sync<WARPGROUP>(outbox.barrier);

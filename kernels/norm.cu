@@ -1,6 +1,6 @@
-// The global norm of the gradients, and the plan of the update: whether it is made at all, how much the gradients
-// are clipped, and AdamW's bias corrections. Everything stays in device memory, where adamw.cu reads it, so the
-// host waits for nothing. Read common.cuh before and adamw.cu after.
+// The global norm of the gradients, and the plan of the update: whether it is made at all, how much the
+// gradients are clipped, and AdamW's bias corrections. Everything stays in device memory, where adamw.cu reads
+// it, so the host waits for nothing. Read common.cuh before and adamw.cu after.
 //
 //   kernel              grid   block   shared  workspace
 //   global_norm_naive   1      1024    0       none
@@ -30,10 +30,10 @@ __global__ void __launch_bounds__(256) square_sums(float* partials, const float*
     constexpr int LOADS = 4;
     const size_t thread = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     const size_t threads = size_t(gridDim.x) * blockDim.x;
-    const size_t packs = aligned(grads, 0) ? n / 4 : 0;
+    const size_t packs = n / 4;                             // n is a multiple of 4
     float sum[4] = {};
     size_t i = thread;                                      // a pack; the thread's next is i + threads
-    for (; i + (LOADS - 1) * threads < packs; i += LOADS * threads) {
+    for (; i + LOADS * threads <= packs; i += LOADS * threads) {
         Pack<float> g[LOADS];
 #pragma unroll
         for (int k = 0; k < LOADS; k++) g[k] = load_pack(grads + (i + k * threads) * 4);
@@ -41,11 +41,10 @@ __global__ void __launch_bounds__(256) square_sums(float* partials, const float*
         for (int k = 0; k < LOADS; k++)
             for (int j = 0; j < 4; j++) sum[j] += g[k][j] * g[k][j];
     }
-    for (; i < packs; i += threads) {                       // up to three packs are left
+    for (; i < packs; i += threads) {                       // up to four packs are left
         const Pack<float> g = load_pack(grads + i * 4);
         for (int j = 0; j < 4; j++) sum[j] += g[j] * g[j];
     }
-    for (i = packs * 4 + thread; i < n; i += threads) sum[0] += grads[i] * grads[i];
     const float total = block_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
     if (threadIdx.x == 0) partials[blockIdx.x] = total;
 }
@@ -60,10 +59,10 @@ __global__ void global_norm_finish(float* norm, const float* partials, int count
 //
 //   settings (4,) = [learning rate, max_norm, norm_limit, loss_limit]    norm, loss (1,)    steps (1,) int32
 //
-// clip = min(1, max_norm / norm), or -1, "leave this step out", if norm or loss is not finite or above its limit.
-// `steps` counts the steps that are taken. One thread and one version: the time is that of a launch. NaN fails
-// every comparison, and so leaves the step out. The powers are computed in double: with beta2 = 0.999, 1 - beta2^1
-// in float32 would have four digits instead of seven.
+// clip = min(1, max_norm / norm), or -1, "leave this step out", if norm or loss is not finite or above its
+// limit. `steps` counts the steps that are taken. One thread and one version: the time is that of a launch. NaN
+// fails every comparison, and so leaves the step out. The powers are computed in double: with beta2 = 0.999,
+// 1 - beta2^1 in float32 would have four digits instead of seven.
 __global__ void plan_update(float* update, int* steps, const float* norm, const float* loss,
                             const float* settings, double beta1, double beta2) {
     constexpr float LARGEST = 3.4028234e38f;

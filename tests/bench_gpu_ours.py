@@ -448,7 +448,7 @@ def naive_encoder_backward(B, T, C, V):
     def call(dwte, dwpe, dout, ids):
         grid, arguments = cdiv(T * C, 256), (dwpe, dout, B, T, C)
         launch("encoder", "encoder_backward_wpe_naive<bf16>", grid, 256, *arguments)
-        grid, arguments = (cdiv(C, 256), V), (dwte, dout, ids, B * T, C)
+        grid, arguments = (V, cdiv(C, 256)), (dwte, dout, ids, B * T, C)
         launch("encoder", "encoder_backward_naive<bf16>", grid, 256, *arguments)
 
     return call
@@ -707,9 +707,29 @@ def naive_elementwise(name):
     return lambda B, T, C: launched("gelu", name, cdiv(B * T * C, 256), 256, B * T * C)
 
 
-def naive_layernorm(name, rows):
-    name = f"layernorm_{name}<bf16>"
-    return lambda B, T, C: launched("layernorm", name, cdiv(max(B * T, C), rows), 128, B * T, C)
+def naive_matmul(M, N, K):
+    def call(out, inp, weight, bias):
+        arguments = cdiv(M, 8) * cdiv(N, 32), (32, 8), out, None, bias, inp, weight, M, N, K
+        launch("matmul", "matmul_naive<bf16, bf16, BIAS, false, false>", *arguments)
+
+    return call
+
+
+def rows_layernorm(B, T, C):
+    return launched("layernorm", "layernorm_forward_rows<bf16>", cdiv(B * T, 4), 128, B * T, C)
+
+
+def rows_layernorm_backward(B, T, C):
+    blocks = min(3 * ops.SMS, cdiv(B * T, 4))
+    partials = empty(blocks, 2 * C, dtype=F32)
+
+    def call(dinp, dweight, dbias, *inputs):
+        arguments = dinp, partials, *inputs, B * T, C
+        launch("layernorm", "layernorm_backward_rows<bf16>", blocks, 128, *arguments)
+        arguments = dweight, dbias, partials, blocks, C
+        launch("layernorm", "layernorm_backward_reduce", cdiv(2 * C, 32), 1024, *arguments)
+
+    return call
 
 
 def hopper_simple(stages):
@@ -729,18 +749,11 @@ def hopper_simple(stages):
 
 # Each makes, of the sizes of a row, a call that takes the row's arrays.
 EARLIER = {
-    "matmul": {
-        "naive": lambda M, N, K: launched(
-            "matmul", "matmul_naive<bf16, false, false>", (cdiv(N, 32), cdiv(M, 8)), (32, 8), M, N, K
-        )
-    },
+    "matmul": {"naive": naive_matmul},
     "attention_forward": {"naive": naive_attention},
     "attention_backward": {"naive": naive_attention_backward},
-    "layernorm_forward": {
-        "rows": naive_layernorm("forward_rows", 4),
-        "naive": naive_layernorm("forward_naive", 128),
-    },
-    "layernorm_backward": {"naive": naive_layernorm("backward_naive", 128)},
+    "layernorm_forward": {"rows": rows_layernorm},
+    "layernorm_backward": {"rows": rows_layernorm_backward},
     "encoder_forward": {
         "naive": lambda B, T, C, V: launched(
             "encoder", "encoder_forward_naive<bf16>", cdiv(B * T * C, 256), 256, None, B * T, T, C, T

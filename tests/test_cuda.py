@@ -5,6 +5,7 @@ the storage type. In the emulator, or on a GPU where there is one (tests/card.py
 and must give the same bits. How near they must be in bfloat16 says test_operation.
 """
 
+import re
 import sys
 from types import SimpleNamespace
 
@@ -124,6 +125,84 @@ def on_both(operation, *arrays, outputs=1):
     operation(cuda, *there)
     operation(cpu, *here)
     return [(cuda.to_host(array), wanted) for array, wanted in zip(there[:outputs], here)]
+
+
+def operations(storage):
+    """(operation, arguments, which of them its kernels read or write 16 bytes at a time)."""
+    new, ints = cuda.zeros, cuda.zeros((2, 5), np.int32)
+    x, w, wte, matrix = (new(shape, storage) for shape in [(2, 5, 64), 64, (9, 64), (64, 64)])
+    statistics, dw, dwte, dmatrix = new((2, 5)), new(64), new((9, 64)), new((64, 64))
+    yield "encoder_forward", [x, ints, wte, wte], [0, 2, 3]
+    yield "encoder_backward", [dwte, dwte, x, ints], [0, 1, 2]
+    yield "take_rows", [new((5, 64), storage), wte, ints[0]], [0, 1]
+    yield "layernorm_forward", [x, statistics, statistics, x, w, w], [0, 3, 4, 5]
+    yield "layernorm_backward", [x, dw, dw, x, x, w, statistics, statistics], [0, 3, 4, 5]
+    yield "gelu_forward", [x, x], [0, 1]
+    yield "gelu_backward", [x, x, x], [0, 1, 2]
+    yield "residual_forward", [x, x, x], [0, 1, 2]
+    yield "matmul_forward", [x, x, matrix, w], [0, 1, 2, 3]
+    yield "matmul_gelu_forward", [x, x, x, matrix, w], [0, 1, 2, 3, 4]
+    yield "matmul_residual_forward", [x, x, matrix, w, x], [0, 1, 2, 3, 4]
+    yield "matmul_backward", [x, dmatrix, dw, x, x, matrix], [0, 1, 2, 3, 4, 5]
+    yield "matmul_gelu_backward", [x, dmatrix, dw, x, x, matrix, x], [0, 1, 2, 3, 4, 5, 6]
+    token, qkv, cache = (new(shape, storage) for shape in [(2, 1, 64), (2, 1, 192), (2, 2, 7, 32)])
+    yield "attention_decode", [token, qkv, cache, cache, new(2, np.int32)], [0, 1, 2, 3]
+    yield "cross_entropy", [new(9), wte, new(9, np.int32), 60], [1]
+    yield "classifier", [new(9), wte, new(9, np.int32), new(9), 60], [1]
+    yield "global_norm", [new(1), dw], [1]
+    copy = new(64, cuda.DTYPES["bfloat16"])
+    yield "adamw", [dw, dw, dw, dw, new(4), 0.9, 0.95, 1e-8, 0.1, copy], [0, 1, 2, 3, 9]
+
+
+def first_versions(kernels):
+    return [bool(re.search(r"_naive|layernorm_\w+_rows", kernel)) for kernel in kernels]
+
+
+@pytest.mark.parametrize("S", ["float32", "bfloat16"])
+def test_first_versions_run_where_an_array_is_not_aligned(S, monkeypatch):
+    """Each array in turn begins one element behind a 16-byte boundary; without that no first version runs."""
+    kernels = []
+    monkeypatch.setattr(cuda, "launch", lambda file, kernel, *arguments, **shared: kernels.append(kernel))
+    for operation, arguments, places in operations(cuda.DTYPES[S]):
+        getattr(cuda, operation)(*arguments)
+        assert not any(first_versions(kernels)), kernels
+        for place in places:
+            kernels.clear()
+            array = arguments[place]
+            shifted = cuda.empty(array.size + 1, array.dtype)[1:].reshape(array.shape)
+            getattr(cuda, operation)(*arguments[:place], shifted, *arguments[place + 1 :])
+            assert any(first_versions(kernels)), (operation, place, kernels)
+        kernels.clear()
+
+
+def test_attention_wants_whole_arrays():
+    qkv, out, lse = (
+        cuda.zeros(2 * 192 + 1)[1:].reshape(1, 2, 192),
+        cuda.zeros((1, 2, 64)),
+        cuda.zeros((1, 1, 2)),
+    )
+    with pytest.raises(ValueError, match="does not begin on a 16-byte boundary"):
+        cuda.attention_forward(out, lse, qkv, 1)
+
+
+@pytest.mark.parametrize("S", ["float32", "bfloat16"])
+@pytest.mark.parametrize("C", [60, 63])
+def test_first_versions_run_where_rows_are_not_aligned(S, C, monkeypatch):
+    """60 channels are a multiple of 16 bytes in float32, and not in bfloat16; 63 in neither."""
+    kernels, storage = [], cuda.DTYPES[S]
+    monkeypatch.setattr(cuda, "launch", lambda file, kernel, *arguments, **shared: kernels.append(kernel))
+    new, aligned = (lambda *shape: cuda.zeros(shape, storage)), C * storage.itemsize % 16 == 0
+    statistics, tokens = cuda.zeros((2, 5)), cuda.zeros((2, 5), np.int32)
+    cuda.encoder_forward(new(2, 5, C), tokens, new(9, C), new(5, C))
+    cuda.layernorm_forward(new(2, 5, C), statistics, statistics, new(2, 5, C), new(C), new(C))
+    cuda.matmul_forward(new(2, 5, 64), new(2, 5, C), new(C, 64), new(64))  # the inner dimension
+    cuda.matmul_forward(new(2, 5, C), new(2, 5, 64), new(64, C), None)
+    cuda.matmul_forward(cuda.zeros((2, 5, C)), new(2, 5, 64), new(C, 64).T, None)  # as decoding's logits
+    cuda.take_rows(
+        new(2, C - 3), new(9, C)[:, : C - 3], cuda.zeros(2, np.int32)
+    )  # nor if the rows' stride is
+    cuda.classifier(cuda.zeros(3), new(3, C), cuda.zeros(3, np.int32), cuda.zeros(3), 50)
+    assert first_versions(kernels) == [not aligned] * 5 + [True, not aligned], kernels
 
 
 @pytest.mark.parametrize("n", [1, 1000, 5000])

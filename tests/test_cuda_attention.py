@@ -100,22 +100,20 @@ def module(file):
         elif file == "attention_backward.cu":
             names += [f"attention_backward_{kind}<{storage}>" for kind in ("scores", "sums", "prepare")]
             names += [
-                f"attention_backward_{own}_flash<{storage}, {HP}>" for own in OWNERS for HP in (64, 128)
+                f"attention_backward_flash<{storage}, {HP}, {own}>" for own in OWNERS for HP in (64, 128)
             ]
         else:
             names += [f"attention_{kind}<{storage}>" for kind in ("append", "decode_naive")]
-            names += [
-                f"attention_decode<{storage}, {HP}, {w}>" for HP in (64, 128) for w in (1, WIDTH[storage])
-            ]
+            names += [f"attention_decode<{storage}, {HP}>" for HP in (64, 128)]
     if file == "attention.cu":
         names += ["attention_softmax", "attention_forward_tensor<64>", "attention_forward_tensor<128>"]
     elif file == "attention_backward.cu":
-        names += [f"attention_backward_{own}_tensor<{HS}>" for own in OWNERS for HS in (64, 128)]
+        names += [f"attention_backward_tensor<{HS}, {own}>" for own in OWNERS for HS in (64, 128)]
     code, options = (cuda.HERE / file).read_text(), gpu._options()
     return cupy.RawModule(code=code, options=options, name_expressions=names)
 
 
-OWNERS = ("keys", "queries")
+OWNERS = ("KEYS", "QUERIES")
 WIDTH = {"float": 4, "bf16": 8}
 
 
@@ -184,12 +182,12 @@ def backward(version, dout, out, lse, qkv, NH, dtype):
     for own in OWNERS:
         if version == "flash":
             HP, tile_rows, tile, scores = float_tile(HS)
-            grid, name = (NH, ceil_div(T, tile_rows), B), f"attention_backward_{own}_flash<{storage}, {HP}>"
+            grid, name = (NH, ceil_div(T, tile_rows), B), f"attention_backward_flash<{storage}, {HP}, {own}>"
             launch(file, name, grid, 256, dqkv, dout, qkv, rows, T, NH, HS, shared=4 * tile + scores)
         else:
-            step = 64 if HS == 64 else 16 if own == "keys" else 32
-            shared = 2 * HS * (2 * 64 + 4 * step) + (16 * step if own == "keys" else 0)
-            grid, name = (NH, ceil_div(T, 64), B), f"attention_backward_{own}_tensor<{HS}>"
+            step = 64 if HS == 64 else 16 if own == "KEYS" else 32
+            shared = 2 * HS * (2 * 64 + 4 * step) + (16 * step if own == "KEYS" else 0)
+            grid, name = (NH, ceil_div(T, 64), B), f"attention_backward_tensor<{HS}, {own}>"
             launch(file, name, grid, 128, dqkv, dout, qkv, rows, T, NH, shared=shared)
     return dqkv
 
@@ -305,15 +303,17 @@ def test_the_future_does_not_matter(version, dtype, HS):
 @pytest.mark.parametrize(("version", "splits"), [("naive", 1), ("fast", 1), ("fast", 3), ("fast", 8)])
 @pytest.mark.parametrize("T", [1, 5])
 @pytest.mark.parametrize(
-    ("dtype", "HS", "vector"),
+    ("dtype", "HS"),
     [
-        *[("float32", 16, True), ("float32", 20, False), ("float32", 128, True)],
-        *[("bfloat16", 20, False), ("bfloat16", 64, True), ("bfloat16", 128, True)],
+        *[("float32", HS) for HS in (7, 20, 64, 128)],
+        *[("bfloat16", HS) for HS in (20, 24, 64, 128)],
     ],
 )
-def test_decode(dtype, HS, vector, T, version, splits):
+def test_decode(dtype, HS, T, version, splits):
     """Rows of different lengths, the first one empty, the last one filling its cache; unused cache is NaN."""
     NH, Tmax, storage = 2, 300, STORAGE[dtype]
+    if version == "fast" and HS % WIDTH[storage]:
+        pytest.skip("the fast version reads keys 16 bytes at a time")
     lengths = np.array([0, 37, Tmax - T], np.int32)
     B, C = len(lengths), NH * HS
     total = int(lengths.max()) + T
@@ -342,7 +342,7 @@ def test_decode(dtype, HS, vector, T, version, splits):
         if splits > 1:
             partial = poisoned((B, T, NH, splits, HS + 2), "float32")
             finished = cupy.zeros((B, T, NH), np.uint32)
-        name = f"attention_decode<{storage}, {64 if HS <= 64 else 128}, {WIDTH[storage] if vector else 1}>"
+        name = f"attention_decode<{storage}, {64 if HS <= 64 else 128}>"
         for _ in range(2):  # the second launch finds the counters as the first one left them
             launch("decode.cu", name, (NH * splits, T, B), 128, out, partial, finished, *arguments, splits)
         assert finished is None or not finished.get().any()
@@ -386,6 +386,6 @@ def test_decode_beyond_the_cache(naive):
     if naive:
         launch("decode.cu", "attention_decode_naive<float>", (1, T, 1), 256, out, *arguments)
     else:
-        launch("decode.cu", "attention_decode<float, 64, 4>", (NH, T, 1), 128, out, None, None, *arguments, 1)
+        launch("decode.cu", "attention_decode<float, 64>", (NH, T, 1), 128, out, None, None, *arguments, 1)
     assert np.array_equal(keys.get()[0, 0, 6:], qkv[0, :2, HS : 2 * HS].astype(np.float32))
     assert np.isfinite(out.get()).all()

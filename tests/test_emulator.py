@@ -1441,9 +1441,27 @@ def test_cards_with_less_shared_memory_have_tiles_that_fit(capability, stages):
     done = alone(AMPERE, capability, HANDMADE_EMULATOR="0", HANDMADE_GPU="0")
     assert done.returncode == 0, done.stderr
     kernels = done.stdout.splitlines()
-    tiles = {name.partition("true, ")[2].rstrip(">") for name in kernels if name.startswith("matmul_bf16")}
-    assert {tile.split("true, ")[-1] for tile in tiles} == {f"128, 128, 32, 64, 64, {stages}"}
+    tiles = {name.rstrip(">").split(", ", 4)[4] for name in kernels if name.startswith("matmul_bf16")}
+    assert tiles == {f"128, 128, 32, 64, 64, {stages}"}
     for HS in (64, 128):
         assert f"attention_forward_tensor<{HS}>" in kernels
-        assert f"attention_backward_queries_tensor<{HS}>" in kernels
-    assert "attention_backward_keys_flash<bf16, 64>" in kernels
+        assert f"attention_backward_tensor<{HS}, QUERIES>" in kernels
+    assert "attention_backward_flash<bf16, 64, KEYS>" in kernels
+
+
+def test_the_cache_forgets_what_an_earlier_text_left(tmp_path, monkeypatch):
+    """After an hour, of the same kernels and options; other kernels of the source stay, for a week."""
+    monkeypatch.setattr(compiler, "cache_directory", lambda: tmp_path)
+    source = 'extern "C" __global__ void one(int* x) {{ x[0] = {}; }}\n'
+    source += "template <int N> __global__ void two(int*) {{}}"
+    first, other = (compiler.compile_module(source.format(1), names=[name]) for name in ("one", "two<3>"))
+    assert compiler.compile_module(source.format(1), names=["one"]) == first
+    second = compiler.compile_module(source.format(2), names=["one"])
+    assert set(tmp_path.glob("*.so")) == {first, second, other}  # they were used just now
+    for path in (first, second, other):
+        os.utime(path, (0, path.stat().st_mtime - 3700))
+    third = compiler.compile_module(source.format(3), names=["one"])
+    assert set(tmp_path.glob("*.so")) == {third, other}
+    os.utime(other, (0, other.stat().st_mtime - 7 * 86400))
+    compiler.compile_module(source.format(4), names=["one"])
+    assert other not in set(tmp_path.glob("*.so"))

@@ -84,15 +84,15 @@ def matmuls(capability, monkeypatch):
     """Every use with every tile that _tile gives for some size on this card."""
     as_card(capability, monkeypatch)
     sizes = list(itertools.product((1, 16, 256, 768, 1 << 16), repeat=3))
-    for S, packed, (epilogue, a_t, b_t, wide) in itertools.product(("float", "bf16"), (True, False), USES):
-        flags = ", ".join(str(flag).lower() for flag in (a_t, b_t, packed))
-        for tile in sorted({cuda._tile(S, *mnk, packed, a_t) for mnk in sizes}):
+    for S, (epilogue, a_t, b_t, wide) in itertools.product(("float", "bf16"), USES):
+        flags = ", ".join(str(flag).lower() for flag in (a_t, b_t))
+        out = "float" if wide else S
+        yield f"matmul_naive<{S}, {out}, {epilogue}, {flags}>"
+        for tile in sorted({cuda._tile(S, *mnk, a_t) for mnk in sizes}):
             variant = f"{epilogue}, {flags}, {', '.join(map(str, tile))}>"
-            out = "float" if wide else "bf16"
             yield f"matmul_float<{variant}" if S == "float" else f"matmul_bf16<{out}, {variant}"
         for rows, K in itertools.product((1, 4), range(8, 6400, 512)) if not a_t else ():
-            if S == "bf16" and packed and (stages := cuda._skinny_stages(rows, K)):
-                out = "float" if wide else "bf16"
+            if S == "bf16" and (stages := cuda._skinny_stages(rows, K)):
                 yield f"matmul_skinny<{out}, {epilogue}, {str(b_t).lower()}, {rows}, {stages}>"
 
 
@@ -140,35 +140,35 @@ def variants(capability, monkeypatch):
         return names
     both = ["float", "bf16"]
     names = {"matmul": {*matmuls(capability, monkeypatch), "add_partials"}}
-    names["matmul"] |= {f"column_partials<{S}, {packed}>" for S in both for packed in ("true", "false")}
-    flags = ("false, false", "false, true", "true, false")
-    names["matmul"] |= {f"matmul_naive<{S}, {flag}>" for S in both for flag in flags}
+    names["matmul"] |= {f"{kernel}<{S}>" for S in both for kernel in ("column_sums_naive", "column_partials")}
     most = {"float": (13, 10), "bf16": (7, 7)}
     kernels = "layernorm_forward", "layernorm_backward"
     names["layernorm"] = {
         f"{kernel}<{S}, {n}>" for S in both for kernel, up in zip(kernels, most[S]) for n in range(1, up + 1)
     } | {"layernorm_backward_reduce"}
-    names["layernorm"] |= {
-        f"layernorm_{way}_{version}<{S}>" for S in both for way in WAYS for version in ("naive", "rows")
-    }
+    names["layernorm"] |= {f"layernorm_{way}_rows<{S}>" for S in both for way in WAYS}
     heads = [f"{S}, {HP}" for S in both for HP in (64, 128)]
     names["attention"] = {f"attention_forward_flash<{head}>" for head in heads}
     names["attention"] |= {f"attention_forward_tensor<{HS}>" for HS in (64, 128)} | {"attention_softmax"}
-    owners = "keys", "queries"
-    names["attention_backward"] = {f"attention_backward_{o}_flash<{head}>" for head in heads for o in owners}
-    names["attention_backward"] |= {f"attention_backward_{o}_tensor<{H}>" for H in (64, 128) for o in owners}
-    names["decode"] = {
-        f"attention_decode<{head}, {w}>" for head in heads for w in (1, 4 if "float" in head else 8)
-    }
+    owners = "KEYS", "QUERIES"
+    names["attention_backward"] = {f"attention_backward_flash<{head}, {o}>" for head in heads for o in owners}
+    names["attention_backward"] |= {f"attention_backward_tensor<{H}, {o}>" for H in (64, 128) for o in owners}
+    names["decode"] = {f"attention_decode<{head}>" for head in heads}
     plain = {
         "decode": ["attention_append", "attention_decode_naive"],
         "attention": ["attention_scores", "attention_values"],
         "attention_backward": [f"attention_backward_{kind}" for kind in ("scores", "sums", "prepare")],
         "gelu": [f"{op}{version}" for op in ELEMENTWISE for version in ("_naive", "")],
         "encoder": [f"encoder_{kind}" for kind in ENCODER],
-        "classifier": ["classifier_naive", "classifier_twice", "classifier", "cross_entropy"],
+        "classifier": [
+            "classifier_naive",
+            "classifier_twice",
+            "classifier",
+            "cross_entropy_naive",
+            "cross_entropy",
+        ],
         "sample": ["sample_naive", "sample"],
-        "gather": ["take_rows"],
+        "gather": ["take_rows_naive", "take_rows"],
     }
     for file, kernels in plain.items():
         names.setdefault(file, set()).update(f"{kernel}<{S}>" for kernel in kernels for S in both)
@@ -177,8 +177,10 @@ def variants(capability, monkeypatch):
     names["encoder"] |= {"token_groups", "encoder_backward_join"}
     if capability == 90:
         names["matmul_hopper"] = hopper_matmuls(monkeypatch)
-        ways = "forward", "backward_keys", "backward_queries"
-        names["attention_hopper"] = {f"attention_{way}_hopper<{HS}>" for way in ways for HS in (64, 128)}
+        names["attention_hopper"] = {f"attention_forward_hopper<{HS}>" for HS in (64, 128)}
+        names["attention_hopper"] |= {
+            f"attention_backward_hopper<{H}, {o}>" for H in (64, 128) for o in owners
+        }
     names["norm"] = {"global_norm_naive", "square_sums", "global_norm_finish", "plan_update"}
     names["adamw"] = {"adamw_naive", "adamw"}
     if capability < 80:  # neither bf16 nor cp.async

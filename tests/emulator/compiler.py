@@ -24,7 +24,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 INCLUDE = HERE / "include"
 SANITIZE = os.environ.get("EMULATOR_SANITIZE", "0") != "0"
-KEEP_DAYS = 7  # libraries that nobody used for so long are removed from the cache
+KEEP_DAYS = 7  # libraries that nobody used for so long are removed from the cache,
+KEEP_HOURS = 1  # and after this time those of the same kernels from an earlier text of their source
 
 
 class CompileError(Exception):
@@ -117,16 +118,17 @@ def _run(command, what):
         )
 
 
-def _build(sources, name, what, extra=(), races=False, link=()):
+def _build(sources, name, what, extra=(), races=False, link=(), kernels=()):
     """Compile {file name: text}, the first one being the program, into a library; return its path.
 
     Nothing happens if the cache has it. A library is written beside its place and renamed, so that several
-    processes can do this at once.
+    processes can do this at once. It is named after the source, a hash of kernels and options, and a hash of
+    everything.
     """
     options = [*flags(races), *extra]
     words = [compiler_version(), *compiler(), *options, *link, *sources, *sources.values()]
-    key = "\0".join([*words, _headers(), _machine()])
-    target = cache_directory() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+    variant = f"{name}-{_hash([*options, *link, *kernels], 8)}"
+    target = cache_directory() / f"{variant}-{_hash([*words, _headers(), _machine()], 20)}.so"
     if target.exists():
         os.utime(target)
         return target
@@ -141,15 +143,20 @@ def _build(sources, name, what, extra=(), races=False, link=()):
         link = [*link, "-fsanitize=address,undefined"] if SANITIZE else link
         _run([*compiler(), *link, "-shared", result, "-o", library, "-lm"], what)
         os.replace(library, target)
-    _prune(target.parent)
+    _prune(target.parent, variant)
     return target
 
 
-def _prune(directory):
-    """Forget what has not been used for KEEP_DAYS days."""
+def _hash(words, length):
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:length]
+
+
+def _prune(directory, variant):
+    """Remove what has not been used for KEEP_DAYS days, and of this variant for KEEP_HOURS hours."""
     for path in directory.glob("*.so"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > KEEP_DAYS * 86400:
+        hours = KEEP_HOURS if path.name.startswith(f"{variant}-") else KEEP_DAYS * 24
+        with contextlib.suppress(OSError):  # another process may have removed it
+            if time.time() - path.stat().st_mtime > hours * 3600:
                 path.unlink()
 
 
@@ -274,7 +281,7 @@ def compile_module(code, options=(), names=(), capability=90):
     sources = {"program.cpp": program}
     _collect(code, directories, sources)
     races = os.environ.get("EMULATOR_RACES", "0") != "0"
-    return _build(sources, Path(origin).stem, Path(origin).name, macros, races)
+    return _build(sources, Path(origin).stem, Path(origin).name, macros, races, kernels=names)
 
 
 def compile_runtime():
