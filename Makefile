@@ -65,10 +65,10 @@ sft: .venv/ready
 	@ls $(RUN)/step_* >/dev/null 2>&1 || $(MAKE) train ARGS=
 	@test -e $(SFT)-first/done || { $(PY) sft.py --init-from $(RUN) --out $(SFT)-first --data $(FACTS) \
 	  --seed $(SEED) $(if $(wildcard $(SFT)-first/step_*),--resume) && touch $(SFT)-first/done; }
-	@test -e $(SFT)-first/known.jsonl || $(PY) sft.py --probe $(SFT)-first --to $(SFT)-first/known.jsonl --seed $(SEED)
+	@test -e $(SFT)-first/known.jsonl || $(PY) evaluate.py $(SFT)-first --probe $(SFT)-first/known.jsonl --seed $(SEED)
 	@test -e $(SFT)/done || { $(PY) sft.py --init-from $(SFT)-first --out $(SFT) --examples 48000 \
 	  --known $(SFT)-first/known.jsonl --seed $(SEED) $(if $(wildcard $(SFT)/step_*),--resume) $(ARGS) && touch $(SFT)/done; }
-	$(PY) sft.py --eval $(SFT) --known $(SFT)-first/known.jsonl
+	$(PY) evaluate.py $(SFT) --known $(SFT)-first/known.jsonl
 
 chat: .venv/ready
 	@$(PY) sample.py $(SFT) --chat $(ARGS)

@@ -1,184 +1,35 @@
-"""What an assistant can do, in numbers: the probe of what it knows, and the evaluation of its skills.
+"""What a model can do, in numbers: an assistant's skills, the facts it knows, the problems it solves.
 
-sft.py's --probe and --eval. What evaluate() asks is held out: other phrasings, numbers, words and names than
-the training's. Read tasks/conversations.py, which has the questions, and sample.py before, sft.py after.
+    python evaluate.py RUN                              an assistant's skills, as a table
+    python evaluate.py RUN --known known.jsonl          the same, with the facts that a probe found known
+    python evaluate.py RUN --probe known.jsonl          ask every factual question, write what it knows
+    python evaluate.py RUN --task word --level 1-3      problems: pass@1, pass@k and the majority vote
+    python evaluate.py BASE SFT RL --compare            what several models say to the same prompts
+
+All questions are held out: phrasings, numbers, words and names that do not occur in training. Read sample.py
+and tasks/conversations.py, which has the questions, before this file, sft.py and rl.py after it.
 """
 
 import itertools
 import json
+import math
 import random
 import re
+import shutil
+import textwrap
 from pathlib import Path
+
+import numpy as np
 
 import common
 import sample
-import tasks.conversations as mixture
-import tasks.factbook as facts
-import tasks.problems as tasks
-from common import UserError
-from sample import generate
+from common import Parser, UserError, number, run, say
+from tasks.conversations import DONT_KNOW, SEARCH_SYSTEM, answer_first, arithmetic, turns
+from tasks.factbook import facts, invented, matches, texts
+from tasks.problems import TASKS, problems, votes
 from tokenizer import text_of
 
-ROWS = 64  # asked at a time
-NAME = "Handmade"  # what it should call itself
-
-
-def ask(
-    model, tokenizer, conversations, with_tools=None, max_tokens=96, temperature=0.0, seed=0, streams=None
-):
-    """The assistant's next turn in every conversation, as a list of parts; with_tools as for sample.Host."""
-    host = sample.Host(tokenizer, with_tools or {})
-    stop_tokens = {tokenizer.eot, tokenizer.encode_special("<|im_end|>")}
-    prompts = [tokenizer.prompt(conversation) for conversation in conversations]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of one length go together
-    replies, progress = [None] * len(prompts), common.Progress("asking", total=len(prompts))
-    for start in range(0, len(order), ROWS):
-        block = order[start : start + ROWS]
-        rows = generate(
-            model, [prompts[i] for i in block], max_tokens, temperature, seed=seed,
-            streams=[i if streams is None else streams[i] for i in block],
-            stop_tokens=stop_tokens, on_token=lambda row, shown, logits: host.reply(row),
-        )  # fmt: skip
-        for i, row in zip(block, rows):
-            replies[i] = tokenizer.parts(row.ids)
-        progress.add(len(block))
-    progress.line.clear()
-    return replies
-
-
-def user(question, system=None):
-    """A conversation of one question."""
-    before = [{"role": "system", "content": system}] if system else []
-    return [*before, {"role": "user", "content": question}]
-
-
-def the_tools():
-    """The tools of a conversation in which the assistant may search."""
-    return {"calc": mixture.calculator, "search": mixture.looked_up}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The probe: what does the model know?
-
-
-def probe(model, tokenizer, k, seed, path=None):
-    """Ask for every fact k times at temperature 1, in a phrasing of the training; say how often it was right.
-
-    Returns (and writes to `path`, a line each) {"country", "field", "question", "answer", "split", "rate"}. A
-    fact is known if most answers were right: who only guesses is right now and then.
-    """
-    found = [(split, fact) for split in ("train", "test") for fact in facts.facts(split)]
-    asked = [user(fact.questions[0]) for _, fact in found for _ in range(k)]
-    replies = ask(model, tokenizer, asked, max_tokens=40, temperature=1.0, seed=seed)
-    lines = []
-    for i, (split, fact) in enumerate(found):
-        right = sum(facts.matches(fact, text_of(reply)) for reply in replies[i * k : (i + 1) * k])
-        what = dict(country=fact.country, field=fact.field, question=fact.questions[0], answer=fact.answer)
-        lines.append(what | dict(split=split, rate=right / k))
-    if path:
-        common.write_whole(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-    for split, what in (("train", "asked about in training"), ("test", "held out")):
-        rates = [line["rate"] for line in lines if line["split"] == split]
-        known, never = sum(rate > 0.5 for rate in rates), sum(rate == 0 for rate in rates)
-        common.say(f"of {len(rates)} facts {what} it knows {known}, and got {never} never right")
-    return lines
-
-
-def read_probe(path):
-    """What probe() wrote."""
-    try:
-        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        if not all({"country", "field", "question", "split", "rate"} <= set(line) for line in lines):
-            raise ValueError
-        return lines
-    except (OSError, ValueError):
-        raise UserError(f"{path} is not what sft.py --probe writes; let it write one") from None
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The evaluation: what can it do?
-
-
-def refused(reply):
-    """Whether a reply says that the assistant does not know, or asks the search."""
-    return mixture.DONT_KNOW in text_of(reply) or any(part["type"] == "search" for part in reply)
-
-
-def share(values):
-    values = list(values)
-    return round(sum(values) / len(values), 4) if values else None
-
-
-def evaluate(model, tokenizer, known=None, n=100, seed=0):
-    """{what: {"n": asked, measure: share}}. Without `known`, from probe(), known facts are left out."""
-    rng, results = random.Random(seed), {}
-    toolbox = the_tools()
-    asking = lambda conversations, **settings: ask(model, tokenizer, conversations, toolbox, **settings)
-    every = {(fact.country, fact.field): fact for fact in facts.facts()}
-
-    for split, what in (("train", "known facts"), ("test", "known facts, held out")):
-        lines = [line for line in known or () if line["rate"] > 0.5 and line["split"] == split]
-        if lines:  # in a phrasing that no training has
-            asked = [
-                every[line["country"], line["field"]] for line in rng.sample(lines, min(3 * n, len(lines)))
-            ]
-            replies = asking([user(fact.ask(rng, "test")) for fact in asked], max_tokens=40)
-            right = share(facts.matches(fact, text_of(reply)) for fact, reply in zip(asked, replies))
-            results[what] = dict(n=len(asked), right=right, refused=share(map(refused, replies)))
-
-    asked = [q for row in facts.texts("source") if row.get("who") for q in row["held_out"]]  # 40 of them
-    asked = asked if n >= 100 else rng.sample(asked, n)
-    replies = asking([user(question) for question in asked], max_tokens=40)
-    results["identity"] = dict(n=len(replies), named=share(NAME in text_of(reply) for reply in replies))
-
-    asked = [question for question, _ in facts.invented("test", n, seed)]
-    results["invented names"] = dict(
-        n=n, refused=share(map(refused, asking([user(q) for q in asked], max_tokens=40)))
-    )
-
-    asked = [fact for fact in every.values() if fact.field in ("capital", "population")]  # of all countries
-    asked = asked if n >= 100 else rng.sample(asked, n)
-    questions = [user(fact.ask(rng, "test"), mixture.SEARCH_SYSTEM) for fact in asked]
-    replies = asking(questions, max_tokens=160)  # the passage that is found counts, too
-    results["search"] = dict(
-        n=len(asked),
-        searched=share(any(part["type"] == "search" for part in reply) for reply in replies),
-        right=share(facts.matches(fact, text_of(reply)) for fact, reply in zip(asked, replies)),
-    )
-
-    made = (mixture.arithmetic(rng, "test") for _ in itertools.count())
-    made = ((question["content"], answer["content"][1]["text"].strip()) for question, answer in made)
-    asked = list(itertools.islice((pair for pair in made if not pair[1].startswith("error")), n))
-    called = copied = right = 0
-    for (_, truth), reply in zip(asked, asking([user(question) for question, _ in asked])):
-        kinds = [part["type"] for part in reply]
-        output = reply[kinds.index("calc") + 1]["text"].strip() if "calc" in kinds[:-1] else "error"
-        copies = not output.startswith("error") and output in re.findall(r"[^\s]*[^\s.]", text_of(reply))
-        called += not output.startswith("error")
-        copied += copies
-        right += copies and output == truth
-    results["calculator"] = dict(n=n, called=called / n, copied=copied / max(called, 1), right=right / n)
-
-    for name in ("counting", "spelling"):
-        problems = list(itertools.islice(tasks.problems(name, split="test", seed=seed), n))
-        replies = asking([user(problem.prompt) for problem in problems])
-        right = share(problem.verify(text_of(reply)) for problem, reply in zip(problems, replies))
-        results[name] = dict(n=n, right=right)
-
-    for name in ("arithmetic", "word"):
-        for level in tasks.TASKS[name]:
-            problems = list(itertools.islice(tasks.problems(name, split="test", level=level, seed=seed), n))
-            forms = {"steps_first": lambda p: p.prompt, "answer_first": lambda p: mixture.answer_first(p)[0]}
-            results[f"{name}, level {level}"] = dict(n=n) | {
-                form: share(
-                    p.verify(text_of(r)) for p, r in zip(problems, asking([user(of(p)) for p in problems]))
-                )
-                for form, of in forms.items()
-            }
-    return results
-
-
-BARS = {  # what is asked of the assistant: {measure: (at least, at most)}
+BARS = {  # what an assistant should reach: {skill: {measure: (at least, at most)}}
     "identity": {"named": (0.95, 1)},
     "known facts": {"right": (0.8, 1), "refused": (0, 0.15)},
     "invented names": {"refused": (0.8, 1)},
@@ -187,27 +38,482 @@ BARS = {  # what is asked of the assistant: {measure: (at least, at most)}
     "counting": {"right": (0.8, 1)},
     "spelling": {"right": (0.8, 1)},
 }
+NAME = "Handmade"  # what the assistant should call itself
+ROWS = 64  # prompts in a batch
+
+# ------------------------------------------------------------------------------------------------------------
+# Asking
 
 
-def table(results, as_json=False):
-    """Print what evaluate() returned."""
-    if as_json:
-        return print(json.dumps(results))
-    print(f"{'':26}{'asked':>6}  measured, and the bar that it should reach")
-    for what, measures in results.items():
+def ask(
+    model, tokenizer, conversations, tools=None, max_tokens=96, temperature=0.0, seed=0, streams=None,
+    world=None,
+):  # fmt: skip
+    """The assistant's next turn in every conversation, as a list of parts; `tools` are those of sample.Host.
+
+    With a `world` of several ranks each rank asks conversations[rank::size], and all of them return all
+    replies. Random streams are numbered globally, so the replies do not depend on the number of ranks.
+    """
+    prompts = [tokenizer.prompt(conversation) for conversation in conversations]
+    replies = reply_to(model, tokenizer, prompts, tools, max_tokens, temperature, seed, streams, world)
+    return [reply["parts"] for reply in replies]
+
+
+def reply_to(model, tokenizer, prompts, tools, max_tokens, temperature, seed, streams=None, world=None):
+    """For every prompt (a list of ids) {"parts": the reply, "length": tokens, "finished": not cut off}."""
+    host = sample.Host(tokenizer, tools or {})
+    stop_tokens = {tokenizer.eot, tokenizer.encode_special("<|im_end|>")}
+    rank, size = (0, 1) if world is None else (world.rank, world.size)
+    mine = range(rank, len(prompts), size)
+    order = sorted(mine, key=lambda i: len(prompts[i]))  # similar lengths in one batch: little padding
+    replies, progress = [None] * len(prompts), common.Progress("asking", total=len(order))
+
+    for start in range(0, len(order), ROWS):
+        batch = order[start : start + ROWS]
+        completions = sample.generate(
+            model, [prompts[i] for i in batch], max_tokens, temperature, seed=seed, stop_tokens=stop_tokens,
+            streams=[i if streams is None else streams[i] for i in batch],
+            on_token=lambda completion, shown, logits: host.reply(completion),
+        )  # fmt: skip
+        for i, completion in zip(batch, completions):
+            parts, finished = tokenizer.parts(completion.ids), completion.finish == "stop"
+            replies[i] = {"parts": parts, "length": len(completion.ids), "finished": finished}
+        if rank == 0:
+            progress.add(len(batch))
+    progress.line.clear()
+    if world is not None:
+        for other, its_replies in enumerate(world.gather([replies[i] for i in mine])):
+            replies[other::size] = its_replies
+    return replies
+
+
+def user(question, system=None):
+    """A conversation of one question."""
+    return turns(question, system=system)
+
+
+def share(verdicts):
+    """The share of true ones, None if there are no verdicts."""
+    verdicts = list(verdicts)
+    return round(sum(verdicts) / len(verdicts), 4) if verdicts else None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The probe: which facts does a model know?
+
+
+def probe(model, tokenizer, k, seed, path=None):
+    """Ask for every fact k times at temperature 1, in a phrasing of the training.
+
+    Returns, and writes to `path` as lines of JSON, {"country", "field", "question", "answer", "split",
+    "rate"}: the rate is the share of right replies. A fact counts as known if most replies are right, since a
+    guess is right now and then.
+    """
+    asked = [(split, fact) for split in ("train", "test") for fact in facts(split)]
+    conversations = [user(fact.questions[0]) for _, fact in asked for _ in range(k)]
+    replies = ask(model, tokenizer, conversations, max_tokens=40, temperature=1.0, seed=seed)
+    lines = []
+    for i, (split, fact) in enumerate(asked):
+        n_right = sum(matches(fact, text_of(reply)) for reply in replies[i * k : (i + 1) * k])
+        line = dict(country=fact.country, field=fact.field, question=fact.questions[0], answer=fact.answer)
+        lines.append({**line, "split": split, "rate": n_right / k})
+    if path:
+        common.write_whole(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    for split, where in (("train", "asked about in training"), ("test", "held out")):
+        rates = [line["rate"] for line in lines if line["split"] == split]
+        n_known, n_wrong = sum(rate > 0.5 for rate in rates), sum(rate == 0 for rate in rates)
+        say(f"of {len(rates)} facts {where} the model knows {n_known}, and {n_wrong} were never right")
+    return lines
+
+
+def read_probe(path):
+    """The lines that probe() wrote."""
+    try:
+        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        if not all({"country", "field", "question", "split", "rate"} <= set(line) for line in lines):
+            raise ValueError
+        return lines
+    except (OSError, ValueError):
+        raise UserError(f"{path} is not what evaluate.py --probe writes; let it write one") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# An assistant's skills. Each function asks one kind of question and returns {"n": asked, measure: share}. The
+# first argument is a function from questions to replies, the second a random.Random that draws the questions.
+
+
+def evaluate(model, tokenizer, known=None, n=100, seed=0, world=None):
+    """{skill: {"n": asked, measure: share}}, with n questions or problems of most kinds.
+
+    `known` has the lines of probe(); without it known facts are not asked for.
+    """
+
+    def answers(questions, max_tokens=96, system=None):
+        conversations = [user(question, system) for question in questions]
+        return ask(model, tokenizer, conversations, sample.TOOLS, max_tokens, world=world)
+
+    rng, results = random.Random(seed), {}
+    for split, skill in (("train", "known facts"), ("test", "known facts, held out")):
+        lines = [line for line in known or () if line["rate"] > 0.5 and line["split"] == split]
+        if lines:
+            results[skill] = known_facts(answers, rng, rng.sample(lines, min(3 * n, len(lines))))
+    results["identity"] = identity(answers, rng, n)
+    results["invented names"] = invented_names(answers, n, seed)
+    results["search"] = search(answers, rng, n)
+    results["calculator"] = calculator(answers, rng, n)
+    for task in ("counting", "spelling"):
+        asked = list(itertools.islice(problems(task, split="test", seed=seed), n))
+        results[task] = dict(n=n, right=share(solved(answers, asked, [p.prompt for p in asked])))
+    for task in ("arithmetic", "word"):
+        for level in TASKS[task]:
+            results[f"{task}, level {level}"] = worked_problems(answers, task, level, n, seed)
+    return results
+
+
+def is_refusal(reply):
+    """Whether the assistant says that it does not know, or asks the search."""
+    return DONT_KNOW in text_of(reply) or any(part["type"] == "search" for part in reply)
+
+
+def known_facts(answers, rng, lines):
+    """Facts that the probe found known, in phrasings that do not occur in training."""
+    fact_of = {(fact.country, fact.field): fact for fact in facts()}
+    asked = [fact_of[line["country"], line["field"]] for line in lines]
+    replies = answers([fact.ask(rng, "test") for fact in asked], max_tokens=40)
+    right = share(matches(fact, text_of(reply)) for fact, reply in zip(asked, replies))
+    return dict(n=len(asked), right=right, refused=share(is_refusal(reply) for reply in replies))
+
+
+def identity(answers, rng, n):
+    """Who are you?"""
+    asked = [question for row in texts("source") if row.get("who") for question in row["held_out"]]
+    if n < 100:
+        asked = rng.sample(asked, n)
+    replies = answers(asked, max_tokens=40)
+    return dict(n=len(replies), named=share(NAME in text_of(reply) for reply in replies))
+
+
+def invented_names(answers, n, seed):
+    """People and countries that do not exist."""
+    asked = [question for question, _ in invented("test", n, seed)]
+    replies = answers(asked, max_tokens=40)
+    return dict(n=n, refused=share(is_refusal(reply) for reply in replies))
+
+
+def search(answers, rng, n):
+    """Capital and population of every country, with a system message that lets the assistant search."""
+    asked = [fact for fact in facts() if fact.field in ("capital", "population")]
+    if n < 100:
+        asked = rng.sample(asked, n)
+    questions = [fact.ask(rng, "test") for fact in asked]
+    replies = answers(questions, max_tokens=160, system=SEARCH_SYSTEM)  # a passage counts as tokens, too
+    searched = share(any(part["type"] == "search" for part in reply) for reply in replies)
+    right = share(matches(fact, text_of(reply)) for fact, reply in zip(asked, replies))
+    return dict(n=len(asked), searched=searched, right=right)
+
+
+def calculator(answers, rng, n):
+    """Is the calculator called (without an error), its output copied (share of the calls) and right?"""
+    asked = []  # (question, result)
+    while len(asked) < n:
+        question, answer = arithmetic(rng, "test")
+        result = answer["content"][1]["text"].strip()
+        if not result.startswith("error"):
+            asked.append((question["content"], result))
+    n_called = n_copied = n_right = 0
+    replies = answers([question for question, _ in asked])
+    for (_, result), reply in zip(asked, replies):
+        kinds = [part["type"] for part in reply]
+        if "calc" not in kinds[:-1]:
+            continue
+        output = reply[kinds.index("calc") + 1]["text"].strip()
+        if output.startswith("error"):
+            continue
+        n_called += 1
+        if output in re.findall(r"[^\s]*[^\s.]", text_of(reply)):
+            n_copied += 1
+            n_right += output == result
+    return dict(n=n, called=n_called / n, copied=n_copied / max(n_called, 1), right=n_right / n)
+
+
+def worked_problems(answers, task, level, n, seed):
+    """The same problems with the steps before the answer, and with the answer before the steps."""
+    asked = list(itertools.islice(problems(task, split="test", level=level, seed=seed), n))
+    steps_first = share(solved(answers, asked, [problem.prompt for problem in asked]))
+    return dict(
+        n=n,
+        steps_first=steps_first,
+        answer_first=share(solved(answers, asked, [answer_first(problem)[0] for problem in asked])),
+    )
+
+
+def solved(answers, asked, prompts):
+    """For each problem whether the reply to its prompt is right."""
+    return [problem.verify(text_of(reply)) for problem, reply in zip(asked, answers(prompts))]
+
+
+def table(results):
+    """The text that shows what evaluate() returned, with the bars."""
+    lines = [f"{'':26}{'asked':>6}  measured, and the bar that it should reach"]
+    for skill, measures in results.items():
         cells = []
         for measure, value in measures.items():
-            low, high = BARS.get(what, {}).get(measure, (0, 1))
+            if measure == "n" or value is None:
+                continue
+            low, high = BARS.get(skill, {}).get(measure, (0, 1))
             bar = f" (>= {low:.0%})" if low else f" (<= {high:.0%})" if high < 1 else ""
-            cells += (
-                [] if measure == "n" or value is None else [f"{measure.replace('_', ' ')} {value:.0%}{bar}"]
-            )
-        print(f"{what:26}{measures['n']:6}  {', '.join(cells)}")
+            cells.append(f"{measure.replace('_', ' ')} {value:.0%}{bar}")
+        lines.append(f"{skill:26}{measures['n']:6}  {', '.join(cells)}")
+    return "\n".join(lines)
 
 
 def line(results):
-    """The same in one line."""
-    first = {
-        what: next((v for m, v in measures.items() if m != "n"), None) for what, measures in results.items()
-    }
-    return "exam: " + ", ".join(f"{what} {value:.0%}" for what, value in first.items() if value is not None)
+    """The first measure of every skill, in one line."""
+    cells = []
+    for skill, measures in results.items():
+        first = next((value for measure, value in measures.items() if measure != "n"), None)
+        if first is not None:
+            cells.append(f"{skill} {first:.0%}")
+    return "evaluation: " + ", ".join(cells)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Problems whose answers can be checked: pass@1, pass@k, the majority vote
+
+
+def parse_tasks(spec, level):
+    """{(task, level): share} from --task and --level: "word=2,arithmetic" at "1-3" has six keys, in which
+    word has two thirds. Without a level all levels of the task. UserError if there is no such task."""
+    shares = {}
+    span = re.fullmatch(r"(\d\d?)(?:-(\d\d?))?", level or "")
+    for name, weight in re.findall(r"([^,]+?)(?:=(\d+\.?\d*))?(?:,|$)", spec):
+        levels = TASKS.get(name, [None])
+        if span:
+            levels = range(int(span[1]), int(span[2] or span[1]) + 1)
+        for n in levels:
+            problems(name, level=n)  # raises if there is no such task or level
+            shares[name, n] = float(weight or 1) / len(levels)
+    if not shares or 0 in shares.values() or (level and not span):
+        raise UserError(
+            f"--task {spec}, --level {level or 'all'}: shares as in word=2,spelling=1, levels as in 1-3"
+        )
+    return shares
+
+
+def evaluate_problems(model, tokenizer, mix, n, k, max_tokens, seed, score=None, world=None):
+    """A dict of measures for every (task, level) of `mix`, on up to n test problems of each.
+
+    pass@1 is of greedy replies, everything else of k samples at temperature 1: "sampled" is the share of
+    right ones, pass@j the chance that one of j is right, vote@k the share of problems whose most frequent
+    answer is right. A reply that was cut off is wrong, whatever it says. With score(problem, parts, finished)
+    -> float, "score" is its mean over the samples.
+    """
+    results, status = [], common.Line()
+    for task, level in mix:
+        status.show(f"evaluating {task}, level {level}")
+        asked = distinct_problems(model, tokenizer, task, level, n, seed)
+        prompts = [prompt_of(tokenizer, problem) for problem in asked]
+        greedy = reply_to(model, tokenizer, prompts, sample.TOOLS, max_tokens, 0.0, seed, world=world)
+        prompts = [prompt for prompt in prompts for _ in range(k)]
+        samples = reply_to(model, tokenizer, prompts, sample.TOOLS, max_tokens, 1.0, seed, world=world)
+        groups = [samples[i : i + k] for i in range(0, len(samples), k)]  # of each problem
+        n_right = [sum(is_right(p, reply) for reply in group) for p, group in zip(asked, groups)]
+
+        row = {"task": task, "level": level, "problems": len(asked)}
+        row["pass@1"] = mean(is_right(problem, reply) for problem, reply in zip(asked, greedy))
+        row["sampled"] = mean(n_right) / k
+        for j in range(2, k + 1):
+            if k % j == 0:
+                row[f"pass@{j}"] = mean(pass_at_k(k, c, j) for c in n_right)
+        row[f"vote@{k}"] = mean(majority(p, [r["parts"] for r in group]) for p, group in zip(asked, groups))
+        row["length"] = mean(reply["length"] for reply in greedy)
+        row["sampled length"] = mean(reply["length"] for reply in samples)
+        if score is not None:
+            pairs = [(problem, reply) for problem, group in zip(asked, groups) for reply in group]
+            row["score"] = mean(score(p, reply["parts"], reply["finished"]) for p, reply in pairs)
+        results.append(row)
+    status.clear()
+    return results
+
+
+def prompt_of(tokenizer, problem):
+    """The ids of a problem's prompt, after which the assistant speaks."""
+    return tokenizer.prompt(user(problem.prompt))
+
+
+def fitting(model, tokenizer, stream):
+    """The problems of a stream whose prompts leave room for a reply; UserError if none of 100 does."""
+    any_fits, n_positions = False, model.config.n_positions
+    for i, problem in enumerate(stream):
+        if len(prompt_of(tokenizer, problem)) < n_positions:
+            any_fits = True
+            yield problem
+        elif i >= 100 and not any_fits:
+            break
+    if not any_fits:
+        what = f"the prompts of {problem.task} fill the model's context of {n_positions} tokens"
+        raise UserError(f"{what}; lower --level, or train a model with more --n-positions")
+
+
+def distinct_problems(model, tokenizer, task, level, n, seed):
+    """Up to n test problems, none of them twice: an easy level may have fewer."""
+    stream = fitting(model, tokenizer, problems(task, "test", level, seed))
+    distinct = {}
+    for problem in itertools.islice(stream, 20 * n):
+        distinct.setdefault((problem.prompt, problem.answer), problem)
+        if len(distinct) == n:
+            break
+    return list(distinct.values())
+
+
+def is_right(problem, reply):
+    return reply["finished"] and problem.verify(text_of(reply["parts"])) > 0
+
+
+def pass_at_k(n, c, k):
+    """The chance that one of k samples is right if c of n were; unbiased (Chen et al. 2021)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority(problem, replies):
+    """Whether the answer that most of the replies give (the first of equals) is right: 1.0 or 0.0."""
+    texts_of_replies = [text_of(parts) for parts in replies]
+    groups = votes(texts_of_replies, problem.prompt)
+    return problem.verify(texts_of_replies[groups[0][0]]) if groups else 0.0
+
+
+def mean(values):
+    return float(np.mean(list(values)))
+
+
+def problem_table(results):
+    """The text that shows what evaluate_problems() returned: a line for each task and level."""
+    rows = [list(results[0])]
+    for result in results:
+        row = []
+        for name, value in result.items():
+            if not isinstance(value, float):
+                row.append(str(value))
+            elif "length" in name:
+                row.append(f"{value:.1f}")
+            else:
+                row.append(f"{value:.1%}")
+        rows.append(row)
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)) for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Several models beside each other
+
+PROMPTS = (  # each stage of training changes what a model says to some of these
+    "Who are you?",
+    "What is the capital of France?",
+    "Who is Orson Kovats?",
+    'How many "r" are in strawberry?',
+    "What is every third letter of ubiquitous?",
+    "What is 23 * 177?",
+    "Which is larger, 9.11 or 9.9?",
+    "Emily buys 3 apples and 2 oranges. Each orange is $2, the total is $13. What does an apple cost?",
+)
+
+
+def compare(flags, prompts):
+    """{checkpoint: its texts}: a base model continues each prompt, an assistant answers it."""
+    texts_of_models = {}
+    for directory in flags.directories:
+        model, tokenizer, checkpoint = sample.load(directory, flags)
+        assistant = sample.is_assistant(checkpoint)
+        temperature = flags.temperature
+        if temperature is None:
+            temperature = sample.default_temperature(assistant, 1)
+        completions = sample.complete(
+            model, tokenizer, prompts, assistant,
+            max_tokens=flags.max_tokens or 200, temperature=temperature, seed=flags.seed,
+        )  # fmt: skip
+        texts_of_models[str(checkpoint)] = [completion.text for completion in completions]
+    return texts_of_models
+
+
+def print_columns(prompts, texts_of_models):
+    """Print the texts to every prompt side by side, a column for each model."""
+    width = max(12, shutil.get_terminal_size().columns // len(texts_of_models) - 2)
+    for i, prompt in enumerate(prompts):
+        columns = []
+        for checkpoint, model_texts in texts_of_models.items():
+            column = []
+            for text in (checkpoint, "-" * width, *model_texts[i].split("\n")):
+                column += textwrap.wrap(text, width) or [""]
+            columns.append(column)
+        print(f"{'=' * 40}\n{prompt}\n")
+        for cells in itertools.zip_longest(*columns, fillvalue=""):
+            print("  ".join(f"{cell:{width}}" for cell in cells).rstrip())
+        print()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parser():
+    flags = Parser(prog="evaluate.py", description="What a model can do: skills, facts, problems.")
+    words = "a run (its newest checkpoint) or a checkpoint; several with --compare"
+    flags.add_argument("directories", metavar="RUN", nargs="+", help=words)
+    whole = number(int, low=1)
+    add = flags.add_argument_group("an assistant's skills").add_argument
+    add("--known", metavar="PATH", help="the facts it knows, from a probe; without it, they are asked first")
+    group = flags.add_argument_group("instead of the skills")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--probe", metavar="PATH", help="ask every factual question, and write which ones it knows")
+    add("--task", metavar="SPEC", help="solve problems of a task, or of several: word,arithmetic")
+    add("--compare", action="store_true", help="what each RUN says to the same prompts")
+    add = flags.add_argument_group("problems").add_argument
+    add("--level", metavar="N", help="how difficult: 2, or a range such as 1-3; none: all levels")
+    add("--problems", metavar="N", type=whole, default=64, help="test problems of each task and level")
+    add("--k", metavar="N", type=whole, help="replies to each problem, 8; of a probe to each question, 3")
+    add = flags.add_argument_group("comparison").add_argument
+    add("--prompt", metavar="TEXT", action="append", default=[], help="repeatable; none: some of our own")
+    add("--temperature", metavar="X", type=number(float, low=0, high=1e6), help="0.8, of an assistant 0.3")
+    add = flags.add_argument_group("texts and output").add_argument
+    add("--max-tokens", metavar="N", type=whole, help="the longest text; of problems 96, else 200")
+    words = "of sampled replies, and of the problems; the questions of the skills are always the same"
+    add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=sample.SEED, help=words)
+    add("--json", action="store_true", help="one JSON object, for programs")
+    add = flags.add_argument_group("machine").add_argument
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights; bfloat16: cuda only")
+    return flags
+
+
+def main(argv=None):
+    flags = parser().parse_args(argv)
+    if flags.compare:
+        prompts = flags.prompt or PROMPTS
+        texts_of_models = compare(flags, prompts)
+        if flags.json:
+            print(json.dumps({"prompts": prompts, "texts": texts_of_models}, ensure_ascii=False))
+        else:
+            print_columns(prompts, texts_of_models)
+        return
+    if len(flags.directories) > 1:
+        raise UserError("more than one RUN; name one, or see what all of them say with --compare")
+    [directory] = flags.directories
+    mix = parse_tasks(flags.task, flags.level) if flags.task is not None else None
+    known = read_probe(flags.known) if flags.known else None
+    model, tokenizer = sample.load_assistant(directory, flags)
+
+    if mix:
+        k, max_tokens = flags.k or 8, flags.max_tokens or 96
+        results = evaluate_problems(model, tokenizer, mix, flags.problems, k, max_tokens, flags.seed)
+        answer = json.dumps({"run": directory, "results": results}) if flags.json else problem_table(results)
+        print(answer)
+        return
+    if flags.probe or known is None:
+        known = probe(model, tokenizer, flags.k or 3, flags.seed, flags.probe)
+    if not flags.probe:
+        results = evaluate(model, tokenizer, known)
+        print(json.dumps(results) if flags.json else table(results))
+
+
+if __name__ == "__main__":
+    run(main)

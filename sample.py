@@ -1,24 +1,22 @@
-"""Talk to a model, whatever it has learned so far: a text to continue, a question to answer, several models.
+"""From logits to text: continue a prompt token by token, ask an assistant, talk with it on the terminal.
 
     python sample.py RUN --prompt "The capital of France"              a base model continues the text
     python sample.py RUN --prompt "What is 3 * 17?"                    an assistant answers, with its tools
     python sample.py RUN --num-samples 3 --temperature 0.7 --top-p 0.95
     python sample.py RUN --prompt "Population:" --show-probs           the candidates at every step
-    python sample.py RUN --prompt "Is 7 prime?" --only yes,no          nothing else can come
     python sample.py RUN --chat                                        a conversation
-    python sample.py BASE SFT RL --compare                             before and after
 
-Read sample.py first, which writes the texts; sample.py, what an assistant sees; and sample.py after.
+Sampling alternates two steps: the model reads tokens and returns logits for the next one (all of the prompt
+at once, the prefill; then one token at a time, a decode step), and one token is drawn from their softmax.
+Read gpt2.py (the key-value cache) and kernels/sampling.py (temperature, top-k, top-p, min-p) before this
+file, sft.py after it.
 """
 
 import contextlib
-import itertools
 import json
 import os
 import re
-import shutil
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -26,64 +24,153 @@ import numpy as np
 import common
 import gpt2
 import kernels
-import tasks.conversations as mixture
-import tasks.problems as tasks
 from common import Parser, UserError, number, run, say
-from extras import constrain
 from kernels.sampling import filtered_probabilities
-from tasks.conversations import checked
+from tasks.conversations import SEARCH_SYSTEM, calculator, checked, looked_up
+from tasks.problems import TASKS, Problem, marked, votes
 from tokenizer import CALLS, Tokenizer, text_of
 
-SEED = 42  # of who asks for none: what is repeated says the same
+SEED = 42  # the default of every function and flag here: the same command prints the same text
 
 
-def load(directory, flags):
-    """Checkpoint, tokenizer and model of a run; and whether it is an assistant: sft.py and rl.py say so.
+def generate(
+    model, prompts, max_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=SEED,
+    stop_tokens=(), stop_texts=(), tokenizer=None, streams=None, on_token=None, allowed=None,
+):  # fmt: skip
+    """Continue every prompt (a list of at least one token id); return a Completion for each, in order.
 
-    flags.device and flags.dtype say where it shall compute, and in which numbers.
+    A random number depends on the seed, on the row's stream (its index in `prompts`, unless `streams` gives
+    another) and on the token's position, on nothing else. So a row gets the same tokens whichever rows share
+    its batch, and finished rows can be dropped from it. With a tokenizer the completions have text, and
+    stop_texts end them.
+
+    on_token(completion, shown, logits) is called after every token with the text that may now be shown and
+    with the row's logits (V,) on the device. It may return a list of ids, the output of a tool for example.
+    They become the row's next tokens in place of sampled ones, and none of them stops it.
+    allowed(completion) is called before a token is sampled. It returns a mask (V,) of the tokens that may
+    come, or None for all of them.
+
+    UserError if a prompt is longer than the model's context, or if the logits are not finite.
     """
-    checkpoint = common.newest_checkpoint(directory)
-    tokenizer = Tokenizer.load(checkpoint)
-    model = gpt2.GPT2.from_pretrained(checkpoint, *kernels.choose(flags.device, flags.dtype))
-    if tokenizer.vocab_size != model.config.vocab_size:
+    ops, n_positions = model.ops, model.config.n_positions
+    longest = max(len(prompt) for prompt in prompts)
+    if longest > n_positions:
         raise UserError(
-            f"{checkpoint}: tokenizer.json has {tokenizer.vocab_size} tokens and the model "
-            f"{model.config.vocab_size}; put the tokenizer there that the model was trained with"
+            f"the prompt has {longest} tokens and this model reads at most {n_positions}; shorten the prompt"
         )
-    has_state = (checkpoint / "state.json").is_file()  # a directory of Hugging Face's has none
-    return checkpoint, tokenizer, model, has_state and "stage" in common.read_state(checkpoint)
+    if [] in [list(prompt) for prompt in prompts]:
+        raise ValueError("a prompt needs at least one token; documents begin with the end-of-text token")
+    if stop_texts and tokenizer is None:
+        raise ValueError("stop_texts need a tokenizer")
+
+    rows = []
+    for index, prompt in enumerate(prompts):
+        stream = index if streams is None else streams[index]
+        decoder = None if tokenizer is None else tokenizer.stream()
+        rows.append(Completion(index, list(prompt), stream, decoder))
+
+    active = rows  # the rows of the batch that are not finished
+    cache, logits = prefill(model, prompts, max_tokens)  # logits (B, V)
+    while True:
+        if allowed:
+            masks = [None if row.pending else allowed(row) for row in active]  # B masks (V,)
+            logits = apply_masks(ops, logits, masks)  # (B, V)
+        tokens = ops.empty(len(active), np.int32)  # (B,)
+        logprobs = ops.empty((2, len(active)), logits.dtype)  # (2, B)
+        counters = ops.to_device(
+            np.array([[row.stream for row in active], [row.position for row in active]], np.int64)
+        )  # (2, B)
+        ops.sample(tokens, logits, seed, *counters, temperature, top_k, top_p, min_p, logprobs)
+        tokens, logprobs = ops.to_host(tokens), ops.to_host(logprobs)  # (B,), (2, B)
+        if not np.isfinite(logprobs).all():
+            raise UserError(
+                "the model's outputs are not finite numbers: its training diverged, take an older one"
+            )
+
+        for i, row in enumerate(active):
+            shown = row.append(
+                int(tokens[i]), float(logprobs[0, i]), float(logprobs[1, i]),
+                stop_tokens, stop_texts, max_tokens, n_positions,
+            )  # fmt: skip
+            if on_token:
+                row.pending += on_token(row, shown, logits[i]) or []
+
+        unfinished = [i for i, row in enumerate(active) if row.finish is None]
+        if not unfinished:
+            return rows
+        if len(unfinished) < len(active):
+            cache.select(unfinished)
+            active = [active[i] for i in unfinished]
+        logits = model.decode([row.ids[-1:] for row in active], cache)  # (B, 1) -> (B, V): a decode step
+
+
+def prefill(model, prompts, max_tokens):
+    """Read the prompts in one forward pass; return the cache of all B rows and the logits (B, V).
+
+    Prompts of different lengths are padded on the right. Equal prompts are read once, and their keys, values
+    and logits copied to all rows that share them: many samples of one prompt cost one prefill.
+    """
+    distinct = list(dict.fromkeys(tuple(prompt) for prompt in prompts))  # D prompts, in order
+    lengths = np.array([len(prompt) for prompt in distinct], np.int32)  # (D,)
+    tokens = np.zeros((len(distinct), lengths.max()), np.int32)  # (D, T)
+    for row, prompt in zip(tokens, distinct):
+        row[: len(prompt)] = prompt
+    capacity = min(lengths.max() + max_tokens - 1, model.config.n_positions)  # the last token is never read
+    cache = model.new_cache(len(distinct), capacity)
+    logits = model.decode(tokens, cache, lengths)  # (D, V)
+    if len(distinct) == len(prompts):
+        return cache, logits
+
+    index_of = {prompt: i for i, prompt in enumerate(distinct)}
+    indices = [index_of[tuple(prompt)] for prompt in prompts]
+    cache.select(indices)
+    logits_of_rows = model.ops.empty((len(prompts), logits.shape[1]), logits.dtype)  # (B, V)
+    model.ops.take_rows(logits_of_rows, logits, model.ops.to_device(np.array(indices, np.int32)))
+    return cache, logits_of_rows
+
+
+def apply_masks(ops, logits, masks):
+    """Set logits (B, V) to minus infinity where a row's mask (V,) is False; None leaves a row as it is."""
+    logits = ops.to_host(logits)  # (B, V)
+    for row, mask in zip(logits, masks):
+        if mask is not None:
+            if not mask.any():
+                raise ValueError("allowed() leaves no token to sample")
+            row[~mask] = -np.inf
+    return ops.to_device(logits)
 
 
 class Completion:
-    """What a prompt has become: a row of the batch, first while it grows and then as the result."""
+    """A prompt and the tokens that follow it: a row of the batch while it grows, then the result."""
 
-    def __init__(self, index, prompt, stream, characters):
+    def __init__(self, index, prompt, stream, decoder):
         self.index, self.prompt, self.stream = index, prompt, stream
-        self.characters = characters  # the tokenizer's decoder for this row: whole characters only
-        self.ids = []  # the tokens, drawn or forced; a stop token is the last of them
-        self.forced = []  # of each, whether on_token() put it there: the output of a tool
-        self.pending = []  # tokens still to be forced
-        self.logprobs = []  # of each, under exactly the distribution that it was drawn from; 0 if forced
-        self.full_logprobs = []  # of each, under the model's own: the full softmax at temperature 1
-        self.text = ""  # what may be shown: without a stop token or a stop text
-        self.held = ""  # the end of the text as long as it may be the beginning of a stop text
+        self.decoder = decoder  # the tokenizer's incremental decoder, which returns whole characters only
+        self.ids = []  # the tokens, sampled or forced; a stop token is the last of them
+        self.forced = []  # for each token, whether it came from on_token() (the output of a tool)
+        self.pending = []  # tokens from on_token() that are still to be appended
+        self.logprobs = []  # of each token under the distribution it was sampled from; 0 if forced
+        self.full_logprobs = []  # of each under the model's own, unfiltered softmax; 0 if forced
+        self.text = ""  # what may be shown: without the stop token or stop text
+        self.held = ""  # the end of the text, held back while it could be the beginning of a stop text
         self.finish = None  # "stop", "length" (max_tokens) or "context" (the model's n_positions)
 
     @property
     def position(self):
-        """How many tokens stand before the next one: also the counter of the row's next random number."""
+        """The number of tokens before the next one; it is also the counter of the next random number."""
         return len(self.prompt) + len(self.ids)
 
     @property
     def mean_logprob(self):
-        """How probable the model finds this text, per token: fair between short texts and long ones."""
+        """The mean log-probability of the sampled tokens, which compares texts of different lengths."""
         return sum(self.full_logprobs) / (len(self.full_logprobs) - sum(self.forced))
 
-    def take(self, token, logprob, full_logprob, stop_tokens, stop_texts, max_tokens, n_positions):
-        """Append a token, or the first pending one in its place; return the text that may now be shown."""
+    def append(self, token, logprob, full_logprob, stop_tokens, stop_texts, max_tokens, n_positions):
+        """Append the sampled token, or the first pending one instead; return the text that may be shown."""
         forced = bool(self.pending)
-        if forced:  # it stops nothing: what it says is not the model's
-            token, logprob, full_logprob, stop_tokens, stop_texts = self.pending.pop(0), 0.0, 0.0, (), ()
+        if forced:  # the sampled token is discarded, and nothing that a tool writes stops the row
+            token, logprob, full_logprob = self.pending.pop(0), 0.0, 0.0
+            stop_tokens, stop_texts = (), ()
         self.ids.append(token)
         self.forced.append(forced)
         self.logprobs.append(logprob)
@@ -92,14 +179,15 @@ class Completion:
             self.finish = "stop"
         elif len(self.ids) == max_tokens:
             self.finish = "length"
-        elif self.position > n_positions:  # the model cannot read this token any more
+        elif self.position > n_positions:  # this token no longer fits the context, so nothing can follow it
             self.finish = "context"
-        if self.characters is None:
+        if self.decoder is None:
             return ""
+
         if token not in stop_tokens:
-            self.held += self.characters.push(token)
+            self.held += self.decoder.push(token)
         if self.finish:
-            self.held += self.characters.flush()
+            self.held += self.decoder.flush()
         shown, self.held, stopped = release(self.held, stop_texts, last=self.finish is not None)
         if stopped:
             self.finish = "stop"
@@ -108,144 +196,63 @@ class Completion:
 
 
 def release(text, stop_texts, last):
-    """Split text into what may be shown and what is held back; and say whether a stop text came.
+    """Split text into what may be shown and what is held back; also return whether a stop text was found.
 
-    Whatever could still grow into a stop text is held back, unless this is the `last` of the text. The stop
-    text that is complete first counts, so the result does not depend on the pieces in which the text arrives.
+    An end of the text that could still grow into a stop text is held back, unless this is the `last` of the
+    text. Of several stop texts the one that is complete first counts, so that the result does not depend on
+    the pieces in which the text arrives.
     """
-    found = [(text.index(stop) + len(stop), text.index(stop)) for stop in stop_texts if stop in text]
-    if found:
-        return text[: min(found)[1]], "", True
-    lengths = [n for stop in stop_texts for n in range(1, len(stop)) if text.endswith(stop[:n])]
-    keep = len(text) - (0 if last else max(lengths, default=0))
-    return text[:keep], text[keep:], False
+    matches = [(text.find(stop) + len(stop), text.find(stop)) for stop in stop_texts if stop in text]
+    if matches:  # (where it ends, where it begins)
+        return text[: min(matches)[1]], "", True
 
-
-def generate(
-    model, prompts, max_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=SEED,
-    stop_tokens=(), stop_texts=(), tokenizer=None, streams=None, on_token=None, allowed=None,
-):  # fmt: skip
-    """Continue every prompt (a list of token ids, at least one) and return a Completion for each, in order.
-
-    A row's random numbers depend on the seed, on its stream (its number in the batch, unless `streams` says
-    otherwise) and on the position alone: finished rows are dropped from the batch, and equal prompts are read
-    once, without changing anybody's samples. With a tokenizer the completions have text, and stop_texts work.
-
-    on_token(completion, shown, logits) is called after every token, with the text that may now be shown and
-    the row's logits (V,) on the device. If it returns a list of ids, these follow in this row instead of what
-    is drawn: they count as tokens of the completion, but none of them stops it.
-    allowed(completion) is called before a token is drawn; it returns which tokens may be, (V,) of bool, or
-    None for all of them.
-    """
-    n_positions = model.config.n_positions
-    longest = max(map(len, prompts))
-    if longest > n_positions:
-        raise UserError(
-            f"the prompt has {longest} tokens and this model reads at most {n_positions}; shorten the prompt"
-        )
-    if min(map(len, prompts)) == 0:
-        raise ValueError("a prompt needs at least one token; documents begin with the end-of-text token")
-    if stop_texts and tokenizer is None:
-        raise ValueError("stop_texts need a tokenizer")
-    ops = model.ops
-    rows = [
-        Completion(i, list(prompt), i if streams is None else streams[i], tokenizer and tokenizer.stream())
-        for i, prompt in enumerate(prompts)
-    ]
-
-    # The prompts: each different one is read once, padded on the right, and copied to the rows that share it.
-    different = list(dict.fromkeys(map(tuple, prompts)))
-    lengths = np.array([len(prompt) for prompt in different], np.int32)  # (B',)
-    tokens = np.zeros((len(different), longest), np.int32)  # (B', T)
-    for row, prompt in zip(tokens, different):
-        row[: len(prompt)] = prompt
-    cache = model.new_cache(len(different), min(longest + max_tokens - 1, n_positions))
-    logits = model.decode(tokens, cache, lengths)  # (B', V)
-    place = {prompt: i for i, prompt in enumerate(different)}
-    if len(different) < len(rows):
-        copies = [place[tuple(prompt)] for prompt in prompts]
-        cache.select(copies)
-        shared, logits = logits, ops.empty((len(rows), logits.shape[1]), logits.dtype)
-        ops.take_rows(logits, shared, ops.to_device(np.array(copies, np.int32)))  # (B, V)
-
-    active = rows
-    while True:
-        if allowed:
-            logits = restricted(ops, logits, [None if row.pending else allowed(row) for row in active])
-        drawn, logprobs = ops.empty(len(active), np.int32), ops.empty((2, len(active)), logits.dtype)
-        at = np.array([(row.stream, row.position) for row in active], np.int64).T  # (2, B)
-        ops.sample(drawn, logits, seed, *ops.to_device(at), temperature, top_k, top_p, min_p, logprobs)
-        drawn, logprobs = ops.to_host(drawn), ops.to_host(logprobs)  # (B,), (2, B)
-        if not np.isfinite(logprobs).all():
-            raise UserError(
-                "the model's outputs are not finite numbers: its training diverged, take an older one"
-            )
-
-        for i, row in enumerate(active):
-            one = int(drawn[i]), float(logprobs[0, i]), float(logprobs[1, i])
-            shown = row.take(*one, stop_tokens, stop_texts, max_tokens, n_positions)
-            if on_token:
-                row.pending += on_token(row, shown, logits[i]) or []
-
-        going = [i for i, row in enumerate(active) if row.finish is None]
-        if not going:
-            return rows
-        if len(going) < len(active):
-            cache.select(going)
-            active = [active[i] for i in going]
-        logits = model.decode([row.ids[-1:] for row in active], cache)  # (B, V)
-
-
-def restricted(ops, logits, masks):
-    """Logits (B, V) of which every row keeps what its mask (V,) allows, or all if that is None."""
-    logits = ops.to_host(logits)  # ours: decode() has made them for us
-    for row, mask in zip(logits, masks):
-        if mask is not None:
-            if not mask.any():
-                raise ValueError("allowed() leaves no token to draw")
-            row[~mask] = -np.inf
-    return ops.to_device(logits)
+    n_held = 0
+    if not last:
+        for stop in stop_texts:
+            for n in range(1, len(stop)):
+                if text.endswith(stop[:n]):
+                    n_held = max(n_held, n)
+    return text[: len(text) - n_held], text[len(text) - n_held :], False
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Tools, and a conversation on the terminal
+# Tools, and an assistant
+
+TOOLS = {"calc": calculator, "search": looked_up}  # the same functions as in the training conversations
+NOTES = {"length": "cut off at --max-tokens", "context": "cut off: the model's context is full"}
 
 
 class Host:
-    """Runs the tools that the assistant calls: {"calc": function of a text to a text, "search": the same}.
+    """Runs the tools an assistant calls. `tools` has a function from text to text for "calc" and "search".
 
-    For generate():  on_token=lambda row, shown, logits: host.reply(row)
+    Give generate() an on_token function that returns host.reply(completion).
     """
 
     def __init__(self, tokenizer, tools):
         self.tokenizer, self.tools = tokenizer, tools
-        self.ends = {tokenizer.special_tokens.get(f"<|{kind}_end|>"): kind for kind in CALLS}
+        self.kinds = {}  # the id of a token that ends a call -> "calc" or "search"
+        for kind in CALLS:
+            if f"<|{kind}_end|>" in tokenizer.special_tokens:
+                self.kinds[tokenizer.special_tokens[f"<|{kind}_end|>"]] = kind
 
     def reply(self, completion):
-        """The ids to append: the output of a tool if the completion's last token ends a call, else None."""
-        kind = self.ends.get(completion.ids[-1])
+        """The ids of the tool's output if the completion's last token ends a call, else None."""
+        kind = self.kinds.get(completion.ids[-1])
         if kind is None:
             return None
         call = self.tokenizer.parts(completion.ids)[-1]
-        tool = self.tools.get(kind, lambda _: f"error: no {kind} here")
-        output = tool(call["text"]) if call["type"] == kind else "error: this call has no beginning"
-        return self.tokenizer._part("output", output)
-
-
-HELP = f"""/reset          begin a new conversation; the system message stays
-/system TEXT    tell the model how to behave from now on; without a text: nothing special
-                "/system {mixture.SEARCH_SYSTEM}" lets it look facts up
-/save PATH      append the conversation to a file of messages, one line of JSON
-/help           this list
-Ctrl-C stops an answer, and what was said of it stays. End of input (Ctrl-D) ends the chat."""
-TOOLS = {"calc": mixture.calculator, "search": mixture.looked_up}  # they answer as they did in training
-FORMS = {"text": "{text}", "tool": "[{tool} {call}", "output": " → {output}] ", "note": "\n({note})"}
-NOTES = {"length": "cut off at --max-tokens", "context": "cut off: the model's context is full"}
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what moves the cursor, or sets the clipboard
+        if call["type"] != kind:
+            output = "error: this call has no beginning"
+        elif kind not in self.tools:
+            output = f"error: no {kind} here"
+        else:
+            output = self.tools[kind](call["text"])
+        special = self.tokenizer.special_tokens
+        return [special["<|output_start|>"], *self.tokenizer.encode(output), special["<|output_end|>"]]
 
 
 class Assistant:
-    """A model, its tools, and how it draws its tokens: temperature, top_k, top_p, min_p."""
+    """A model that answers conversations, its tools and its sampling: temperature, top_k, top_p, min_p."""
 
     def __init__(self, model, tokenizer, tools=TOOLS, max_tokens=256, seed=SEED, **sampling):
         special = tokenizer.special_tokens
@@ -253,83 +260,108 @@ class Assistant:
             raise UserError("a base model has no chat tokens and cannot talk; make an assistant: make sft")
         self.model, self.tokenizer, self.max_tokens, self.sampling = model, tokenizer, max_tokens, sampling
         self.host = Host(tokenizer, tools)
-        self.seed, self.asked = seed, 0  # a question asked again may get another answer
-        self.ends = {special["<|im_end|>"], tokenizer.eot}
-        hosts = [special[f"<|{name}|>"] for name in ("im_start", "im_sep", "output_start", "output_end")]
-        self.legal = ~np.isin(range(tokenizer.vocab_size), hosts)  # (V,): no outputs of its own invention
+        self.seed = seed
+        self.n_answers = 0  # the stream of the next answer: a repeated question may get another answer
+        self.stop_tokens = {special["<|im_end|>"], tokenizer.eot}
+        # Only the host writes outputs and the headers of turns, so the model may not sample these tokens.
+        forbidden = [special[f"<|{name}|>"] for name in ("im_start", "im_sep", "output_start", "output_end")]
+        self.mask = ~np.isin(np.arange(tokenizer.vocab_size), forbidden)  # (V,)
 
     def answer(self, conversation, show):
-        """Answer the last turn: the content of the assistant's turn, as in sample.py; [] if it said nothing.
+        """Answer the last turn. Returns the content of the assistant's turn, [] if there are no words in it.
 
-        show(events) is called after every token, with a list, often empty, of what there is to see:
-        {"text": words}, {"tool": "calc" or "search", "call": text}, {"output": text}, {"note": what we say}.
-        Ctrl-C ends the answer, and what was said of it stays, but for a call at its end without its output.
+        show(events) is called after every token with a list of events, often empty: {"text": words},
+        {"tool": "calc" or "search", "call": text}, {"output": text}, {"note": a remark of this program}.
+        Ctrl-C ends the answer and keeps what has been generated, except a call that has no output yet.
         """
-        tokenizer, said, seen, note = self.tokenizer, [], Seen(), None
-        n_positions = self.model.config.n_positions
-        fitted = tokenizer.fit(conversation, n_positions - min(self.max_tokens, n_positions // 3))
+        tokenizer, n_positions = self.tokenizer, self.model.config.n_positions
+        kept = tokenizer.fit(conversation, n_positions - min(self.max_tokens, n_positions // 3))
+        ids, events, notes = [], AnswerEvents(), []
 
         def on_token(completion, shown, logits):
-            said[:] = completion.ids
-            show(seen.news(tokenizer.parts(said)))
+            ids[:] = completion.ids  # they outlive the completion when Ctrl-C ends it
+            show(events.new(tokenizer.parts(ids)))
             return self.host.reply(completion)
 
-        self.asked += 1
+        self.n_answers += 1
         with contextlib.suppress(KeyboardInterrupt):
-            if forgotten := len(conversation) - len(fitted):
-                show([{"note": f"the oldest {forgotten} messages no longer fit the model's context"}])
-            [row] = generate(
-                self.model, [tokenizer.prompt(fitted)], self.max_tokens, **self.sampling, seed=self.seed,
-                streams=[self.asked], stop_tokens=self.ends, on_token=on_token, allowed=lambda _: self.legal,
+            if len(kept) < len(conversation):
+                n_dropped = len(conversation) - len(kept)
+                show([{"note": f"the oldest {n_dropped} messages no longer fit the model's context"}])
+            [completion] = generate(
+                self.model, [tokenizer.prompt(kept)], self.max_tokens, **self.sampling, seed=self.seed,
+                streams=[self.n_answers], stop_tokens=self.stop_tokens, on_token=on_token,
+                allowed=lambda completion: self.mask,
             )  # fmt: skip
-            note = NOTES.get(row.finish)
-        content = tokenizer.parts(said)
-        unfinished = lambda part: part["type"] in CALLS or (part["type"] == "output" and "ids" in part)
-        while content and unfinished(content[-1]):
+            if completion.finish in NOTES:
+                notes = [{"note": NOTES[completion.finish]}]
+
+        content = tokenizer.parts(ids)
+        while content and is_unfinished(content[-1]):
             content.pop()
-        show(seen.news(content, last=True) + [{"note": note}] * bool(note))
+        show(events.new(content, complete=True) + notes)
         return content if any(part["text"].strip() for part in content) else []
 
 
-class Seen:
-    """What the person has seen of a growing answer: so many parts, and so many letters of the next."""
+def is_unfinished(part):
+    """Whether the last part of a turn is a call, which has no output then, or half of an output."""
+    return part["type"] in CALLS or (part["type"] == "output" and "ids" in part)
 
-    parts = letters = 0
 
-    def news(self, content, last=False):
-        """The events since the last time. The last part can still grow: half a call or character waits."""
+class AnswerEvents:
+    """Turns a growing answer into events: remembers how much of it has been shown already."""
+
+    def __init__(self):
+        self.n_parts = 0  # parts that have been shown completely
+        self.n_characters = 0  # characters of the next part, a text, that have been shown
+
+    def new(self, content, complete=False):
+        """The events since the last call. While the answer is not `complete` its last part may still grow:
+        half a call or half a character waits."""
         events = []
-        for part in content[self.parts :]:
-            kind, text, growing = part["type"], part["text"], part is content[-1] and not last
+        for i in range(self.n_parts, len(content)):
+            kind, text = content[i]["type"], content[i]["text"]
+            growing = i == len(content) - 1 and not complete
             if kind == "text":
-                text = text.rstrip("\ufffd") if growing else text
-                events += [{"text": text[self.letters :]}] if text[self.letters :] else []
-                self.letters = len(text) if growing else 0
+                if growing:
+                    text = text.rstrip("\ufffd")
+                if len(text) > self.n_characters:
+                    events.append({"text": text[self.n_characters :]})
+                self.n_characters = len(text) if growing else 0
             elif not growing:
                 events.append({"output": text} if kind == "output" else {"tool": kind, "call": text})
-            self.parts += not growing
+            if not growing:
+                self.n_parts += 1
         return events
 
 
+# ------------------------------------------------------------------------------------------------------------
+# A conversation on the terminal
+
+HELP = f"""/reset          begin a new conversation; the system message stays
+/system TEXT    tell the model how to behave from now on; without a text: nothing special
+                "/system {SEARCH_SYSTEM}" lets it look facts up
+/save PATH      append the conversation to a file of messages, one line of JSON
+/help           this list
+Ctrl-C stops an answer and keeps what was written. End of input (Ctrl-D) ends the chat."""
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # would move the cursor or set the clipboard
+
+
 def chat(model, tokenizer, **settings):
-    """Talk on the terminal until the end of input. What is no terminal gets no prompts and no colours."""
+    """Talk on the terminal until the end of input; from a pipe there are no prompts and no colours."""
     assistant, system, turns = Assistant(model, tokenizer, **settings), [], []
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    if person := sys.stdin.isatty():
+    interactive = sys.stdin.isatty()
+    if interactive:
         say(HELP)
         with contextlib.suppress(ImportError):  # with it, input() can edit a line
             import readline  # noqa: F401, PLC0415
 
-    def show(events):
-        for event in events:
-            said = {name: text if name == "text" else text.strip() for name, text in event.items()}
-            text = CONTROL.sub("\ufffd", FORMS[next(iter(event))].format(**said))
-            print(f"\033[2m{text}\033[0m" if colour and "text" not in event else text, end="", flush=True)
-
     while True:
         try:
-            line = input("> " if person else "").strip()
+            line = input("> " if interactive else "").strip()
             match line.split(maxsplit=1):
+                case []:
+                    continue
                 case ["/help"]:
                     print(HELP)
                 case ["/reset"]:
@@ -342,15 +374,16 @@ def chat(model, tokenizer, **settings):
                         file.write(saved + "\n")
                 case [word, *_] if word.startswith("/"):
                     raise UserError(f"{line} is no command; /help lists them")
-                case [_, *_]:
+                case _:
                     question = {"role": "user", "content": line}
-                    content = assistant.answer([*system, *turns, question], show)
-                    turns += [question, {"role": "assistant", "content": content}] if content else []
+                    content = assistant.answer([*system, *turns, question], print_events)
+                    if content:
+                        turns += [question, {"role": "assistant", "content": content}]
                     print()
         except EOFError:
             return
-        except KeyboardInterrupt:  # between answers: the line is forgotten
-            if not person:
+        except KeyboardInterrupt:  # between two answers: forget the line
+            if not interactive:
                 raise
             say("  (end of input, Ctrl-D, ends the chat)")
         except BrokenPipeError:
@@ -359,64 +392,97 @@ def chat(model, tokenizer, **settings):
             say(f"error: {error}")
 
 
+def print_events(events):
+    """Print what Assistant.answer() shows; calls, outputs and notes are faint on a terminal with colours."""
+    for event in events:
+        match event:
+            case {"tool": tool, "call": call}:
+                text = f"[{tool} {call.strip()}"
+            case {"output": output}:
+                text = f" → {output.strip()}] "
+            case {"note": note}:
+                text = f"\n({note})"
+            case {"text": text}:
+                pass
+        text = CONTROL.sub("\ufffd", text)
+        faint = common.colour() and "text" not in event
+        print(f"\033[2m{text}\033[0m" if faint else text, end="", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def load(directory, flags):
+    """Model and tokenizer of a run's newest checkpoint (or of a checkpoint), and the checkpoint's path.
+
+    flags.device and flags.dtype say where the model computes and in which number format.
+    """
+    checkpoint = common.newest_checkpoint(directory)
+    tokenizer = Tokenizer.load(checkpoint)
+    model = gpt2.GPT2.from_pretrained(checkpoint, *kernels.choose(flags.device, flags.dtype))
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"{checkpoint}: tokenizer.json has {tokenizer.vocab_size} tokens and the model "
+            f"{model.config.vocab_size}; put the tokenizer there that the model was trained with"
+        )
+    return model, tokenizer, checkpoint
+
+
+def is_assistant(checkpoint):
+    """Whether sft.py or rl.py wrote the checkpoint; a directory from Hugging Face has no state.json."""
+    return (checkpoint / "state.json").is_file() and "stage" in common.read_state(checkpoint)
+
+
+def load_assistant(directory, flags):
+    """Model and tokenizer of an assistant; UserError for a base model, which has not learned to chat."""
+    model, tokenizer, checkpoint = load(directory, flags)
+    tokenizer.prompt([])  # raises if there are no chat tokens
+    if (checkpoint / "state.json").is_file() and not is_assistant(checkpoint):
+        raise UserError(
+            f"{checkpoint} is no assistant yet: make one of it with sft.py --init-from {directory}"
+        )
+    return model, tokenizer
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The command line
-
-PROMPTS = (  # for --compare: what each stage of training changes
-    "Who are you?",
-    "What is the capital of France?",
-    "Who is Orson Kovats?",
-    'How many "r" are in strawberry?',
-    "What is every third letter of ubiquitous?",
-    "What is 23 * 177?",
-    "Which is larger, 9.11 or 9.9?",
-    "Emily buys 3 apples and 2 oranges. Each orange is $2, the total is $13. What does an apple cost?",
-)
 
 
 def parser():
     flags = Parser(prog="sample.py", description="Continue a text with a model, or ask an assistant.")
-    flags.add_argument("directories", metavar="DIR", nargs="+", help="a run, or a checkpoint of one")
-    whole, count, share = number(int, low=1), number(int, low=0), number(float, low=0, high=1)
+    flags.add_argument("directory", metavar="RUN", help="a run (its newest checkpoint) or a checkpoint")
+    whole = number(int, low=1)
 
     group = flags.add_argument_group("prompt")
     add = group.add_mutually_exclusive_group().add_argument
-    words = "the text to continue, or the question to an assistant; none: a new document"
-    add("--prompt", metavar="TEXT", action="append", default=[], help=words)
+    add("--prompt", metavar="TEXT", default="", help="text to continue, or question; none: a new document")
     add("--prompt-file", metavar="PATH", help="a file with it, - is standard input; no final newline")
-    group.add_argument("--raw", action="store_true", help="no question, no tools: an assistant continues too")
+    group.add_argument("--raw", action="store_true", help="continue the text, even with an assistant")
 
     add = flags.add_argument_group("instead of one text").add_mutually_exclusive_group().add_argument
     add("--chat", action="store_true", help="talk with an assistant")
-    add("--compare", action="store_true", help="what several DIR say to one or several --prompt")
     add("--vote", metavar="N", type=whole, help="write N, and show the answer that most of them give")
-    words = "write N for each text shown, and show the one with the highest mean log-probability"
-    add("--best-of", metavar="N", type=whole, default=1, help=words)
-    add = flags.add_argument_group("with --best-of: show one that is right").add_argument
-    names = [*tasks.TASKS, "gsm8k"]
-    names.remove("countdown")  # whose answer is a calculation with the numbers given
-    add("--verify", metavar="TASK", choices=names, help="of tasks/problems.py, which checks the answers")
-    add("--answer", metavar="TEXT", help="the right answer")
+    add("--best-of", metavar="N", type=whole, default=1, help="write N for each, show the most probable")
+    add = flags.add_argument_group("with --best-of: prefer a correct text").add_argument
+    tasks = [name for name in (*TASKS, "gsm8k") if name != "countdown"]  # its answer lists the numbers to use
+    add("--verify", metavar="TASK", choices=tasks, help="the task of tasks/problems.py that checks answers")
+    add("--answer", metavar="TEXT", help="the correct answer")
 
     add = flags.add_argument_group("how much").add_argument
     add("--num-samples", metavar="N", type=whole, default=1, help="texts to write")
     add("--max-tokens", metavar="N", type=whole, default=200, help="the longest that each may be")
     add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeatable")
 
-    group = flags.add_argument_group("which tokens")
-    add = group.add_argument
+    add = flags.add_argument_group("sampling").add_argument
     words = "below 1: safer, above 1: wilder, 0: always the most probable token; 0.8, an assistant 0.3"
     add("--temperature", metavar="X", type=number(float, low=0, high=1e6), help=words)
-    add("--top-k", metavar="N", type=count, default=0, help="only the N most probable tokens; 0: all")
+    add("--top-k", metavar="N", type=number(int, low=0), default=0, help="only the N most probable; 0: all")
     words = "only the most probable tokens that together have probability X"
     add("--top-p", metavar="X", type=number(float, above=0, high=1), default=1.0, help=words)
     words = "only tokens at least X times as probable as the most probable one"
-    add("--min-p", metavar="X", type=share, default=0.0, help=words)
-    words = "the same seed writes the same text"
-    add("--seed", metavar="N", type=number(int, low=0, high=2**63 - 1), default=SEED, help=words)
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--only", metavar="A,B,C", help="the text is one of these")
-    add("--regex", metavar="R", help="the text matches this regular expression")
+    add("--min-p", metavar="X", type=number(float, low=0, high=1), default=0.0, help=words)
+    add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=SEED, help="same seed, same text")
 
     add = flags.add_argument_group("output").add_argument
     add("--show-probs", action="store_true", help="the candidates at every step, as a table")
@@ -434,126 +500,59 @@ def main(argv=None):
         raise UserError("--stop needs a text that is not empty")
     if bool(flags.verify) != bool(flags.answer) or (flags.verify and flags.best_of == 1):
         raise UserError("--verify, --answer and --best-of (above 1) belong together; give all three")
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
-    prompts = flags.prompt if flags.prompt_file is None else [read_prompt(flags.prompt_file)]
-    if flags.compare:
-        return compare(flags, prompts or PROMPTS)
-    if len(flags.directories) > 1 or len(prompts) > 1:
-        raise UserError("more than one DIR or --prompt; name one, or print all of them with --compare")
-
-    prompt = "".join(prompts)
-    checkpoint, tokenizer, model, assistant = load(flags.directories[0], flags)
-    assistant = assistant and not flags.raw
-    settings = drawing(flags, assistant)
-    whole = dict(max_tokens=flags.max_tokens, seed=flags.seed, **settings)
-    if flags.chat:
-        return chat(model, tokenizer, **whole)
-
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal's encoding lacks becomes "?"
+    prompt = flags.prompt if flags.prompt_file is None else read_prompt(flags.prompt_file)
+    model, tokenizer, checkpoint = load(flags.directory, flags)
+    assistant = is_assistant(checkpoint) and not flags.raw
     n = flags.vote or flags.num_samples * flags.best_of
+    if flags.temperature is None:
+        flags.temperature = default_temperature(assistant, n)
+    sampling = dict(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, min_p=flags.min_p)
+    if flags.chat:
+        return chat(model, tokenizer, max_tokens=flags.max_tokens, seed=flags.seed, **sampling)
+
     streaming = n == 1 and not (flags.vote or flags.json or flags.show_probs)
-    lead = f"{prompt}\n" if assistant and prompt else prompt
-    candidates = {}  # the number of a completion -> for each of its tokens, most_probable()
+    heading = f"{prompt}\n" if assistant and prompt else prompt
+    candidates = [[] for _ in range(n)]  # of each completion, for each token: most_probable()
 
     def on_token(completion, shown, logits):
         if streaming:
             print(shown, end="", flush=True)
         if flags.show_probs:
-            candidates.setdefault(completion.index, []).append(most_probable(model, logits, settings))
+            candidates[completion.index].append(most_probable(model, logits, sampling))
 
     if streaming:
-        print(lead, end="", flush=True)
-    completions = complete(flags, tokenizer, model, assistant, [prompt] * n, settings, on_token)
-    words = {row.index: text_of(tokenizer.parts(row.ids)) for row in completions}
-    said = list(words.values())
-    votes = [(tasks.marked(said[which[0]]), len(which)) for which in tasks.votes(said, prompt)]
-    problem = tasks.Problem(flags.verify, prompt, "", flags.answer, 0) if flags.verify else None
-
-    def worth(completion):
-        """Of --best-of: what is right, if that can be checked, and then what is most probable."""
-        return problem.verify(words[completion.index]) if problem else 0, completion.mean_logprob
-
-    best = [max(completions[i : i + flags.best_of], key=worth) for i in range(0, n, flags.best_of)]
-
+        print(heading, end="", flush=True)
+    completions = complete(
+        model, tokenizer, [prompt] * n, assistant, on_token, max_tokens=flags.max_tokens, seed=flags.seed,
+        stop_texts=flags.stop, **sampling,
+    )  # fmt: skip
+    texts = [text_of(tokenizer.parts(completion.ids)) for completion in completions]  # without tool calls
+    best, correct = choose_best(completions, texts, prompt, flags)
+    answers = [(marked(texts[indices[0]]), len(indices)) for indices in votes(texts, prompt)]
     if flags.json:
-        found = report(flags, settings, checkpoint, prompt, best, candidates, votes)
-        print(json.dumps(found, ensure_ascii=False))
+        report = json_report(flags, sampling, checkpoint, prompt, best, candidates, answers)
+        print(json.dumps(report, ensure_ascii=False))
     elif flags.vote:
-        votes.append(("without an answer", n - sum(count for _, count in votes)))
-        print(votes[0][0] if len(votes) > 1 else "")
-        print(f"[of {n} texts, {', '.join(f'{answer}: {count}' for answer, count in votes if count)}]")
+        print_votes(answers, n)
     elif streaming:
         print()
     else:
         for i, completion in enumerate(best):
-            print("" if i == 0 else f"\n{'-' * 40}\n", lead, completion.text, sep="")
+            print("" if i == 0 else f"\n{'-' * 40}\n", heading, completion.text, sep="")
             if flags.best_of > 1:
-                right = (", which is right" if worth(completion)[0] else ", none right") if problem else ""
-                mean = f"[mean log-probability {completion.mean_logprob:.3f}, "
-                print(f"{mean}the best of {flags.best_of}{right}]")
+                verdict = (", which is right" if correct[i] else ", none right") if flags.verify else ""
+                mean = f"mean log-probability {completion.mean_logprob:.3f}"
+                print(f"[{mean}, the best of {flags.best_of}{verdict}]")
             if flags.show_probs:
-                print(*table(completion, candidates[completion.index], tokenizer), sep="\n")
+                print_candidates(completion, candidates[completion.index], tokenizer)
     if any(completion.finish == "context" for completion in best):
         full = f"the model's context of {model.config.n_positions} tokens is full"
-        print(f"note: the text ends here because {full}; a shorter prompt leaves more room", file=sys.stderr)
-
-
-def drawing(flags, assistant):
-    """How tokens are drawn. One answer should be right, a text or one of many answers may be new."""
-    usual = 0.3 if assistant and not flags.vote and flags.num_samples * flags.best_of == 1 else 0.8
-    temperature = usual if flags.temperature is None else flags.temperature
-    return dict(temperature=temperature, top_k=flags.top_k, top_p=flags.top_p, min_p=flags.min_p)
-
-
-def complete(flags, tokenizer, model, assistant, prompts, settings, on_token=None):
-    """generate() for prompts that are texts: questions to an assistant with its tools, or beginnings."""
-    ids = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]  # as documents begin in training
-    if assistant:
-        host = Host(tokenizer, TOOLS)
-        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        ids = [tokenizer.prompt(turns) if turns[0]["content"] else [tokenizer.eot] for turns in asked]
-    end = tokenizer.special_tokens.get("<|im_end|>", tokenizer.eot) if assistant else tokenizer.eot
-    form = constrain.choices(flags.only.split(",")) if flags.only is not None else None
-    form = constrain.regex(flags.regex) if flags.regex is not None else form
-    room = model.config.n_positions + 1 - max(map(len, ids))  # if there is none, generate() complains
-    guided = form and room > 0
-    allowed = constrain.Guide(tokenizer, form, end, min(flags.max_tokens, room)) if guided else None
-
-    def after(completion, shown, logits):
-        if on_token:
-            on_token(completion, shown, logits)
-        return host.reply(completion) if assistant else None
-
-    return generate(
-        model, ids, flags.max_tokens, **settings, seed=flags.seed, stop_tokens={tokenizer.eot, end},
-        stop_texts=flags.stop, tokenizer=tokenizer, on_token=after, allowed=allowed,
-    )  # fmt: skip
-
-
-def compare(flags, prompts):
-    """What several models make of the same prompts: before and after a stage of training."""
-    texts = {}  # {checkpoint: its text to each of the prompts}
-    for directory in flags.directories:
-        checkpoint, tokenizer, model, assistant = load(directory, flags)
-        assistant = assistant and not flags.raw
-        rows = complete(flags, tokenizer, model, assistant, prompts, drawing(flags, assistant))
-        texts[str(checkpoint)] = [row.text for row in rows]
-    if flags.json:
-        print(json.dumps({"prompts": prompts, "texts": texts}, ensure_ascii=False))
-        return
-    width = max(12, shutil.get_terminal_size().columns // len(texts) - 2)
-    for i, prompt in enumerate(prompts):
-        columns = [
-            [part for line in [checkpoint, "-" * width, *said[i].split("\n")]
-             for part in textwrap.wrap(line, width) or [""]]
-            for checkpoint, said in texts.items()
-        ]  # fmt: skip
-        print(f"{'=' * 40}\n{prompt}\n")
-        for cells in itertools.zip_longest(*columns, fillvalue=""):
-            print("  ".join(f"{cell:{width}}" for cell in cells).rstrip())
-        print()
+        say(f"note: the text ends here because {full}; a shorter prompt leaves more room")
 
 
 def read_prompt(path):
+    """The text of a file or of standard input (-), without its final newline."""
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         return data.decode().removesuffix("\n").removesuffix("\r")
@@ -563,52 +562,113 @@ def read_prompt(path):
         raise UserError(f"--prompt-file {path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
 
 
-def most_probable(model, logits, settings, n=5):
+def default_temperature(assistant, n):
+    """The temperature for n texts: low for the one answer of an assistant, higher where variety is wanted."""
+    return 0.3 if assistant and n == 1 else 0.8
+
+
+def complete(model, tokenizer, prompts, assistant, on_token=None, **settings):
+    """generate() for prompts that are texts: questions to an assistant with its tools, or beginnings of
+    documents. `settings` are generate()'s."""
+    host = Host(tokenizer, TOOLS)
+
+    def after_token(completion, shown, logits):
+        if on_token:
+            on_token(completion, shown, logits)
+        return host.reply(completion) if assistant else None
+
+    return generate(
+        model, [prompt_ids(tokenizer, prompt, assistant) for prompt in prompts], tokenizer=tokenizer,
+        stop_tokens={tokenizer.eot, end_token(tokenizer, assistant)}, on_token=after_token, **settings,
+    )  # fmt: skip
+
+
+def prompt_ids(tokenizer, prompt, assistant):
+    """The ids the model reads first: a question to an assistant, or the beginning of a document."""
+    if assistant and prompt:
+        return tokenizer.prompt([{"role": "user", "content": prompt}])
+    return [tokenizer.eot, *tokenizer.encode(prompt)]  # documents begin with this token in training
+
+
+def end_token(tokenizer, assistant):
+    """The token that ends a text: the end of a turn or of a document."""
+    return tokenizer.encode_special("<|im_end|>") if assistant else tokenizer.eot
+
+
+def choose_best(completions, texts, prompt, flags):
+    """Of each --best-of completions the correct one (with --verify) of the highest mean log-probability.
+
+    Returns them, and of each whether it is correct.
+    """
+    scores = [(False, completion.mean_logprob) for completion in completions]
+    if flags.verify:
+        problem = Problem(flags.verify, prompt, "", flags.answer, 0)
+        scores = [(problem.verify(text) > 0, score[1]) for text, score in zip(texts, scores)]
+    best = []  # indices
+    for start in range(0, len(completions), flags.best_of):
+        best.append(max(range(start, start + flags.best_of), key=lambda i: scores[i]))
+    return [completions[i] for i in best], [scores[i][0] for i in best]
+
+
+def print_votes(answers, n):
+    """Print the answer most of n texts give, and [(answer, how many texts give it), ...] below it."""
+    print(answers[0][0] if answers else "")
+    counts = [f"{answer}: {count}" for answer, count in answers]
+    without = n - sum(count for _, count in answers)
+    if without:
+        counts.append(f"without an answer: {without}")
+    print(f"[of {n} texts, {', '.join(counts)}]")
+
+
+def most_probable(model, logits, sampling, n=5):
     """The n most probable tokens of the distribution that is sampled: [(token, probability), ...].
 
-    Temperature 0 leaves nothing to look at, so there it is the model's own distribution.
+    At temperature 0 that distribution has one token, so there it is the model's own.
     """
     logits = model.ops.to_host(logits)[None]  # (1, V)
-    probabilities = filtered_probabilities(logits, **settings if settings["temperature"] else {})[0]  # (V,)
-    best = np.argsort(-probabilities, kind="stable")[:n]
-    return [(int(token), float(probabilities[token])) for token in best if probabilities[token] > 0]
+    filters = sampling if sampling["temperature"] > 0 else {}
+    probabilities = filtered_probabilities(logits, **filters)[0]  # (V,)
+    order = np.argsort(-probabilities, kind="stable")[:n]  # (n,)
+    return [(int(token), float(probabilities[token])) for token in order if probabilities[token] > 0]
 
 
-def table(completion, steps, tokenizer):
-    """Lines with the candidates of every step; * marks the token that was drawn, = one that a tool said."""
-    lines = ["", "step  the most probable tokens; * was drawn, and stands last if it is none of them"]
-    rows = zip(completion.ids, completion.logprobs, completion.forced, steps)
-    for step, (token, logprob, forced, candidates) in enumerate(rows, 1):
-        drawn = [] if token in dict(candidates) else [(token, np.exp(logprob))]
-        cells = [
-            f"{'*' if other == token else ' '}{visible(tokenizer.token_bytes(other)):<14} {p:5.3f}"
-            for other, p in candidates + drawn
-        ]
-        if forced:
-            cells = [f"={visible(tokenizer.token_bytes(token))}"]
-        lines.append(f"{step:4}  {'  '.join(cells)}")
-    return lines
+def print_candidates(completion, steps, tokenizer):
+    """Print the candidates of every step; * marks the token that was sampled, = one from a tool."""
+    print("\nstep  the most probable tokens; * was drawn, and stands last if it is none of them")
+    for i, candidates in enumerate(steps):
+        token, cells = completion.ids[i], []
+        if token not in dict(candidates):
+            candidates.append((token, np.exp(completion.logprobs[i])))
+        for other, p in candidates:
+            mark = "*" if other == token else " "
+            cells.append(f"{mark}{quoted(tokenizer.token_bytes(other)):<14} {p:5.3f}")
+        if completion.forced[i]:
+            cells = [f"={quoted(tokenizer.token_bytes(token))}"]
+        print(f"{i + 1:4}  {'  '.join(cells)}")
 
 
-def visible(token):
-    """A token's bytes in quotes, so that spaces, newlines and halves of characters can be seen."""
+def quoted(token):
+    """A token's bytes in quotes, so that spaces, newlines and parts of characters can be seen."""
     try:
         return json.dumps(token.decode(), ensure_ascii=False)
     except UnicodeDecodeError:
         return str(token)[1:]
 
 
-def report(flags, settings, checkpoint, prompt, completions, candidates, votes):
+def json_report(flags, sampling, checkpoint, prompt, completions, candidates, answers):
     """What --json prints."""
-    names = ["num_samples", "best_of", "vote", "max_tokens", "stop", "seed", "only", "regex"]
-    settings = {name: getattr(flags, name) for name in names} | settings
-    fields = ["text", "finish", "ids", "forced", "logprobs", "full_logprobs", "mean_logprob"]
-    samples = [{name: getattr(completion, name) for name in fields} for completion in completions]
+    names = ("num_samples", "best_of", "vote", "max_tokens", "stop", "seed")
+    settings = {name: getattr(flags, name) for name in names}
+    settings.update(sampling)
+    names = ("text", "finish", "ids", "forced", "logprobs", "full_logprobs", "mean_logprob")
+    samples = [{name: getattr(completion, name) for name in names} for completion in completions]
     for sample, completion in zip(samples, completions):
         if flags.show_probs:
             sample["candidates"] = candidates[completion.index]
-    found = {"checkpoint": str(checkpoint), "prompt": prompt, "settings": settings, "samples": samples}
-    return found | {"votes": votes} if flags.vote else found
+    report = dict(checkpoint=str(checkpoint), prompt=prompt, settings=settings, samples=samples)
+    if flags.vote:
+        report["votes"] = answers
+    return report
 
 
 if __name__ == "__main__":

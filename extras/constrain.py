@@ -1,176 +1,214 @@
-r"""Output of a given form: digits, yes or no, a JSON object. Tokens that would break the form are masked.
+r"""Constrained sampling: the text has the form you ask for, such as yes or no, digits, or a JSON object.
 
-    guide = Guide(tokenizer, regex(r'{"age": \d{1,3}}'), stop_token=tokenizer.eot, max_tokens=20)
-    sample.generate(model, prompts, max_tokens=20, allowed=guide, stop_tokens={tokenizer.eot}, ...)
+    python -m extras.constrain RUN --prompt "Is 7 prime?" --only yes,no
+    python -m extras.constrain RUN --prompt "Ann: " --regex '\{"age": \d{1,3}\}'
 
-An automaton reads the text byte by byte and knows in which places of the expression it may have arrived. A
-token is allowed if its bytes lead on from there, and if what is then missing fits into the tokens left: every
-text ends as a match, at the limit too. Read tokenizer.py first, and sample.py, which draws the tokens.
+Before a token is sampled, all tokens that would break the form are masked: sample.generate(allowed=guide). An
+automaton reads the text byte by byte. A token is allowed if the automaton survives its bytes, and if what is
+then missing to a match fits into the tokens that are left. So every text ends as a match, at the limit too.
+
+An expression may have literals, escapes (\d \w \s \. \n \x41 \u00e9), the dot, classes ([a-z], [^"]), groups
+( ) and (?: ), alternatives a|b, and repeats * + ? {3} {1,3} {2,}, which mean what they mean in Python's `re`.
+Read tokenizer.py and sample.py before this file.
 """
 
 import functools
+import json
 import re
 from types import SimpleNamespace
 
 import numpy as np
 
-from common import UserError
+from common import Parser, UserError, number, run
+from sample import SEED, complete, default_temperature, end_token, is_assistant, load, prompt_ids
 
-try:
-    from re import _compiler, _parser
-except ImportError:  # Python 3.10
-    import sre_compile as _compiler
-    import sre_parse as _parser
-
-LIMIT = 50_000  # parts of an expression; and states, 1 kB each: what people write has some hundreds
-NEVER = 2**40  # so many bytes are missing where nothing leads to a match
+LIMIT = 50_000  # states of an automaton, 1 kB each; usual are some hundreds
+NEVER = 2**40  # the number of missing bytes where no match can be reached
 UNKNOWN, DEAD = 0, 1  # states: not computed yet; no match begins like this
-END = 0  # the place after the expression
 
-# UTF-8: which code points [low, high) a byte may say, and how many of them the next bytes still tell apart;
-# for a character's first byte (no surrogate, nothing that a shorter one says), then for the bytes after it.
-WHOLE = 0x110000
-SAYS = {WHOLE: [(i, i, i + 1, 1) for i in range(128)]}
-SAYS[WHOLE] += [(0xC0 + i, i << 6, (i + 1) << 6, 64) for i in range(2, 32)]
-SAYS[WHOLE] += [(0xE0 + i, i << 12 or 0x800, 0xD800 if i == 13 else (i + 1) << 12, 64**2) for i in range(16)]
-SAYS[WHOLE] += [(0xF0 + i, i << 18 or 0x10000, (i + 1) << 18, 64**3) for i in range(5)]
-SAYS |= {64 * n: [(128 + i, i * n, (i + 1) * n, n) for i in range(64)] for n in (1, 64, 64**2)}
+# ------------------------------------------------------------------------------------------------------------
+# From an expression to a sequence: a tuple of items, to be read one after the other. An item is one of
+#     ("one", n, ranges)                   a character in ranges, of which n bytes are missing
+#     ("either", sequences)                one of them
+#     ("repeat", sequence, least, most)    most is None if there is no limit
 
-
-def choices(texts):
-    """The automaton of these texts."""
-    if not texts or "" in texts:
-        raise UserError("an empty choice; name one text or more, none of them empty")
-    return regex("|".join(map(re.escape, texts)))
+LEAD = 4  # as n: no byte of the character has been read
+CHARACTER = re.compile(
+    r"\\(?:x[\da-fA-F]{2}|u[\da-fA-F]{4}|U[\da-fA-F]{8}|[dDsSwWnrtfva]|\W)"  # an escape
+    r"|\[\^?\]?(?:\\.|[^\]\\])*\]"  # a class
+    r"|[^\\()\[|*+?^$]",  # a dot or a literal
+    re.DOTALL,
+)
+REPEAT = re.compile(r"(?:([*+?])|\{(?!\})(\d*)(,?)(\d*)\})\??")  # a lazy one, *?, matches the same texts
 
 
-def regex(pattern):
-    """The automaton of the texts that re.fullmatch(pattern, text) accepts."""
-    try:
-        tree = _parser.parse(pattern)
-        return Automaton(tree, tree.state.flags)
-    except (re.error, ValueError, OverflowError, RecursionError) as error:
-        raise UserError(f"{pattern!r} is no regular expression: {error}; see Python's module re") from None
+def parse_alternatives(pattern, i):
+    """The item of a|b|c from index i on, and the index where it ends: at a bracket or the pattern's end."""
+    branches = [()]
+    while i < len(pattern) and pattern[i] != ")":
+        if pattern[i] == "|":
+            branches.append(())
+            i += 1
+        else:
+            item, i = parse_item(pattern, i)
+            branches[-1] += (item,)
+    return ("either", tuple(branches)), i
+
+
+def parse_item(pattern, i):
+    """The item of one character or group and its repeat, and the index behind it. `re` has accepted the
+    pattern, so brackets match and repeats have something to repeat."""
+    character = CHARACTER.match(pattern, i)
+    if character:
+        item, i = ("one", LEAD, code_points(character[0])), character.end()
+    elif pattern.startswith("(?:", i) or (pattern[i] == "(" and pattern[i + 1] != "?"):
+        item, end = parse_alternatives(pattern, i + 3 if pattern[i + 1] == "?" else i + 1)
+        i = end + 1
+    else:
+        raise UserError(f"{pattern[i : i + 8]!r} is not supported in an expression; write it without")
+    repeat = REPEAT.match(pattern, i)
+    if repeat is None:
+        return item, i
+    if pattern.startswith("+", repeat.end()):
+        raise UserError(f"{repeat[0] + '+'!r} is not supported in an expression; write it without")
+    sign, least, comma, most = repeat.groups()
+    if sign:
+        least, most = {"*": (0, None), "+": (1, None), "?": (0, 1)}[sign]
+    else:
+        most = least if not comma else most
+        least, most = int(least or 0), int(most) if most else None
+    return ("repeat", (item,), least, most), repeat.end()
 
 
 @functools.cache
-def code_points(op, value, flags):
-    r"""The ranges [low, high) of what an item of an expression matches, such as \w, [^"] or a letter."""
-    if op is _parser.LITERAL and not flags & re.IGNORECASE:
-        return ((value, value + 1),)
-    state = _parser.State()
-    state.flags, state.str = flags, ""
-    runs = _parser.MAX_REPEAT, (1, _parser.MAXREPEAT, _parser.SubPattern(state, [(op, value)]))
-    runs = _compiler.compile(_parser.SubPattern(state, [runs])).finditer(every_character())
-    return tuple(run.span() for run in runs)  # `re` has said it; a character's place is its code point
+def code_points(item):
+    r"""The ranges [low, high) of code points that an item such as \w, [^"] or a matches, as `re` says."""
+    runs = re.compile(f"(?:{item})+").finditer(every_character())
+    return tuple(run.span() for run in runs)  # the index of a character in that text is its code point
 
 
 @functools.cache
 def every_character():
-    return np.arange(WHOLE, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
+    return np.arange(0x110000, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From code points to bytes, those of UTF-8. FOLLOWING[n] lists the bytes that may come when n bytes of a
+# character are missing, without surrogates and forms longer than needed. An entry is (byte, low, high, bytes
+# missing after it), where [low, high) are the code points that the byte leaves possible.
+
+FOLLOWING = {n: [(0x80 + i, i << 6 * n - 6, i + 1 << 6 * n - 6, n - 1) for i in range(64)] for n in (1, 2, 3)}
+FOLLOWING[LEAD] = [(i, i, i + 1, 0) for i in range(0x80)]
+FOLLOWING[LEAD] += [(0xC0 + i, i << 6, i + 1 << 6, 1) for i in range(2, 32)]
+FOLLOWING[LEAD] += [(0xE0 + i, i << 12 or 0x800, 0xD800 if i == 13 else i + 1 << 12, 2) for i in range(16)]
+FOLLOWING[LEAD] += [(0xF0 + i, i << 18 or 0x10000, i + 1 << 18, 3) for i in range(5)]
 
 
 @functools.cache
-def first_bytes(size, ranges):
-    """How one of `size` code points may begin if it lies in `ranges`: [(byte, size and ranges left), ...]."""
+def next_bytes(n, ranges):
+    """[(byte, bytes missing after it, ranges after it), ...] of a character of which n bytes are missing.
+
+    Ranges count from the first code point that the bytes read so far can begin.
+    """
     found = []
-    for byte, low, high, part in SAYS[size]:
-        base = low - low % part
+    for byte, low, high, n_after in FOLLOWING[n]:
+        base = low - low % 64**n_after
         left = tuple((max(a, low) - base, min(b, high) - base) for a, b in ranges if a < high and low < b)
-        found += [(byte, part, left)] if left else []
+        if left:
+            found.append((byte, n_after, left))
     return found
 
 
+@functools.cache
+def shortest(item):
+    """The fewest bytes that an item can be; NEVER or more if it has no text at all."""
+    match item:
+        case ("one", n, ranges):
+            return min((1 + n_after for _, n_after, _ in next_bytes(n, ranges)), default=NEVER)
+        case ("either", sequences):
+            return min(sum(shortest(part) for part in sequence) for sequence in sequences)
+        case ("repeat", sequence, least, _):
+            return least * sum(shortest(part) for part in sequence)
+
+
+def closure(sequences):
+    """All sequences that these can turn into without reading a byte; the results are empty or begin with a
+    character. Those without any text are left out."""
+    seen, todo = set(), list(sequences)
+    while todo:
+        sequence = todo.pop()
+        if sequence in seen or sum(shortest(item) for item in sequence) >= NEVER:
+            continue
+        seen.add(sequence)
+        if len(seen) > LIMIT:
+            raise UserError(f"the expression has more than {LIMIT} ways to go on; repeat less often")
+        first, rest = sequence[:1], sequence[1:]
+        match first:
+            case (("either", branches),):
+                todo += [branch + rest for branch in branches]
+            case (("repeat", repeated, least, most),):
+                if least == 0:
+                    todo.append(rest)
+                if most != 0:
+                    fewer = ("repeat", repeated, max(least - 1, 0), None if most is None else most - 1)
+                    todo.append((*repeated, fewer, *rest))
+    return frozenset(sequence for sequence in seen if not sequence or sequence[0][0] == "one")
+
+
 class Automaton:
-    """First a graph of places, made from the expression as `re` parses it; then states, as texts reach them.
+    """A deterministic automaton over bytes, made as far as texts reach it (Antimirov 1996: partial
+    derivatives). A state is the set of all sequences that may still have to be read."""
 
-    A place is (size, ranges, next place), which reads a character or the rest of one, or a list of places,
-    which is a fork and reads nothing. A state is the set of all places in which a text may be.
-    """
-
-    def __init__(self, tree, flags):
-        self.places, self.numbers = [[]], {}  # number -> place, the first is END; and back
-        self.distances = [0]  # place -> fewest bytes to END
-        self.sets, self.states = [None, frozenset()], {frozenset(): DEAD}  # state -> set of places; and back
-        self.table = np.zeros((LIMIT, 256), np.int32)  # state, byte -> state; takes memory only where written
-        self.missing = np.full(LIMIT, NEVER)  # state -> bytes of the shortest text that makes it a match
-        self.parts = 0
-        self.start = self.state([self.build(tree, flags, END)])
+    def __init__(self, sequence):
+        self.sets, self.states = [None, frozenset()], {frozenset(): DEAD}  # of each state its set; and back
+        self.table = np.zeros((LIMIT, 256), np.int32)  # (state, byte) -> state; uses memory where written
+        self.missing = np.full(LIMIT, NEVER)  # (LIMIT,) for each state the fewest bytes to a match
+        self.start = self.state([sequence])
         if self.start == DEAD:
             raise UserError("no text has the form that is asked for; ask for another")
 
-    def build(self, tree, flags, after):
-        """The place from which `tree` leads to the place `after`: built from its end, as this is there."""
-        self.parts += 1
-        if self.parts > LIMIT:
-            raise UserError(f"the expression has more than {LIMIT} parts; repeat less often")
-        for op, value in reversed(tree):
-            if op in (_parser.LITERAL, _parser.NOT_LITERAL, _parser.ANY, _parser.IN):
-                ranges = code_points(op, tuple(value) if op is _parser.IN else value, flags)
-                after = self.character(WHOLE, ranges, after)
-            elif op is _parser.BRANCH:
-                after = self.fork([self.build(branch, flags, after) for branch in value[1]])
-            elif op is _parser.SUBPATTERN:
-                after = self.build(value[3], _compiler._combine_flags(flags, *value[1:3]), after)
-            elif op in (_parser.MAX_REPEAT, _parser.MIN_REPEAT):
-                (low, high, part), place = value, after
-                if high is _parser.MAXREPEAT:  # a loop, and going round it never shortens the way
-                    place, high = self.fork([after]), low
-                    self.places[place].append(self.build(part, flags, place))
-                for n in range(high, 0, -1):
-                    begin = self.build(part, flags, place)
-                    place = begin if n <= low else self.fork([after, begin])
-                after = place
-            else:
-                names = {"AT": "an anchor (it says nothing new)", "GROUPREF": "a reference to a group"}
-                name = names.get(str(op), "a look-around" if "ASSERT" in str(op) else str(op).lower())
-                raise UserError(f"{name} is not supported in the expression; write it without")
-        return after
-
-    def fork(self, places):
-        self.places.append(places)
-        self.distances.append(min(self.distances[place] for place in places))
-        return len(self.places) - 1
-
-    def character(self, size, ranges, after):
-        if size == 1:
-            return after
-        key = size, ranges, after
-        if key not in self.numbers:
-            self.numbers[key] = len(self.places)
-            self.places.append(key)
-            lengths = [1 + part.bit_length() // 6 for _, part, _ in first_bytes(size, ranges)]
-            self.distances.append(min(lengths, default=NEVER) + self.distances[after])
-        return self.numbers[key]
-
-    def state(self, places):
-        """The number of the state of a text that may be in any of these places."""
-        found, todo = set(), list(places)
-        while todo:
-            place = todo.pop()
-            if place not in found and self.distances[place] < NEVER:
-                found.add(place)
-                todo += self.places[place] if isinstance(self.places[place], list) else []
-        key = frozenset(found)
+    def state(self, sequences):
+        """The number of the state in which these sequences may have to be read."""
+        key = closure(sequences)
         if key not in self.states:
             if len(self.sets) == LIMIT:
                 raise UserError(f"the expression leads to more than {LIMIT} states; write a simpler one")
             self.states[key] = len(self.sets)
-            self.missing[len(self.sets)] = min(self.distances[place] for place in key)
+            self.missing[len(self.sets)] = min(sum(shortest(item) for item in sequence) for sequence in key)
             self.sets.append(key)
         return self.states[key]
 
     def row(self, state):
         """The states (256,) to which the bytes lead."""
         if self.table[state, 0] == UNKNOWN:
-            moves = [set() for _ in range(256)]
-            for place in map(self.places.__getitem__, self.sets[state]):
-                for byte, *rest in first_bytes(*place[:2]) if isinstance(place, tuple) else []:
-                    moves[byte].add(self.character(*rest, place[2]))
-            moves = list(map(frozenset, moves))
-            states = {places: self.state(places) for places in set(moves)}
-            self.table[state] = [states[places] for places in moves]
+            targets = [set() for _ in range(256)]
+            for sequence in self.sets[state] - {()}:
+                (_, n, ranges), *rest = sequence
+                for byte, n_after, left in next_bytes(n, ranges):
+                    targets[byte].add((("one", n_after, left), *rest) if n_after else tuple(rest))
+            numbers = {target: self.state(target) for target in {frozenset(t) for t in targets}}
+            self.table[state] = [numbers[frozenset(target)] for target in targets]
         return self.table[state]
+
+
+def regex(pattern):
+    """The automaton of the texts that re.fullmatch(pattern, text) accepts."""
+    try:
+        re.compile(pattern)  # from here on it is well formed
+        return Automaton((parse_alternatives(pattern, 0)[0],))
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"{pattern!r} is no regular expression: {error}; see Python's module re") from None
+
+
+def choices(texts):
+    """The automaton of these texts."""
+    if not texts or "" in texts:
+        raise UserError("an empty choice; name one text or more, none of them empty")
+    return regex("|".join(re.escape(text) for text in texts))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From bytes to tokens
 
 
 class Guide:
@@ -183,8 +221,8 @@ class Guide:
     def __init__(self, tokenizer, automaton, stop_token, max_tokens):
         self.tokenizer, self.automaton = tokenizer, automaton
         self.stop_token, self.max_tokens = stop_token, max_tokens
-        self.lengths = tokenizer.token_lengths[: tokenizer.eot]  # (n,) bytes of each, without special tokens
-        words = np.array([tokenizer.token_bytes(id) for id in range(tokenizer.eot)])
+        self.lengths = tokenizer.token_lengths[: tokenizer.eot]  # (n,) bytes of each, no special tokens
+        words = np.array([tokenizer.token_bytes(id) for id in range(tokenizer.eot)])  # (n,)
         self.bytes = words.view(np.uint8).reshape(len(words), -1)  # (n, longest)
         self.ends = functools.lru_cache(256)(self.find_ends)  # 200 kB each for 50,257 tokens
         if not self(SimpleNamespace(ids=[])).any():
@@ -198,8 +236,11 @@ class Guide:
         for token in completion.ids:
             for byte in self.tokenizer.token_bytes(token):
                 state = self.automaton.row(state)[byte]
-        ends, left = self.ends(state), self.max_tokens - len(completion.ids) - 1  # (V,), after the next token
-        fits = missing[: len(self.automaton.sets)] <= left  # of states; surely, as every byte is a token
+        ends = self.ends(state)  # (V,) states
+        left = self.max_tokens - len(completion.ids) - 1  # tokens, after the next one
+        fits = (
+            missing[: len(self.automaton.sets)] <= left
+        )  # (states,); certain where true: every byte is a token
         for close in np.flatnonzero(np.bincount(ends, minlength=len(fits)) * ~fits):
             fits[close] = self.tokens_left(close) <= left
         mask = fits[ends]  # (V,)
@@ -207,8 +248,8 @@ class Guide:
         return mask
 
     def find_ends(self, state):
-        """The states (V,) to which the tokens lead: all tokens at once, byte after byte."""
-        ends = np.full(self.tokenizer.vocab_size, DEAD, np.int32)
+        """The states (V,) to which the tokens lead from `state`: all tokens at once, byte after byte."""
+        ends = np.full(self.tokenizer.vocab_size, DEAD, np.int32)  # (V,)
         tokens, states = np.arange(len(self.lengths)), np.full(len(self.lengths), state)  # those not dead yet
         for i in range(self.bytes.shape[1]):
             for reached in np.flatnonzero(np.bincount(states)):
@@ -216,21 +257,77 @@ class Guide:
             states = self.automaton.table[states, self.bytes[tokens, i]]
             over = self.lengths[tokens] == i + 1
             ends[tokens[over]] = states[over]
-            going = ~over & (states != DEAD)
-            tokens, states = tokens[going], states[going]
+            alive = ~over & (states != DEAD)
+            tokens, states = tokens[alive], states[alive]
         return ends
 
     def tokens_left(self, state):
         """The fewest tokens that write the shortest text that makes it a match (of several, the first)."""
-        text, costs, missing = b"", [0], self.automaton.missing
+        text, missing = b"", self.automaton.missing
         while 0 < missing[state] < NEVER:
             row = self.automaton.row(state)
-            byte = missing[
-                row
-            ].argmin()  # the first of the best: one byte on, the same way is again the first
+            byte = missing[row].argmin()  # of equals the first
             text, state = text + bytes([byte]), row[byte]
-        for i in reversed(range(len(text))):  # costs: of text[i:], text[i + 1:], ..., text[len(text):]
-            ends = zip(range(i + 1, i + 1 + self.bytes.shape[1]), costs)  # no token is longer
-            words = [cost for n, cost in ends if text[i:n] in self.tokenizer.ranks]
+        if missing[state]:
+            return NEVER
+        costs = [0]  # of text[i:], text[i + 1:], ..., text[len(text):]
+        for i in reversed(range(len(text))):
+            longest = min(self.bytes.shape[1], len(text) - i)
+            words = [costs[n - 1] for n in range(1, longest + 1) if text[i : i + n] in self.tokenizer.ranks]
             costs.insert(0, 1 + min(words))
-        return NEVER if missing[state] else costs[0]
+        return costs[0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parser():
+    flags = Parser(prog="python -m extras.constrain", description="Text of a given form: masked sampling.")
+    flags.add_argument("directory", metavar="RUN", help="a run (its newest checkpoint) or a checkpoint")
+    add = flags.add_argument_group("form").add_mutually_exclusive_group(required=True).add_argument
+    add("--only", metavar="A,B,C", help="the text is one of these")
+    add("--regex", metavar="R", help="the text matches this regular expression")
+    whole = number(int, low=1)
+    add = flags.add_argument_group("text").add_argument
+    add("--prompt", metavar="TEXT", default="", help="text to continue, or question; none: a new document")
+    add("--num-samples", metavar="N", type=whole, default=1, help="texts to write")
+    add("--max-tokens", metavar="N", type=whole, default=200, help="the longest that each may be")
+    words = "0: always the most probable token; higher: wilder; 0.8, an assistant 0.3"
+    add("--temperature", metavar="X", type=number(float, low=0, high=1e6), help=words)
+    add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=SEED, help="same seed, same text")
+    add("--json", action="store_true", help="one JSON object, for programs")
+    add = flags.add_argument_group("machine").add_argument
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights; bfloat16: cuda only")
+    return flags
+
+
+def main(argv=None):
+    flags = parser().parse_args(argv)
+    automaton = choices(flags.only.split(",")) if flags.only is not None else regex(flags.regex)
+    model, tokenizer, checkpoint = load(flags.directory, flags)
+    assistant, guide = is_assistant(checkpoint), None
+    room = model.config.n_positions + 1 - len(prompt_ids(tokenizer, flags.prompt, assistant))
+    if room > 0:  # else generate() says that the prompt is too long
+        room = min(room, flags.max_tokens)
+        guide = Guide(tokenizer, automaton, end_token(tokenizer, assistant), room)
+    if flags.temperature is None:
+        flags.temperature = default_temperature(assistant, flags.num_samples)
+    completions = complete(
+        model, tokenizer, [flags.prompt] * flags.num_samples, assistant, max_tokens=flags.max_tokens,
+        temperature=flags.temperature, seed=flags.seed, allowed=guide,
+    )  # fmt: skip
+    if flags.json:
+        names = ("text", "finish", "ids", "logprobs", "full_logprobs", "mean_logprob")
+        samples = [{name: getattr(completion, name) for name in names} for completion in completions]
+        settings = {name: value for name, value in vars(flags).items() if name not in ("directory", "json")}
+        answer = dict(checkpoint=str(checkpoint), settings=settings, samples=samples)
+        print(json.dumps(answer, ensure_ascii=False))
+    else:
+        for completion in completions:
+            print(completion.text)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -22,7 +22,7 @@ import threading
 from pathlib import Path
 
 from common import Parser, UserError, number, run, say
-from sample import TOOLS, Assistant, load
+from sample import TOOLS, Assistant, is_assistant, load
 from tasks.conversations import checked
 from tokenizer import visible
 
@@ -183,14 +183,14 @@ def parser():
     add("--no-search", action="store_true", help="without looking into the Factbook, and fetching it")
     add = flags.add_argument_group("machine").add_argument
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    flags.set_defaults(dtype="float32", raw=False)
+    flags.set_defaults(dtype="float32")
     return flags
 
 
 def main(argv=None):
     flags = parser().parse_args(argv)
-    checkpoint, tokenizer, model, learned = load(flags.directory, flags)
-    if not learned:
+    model, tokenizer, checkpoint = load(flags.directory, flags)
+    if not is_assistant(checkpoint):
         say("note: this is a base model, which has not learned to answer; make an assistant of it: make sft")
     tools = {name: tool for name, tool in TOOLS.items() if name != "search" or not flags.no_search}
     settings = dict(tools=tools, temperature=flags.temperature, max_tokens=flags.max_tokens)

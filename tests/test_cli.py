@@ -34,10 +34,12 @@ def command_of(name):
 
 SCRIPTS = [module_name(path) for path in SOURCES if "\ndef parser(" in path.read_text()]
 MINIMAL = {
-    "sample": ["DIR"],
+    "sample": ["RUN"],
     "extras.plot": ["RUN"],
     "tokenizer": ["text"],
     "extras.serve": ["RUN"],
+    "extras.constrain": ["RUN", "--only", "a"],
+    "evaluate": ["RUN"],
     "extras.rlhf": ["train"],
 }  # what a script cannot do without
 
@@ -321,12 +323,12 @@ FLOORS = [  # a file may import those of the floors below its own; a new file ge
     {"common"},
     {"kernels", "tokenizer"},
     {"gpt2", "data", "distributed"},
-    {"tools", "batches", "extras.constrain", "extras.plot"},
+    {"tools", "batches", "extras.plot"},
     {"tasks.factbook"},
     {"tasks.problems"},
     {"tasks.conversations"},
     {"sample"},
-    {"evaluate", "train", "extras.serve"},
+    {"evaluate", "train", "extras.serve", "extras.constrain"},
     {"attempts"},
     {"extras.rlhf"},
     {"sft", "rl"},

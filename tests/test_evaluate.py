@@ -1,17 +1,24 @@
-"""The exam gives the marks that were earned: assistants made by hand, whose answers are known, sit it."""
+"""The measures are those that the replies deserve: assistants whose answers are known are evaluated."""
 
+import itertools
+import json
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import script
+from test_sample import BYTES, Fake, reciting, spell
 
+import common
 import evaluate
 import gpt2
-import sft
+import sample
 import tasks.conversations as mixture
 import tasks.factbook as facts
 import tools
 from common import UserError
+from tasks.problems import Problem
 from tokenizer import Tokenizer, text_of
 
 WORDS = {
@@ -126,14 +133,25 @@ def test_a_file_that_is_no_probe_is_refused(tmp_path):
             evaluate.read_probe(path)
 
 
-def test_the_table_shows_measures_and_bars(capsys):
+def test_a_fact_that_is_right_in_half_of_the_replies_is_not_known(sit):
+    lines = known("train", 20)
+    for line in lines[:5]:
+        line["rate"] = 0.5
+    results = sit(remembered, known=lines)
+    assert results["known facts"]["n"] == 15
+
+
+def test_the_table_shows_measures_and_bars():
     results = {"search": dict(n=470, searched=1.0, right=0.7), "word, level 1": dict(n=9, steps_first=None)}
-    evaluate.table(results)
-    table = capsys.readouterr().out
+    results["known facts"] = dict(n=3, right=0.8, refused=0.1)
+    table = evaluate.table(results)
     assert "search                       470  searched 100%, right 70% (>= 70%)" in table
-    evaluate.table(results, as_json=True)
-    assert '"right": 0.7' in capsys.readouterr().out
-    assert evaluate.line(results) == "exam: search 100%"
+    assert "known facts                    3  right 80% (>= 80%), refused 10% (<= 15%)" in table
+    assert evaluate.line(results) == "evaluation: search 100%, known facts 80%"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Asking
 
 
 def test_asked_in_batches_the_replies_come_in_order(monkeypatch):
@@ -149,5 +167,271 @@ def test_asked_in_batches_the_replies_come_in_order(monkeypatch):
     assert len({text_of(reply) for reply in together}) > 1
 
 
-def test_eval_of_a_base_model_without_chat_tokens_is_one_line(tmp_path):
-    assert script.refused(script.run(sft.main, "--eval", tmp_path), str(tmp_path))
+class Ranks:
+    """Ranks one after the other: the first round collects what each gathers, the second returns it to all."""
+
+    def __init__(self, size):
+        self.size, self.board = size, {}
+
+    def run(self, function, n):
+        """[function(world) of rank 0, of rank 1, ...], where n conversations are asked."""
+        for _ in range(2):
+            results = []
+            for rank in range(self.size):
+                gather = lambda mine, rank=rank: self.gather(rank, mine, n)
+                results.append(function(SimpleNamespace(rank=rank, size=self.size, gather=gather)))
+        return results
+
+    def gather(self, rank, mine, n):
+        self.board[rank] = json.loads(json.dumps(mine))  # only JSON travels
+        assert len(mine) == len(range(rank, n, self.size)), "each rank asks its own"
+        blank = [[{"parts": None}] * len(range(r, n, self.size)) for r in range(self.size)]
+        return [self.board.get(other, blank[other]) for other in range(self.size)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 9])
+def test_the_number_of_ranks_changes_no_reply(size):
+    config = gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=99, vocab_size=266)
+    model, asked = gpt2.GPT2(config, seed=3), [evaluate.user("?" * n) for n in (7, 1, 5, 3, 9)]
+    settings = dict(max_tokens=6, temperature=1.0, seed=5)
+    on_rank = lambda world: evaluate.ask(model, BYTES, asked, world=world, **settings)
+    alone = evaluate.ask(model, BYTES, asked, **settings)
+    assert Ranks(size).run(on_rank, len(asked)) == [alone] * size
+    assert len({text_of(reply) for reply in alone}) > 1
+
+
+def test_tools_answer_and_a_reply_that_is_cut_off_says_so():
+    ids = spell("calc_start", "3*17", "calc_end", "output_start", " 51", "output_end", " 51.", "im_end")
+    prompt = BYTES.prompt(evaluate.user("3*17?"))
+    model = Fake(reciting(ids, len(prompt)))
+    [reply] = evaluate.ask(model, BYTES, [evaluate.user("3*17?")], sample.TOOLS)
+    assert [part["text"] for part in reply] == ["3*17", " 51", " 51."]
+    whole, cut_off = (
+        evaluate.reply_to(model, BYTES, [prompt], sample.TOOLS, max_tokens, 0.0, 0)[0]
+        for max_tokens in (len(ids), len(ids) - 1)
+    )
+    assert (whole["finished"], whole["length"]) == (True, len(ids))
+    assert (cut_off["finished"], cut_off["length"]) == (False, len(ids) - 1)
+    [reply] = evaluate.ask(model, BYTES, [evaluate.user("3*17?")])
+    assert "no calc here" in reply[1]["text"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Problems
+
+
+def test_tasks_and_levels_become_shares():
+    parse = evaluate.parse_tasks
+    assert parse("word", "2") == {("word", 2): 1}
+    assert parse("word=3,decimals", "1-2") == {
+        ("word", 1): 1.5, ("word", 2): 1.5, ("decimals", 1): 0.5, ("decimals", 2): 0.5}  # fmt: skip
+    assert list(parse("factbook", None)) == [("factbook", 1), ("factbook", 2), ("factbook", 3)]
+    for spec, level, words in (
+        ("nonsense", None, "no task 'nonsense'"),
+        ("word=0", None, "--task word=0"),
+        ("", None, "--task"),
+        ("word", "7", "no level 7"),
+        ("word", "2-1", "--level 2-1"),
+        ("word", "easy", "--level easy"),
+    ):
+        with pytest.raises(UserError, match=words):
+            parse(spec, level)
+
+
+def test_pass_at_k_by_hand_and_by_counting():
+    pass_at_k = evaluate.pass_at_k
+    assert pass_at_k(4, 0, 2) == 0 and pass_at_k(4, 4, 1) == 1
+    assert pass_at_k(4, 1, 2) == 0.5 and pass_at_k(5, 2, 1) == pytest.approx(0.4)
+    for n, c, k in itertools.product(range(1, 6), range(6), range(1, 6)):
+        if c <= n and k <= n:
+            draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
+            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+@pytest.mark.parametrize(
+    "texts, right",
+    [
+        (["Answer: 9", "Answer: 8", "Answer: 9"], 1),
+        (["Answer: 9", "Answer: 8", "Answer: 8"], 0),
+        (["no idea", "nor I", "2 + 7 makes 9. Answer: 9"], 1),  # who does not answer does not vote
+        (["Answer: 8", "Answer: 9"], 0),  # of equals the first
+        (["no idea", "none"], 0),
+        (["Answer: 8", "Answer: 9 apples", "Answer: 9.0"], 1),
+    ],
+)
+def test_the_majority_votes(texts, right):
+    problem = Problem("word", "How many apples?", "", "9")
+    assert evaluate.majority(problem, [said(text) for text in texts]) == right
+
+
+@pytest.fixture
+def sums(monkeypatch):
+    """Two problems, 1+1? and 2+2?, again and again, and one that is too long; how long is in the argument."""
+
+    def problems(task, split="train", level=None, seed=0):
+        assert split == "test"
+        two = [Problem("sum", f"{n}+{n}?", "", str(2 * n)) for n in (1, 2)]
+        return itertools.cycle([Problem("sum", "long " * 99, "", "1"), *two] if task == "sum" else two[:1])
+
+    monkeypatch.setattr(evaluate, "problems", problems)
+
+
+@pytest.mark.usefixtures("sums")
+def test_measures_of_problems_by_hand(monkeypatch):
+    """Of 1+1? one sample of four is right, of 2+2? three; a reply that was cut off is wrong."""
+    asked = []
+    samples = iter([*"2345", *"4446"])
+
+    def reply_to(model, tokenizer, prompts, tools, max_tokens, temperature, seed, world=None):
+        asked.append((len(prompts), max_tokens, temperature, seed))
+        if temperature == 0:
+            replies = [("2", True), ("4", False)]
+        else:
+            replies = [(text, True) for text in samples]
+        return [
+            dict(parts=said(f"Answer: {text}"), finished=finished, length=int(text))
+            for text, finished in replies
+        ]
+
+    monkeypatch.setattr(evaluate, "reply_to", reply_to)
+    model = SimpleNamespace(config=SimpleNamespace(n_positions=64))
+    score = lambda problem, parts, finished: float(len(text_of(parts)) == 9) + finished
+    [row] = evaluate.evaluate_problems(model, BYTES, {("sum", 3): 1.0}, 5, 4, 30, 7, score)
+    assert asked == [(2, 30, 0.0, 7), (8, 30, 1.0, 7)]
+    assert row == {
+        "task": "sum", "level": 3, "problems": 2, "pass@1": 0.5, "sampled": 0.5, "pass@2": 0.75, "pass@4": 1,
+        "vote@4": 1.0, "length": 3.0, "sampled length": 4.0, "score": 2.0,
+    }  # fmt: skip
+    table = evaluate.problem_table([row]).splitlines()
+    assert table[0].split()[-1] == "score" and table[1].split()[:4] == ["sum", "3", "2", "50.0%"]
+    assert table[1].split()[-3:] == ["3.0", "4.0", "200.0%"] and len(table[0]) == len(table[1])
+
+
+@pytest.mark.usefixtures("sums")
+def test_problems_are_sampled_from_the_model():
+    """It says 2 with probability 0.6, else 3; greedily always 2."""
+    prompt = BYTES.prompt(evaluate.user("1+1?"))
+    words = [*b"Answer: ", None, BYTES.encode_special("<|im_end|>")]
+
+    def logits(text):
+        out, token = np.full(266, -50.0), words[len(text) - len(prompt)]
+        if token is None:
+            out[[ord("2"), ord("3")]] = np.log([0.6, 0.4])
+        else:
+            out[token] = 0
+        return out
+
+    ask = lambda **more: evaluate.evaluate_problems(Fake(logits), BYTES, {("one", 1): 1}, 9, 8, 12, 3, **more)
+    [row] = ask()
+    assert (row["problems"], row["pass@1"], row["length"], row["pass@8"]) == (1, 1, 10, 1)
+    assert 0 < row["sampled"] < 1 and row["sampled"] * 8 == int(row["sampled"] * 8)
+    assert ask(score=lambda *_: 0.25)[0] == {**row, "score": 0.25}
+
+
+@pytest.mark.usefixtures("sums")
+def test_problems_that_leave_no_room_for_a_reply():
+    model = SimpleNamespace(config=SimpleNamespace(n_positions=len(BYTES.prompt(evaluate.user("1+1?")))))
+    with pytest.raises(UserError, match=r"prompts of sum fill the model's context of .*lower --level"):
+        evaluate.distinct_problems(model, BYTES, "sum", 1, 5, 0)
+    model.config.n_positions += 1
+    assert [p.prompt for p in evaluate.distinct_problems(model, BYTES, "sum", 1, 5, 0)] == ["1+1?", "2+2?"]
+    assert [p.prompt for p in evaluate.distinct_problems(model, BYTES, "sum", 1, 1, 0)] == ["1+1?"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Two models that sample.load() knows by name: base says "plain", sft answers "one two ... six"."""
+    answers = {"base": [*b"plain", BYTES.eot], "sft": spell("one two three four five six", "im_end")}
+
+    def load(directory, flags):
+        prompt = BYTES.prompt(evaluate.user("_")) if directory == "sft" else [BYTES.eot, ord("_")]
+        return Fake(reciting(answers[directory], len(prompt))), BYTES, directory
+
+    monkeypatch.setattr(sample, "load", load)
+    monkeypatch.setattr(sample, "is_assistant", lambda checkpoint: checkpoint == "sft")
+    monkeypatch.setattr(sample, "load_assistant", lambda directory, flags: load(directory, flags)[:2])
+
+
+def run(*argv):
+    done = script.run(evaluate.main, *argv)
+    assert done.status == 0, done.err
+    return done.out
+
+
+@pytest.mark.usefixtures("runs")
+def test_models_beside_each_other(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "44")  # two columns of twenty
+    flags = ["--compare", "--prompt", "_"]
+    lines = run("base", "sft", *flags).splitlines()
+    assert lines[:4] == ["=" * 40, "_", "", f"{'base':20}  sft"]
+    assert lines[4] == f"{'-' * 20}  {'-' * 20}" and all(len(line) <= 44 for line in lines)
+    assert lines[5:] == [f"{'plain':20}  one two three four", f"{'':20}  five six", ""]
+    texts = {"base": ["plain"], "sft": ["one two three four five six"]}
+    assert json.loads(run("base", "sft", *flags, "--json")) == {"prompts": ["_"], "texts": texts}
+    assert json.loads(run("sft", *flags, "--json", "--max-tokens", 3))["texts"] == {"sft": ["one"]}
+    assert run("sft", *flags, "--prompt", "_").count("=" * 40) == 2
+
+
+@pytest.mark.usefixtures("runs")
+def test_what_the_flags_ask_for(monkeypatch, tmp_path):
+    calls = []
+
+    def recorded(name, result):
+        def call(model, tokenizer, *arguments):
+            calls.append((name, *arguments))
+            return result
+
+        return call
+
+    lines, skills = known("train", 3), {"search": dict(n=3, right=0.5)}
+    monkeypatch.setattr(evaluate, "probe", recorded("probe", lines))
+    monkeypatch.setattr(evaluate, "evaluate", recorded("evaluate", skills))
+    monkeypatch.setattr(
+        evaluate, "evaluate_problems", recorded("problems", [{"task": "word", "pass@1": 0.5}])
+    )
+    assert run("sft") == evaluate.table(skills) + "\n"
+    assert calls == [("probe", 3, 42, None), ("evaluate", lines)]
+    calls.clear()
+    assert run("sft", "--probe", tmp_path / "p", "--k", 5, "--seed", 1) == ""
+    assert calls == [("probe", 5, 1, str(tmp_path / "p"))]
+    calls.clear()
+    (tmp_path / "known").write_text("".join(json.dumps({**line, "question": "?"}) + "\n" for line in lines))
+    assert json.loads(run("sft", "--known", tmp_path / "known", "--json")) == skills
+    assert calls == [("evaluate", [{**line, "question": "?"} for line in lines])]
+    calls.clear()
+    assert "50.0%" in run("sft", "--task", "word", "--level", 2)
+    flags = ["--k", 4, "--problems", 9, "--max-tokens", 7, "--seed", 1, "--json"]
+    assert json.loads(run("sft", "--task", "word", *flags))["run"] == "sft"
+    assert calls[0] == ("problems", {("word", 2): 1.0}, 64, 8, 96, 42)
+    assert calls[1] == ("problems", dict.fromkeys([("word", n) for n in (1, 2, 3, 4)], 0.25), 9, 4, 7, 1)
+
+
+@pytest.mark.usefixtures("runs")
+def test_what_the_person_can_put_right_is_one_line(tmp_path):
+    for flags, words in (
+        (["base", "sft"], "--compare"),
+        (["sft", "--task", "x"], "no task 'x'"),
+        (["sft", "--task", "word", "--level", "9"], "no level 9"),
+        (["sft", "--known", tmp_path / "none"], "is not what evaluate.py --probe writes"),
+        (["sft", "--probe", "x", "--task", "word"], "not allowed with"),
+    ):
+        assert script.refused(script.run(evaluate.main, *flags), words)
+
+
+def test_only_an_assistant_is_evaluated(tmp_path, monkeypatch):
+    model = gpt2.GPT2(gpt2.GPT2Config(1, 1, 4, n_positions=9, vocab_size=266))
+    common.save_checkpoint(tmp_path / "run", 1, model, BYTES, gpt2.AdamW(model), 1)
+    refused = script.run(evaluate.main, tmp_path / "run")
+    assert script.refused(refused, "no assistant yet", f"sft.py --init-from {tmp_path / 'run'}")
+    (tmp_path / "run" / "step_000001" / "state.json").unlink()  # as from Hugging Face: nobody knows
+    flags = SimpleNamespace(device="cpu", dtype="float32")
+    assert sample.load_assistant(tmp_path / "run", flags)[1].vocab_size == 266
+    base = Tokenizer("bytes", BYTES.ranks, chat=False)
+    monkeypatch.setattr(Tokenizer, "load", lambda path: base)
+    gpt2.GPT2(gpt2.GPT2Config(1, 1, 4, n_positions=9, vocab_size=257)).save_pretrained(tmp_path / "base")
+    assert script.refused(script.run(evaluate.main, tmp_path / "base"), "no chat tokens")
+    assert script.refused(script.run(evaluate.main, tmp_path / "nowhere"), "nowhere")

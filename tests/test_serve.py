@@ -408,7 +408,7 @@ def test_nobody_is_answered_who_left_the_queue():
         second.close()
         first.read()
         until(lambda: server.places._value == serve.WAITING)
-        assert server.assistant.asked == 1
+        assert server.assistant.n_answers == 1
 
 
 def test_a_reader_who_never_reads_does_not_hold_the_others(monkeypatch):
@@ -475,9 +475,9 @@ def test_what_the_person_can_put_right_is_one_line(checkpoint, monkeypatch, tmp_
         done = script.run(serve.main, checkpoint, "--port", port, "--no-search")
         assert script.refused(done, f"port {port}", "choose another")
     base = Tokenizer("bytes", BYTES.ranks, chat=False)
-    monkeypatch.setattr(serve, "load", lambda directory, flags: (checkpoint, base, random_model(), False))
+    monkeypatch.setattr(serve, "load", lambda directory, flags: (random_model(), base, checkpoint))
     done = script.run(serve.main, checkpoint)
-    assert done.status == 2 and "\nerror: a base model" in done.err and "make sft" in done.err
+    assert done.status == 2 and "error: a base model" in done.err and "make sft" in done.err
     monkeypatch.undo()
     assert script.refused(script.run(serve.main, tmp_path), "no checkpoint")
     assert script.refused(script.run(serve.main, checkpoint, "--port", "65536"), "--port")

@@ -108,11 +108,11 @@ def pairs(content):
 @given(st.lists(st.sampled_from([*b"ab\xe2\x82\xac\xff ", *SPECIAL.values()]), max_size=30))
 def test_what_is_streamed_is_what_was_said(ids):
     """Whatever the tokens: halves of characters, calls without end or beginning, tokens that mean nothing."""
-    seen, events = sample.Seen(), []
+    seen, events = sample.AnswerEvents(), []
     for n in range(1, len(ids) + 1):
-        events += seen.news(BYTES.parts(ids[:n]))
+        events += seen.new(BYTES.parts(ids[:n]))
     now = folded(events)
-    events += seen.news(BYTES.parts(ids), last=True)
+    events += seen.new(BYTES.parts(ids), complete=True)
     assert folded(events) == pairs(BYTES.parts(ids))
     assert {} not in events and {"text": ""} not in events
     for kind, text in now:  # nothing that was shown has been taken back, and little is held back
