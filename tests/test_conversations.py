@@ -14,10 +14,10 @@ from script import refused, run
 import tasks.conversations as mixture
 import tasks.factbook as facts
 import tasks.problems as tasks
-import tools
 from common import UserError
 from tasks.conversations import checked
 from tokenizer import Tokenizer, text_of
+from tools import calculate
 
 FRANCE = {fact.field: fact for fact in facts.facts() if fact.country == "France"}
 FACT = {(fact.country, fact.field): fact for fact in facts.facts()}
@@ -233,7 +233,7 @@ def test_follow_ups_are_answered_in_the_light_of_what_was_said():
             word = {"+": "plus", "-": "minus", "*": "times"}[second.split()[1]]
             assert word in questions(conversation)[1]
     pool = facts.facts("train")
-    made = [mixture.and_its(random.Random(seed), "train", pool, pool) for seed in range(60)]
+    made = [mixture.follow_up(random.Random(seed), "train", pool, pool) for seed in range(60)]
     for conversation in filter(None, made):
         first, second = questions(conversation)
         told = {f.country for f in pool if f.country.removeprefix("The ") in first}
@@ -254,7 +254,7 @@ def test_a_solution_gets_the_outputs_of_our_host():
 def test_what_is_learned_of_the_tasks_is_right(name, split):
     problems, seen = {}, set()
     learned = {"tasks": {1, 2}, "stories": {3}, "answer-first": {1, 2}}  # what is beyond is for rl.py
-    for task in mixture.TASKS[name]:
+    for task in mixture.PROBLEMS[name][0]:
         for level in tasks.TASKS[task]:
             same = facts.digest("3", split) % 2**32
             drawn = itertools.islice(
@@ -512,7 +512,7 @@ def test_sums_are_right_and_of_their_split(split):
     for conversation in mixture.draw("sums=1", 300, split=split)[0]:
         asked, answer = (turn["content"] for turn in conversation)
         steps = re.findall(r"(\d[^=,]*) = (\d+)", answer)
-        assert len(steps) == 6 and all(tools.calculate(left) == right for left, right in steps)
+        assert len(steps) == 6 and all(calculate(left) == right for left, right in steps)
         assert re.findall(r"\d+(?: [-+*/] \d+)+", asked) == [left for left, _ in steps]
         told |= {re.match(r"(\d+) ([-+*/]) (\d+)", left).groups() for left, _ in steps}
     assert all(tasks.split_of(tasks.sum_key(int(a), op, int(b))) == split for a, op, b in told)
