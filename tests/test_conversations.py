@@ -184,6 +184,14 @@ def test_invented_names_are_nobodys():
     assert sum(found) > 280 and {" of " in query for _, query in test} == {True, False}
 
 
+def test_an_invented_name_that_a_country_has_is_not_asked_about(monkeypatch):
+    queries = [query for _, query in facts.invented("train", 60, seed=1) if " of " in query]
+    taken = {facts.plain(query.split(" of ")[1]) for query in queries[::2]}
+    monkeypatch.setattr(facts, "country_names", lambda: taken)
+    again = {query for _, query in facts.invented("train", 60, seed=1)}
+    assert len(taken) > 10 and not again & set(queries[::2])
+
+
 # ----------------------------------------------------------------------------------------------- the sources
 
 
