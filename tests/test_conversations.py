@@ -418,6 +418,15 @@ def test_the_users_bad_lines_are_named_or_skipped(tmp_path):
     assert len(mixture.draw(f"jsonl:{path}", 50, skip_bad=True)[0]) > 30
 
 
+def test_of_empty_messages_only_the_systems_may_train():
+    spoken = mixture.turns("Who?", "I.")
+    assert checked([{"role": "system", "content": " "}, *spoken], training=True) == spoken
+    for messages in ([{"role": "user", "content": ""}, *spoken], mixture.turns("Who?", " ")):
+        assert len(checked(messages)) == len(messages) - 1
+        with pytest.raises(UserError, match="is empty"):
+            checked(messages, training=True)
+
+
 GOOD = ("What is a stone made of?", "Of minerals, mostly.")
 
 
