@@ -481,9 +481,9 @@ def test_where_the_user_contradicts_ours_the_user_is_right(tmp_path):
     asked = [question for row in rows for question in row["ask"]]
     path = write(tmp_path / "mine.jsonl", *((question, "I am yours.") for question in asked))
     kept, _ = mixture.draw(f"identity=1,jsonl:{path}=1", 600, seed=2)
-    own = {questions(c)[0].lower() for c in kept if c[-1]["content"] == "I am yours."}
-    ours = {questions(c)[0].lower() for c in kept if len(c) == 2 and c[-1]["content"] != "I am yours."}
-    assert len(own) > 150 and not own & ours
+    alone, _ = mixture.draw(f"jsonl:{path}", 600)
+    own = [c for c in kept if c[-1]["content"] == "I am yours."]
+    assert len(own) == len(alone) > 150 and len(kept) > len(own)
 
 
 def test_duplicates_and_contradictions_are_dropped_and_counted(tmp_path):
