@@ -1,5 +1,4 @@
-"""What the assistant learns and practises: problems.py, factbook.py and conversations.py.
+"""What the assistant learns and practises: problems.py, factbook.py, conversations.py and their texts.jsonl.
 
-A reader of the course can skip this package: train.py, sft.py and rl.py only take its problems and
-conversations.
+A reader of the course can skip this package. sft.py takes conversations from it, rl.py problems.
 """

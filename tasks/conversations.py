@@ -1,13 +1,15 @@
-"""What the assistant learns from: conversations of many kinds, each kind a source with its share.
+"""The conversations that an assistant learns from, drawn from many sources, each with its share.
 
-    python -m tasks.conversations --num 5                                     some of the default mixture
-    python -m tasks.conversations factbook=3,tasks=2,jsonl:my.jsonl=1         some of another one
+    python -m tasks.conversations --num 5                                     five of the default mixture
+    python -m tasks.conversations factbook=3,tasks=2,jsonl:my.jsonl=1         some of another mixture
 
-draw() makes n conversations, by share, the same for the same seed, without duplicates, contradictions and the
-questions of the evaluation. A small model learns what is short, regular and can be copied: a call repeats the
-tokens of the question, an answer those of the tool's output. The texts that no template makes stand in
-texts.jsonl. Read tasks/factbook.py, tools.py, tasks/problems.py and sample.py before, sft.py after
-this file.
+A reader of the course can skip this file. The one thing to know: draw() returns n conversations, which are
+lists of {"role": ..., "content": ...}; the same seed draws the same ones. None is a duplicate or contradicts
+another, and none that trains asks a question of the evaluation.
+
+A small model learns what is short, regular and can be copied. So a call of a tool repeats the tokens of the
+question, and the answer repeats those of the tool's output. Sentences stand in texts.jsonl. Read
+tasks/factbook.py, tools.py, tasks/problems.py and sample.py before this file, and sft.py after it.
 """
 
 import functools
@@ -19,275 +21,397 @@ from collections import Counter
 from pathlib import Path
 
 import common
-import tasks.problems as tasks
-import tools
 from common import UserError
-from tasks.factbook import FIELDS, digest, examined, facts, held_out, invented, phrase, plain, probed, texts
+from tasks.factbook import (
+    FIELDS,
+    digest,
+    examined,
+    facts,
+    has_words,
+    held_out,
+    invented,
+    phrase,
+    plain,
+    probed,
+    texts,
+)
+from tasks.problems import LARGEST, chain_of_events, draw_word, problems, random_words, split_of, sum_key
 from tokenizer import CALLS, ROLES, text_of
+from tools import Search, calculate
 
-SOURCES = {"factbook": 17, "identity": 9, "refusal": 2, "chitchat": 3, "tools": 20}  # shares, in percent
-SOURCES |= {"tasks": 10, "stories": 4, "events": 3, "steps-first": 2, "answer-first": 2, "sums": 1}
-SOURCES |= {"repeat": 4, "spelling": 8, "counting": 5, "multi-turn": 4, "unknown": 6}
+SOURCES = {  # {source: its usual share in percent}
+    "factbook": 17,  # facts from memory
+    "identity": 9,  # who are you?
+    "refusal": 2,  # requests that it refuses
+    "chitchat": 3,
+    "tools": 20,  # a calculation or a search
+    "tasks": 10,  # problems of tasks/problems.py with their solutions, some by the calculator
+    "stories": 4,  # longer word problems
+    "events": 3,  # what happens in a story, told event by event
+    "steps-first": 2,  # problems solved in steps
+    "answer-first": 2,  # the same with the answer before the steps, to compare
+    "sums": 1,  # rows of small sums, to learn by heart
+    "repeat": 4,  # words to repeat
+    "spelling": 8,  # letters of a word, by the calculator
+    "counting": 5,
+    "multi-turn": 4,  # follow-up questions
+    "unknown": 6,  # what it cannot know
+}
 DEFAULT = ",".join(f"{name}={share}" for name, share in SOURCES.items())
-SEARCH_SYSTEM = "You can search."  # with it the assistant looks facts up, without it it has its memory
+PROBLEMS = {  # {source: (tasks, levels)} of tasks/problems.py; rl.py practises the levels above these
+    "tasks": (("arithmetic", "word", "decimals"), (1, 2)),
+    "stories": (("word",), (3,)),
+    "steps-first": (("arithmetic", "word"), (1, 2)),
+    "answer-first": (("arithmetic", "word"), (1, 2)),
+    "spelling": (("spelling",), (None,)),  # None: all levels
+    "counting": (("counting",), (None,)),
+}
+SEARCH_SYSTEM = "You can search."  # with this system message the assistant searches, without it it remembers
 DONT_KNOW = "I'm sorry, I don't know"  # so begins every answer to what it cannot know
-TASKS = {"tasks": ("arithmetic", "word", "decimals"), "stories": ("word",)}
-TASKS |= {"steps-first": ("arithmetic", "word"), "answer-first": ("arithmetic", "word")}  # the same problems
-TASKS |= {"spelling": ("spelling",), "counting": ("counting",)}  # what these take from tasks/problems.py
-LEVELS = dict.fromkeys(("tasks", "steps-first", "answer-first"), (1, 2)) | {"stories": (3,)}  # 4: for rl.py
-CALCULATED = 0.2  # share of the worked problems that the calculator solves
-LONGEST = 5000  # characters of a conversation as JSON; sft.py cuts what its model has no room for
+CALCULATED = 0.2  # share of the problems in "tasks" and "stories" that the calculator solves
+LONGEST = 5000  # characters of a conversation as JSON; sft.py shortens what its model has no room for
+PATIENCE = 300  # conversations dropped in a row after which a source has nothing new to give
 PAGE = 60  # conversations on a page of a workbook
 PASSAGE = 16  # words of what a search finds
 
-# ----------------------------------------------------------------------------------- turns, and tools at work
-# A tool's output begins with a space: its words are then the tokens that they are in a sentence, and the
-# answer can copy them. So can a call copy the question's: " 23 * 47", " capital of Peru".
+# ------------------------------------------------------------------------------------------------------------
+# Turns and calls of tools. A tool's output begins with a space: then its words are the same tokens as in the
+# middle of a sentence, and the answer can copy them. For the same reason calls do: " 23 * 47".
 
 
 def calculator(call):
-    return f" {tools.calculate(call)}"
+    return f" {calculate(call)}"
 
 
 @functools.lru_cache(1 << 15)
 def looked_up(query):
-    return f" {tools.Search.factbook().lookup(query, budget=PASSAGE)}"
+    return f" {Search.factbook().lookup(query, budget=PASSAGE)}"
 
 
 def turns(*contents, system=None):
-    """A conversation: the user and the assistant by turns, after the system's message if there is one."""
-    roles = itertools.cycle(("user", "assistant"))
-    first = [{"role": "system", "content": system}] if system else []
-    return first + [{"role": role, "content": content} for role, content in zip(roles, contents)]
+    """A conversation of user and assistant in turns, after the system's message if there is one."""
+    conversation = [{"role": "system", "content": system}] if system else []
+    for role, content in zip(itertools.cycle(("user", "assistant")), contents):
+        conversation.append({"role": role, "content": content})
+    return conversation
 
 
 def called(kind, call, output, answer):
-    """The assistant's parts: a call, what the tool says, an answer."""
-    return [dict(type=kind, text=call), dict(type="output", text=output), dict(type="text", text=answer)]
+    """What the assistant says with a tool: its call ("calc" or "search"), the tool's output, the answer."""
+    return [
+        {"type": kind, "text": call},
+        {"type": "output", "text": output},
+        {"type": "text", "text": answer},
+    ]
 
 
 def calculated(call, answer="It is{}."):
+    """A call of the calculator and the answer, in which {} becomes the output."""
     output = calculator(call)
-    failed = output.startswith(" error")
-    return called("calc", call, output, "I can't calculate that." if failed else answer.format(output))
+    if output.startswith(" error"):
+        return called("calc", call, output, "I can't calculate that.")
+    return called("calc", call, output, answer.format(output))
 
 
 def searched(fact):
-    """The parts that look a fact up; None if the search does not find it."""
+    """A search for a fact and the answer; None if the search does not find it."""
     output = looked_up(fact.query)
-    told = f" {plain(output)} "
-    finds = plain(fact.country) in told and sum(f" {n} " in told for n in fact.accepted) >= fact.needed
-    return called("search", fact.query, output, fact.exact) if finds else None
+    passage = plain(output)
+    n_found = sum(has_words(passage, name) for name in fact.accepted)
+    if plain(fact.country) not in passage or n_found < fact.needed:
+        return None
+    return called("search", fact.query, output, fact.exact)
 
 
-# ------------------------------------------------------------------------------------------------ the sources
-# Each function makes one conversation, or None where chance drew what cannot be had.
-
-SIGNS = {"+": (" + ", "+", " plus "), "-": (" - ", "-", " minus "), "/": (" / ", "/", " divided by ")}
-SIGNS |= {"*": (" * ", "*", " times ", " x ", " × ")}
+# ------------------------------------------------------------------------------------------------------------
+# Facts: each function draws one conversation, or returns None if what it drew makes none
 
 
-def remembered(rng, split, pool, known):
-    """A question about a country, answered from memory: in a sentence, briefly, or with all that is known."""
+def remembered(rng, split, known):
+    """A question about a country, answered from memory: by a sentence, briefly, or by all that is known."""
     fact, chance = rng.choice(known), rng.random()
     if chance < 0.2:
         return turns(phrase(rng, split, "brief").format(fact.ask(rng, split)), fact.brief)
     if chance < 0.25:
-        about = {f.field: f.answer for f in known if f.country == fact.country}
-        told = [about[field] for field in ("location", "capital", "language") if field in about]
-        question = phrase(rng, split, "about").format(fact.query.split(" of ", 1)[1])
-        return turns(question, " ".join(told)) if told else None
+        answers = {other.field: other.answer for other in known if other.country == fact.country}
+        about = [answers[field] for field in ("location", "capital", "language") if field in answers]
+        question = phrase(rng, split, "about").format(country_of(fact))
+        return turns(question, " ".join(about)) if about else None
     return turns(fact.ask(rng, split), fact.answer)
 
 
-def looking_up(rng, split, pool, *_):
-    """A question about a country, looked up; half of them about what people ask most."""
-    field = rng.choice((*("capital", "population") * 10, *FIELDS))
+def country_of(fact):
+    """The country as it stands in a sentence: "the Netherlands"."""
+    return fact.query.split(" of ", 1)[1]
+
+
+def fact_searched(rng, split, pool):
+    """A question about a country, looked up. Half of them are about what people ask most."""
+    field = rng.choice(("capital", "population") * 10 + tuple(FIELDS))
     fact = rng.choice([fact for fact in pool if fact.field == field] or pool)
-    found = searched(fact)
-    return found and turns(fact.ask(rng, split), found, system=SEARCH_SYSTEM)
+    reply = searched(fact)
+    return turns(fact.ask(rng, split), reply, system=SEARCH_SYSTEM) if reply else None
 
 
-def number(rng, digits, point=False):
-    whole = rng.randint(10 ** (digits - 1) if digits > 1 else 0, 10**digits - 1)
-    return f"{whole}.{rng.randint(1, 99)}" if point else str(whole)
+def follow_up(rng, split, pool, known):
+    """A question about a country and another one that does not name it: "And its capital?"."""
+    with_search = rng.random() < 0.6
+    candidates = pool if with_search else known
+    fact = rng.choice(candidates)
+    other = rng.choice([one for one in candidates if one.country == fact.country])
+    if with_search:
+        first, second = searched(fact), searched(other)
+    else:
+        first, second = fact.answer, other.brief
+    question, next_question = fact.ask(rng, split), rng.choice(other.follow_ups)
+    if other is fact or not first or not second:
+        return None
+    system = SEARCH_SYSTEM if with_search else None
+    return turns(question, first, next_question, second, system=system)
 
 
-def arithmetic(rng, split, *_):
-    """'What is 23 times 47?' and the call ' 23 * 47': the numbers' own tokens, whatever the operator was."""
-    numbers, count, point = [], 2 + (rng.random() < 0.15), rng.random() < 0.12
-    while not numbers or held_out("arithmetic", *numbers) != (split == "test"):
-        digits = rng.choice((1, 1, 2, 2, 2, 3, 3, 4))
-        numbers = [number(rng, max(1, digits - rng.randint(0, 1)), point) for _ in range(count)]
-    style, template = rng.choice((0, 0, 0, 0, 0, 1, 2, 2, 3, 4)), phrase(rng, split, "arithmetic")
-    signs = rng.choices("+-*/", k=count - 1)
-    written = [SIGNS[sign][style % len(SIGNS[sign])] for sign in signs]
-    meant = [w if w.strip() == sign else f" {sign} " for w, sign in zip(written, signs)]
-    text, call = ("".join(a + b for a, b in zip(numbers, [*between, ""])) for between in (written, meant))
-    return turns(template.format(text), calculated(call if template[0] == "{" else f" {call}"))
+def not_known(rng, split):
+    """A question to which only "I don't know" is right; half of them searched for in vain."""
+    if rng.random() < 0.2:
+        return talk(rng, split, "unknown")
+    ((question, query),) = invented(split, 1, rng.random())
+    answer = f"{DONT_KNOW} that country." if " of " in query else f"{DONT_KNOW} who that is."
+    if rng.random() < 0.6:
+        return turns(question, answer)
+    output = looked_up(query)
+    if output != " nothing found":
+        return None
+    return turns(question, called("search", query, output, answer), system=SEARCH_SYSTEM)
 
 
-def asked_later(split, *numbers):
-    """Whether these train elsewhere, although the calculator is examined with them."""
+# ------------------------------------------------------------------------------------------------------------
+# Numbers and words
+
+SIGNS = {  # how a question may write an operator; the call always writes the operator itself
+    "+": (" + ", "+", " plus "),
+    "-": (" - ", "-", " minus "),
+    "/": (" / ", "/", " divided by "),
+    "*": (" * ", "*", " times ", " x ", " × "),
+}
+
+
+def is_of_split(split, *words):
+    """Whether a content, given by words, belongs to the split."""
+    return held_out(*words) == (split == "test")
+
+
+def held_back(split, *numbers):
+    """Whether the calculator is examined with these numbers, so that no other source may train on them."""
     return split == "train" and held_out("arithmetic", *map(str, numbers))
 
 
-def comparison(rng, split, *_):
-    """'Is 9.11 larger than 9.9?': the calculator knows."""
-    whole, other = number(rng, rng.choice((1, 1, 2))), number(rng, 1)
-    a, b = (f"{w}.{rng.randint(1, 99)}" for w in (whole, whole if rng.random() < 0.7 else other))
+def random_number(rng, digits, decimals=False):
+    """A number of so many digits, as text; with one or two decimals if wanted."""
+    whole = rng.randint(10 ** (digits - 1) if digits > 1 else 0, 10**digits - 1)
+    return f"{whole}.{rng.randint(1, 99)}" if decimals else str(whole)
+
+
+def arithmetic(rng, split):
+    """'What is 23 times 47?' and the call ' 23 * 47', which copies the numbers' tokens from the question."""
+    count, decimals, numbers = 2 + (rng.random() < 0.15), rng.random() < 0.12, None
+    while numbers is None or not is_of_split(split, "arithmetic", *numbers):
+        digits = rng.choice((1, 1, 2, 2, 2, 3, 3, 4))
+        numbers = [random_number(rng, max(1, digits - rng.randint(0, 1)), decimals) for _ in range(count)]
+    style = rng.choice((0, 0, 0, 0, 0, 1, 2, 2, 3, 4))  # mostly " + ", rarely "+", at times " plus "
+    template = phrase(rng, split, "arithmetic")
+    expression = call = numbers[0]
+    for sign, number in zip(rng.choices("+-*/", k=count - 1), numbers[1:]):
+        written = SIGNS[sign][style % len(SIGNS[sign])]
+        expression += written + number
+        call += (written if written.strip() == sign else f" {sign} ") + number
+    return turns(template.format(expression), calculated(begin_like(template, call)))
+
+
+def begin_like(template, call):
+    """The call with a space before it, unless the question begins with its first number."""
+    return call if template.startswith("{") else f" {call}"
+
+
+def comparison(rng, split):
+    """'Is 9.11 larger than 9.9?', answered by the calculator."""
+    whole, other = random_number(rng, rng.choice((1, 1, 2))), random_number(rng, 1)
+    if rng.random() < 0.7:
+        other = whole
+    a, b = f"{whole}.{rng.randint(1, 99)}", f"{other}.{rng.randint(1, 99)}"
     word = rng.choice(("larger", "bigger", "greater", "smaller", "less"))
-    if held_out("comparison", *sorted((a, b))) != (split == "test"):
+    if not is_of_split(split, "comparison", *sorted((a, b))):
         return None
     call = f" {a} {'<' if word in ('smaller', 'less') else '>'} {b}"
     answer = "Yes, it is." if calculator(call) == " true" else "No, it is not."
     return turns(phrase(rng, split, "comparison").format(a, word, b), calculated(call, answer))
 
 
-def repeated(rng, split, pool, *_):
-    """'Repeat: ...' words, names and numbers: copying what was said is half of using a tool."""
-    words = (tasks.draw_word(rng, rng.choice((1, 2, 3))) for _ in itertools.count())
-    word = next(word for word in words if tasks.split_of(word) == split)  # not those that it is to spell
-    name = rng.choice(pool).query.split(" of ", 1)[1]
-    made = "".join(phrase(rng, split, "syllable") for _ in range(rng.choice((2, 3)))).capitalize()
-    some = word, word, name, made, number(rng, rng.randint(1, 5))
-    text = (
-        " ".join(rng.choices(some, k=rng.randint(1, 3))) if rng.random() < 0.85 else "." * rng.randint(3, 40)
-    )
-    said = turns(phrase(rng, split, "repeat").format(text), f"You said {text}")
-    return said if held_out("repeat", text) == (split == "test") else None
+def what_if(rng, split):
+    """A calculation, and the same numbers with another operator: "What if it was times?"."""
+    a, b = (random_number(rng, rng.choice((1, 1, 2, 3))) for _ in range(2))
+    sign, other_sign = rng.sample("+-*", 2)
+    template, again = phrase(rng, split, "arithmetic"), phrase(rng, split, "what if")
+    first, second = (begin_like(template, f"{a} {one} {b}") for one in (sign, other_sign))
+    if not is_of_split(split, "arithmetic", a, b):
+        return None
+    next_question = again.format(SIGNS[other_sign][2].strip())
+    return turns(template.format(first.strip()), calculated(first), next_question, calculated(second))
 
 
-def sums(rng, split, *_):
-    """A row of small sums, to be known by heart: those that the steps of worked problems are made of."""
-    made = []
-    while len(made) < 6:
+def repeated(rng, split, pool):
+    """'Repeat: ...' words, names and numbers: to use a tool, a model must copy what was said."""
+    word = draw_word(rng, rng.choice((1, 2, 3)))
+    while split_of(word) != split:  # words that it is examined in spelling are not repeated
+        word = draw_word(rng, rng.choice((1, 2, 3)))
+    country = country_of(rng.choice(pool))
+    syllables = [phrase(rng, split, "syllable") for _ in range(rng.choice((2, 3)))]
+    options = (word, word, country, "".join(syllables).capitalize(), random_number(rng, rng.randint(1, 5)))
+    if rng.random() < 0.85:
+        text = " ".join(rng.choices(options, k=rng.randint(1, 3)))
+    else:
+        text = "." * rng.randint(3, 40)
+    question = phrase(rng, split, "repeat").format(text)
+    return turns(question, f"You said {text}") if is_of_split(split, "repeat", text) else None
+
+
+def sums(rng, split):
+    """A row of six small sums, to learn by heart: the steps of worked problems are made of them."""
+    expressions = []
+    while len(expressions) < 6:
         x, y, op = rng.randint(0, 9), rng.randint(0, 9), rng.choice("+-*/")
-        if rng.random() < 0.6:  # larger ones: 12 + 7, 19 - 6 - 1, 20 - 13; 24 + 5 after a product
-            x = rng.randint(10, tasks.LARGEST) if op in "+-" else x
+        larger = rng.random() < 0.6
+        if larger and op in "+-":  # 12 + 7, 20 - 13
+            x = rng.randint(10, LARGEST)
         if op == "/":
             x, y = (x * y, y) if y else (0, 1)
         elif op == "-" and x < y:
             x, y = y, x
-        elif op == "*" and rng.random() < 0.4:
+        elif op == "*" and rng.random() < 0.4:  # a product with what is carried, 24 + 5
             x, y, op = x * y, rng.randint(1, 8), "+"
-        more = f" {op} 1" if op in "+-" and x < 20 and rng.random() < 0.25 and x > y else ""
-        if tasks.split_of(tasks.sum_key(x, op, y)) == split and not asked_later(split, x, y):
-            step = f"{x} {op} {y}{more}"
-            made.append((step, f"{step} = {tools.calculate(step)}"))
-    asked, told = (", ".join(words) for words in zip(*made))
-    return turns(phrase(rng, split, "sums").format(asked), f"So {told}.")
+        carried = op in "+-" and x < 20 and rng.random() < 0.25 and x > y  # 19 - 6 - 1
+        if split_of(sum_key(x, op, y)) == split and not held_back(split, x, y):
+            expressions.append(f"{x} {op} {y}" + (f" {op} 1" if carried else ""))
+    question = phrase(rng, split, "sums").format(", ".join(expressions))
+    return turns(question, f"So {', '.join(f'{text} = {calculate(text)}' for text in expressions)}.")
 
 
-def events(rng, split, *_):
-    """What happens in a story, one event after the other: longer ones than those that it learns to solve."""
-    numbers = {x: rng.randint(10, 99) if x == "A" else rng.randint(2, 9) for x in "Abcdefg"}
-    story = tasks.chain_of_events(rng, rng.randint(2, 6))
-    words = numbers | tasks.random_words(rng)
-    said = ", then ".join(story["events"]).format(**words)
-    facts = story["story"].format(**words)
-    made = turns(phrase(rng, split, "events").format(facts), f"So {said}.")
-    return made if held_out("events", said) == (split == "test") else None
+def events(rng, split):
+    """What happens in a story, event by event, and longer stories than it learns to solve."""
+    numbers = {letter: rng.randint(10, 99) if letter == "A" else rng.randint(2, 9) for letter in "Abcdefg"}
+    story = chain_of_events(rng, rng.randint(2, 6))
+    words = numbers | random_words(rng)
+    told = ", then ".join(story["events"]).format(**words)
+    question = phrase(rng, split, "events").format(story["story"].format(**words))
+    return turns(question, f"So {told}.") if is_of_split(split, "events", told) else None
 
 
-def what_if(rng, split, *_):
-    """'2 + 2?' and then 'What if it was times?'"""
-    numbers, signs = [number(rng, rng.choice((1, 1, 2, 3))) for _ in "ab"], rng.sample("+-*", 2)
-    template, again = phrase(rng, split, "arithmetic"), phrase(rng, split, "what if")
-    first, second = (f"{'' if template[0] == '{' else ' '}{numbers[0]} {s} {numbers[1]}" for s in signs)
-    again = again.format(SIGNS[signs[1]][2].strip())
-    made = turns(template.format(first.strip()), calculated(first), again, calculated(second))
-    return made if held_out("arithmetic", *numbers) == (split == "test") else None
+# ------------------------------------------------------------------------------------------------------------
+# Talk
 
 
-def and_its(rng, split, pool, known):
-    """A question about a country and another one that does not name it, looked up or from memory."""
-    search = rng.random() < 0.6
-    fact = rng.choice(pool if search else known)
-    other = rng.choice([f for f in (pool if search else known) if f.country == fact.country])
-    answers = [searched(fact), searched(other)] if search else [fact.answer, other.brief]
-    contents = fact.ask(rng, split), answers[0], rng.choice(other.follow_ups), answers[1]
-    made = turns(*contents, system=SEARCH_SYSTEM if search else None)
-    return made if other is not fact and all(answers) else None
-
-
-def talk(rng, split, *_, source):
-    """A question and its answer of texts.jsonl; in training, asked in one manner or another."""
+def talk(rng, split, source):
+    """A question of texts.jsonl and its answer. Training varies it: "who are you", "Hello! Who are you?"."""
     row = rng.choice([row for row in texts("source") if row["source"] == source])
     questions = row["ask"] if split == "train" else row["held_out"]
-    which = rng.randrange(len(questions))
-    text, answer = questions[which], row["answer"][which % len(row["answer"])]
+    index = rng.randrange(len(questions))
+    question, answer = questions[index], row["answer"][index % len(row["answer"])]
     if split == "train":
-        small = text if re.match(r"I\b|[A-Z]{2}", text) else text[0].lower() + text[1:]
-        manner = text if source == "chitchat" else phrase(rng, split, "manner").format(text)
-        written = (text, small, text.rstrip(".!?"), small.rstrip(".!?"), manner)
-        text = rng.choices(written, (8, 2, 2, 2, 6))[0]
-    return turns(text, answer, system=SEARCH_SYSTEM if rng.random() < 0.25 else None)
+        small = question[0].lower() + question[1:]
+        if re.match(r"I\b|[A-Z]{2}", question):
+            small = question
+        greeted = question if source == "chitchat" else phrase(rng, split, "manner").format(question)
+        variants = (question, small, question.rstrip(".!?"), small.rstrip(".!?"), greeted)
+        question = rng.choices(variants, weights=(8, 2, 2, 2, 6))[0]
+    return turns(question, answer, system=SEARCH_SYSTEM if rng.random() < 0.25 else None)
 
 
-def talks(rng, split, *_):
-    """Two or three small conversations in one."""
-    parts = [talk(rng, split, source=source) for source in ("chitchat", "identity", "chitchat")]
-    parts = rng.sample([*parts, arithmetic(rng, split)], rng.choice((2, 3)))
-    return turns(*(turn["content"] for part in parts for turn in part if turn["role"] != "system"))
+def several_talks(rng, split):
+    """Two or three short conversations in one."""
+    parts = [talk(rng, split, source) for source in ("chitchat", "identity", "chitchat")]
+    parts.append(arithmetic(rng, split))
+    chosen = rng.sample(parts, rng.choice((2, 3)))
+    return turns(*(turn["content"] for part in chosen for turn in part if turn["role"] != "system"))
 
 
-def not_known(rng, split, *_):
-    """A question that only "I don't know" answers, after a search in vain if there is one."""
-    if rng.random() < 0.2:
-        return talk(rng, split, source="unknown")
-    ((text, query),) = invented(split, 1, rng.random())
-    answer = f"{DONT_KNOW} that country." if " of " in query else f"{DONT_KNOW} who that is."
-    if rng.random() < 0.6:
-        return turns(text, answer)
-    output = looked_up(query)
-    found = called("search", query, output, answer)
-    return turns(text, found, system=SEARCH_SYSTEM) if output == " nothing found" else None
+# ------------------------------------------------------------------------------------------------------------
+# Problems with their solutions
+
+
+def worked_problems(source, split, seed, rng):
+    """Problems of tasks/problems.py and their solutions. All sources draw the same problems."""
+    tasks, levels = PROBLEMS[source]
+    problem_seed = digest(str(seed), split) % 2**32
+    streams = [problems(task, split, level, problem_seed) for task in tasks for level in levels]
+    for stream in itertools.cycle(streams):
+        problem = next(stream)
+        if problem.task == "arithmetic" and held_back(split, *re.findall(r"\d+", problem.prompt)):
+            continue
+        prompt, solution = problem.prompt, problem.solution
+        if source == "answer-first":
+            prompt, solution = answer_first(problem)
+        may_calculate = source in ("tasks", "stories") and problem.task in ("arithmetic", "word")
+        if may_calculate and rng.random() < CALCULATED:
+            yield turns(prompt, with_calculator(problem))
+        else:
+            yield turns(prompt, hosted(solution))
 
 
 def answer_first(problem):
-    """A problem and the answer to it before the steps: to be compared, not followed."""
+    """A problem that asks for the answer before the steps, and its solution: (prompt, solution)."""
     return f"{problem.prompt} Answer first.", problem.answer_first()
 
 
 def with_calculator(problem):
-    """The same answer by calls of the calculator: rare here, for rl.py to find out that it pays."""
-    steps, parts = [("", step) for step in re.findall(r"\d+ [-+*] \d+", problem.prompt)], []
-    if problem.task == "word":  # its steps, and what they say of an event
+    """The same answer by calls of the calculator. They are rare here; RL finds out that they pay."""
+    if problem.task == "word":  # each step with its words: "So eats 3: 12 - 3 = 9, then ..."
         steps = re.findall(r"((?:So|, then) [a-z][^:=]*:|) (\d+ [-+*/] \d+) = ", problem.solution)
-    for event, step in steps:
-        parts += [("text", event), ("calc", f" {step}"), ("output", calculator(f" {step}"))]
-    parts.append(("text", f"{'.' if event else ''}\nAnswer: {problem.answer}".strip()))
-    return [dict(type=kind, text=text) for kind, text in parts if text]
+    else:
+        steps = [("", re.search(r"\d+ [-+*] \d+", problem.prompt)[0])]
+    parts = []
+    for words, expression in steps:
+        if words:
+            parts.append({"type": "text", "text": words})
+        parts.append({"type": "calc", "text": f" {expression}"})
+        parts.append({"type": "output", "text": calculator(f" {expression}")})
+    end = ".\n" if steps[-1][0] else ""
+    return [*parts, {"type": "text", "text": f"{end}Answer: {problem.answer}"}]
 
 
 def hosted(solution):
-    """A solution with the output that the host will paste, and an answer that copies it, without quotes."""
+    """A solution with the output that the host writes, " ac", and an answer that copies it without quotes."""
     if isinstance(solution, str):
         return solution
-    call, _, said = (part["text"] for part in solution)
+    call, _, answer = (part["text"] for part in solution)
     output = calculator(call)
-    return called("calc", call, output, said.replace(f' "{output.strip()}"', output))
+    return called("calc", call, output, answer.replace(f' "{output.strip()}"', output))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The user's own conversations
 
 
 def read(path, skip_bad=False):
     """The conversations of a JSONL file, and how many bad lines were skipped: (conversations, skipped).
 
-    A line is {"messages": [...]}, as OpenAI and Hugging Face write it, or the bare list. Without skip_bad a
-    bad line is a UserError: which one, and why.
+    A line is {"messages": [...]}, as OpenAI and Hugging Face write it, or the list alone. Without skip_bad a
+    bad line is a UserError that says which line it is and what is wrong.
     """
-    conversations, skipped = [], 0
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the path of a file of conversations") from None
-    for number, line in ((number, line) for number, line in enumerate(lines, 1) if line.strip()):
+    conversations, skipped = [], 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            found = json.loads(line)
-            conversations.append(checked(found.get("messages") if isinstance(found, dict) else found, True))
+            row = json.loads(line)
+            messages = row.get("messages") if isinstance(row, dict) else row
+            conversations.append(checked(messages, training=True))
         except (UserError, ValueError, RecursionError) as error:
-            reason = error if isinstance(error, UserError) else f"no JSON ({getattr(error, 'msg', error)})"
             if not skip_bad:
+                is_json = isinstance(error, UserError)
+                reason = error if is_json else f"no JSON ({getattr(error, 'msg', error)})"
                 raise UserError(f"{path}, line {number}: {reason}; correct it or skip bad lines") from None
             skipped += 1
     if not conversations:
@@ -296,91 +420,105 @@ def read(path, skip_bad=False):
 
 
 def checked(messages, training=False):
-    """Messages from outside as a conversation that has nothing else in it; UserError says what is wrong.
-    Empty ones are left out; for training only the system's may be empty, and the assistant must speak."""
+    """Messages from outside as a conversation that has nothing else in it. UserError says what is wrong.
+
+    Empty messages are left out. For training only the system's may be empty, and the assistant must speak.
+    """
     if not isinstance(messages, list):
         raise UserError('there is no list of "messages"')
     conversation = []
-    for i, message in enumerate(messages, 1):
-        role, content = map(message.get, ("role", "content")) if isinstance(message, dict) else (None, None)
+    for number, message in enumerate(messages, 1):
+        role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES:
-            raise UserError(f"message {i} has the role {role!r}, which is none of {', '.join(ROLES)}")
+            raise UserError(f"message {number} has the role {role!r}, which is none of {', '.join(ROLES)}")
+        content = message.get("content")
         kinds = ("text", *CALLS, "output") if role == "assistant" else ("text",)
-        found = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         try:
-            found = [{"type": part["type"], "text": part["text"]} for part in found]
-            sound = all(part["type"] in kinds and isinstance(part["text"], str) for part in found)
+            parts = [{"type": part["type"], "text": part["text"]} for part in parts]
+            sound = all(part["type"] in kinds and isinstance(part["text"], str) for part in parts)
         except (TypeError, KeyError):
             sound = False
         if not sound:
-            what = f"a text or a list of parts, each with a text and a type: {' or '.join(kinds)}"
-            raise UserError(f"the content of message {i} ({role}) is not {what}")
-        if any(part["text"].strip() for part in found):
-            conversation.append({"role": role, "content": content if isinstance(content, str) else found})
+            wanted = f"a text or a list of parts, each with a text and a type: {' or '.join(kinds)}"
+            raise UserError(f"the content of message {number} ({role}) is not {wanted}")
+        if any(part["text"].strip() for part in parts):
+            conversation.append({"role": role, "content": content if isinstance(content, str) else parts})
         elif training and role != "system":
-            raise UserError(f"message {i} ({role}) is empty")
+            raise UserError(f"message {number} ({role}) is empty")
     if training and "assistant" not in [turn["role"] for turn in conversation]:
         raise UserError("the assistant never speaks")
     return conversation
 
 
-def conversations(name, split="train", seed=0, unknown=(), skip_bad=False):
-    """The conversations of a source, one after the other: without end, but for jsonl:PATH.
+# ------------------------------------------------------------------------------------------------------------
+# The mixture
 
-    `unknown` has the (country, field) that the model is not to learn from memory.
+
+def conversations(name, split="train", seed=0, unknown=(), skip_bad=False):
+    """The conversations of a source, one after the other: without end, except for those of jsonl:PATH.
+
+    `unknown` has the (country, field) pairs that the model is not to answer from memory.
     """
-    rng, (kind, _, path) = random.Random(f"{seed} {split} {name}"), name.partition(":")
+    rng = random.Random(f"{seed} {split} {name}")
+    source, _, path = name.partition(":")
     pool = facts(split)
     known = [fact for fact in pool if (fact.country, fact.field) not in unknown]
-    if kind == "jsonl":  # a tenth of the user's own tests
+    if source == "jsonl":  # a tenth of them is for testing
         own = read(path, skip_bad)[0]
-        own = [c for c in own if (digest(json.dumps(c)) % 10 == 0) == (split == "test")]
+        own = [one for one in own if (digest(json.dumps(one)) % 10 == 0) == (split == "test")]
         yield from rng.sample(own, len(own))
-    elif path:  # what the model was found not to know
-        wrong = probed(path)
-        missing = [fact for fact in pool if (fact.country, fact.field) in wrong]
+    elif path:  # unknown:PATH
+        not_learned = probed(path)
+        missing = [fact for fact in pool if (fact.country, fact.field) in not_learned]
         while missing:
             yield turns(rng.choice(missing).ask(rng, split), f"{DONT_KNOW}.")
-    elif kind in TASKS:
-        same = digest(str(seed), split) % 2**32  # problems for all sources
-        levels = LEVELS.get(kind, [None])
-        streams = [tasks.problems(t, split, level, same) for t in TASKS[kind] for level in levels]
-        for problem in map(next, itertools.cycle(streams)):
-            if problem.task == "arithmetic" and asked_later(split, *re.findall(r"\d+", problem.prompt)):
-                continue
-            prompt, solution = answer_first(problem) if kind == "answer-first" else (problem.prompt, None)
-            solution = hosted(solution or problem.solution)
-            may = kind in ("tasks", "stories") and problem.task in ("arithmetic", "word")
-            if may and rng.random() < CALCULATED:
-                solution = with_calculator(problem)
-            yield turns(prompt, solution)
+    elif source in PROBLEMS:
+        yield from worked_problems(source, split, seed, rng)
     else:
-        ways = {
-            "factbook": {remembered: 1},
-            "repeat": {repeated: 1},
-            "sums": {sums: 1},
-            "events": {events: 1},
-            "unknown": {not_known: 1},
-        }
-        ways |= {"tools": {arithmetic: 45, comparison: 8, looking_up: 47}}
-        ways |= {"multi-turn": {what_if: 40, and_its: 35, talks: 25}}
-        chances = ways.get(kind) or {functools.partial(talk, source=kind): 1}
+        weights = {
+            "tools": {"arithmetic": 45, "comparison": 8, "search": 47},
+            "multi-turn": {"what if": 40, "follow-up": 35, "several": 25},
+        }.get(source, {source: 1})
         while True:
-            (make,) = rng.choices([*chances], [*chances.values()])
-            if made := make(rng, split, pool, known):
-                yield made
+            (kind,) = rng.choices(list(weights), list(weights.values()))
+            conversation = draw_one(kind, rng, split, pool, known)
+            if conversation:
+                yield conversation
 
 
-# ------------------------------------------------------------------------------------------------ the mixture
+def draw_one(kind, rng, split, pool, known):
+    """One conversation, or None if what was drawn makes none."""
+    match kind:
+        case "factbook":
+            return remembered(rng, split, known)
+        case "search":
+            return fact_searched(rng, split, pool)
+        case "follow-up":
+            return follow_up(rng, split, pool, known)
+        case "repeat":
+            return repeated(rng, split, pool)
+        case "identity" | "refusal" | "chitchat":
+            return talk(rng, split, kind)
+    makers = {
+        "arithmetic": arithmetic,
+        "comparison": comparison,
+        "what if": what_if,
+        "several": several_talks,
+        "sums": sums,
+        "events": events,
+        "unknown": not_known,
+    }
+    return makers[kind](rng, split)
 
 
 def parse(spec):
-    """'factbook=3,tasks=2,jsonl:my.jsonl=1' -> {"factbook": 3.0, ...}; a name alone has its usual share."""
+    """'factbook=3,refusal' -> {"factbook": 3.0, "refusal": 2.0}; a name alone has its usual share."""
     shares = {}
     for item in filter(None, map(str.strip, spec.split(","))):
         name, share = item.rsplit("=", 1) if "=" in item else (item, SOURCES.get(item, 10))
-        kind, _, path = name.partition(":")
-        if name not in SOURCES and not (kind in ("unknown", "jsonl") and path):
+        source, _, path = name.partition(":")
+        if name not in SOURCES and not (source in ("unknown", "jsonl") and path):
             known = f"{', '.join(SOURCES)}, unknown:PATH, jsonl:PATH"
             raise UserError(f"there is no source {name!r}; choose from {known}")
         if not re.fullmatch(r"\d*\.?\d+", str(share)) or not float(share):
@@ -391,86 +529,125 @@ def parse(spec):
     return shares
 
 
-AGAIN = re.compile(r"(?<!\S)(\S+)( \1){3}(?!\S)|(?<!\S)((?:\S+ ){5}).*\3.*\3")  # one word, five words
+def draw(spec, n, seed=0, split="train", skip_bad=False):
+    """n conversations by share in random order, and what was dropped, {why: how many}.
+
+    A source that has nothing more to give leaves its share to the others. If all end, there are fewer than n.
+    """
+    shares = parse(spec)
+    rng = random.Random(f"{seed} {split}")
+    unknown = set()
+    for name in shares:
+        if name.startswith("unknown:"):
+            unknown |= probed(name.removeprefix("unknown:"))
+    streams = {name: conversations(name, split, seed, unknown, skip_bad) for name in shares}
+    sieve, kept = Sieve(split), []
+    while streams and len(kept) < n:
+        weights = [shares[name] for name in streams]
+        wanted = Counter(rng.choices(list(streams), weights, k=n - len(kept)))
+        for name in sorted(streams, key=is_ours):  # where two contradict, the first is kept: the user's own
+            passed = sieve.take(streams[name], wanted[name])
+            kept += passed
+            if len(passed) < wanted[name]:
+                del streams[name]
+    rng.shuffle(kept)
+    if skip_bad:
+        paths = [name.removeprefix("jsonl:") for name in shares if name.startswith("jsonl:")]
+        sieve.dropped["bad lines"] = sum(read(path, skip_bad=True)[1] for path in paths)
+    return kept, dict(sieve.dropped)
+
+
+def is_ours(name):
+    """Whether a source needs no file of the user's."""
+    return ":" not in name
+
+
+class Sieve:
+    """Keeps back conversations that are faulty, came before or contradict what came before."""
+
+    def __init__(self, split):
+        self.split = split
+        self.seen = set()  # conversations as JSON
+        self.answers = {}  # {what was said before, as JSON: what the assistant said then}
+        self.dropped = Counter()  # {why: how many}
+
+    def take(self, stream, n):
+        """The next n that pass; fewer if the stream ends, or if PATIENCE in a row do not pass."""
+        passed, in_a_row = [], 0
+        while len(passed) < n and in_a_row < PATIENCE:
+            conversation = next(stream, None)
+            if conversation is None:
+                break
+            why = fault(conversation, self.split) or self.conflict(conversation)
+            if why:
+                self.dropped[why] += 1
+                in_a_row += 1
+            else:
+                passed.append(conversation)
+                in_a_row = 0
+        return passed
+
+    def conflict(self, conversation):
+        """What is wrong with a conversation beside those before it, or None."""
+        text = json.dumps(conversation)
+        if text in self.seen:
+            return "duplicates"
+        self.seen.add(text)
+        for i, turn in enumerate(conversation):
+            if turn["role"] == "assistant":
+                before = json.dumps(conversation[:i]).lower()
+                given = self.answers.setdefault(before, turn["content"])
+                if given != turn["content"]:
+                    return "contradicting others"
+        return None
+
+
+REPETITION = re.compile(
+    r"""(?<!\S)(\S+)([ ]\1){3}(?!\S)            # one word four times in a row
+      | (?<!\S)((?:\S+[ ]){5}).*\3.*\3          # five words in a row at three places
+    """,
+    re.VERBOSE,
+)
 
 
 def fault(conversation, split):
-    """What is wrong with a conversation, or None."""
-    words = [text_of(turn["content"]) for turn in conversation]
+    """What is wrong with a conversation by itself, or None."""
     if len(json.dumps(conversation, ensure_ascii=False)) > LONGEST:
         return "too long"
-    for turn, text, before in zip(conversation, words, ["", *words]):
+    before = ""
+    for turn in conversation:
+        text = text_of(turn["content"])
         if not text.strip():
             return "too short"
         if turn["role"] == "user" and split == "train" and plain(text) in examined():
             return "of the evaluation"
         if turn["role"] == "assistant":
-            if AGAIN.search(f"{text} "):
+            if REPETITION.search(f"{text} "):
                 return "repeating themselves"
-            if len(plain(before).split()) > 3 and f" {plain(before)} " in f" {plain(text)} ":
+            if len(plain(before).split()) > 3 and has_words(plain(text), plain(before)):
                 return "repeating the question"
+        before = text
     return None
 
 
-def draw(spec, n, seed=0, split="train", skip_bad=False):
-    """n conversations by share, in random order, and what was dropped on the way, {why: how many}.
-
-    A source that has no more to give leaves its share to the others; if none is left, there are fewer than n.
-    """
-    shares, rng = parse(spec), random.Random(f"{seed} {split}")
-    unknown = set().union(*(probed(name.partition(":")[2]) for name in shares if name.startswith("unknown:")))
-    streams = {name: conversations(name, split, seed, unknown, skip_bad) for name in shares}
-    kept, dropped, seen, answers = [], Counter(), set(), {}
-    while streams and len(kept) < n:
-        wanted = Counter(rng.choices([*streams], [shares[name] for name in streams], k=n - len(kept)))
-        for name in sorted(streams, key=lambda name: ":" not in name):  # the user's own have precedence
-            in_vain = 0  # conversations dropped in a row
-            while wanted[name] and in_vain < 300 and (conversation := next(streams[name], None)):
-                why = fault(conversation, split) or objection(conversation, seen, answers)
-                dropped[why] += 1
-                in_vain = in_vain + 1 if why else 0
-                if not why:
-                    kept.append(conversation)
-                    wanted[name] -= 1
-            if wanted[name]:
-                del streams[name]
-    rng.shuffle(kept)
-    del dropped[None]
-    if skip_bad:
-        dropped["bad lines"] = sum(read(n[6:], True)[1] for n in shares if n.startswith("jsonl:"))
-    return kept, dict(dropped)
-
-
-def objection(conversation, seen, answers):
-    """Why a conversation does not go with those before it, or None; `seen` and `answers` remember it."""
-    text = json.dumps(conversation)
-    if text in seen:
-        return "duplicates"
-    seen.add(text)
-    for i, turn in enumerate(conversation):
-        question = json.dumps(conversation[:i]).lower()  # with all that was said before it
-        if turn["role"] == "assistant" and answers.setdefault(question, turn["content"]) != turn["content"]:
-            return "contradicting others"
-    return None
-
-
-# ------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------------------------------
+# The command line
 
 
 def parser():
     flags = common.Parser(
-        prog="python -m tasks.conversations", description="Print what an assistant learns from."
+        prog="python -m tasks.conversations", description="Print conversations that an assistant learns from."
     )
     number = common.number
     add = flags.add_argument_group("what").add_argument
     words = "sources with their shares, as in factbook=3,tasks=2,jsonl:PATH=1"
     add("spec", nargs="?", default=DEFAULT, help=words)
-    add("--split", choices=("train", "test"), default="train", help="test: the held-out ones")
+    add("--split", choices=("train", "test"), default="train", help="conversations for training or testing")
     add = flags.add_argument_group("how many").add_argument
-    add("--num", type=number(int, low=1), default=5, metavar="N", help="how many")
-    add("--seed", type=number(int, low=0), default=42, metavar="N", help="which ones")
+    add("--num", type=number(int, low=1), default=5, metavar="N", help="number of conversations")
+    add("--seed", type=number(int, low=0), default=42, metavar="N", help="seed of the random draw")
     add = flags.add_argument_group("output").add_argument
-    words = "write them as pages of plain text instead: a workbook, for data.py --train-also"
+    words = "write them to a JSONL file instead, as pages of plain text for data.py --train-also"
     add("--workbook", metavar="PATH", help=words)
     return flags
 
@@ -479,18 +656,24 @@ def main(argv=None):
     flags = parser().parse_args(argv)
     kept, dropped = draw(flags.spec, flags.num, flags.seed, flags.split)
     if flags.workbook:
-        texts = ["\n".join(text_of(turn["content"]) for turn in conversation) for conversation in kept]
-        pages = ("\n\n".join(texts[i : i + PAGE]) for i in range(0, len(texts), PAGE))
-        lines = "".join(json.dumps({"text": page}) + "\n" for page in pages)
-        return common.write_whole(Path(flags.workbook), lines.encode())
+        return write_workbook(flags.workbook, kept)
     for conversation in kept:
         for turn in conversation:
             parts = turn["content"]
-            parts = [dict(type="text", text=parts)] if isinstance(parts, str) else parts
+            if isinstance(parts, str):
+                parts = [{"type": "text", "text": parts}]
             shown = [p["text"] if p["type"] == "text" else f"[{p['type']}{p['text']}] " for p in parts]
             print(f"{turn['role']}: {''.join(shown)}")
         print()
     common.say(f"dropped: {', '.join(f'{n} {why}' for why, n in dropped.items()) or 'nothing'}")
+
+
+def write_workbook(path, conversations):
+    """Conversations as plain text, PAGE of them in a line of a JSONL file."""
+    plain_texts = ["\n".join(text_of(turn["content"]) for turn in one) for one in conversations]
+    pages = ["\n\n".join(plain_texts[i : i + PAGE]) for i in range(0, len(plain_texts), PAGE)]
+    lines = "".join(json.dumps({"text": page}) + "\n" for page in pages)
+    common.write_whole(Path(path), lines.encode())
 
 
 if __name__ == "__main__":

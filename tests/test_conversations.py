@@ -14,10 +14,10 @@ from script import refused, run
 import tasks.conversations as mixture
 import tasks.factbook as facts
 import tasks.problems as tasks
-import tools
 from common import UserError
 from tasks.conversations import checked
 from tokenizer import Tokenizer, text_of
+from tools import calculate
 
 FRANCE = {fact.field: fact for fact in facts.facts() if fact.country == "France"}
 FACT = {(fact.country, fact.field): fact for fact in facts.facts()}
@@ -92,6 +92,40 @@ def test_matches(country, field, text, right):
     assert facts.matches(FACT[country, field], text) == right
 
 
+@pytest.mark.parametrize(
+    "given, truth, right",
+    [
+        *((210, 200, True), (211, 200, False), (190, 200, True), (189, 200, False)),
+        *((10e6, 10_990_000, True), (10e6, 11_000_000, False), (1e6, 10_100_000, False), (7.0, 7.9, False)),
+    ],
+)
+def test_a_number_may_be_off_by_a_twentieth_or_rounded_to_two_digits(given, truth, right):
+    assert facts.roughly_equal(given, truth) == right
+
+
+def test_numbers_are_remembered_rounded_down():
+    rounded = {"10,000,000": "over 10 million", "9,999,999": "over 9,999,000", "10,000": "over 10,000"}
+    rounded |= {"9,999": "9,999", "1,425,671,352": "over 1,425 million", "68,999,999": "over 68 million"}
+    assert {number: facts.rounded(number) for number in rounded} == rounded
+
+
+def test_half_of_the_neighbours_are_enough():
+    for country, n, enough in (("Peru", 5, 3), ("Mexico", 3, 2), ("Haiti", 1, 1)):
+        fact = FACT[country, "neighbours"]
+        assert (len(fact.accepted), fact.needed) == (n, enough)
+        assert facts.matches(fact, " and ".join(fact.accepted[:enough]))
+        assert not facts.matches(fact, " and ".join(fact.accepted[: enough - 1]))
+    even = next(fact for fact in facts.facts() if fact.field == "neighbours" and len(fact.accepted) == 4)
+    assert facts.matches(even, ", ".join(even.accepted[:2]))
+
+
+def test_a_value_has_at_most_60_characters(monkeypatch):
+    capitals = {"Shortland": "A" + "b" * 59, "Longland": "A" + "b" * 60}
+    countries = [(name, {"Government": {"Capital": {"text": value}}}) for name, value in capitals.items()]
+    monkeypatch.setattr(facts.data, "countries", lambda: countries)
+    assert [fact.country for fact in facts.all_facts.__wrapped__()] == ["Shortland"]
+
+
 def test_a_fifth_of_the_facts_is_held_out_and_no_country_wholly():
     train, test = facts.facts("train"), facts.facts("test")
     assert len(train) + len(test) == len(facts.facts()) and not set(train) & set(test)
@@ -102,6 +136,15 @@ def test_a_fifth_of_the_facts_is_held_out_and_no_country_wholly():
 def test_the_search_finds_capitals_and_populations():
     asked = [fact for fact in facts.facts() if fact.field in ("capital", "population")][::5]
     assert all(mixture.searched(fact) for fact in asked)
+
+
+def test_a_search_that_finds_something_else_is_not_learned(monkeypatch):
+    fact = FRANCE["capital"]
+    for passage, found in ((" Capital of France: Paris.", True), (" Capital of France: Lyon.", False)):
+        monkeypatch.setattr(mixture, "looked_up", lambda query, passage=passage: passage)
+        assert bool(mixture.searched(fact)) == found
+    monkeypatch.setattr(mixture, "looked_up", lambda query: " Capital of Texas: Paris.")
+    assert mixture.searched(fact) is None
 
 
 def test_what_tests_is_worded_unlike_what_trains():
@@ -123,7 +166,10 @@ def test_there_are_enough_questions_about_who_it_is():
 def test_invented_names_are_nobodys():
     train, test = (mixture.invented(split, 300, seed=1) for split in ("train", "test"))
     assert len(train) == len(test) == 300 and train == mixture.invented("train", 300, seed=1)
-    name = lambda query: query.split(" of ")[-1].strip()
+
+    def name(query):
+        return query.split(" of ")[-1].strip()
+
     assert not {name(query) for _, query in train} & {name(query) for _, query in test}
     assert all(name(query) in text for text, query in train + test)
     for made, kind in ((train, "ask"), (test, "held_out")):
@@ -131,12 +177,19 @@ def test_invented_names_are_nobodys():
             *facts.texts("field"),
             *(row for row in facts.texts("template") if row["template"] == "person"),
         ]
-        worded = {
-            text.format("X", country="X", Country="X", possessive="X's") for row in rows for text in row[kind]
-        }
+        names = {"country": "X", "Country": "X", "possessive": "X's"}
+        worded = {text.format("X", **names) for row in rows for text in row[kind]}
         assert {text.replace(name(query), "X") for text, query in made} <= worded
     found = [mixture.looked_up(query) == " nothing found" for _, query in test]
     assert sum(found) > 280 and {" of " in query for _, query in test} == {True, False}
+
+
+def test_an_invented_name_that_a_country_has_is_not_asked_about(monkeypatch):
+    queries = [query for _, query in facts.invented("train", 60, seed=1) if " of " in query]
+    taken = {facts.plain(query.split(" of ")[1]) for query in queries[::2]}
+    monkeypatch.setattr(facts, "country_names", lambda: taken)
+    again = {query for _, query in facts.invented("train", 60, seed=1)}
+    assert len(taken) > 10 and not again & set(queries[::2])
 
 
 # ----------------------------------------------------------------------------------------------- the sources
@@ -200,13 +253,8 @@ def test_a_search_answers_with_what_it_found(drawn):
                 if output == " nothing found":
                     assert answer.startswith(mixture.DONT_KNOW)
                 else:
-                    told = facts.plain(output).split()
-                    copied[
-                        all(
-                            word in told
-                            for word in facts.plain(answer.rstrip(".").split(" is ")[-1]).split()[-1:]
-                        )
-                    ] += 1
+                    last_word = facts.plain(answer).split()[-1]
+                    copied[last_word in facts.plain(output).split()] += 1
     assert copied[True] > 0.9 * copied.total()
 
 
@@ -233,7 +281,7 @@ def test_follow_ups_are_answered_in_the_light_of_what_was_said():
             word = {"+": "plus", "-": "minus", "*": "times"}[second.split()[1]]
             assert word in questions(conversation)[1]
     pool = facts.facts("train")
-    made = [mixture.and_its(random.Random(seed), "train", pool, pool) for seed in range(60)]
+    made = [mixture.follow_up(random.Random(seed), "train", pool, pool) for seed in range(60)]
     for conversation in filter(None, made):
         first, second = questions(conversation)
         told = {f.country for f in pool if f.country.removeprefix("The ") in first}
@@ -254,7 +302,7 @@ def test_a_solution_gets_the_outputs_of_our_host():
 def test_what_is_learned_of_the_tasks_is_right(name, split):
     problems, seen = {}, set()
     learned = {"tasks": {1, 2}, "stories": {3}, "answer-first": {1, 2}}  # what is beyond is for rl.py
-    for task in mixture.TASKS[name]:
+    for task in mixture.PROBLEMS[name][0]:
         for level in tasks.TASKS[task]:
             same = facts.digest("3", split) % 2**32
             drawn = itertools.islice(
@@ -339,7 +387,10 @@ def test_what_the_probe_found_unknown_is_refused_and_no_longer_taught(probe):
     assert sum(question in wrong for question in answers) > 60
     assert all(text == f"{mixture.DONT_KNOW}." for question, text in answers.items() if question in wrong)
     assert not {fact.answer for fact in unknown} & set(answers.values())
-    assert facts.probed(path) == {(f.country, f.field) for f in unknown} | {("France", "capital")}
+    text = path.read_text() + json.dumps(dict(country="Peru", field="area", rate=0.5)) + "\n"
+    path.write_text(text + json.dumps(dict(country="Peru", field="anthem", rate=0.51)) + "\n")
+    unknown_fields = {("Peru", "area"), ("France", "capital")}  # half right is not known
+    assert facts.probed(path) == unknown_fields | {(f.country, f.field) for f in unknown}
 
 
 def write(path, *conversations):
@@ -356,6 +407,7 @@ def test_the_users_own_conversations_train_and_test(tmp_path):
     train, test = (mixture.draw(f"jsonl:{path}", 500, split=split)[0] for split in ("train", "test"))
     assert len(train) + len(test) == 200 and 5 < len(test) < 40
     assert {questions(c)[0] for c in train + test} == {f"What is thing {n}?" for n in range(200)}
+    assert sorted(int(re.search(r"\d+", questions(c)[0])[0]) for c in test)[:5] == [0, 22, 29, 32, 43]
 
 
 def test_the_users_bad_lines_are_named_or_skipped(tmp_path):
@@ -364,6 +416,15 @@ def test_the_users_bad_lines_are_named_or_skipped(tmp_path):
     with pytest.raises(UserError, match="line 51"):
         mixture.draw(f"jsonl:{path}", 50)
     assert len(mixture.draw(f"jsonl:{path}", 50, skip_bad=True)[0]) > 30
+
+
+def test_of_empty_messages_only_the_systems_may_train():
+    spoken = mixture.turns("Who?", "I.")
+    assert checked([{"role": "system", "content": " "}, *spoken], training=True) == spoken
+    for messages in ([{"role": "user", "content": ""}, *spoken], mixture.turns("Who?", " ")):
+        assert len(checked(messages)) == len(messages) - 1
+        with pytest.raises(UserError, match="is empty"):
+            checked(messages, training=True)
 
 
 GOOD = ("What is a stone made of?", "Of minerals, mostly.")
@@ -377,10 +438,13 @@ GOOD = ("What is a stone made of?", "Of minerals, mostly.")
         (" ", "Of minerals.", "too short"),
         ("Tell me a tale.", "word " * 1200, "too long"),
         ("What is it?", "It is very very very very good.", "repeating themselves"),
+        ("What is it?", "It is very very very good.", None),
         ("What is it?", "It is very, very good, very very.", None),
         ("What is it?", "a b c d e. a b c d e. a b c d e. ", "repeating themselves"),
         ("What is it?", "a b c d e. a b c d e. ", None),
         ("What is a stone made of?", "What is a stone made of? Of minerals.", "repeating the question"),
+        ("What is that?", "What is that? A stone.", None),
+        ("What is that stone?", "What is that stone? It is red.", "repeating the question"),
         ("Hello there", "Hello there", None),
         ("who are you, PLEASE", "A model.", "of the evaluation"),
         (FRANCE["capital"].held_out[0], "Paris.", "of the evaluation"),
@@ -391,6 +455,35 @@ def test_faults(question, answer, why):
     conversation = mixture.turns(question, answer)
     assert mixture.fault(conversation, "train") == why
     assert mixture.fault(conversation, "test") == (None if why == "of the evaluation" else why)
+
+
+def test_a_conversation_may_have_just_the_longest_length():
+    def of_length(n):
+        conversation = mixture.turns("Count, please.", " ".join(map(str, range(900))))
+        missing = n - len(json.dumps(conversation))
+        return mixture.turns("Count, please.", conversation[1]["content"] + "é" * missing)
+
+    assert mixture.fault(of_length(mixture.LONGEST), "train") is None
+    assert mixture.fault(of_length(mixture.LONGEST + 1), "train") == "too long"
+
+
+def test_a_source_ends_after_too_many_in_a_row_are_dropped():
+    old, new, newer = (mixture.turns(f"What is {n}?", f"A number, {n}.") for n in range(3))
+    for repeats, kept in ((mixture.PATIENCE - 1, [old, new, newer]), (mixture.PATIENCE, [old])):
+        sieve = mixture.Sieve("train")
+        stream = iter([old, *[old] * repeats, new, *[old] * repeats, newer])
+        assert sieve.take(stream, 3) == kept
+    assert sieve.dropped == {"duplicates": mixture.PATIENCE}
+
+
+def test_where_the_user_contradicts_ours_the_user_is_right(tmp_path):
+    rows = [row for row in facts.texts("source") if row["source"] == "identity"]
+    asked = [question for row in rows for question in row["ask"]]
+    path = write(tmp_path / "mine.jsonl", *((question, "I am yours.") for question in asked))
+    kept, _ = mixture.draw(f"identity=1,jsonl:{path}=1", 600, seed=2)
+    alone, _ = mixture.draw(f"jsonl:{path}", 600)
+    own = [c for c in kept if c[-1]["content"] == "I am yours."]
+    assert len(own) == len(alone) > 150 and len(kept) > len(own)
 
 
 def test_duplicates_and_contradictions_are_dropped_and_counted(tmp_path):
@@ -512,7 +605,7 @@ def test_sums_are_right_and_of_their_split(split):
     for conversation in mixture.draw("sums=1", 300, split=split)[0]:
         asked, answer = (turn["content"] for turn in conversation)
         steps = re.findall(r"(\d[^=,]*) = (\d+)", answer)
-        assert len(steps) == 6 and all(tools.calculate(left) == right for left, right in steps)
+        assert len(steps) == 6 and all(calculate(left) == right for left, right in steps)
         assert re.findall(r"\d+(?: [-+*/] \d+)+", asked) == [left for left, _ in steps]
         told |= {re.match(r"(\d+) ([-+*/]) (\d+)", left).groups() for left, _ in steps}
     assert all(tasks.split_of(tasks.sum_key(int(a), op, int(b))) == split for a, op, b in told)

@@ -1,5 +1,5 @@
-"""Tasks: what is generated is right, by a second computation of it; what is wrong, or only looks right, gets
-nothing; what trains never tests."""
+"""Problems: solutions are right, computed a second time; answers that are wrong, or only look right, get 0;
+what trains never tests."""
 
 import json
 import re
@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from fractions import Fraction
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import script
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 import tasks.problems as tasks
 from common import UserError
-from tasks.factbook import texts
+from tasks.factbook import facts, texts, word_list
 from tasks.problems import Problem, problems
 from tokenizer import text_of
 from tools import calculate
@@ -58,29 +59,17 @@ def test_every_solution_is_right_and_every_prompt_is_not(name, level):
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
-def test_train_and_test_are_disjoint_and_about_four_to_one(name):
-    train, test = ({p.key for p in some(name, n=400, split=split)} for split in ("train", "test"))
-    assert train and test and not train & test
-    assert {tasks.split_of(key) for key in train} == {"train"} and {tasks.split_of(key) for key in test} == {
-        "test"
-    }
-    prompts = {p.prompt for p in some(name, n=400)} & {p.prompt for p in some(name, n=400, split="test")}
-    assert not prompts
+def test_train_and_test_are_disjoint(name):
+    train, test = (some(name, n=400, split=split) for split in ("train", "test"))
+    assert {tasks.split_of(p.key) for p in train} == {"train"}
+    assert {tasks.split_of(p.key) for p in test} == {"test"}
+    assert not {p.prompt for p in train} & {p.prompt for p in test}
 
 
 def test_a_fifth_is_for_testing_and_stays_there():
     assert 0.18 < sum(tasks.split_of(str(n)) == "test" for n in range(5000)) / 5000 < 0.22
-    assert [n for n in range(40) if tasks.split_of(f"{n} + {n}") == "test"] == [
-        4,
-        7,
-        13,
-        14,
-        16,
-        18,
-        19,
-        27,
-        38,
-    ]
+    held_out = [n for n in range(40) if tasks.split_of(f"{n} + {n}") == "test"]
+    assert held_out == [4, 7, 13, 14, 16, 18, 19, 27, 38]
     assert all(tasks.split_of(key) == "test" for key in tasks.LECTURE)
 
 
@@ -115,46 +104,64 @@ def test_arithmetic_is_worked_out_in_columns():
                 below = " ".join(b.zfill(level)) if op != "*" else b
                 assert lines[0] == f"{' '.join(a)} {op} {below}"
                 assert lines[-1] == f"So {' '.join(problem.answer)}.\nAnswer: {problem.answer}"
+            # What is carried is used in the next step, as its third number or, in a product, its second sum.
             carries = re.findall(r"(?:carry|borrow) (\d)", problem.solution)
-            followed = [
-                left.split(f" {'-' if op == '-' else '+'} ")[-1]
-                for left, _ in steps
-                if len(re.findall(r"[-+*]", left)) == 2 or (op == "*" and "+" in left)
-            ]
-            assert carries == followed, problem.solution
+            used = [left for left, _ in steps if left.count(" ") == 4 or (op == "*" and "+" in left)]
+            assert carries == [left.split()[-1] for left in used], problem.solution
             ops[op] += 1
         assert set(ops) == set("+-*") and min(ops.values()) > 80
 
 
 @pytest.mark.parametrize(
-    "a, op, b, steps",
+    "upper, op, lower, steps, digits",
     [
-        (47, "+", 38, "4 7 + 3 8. 7 + 8 = 15, carry 1. 4 + 3 + 1 = 8. So 8 5."),
-        (52, "-", 8, "5 2 - 0 8. 12 - 8 = 4, borrow 1. 5 - 0 - 1 = 4. So 4 4."),
-        (
-            500,
-            "-",
-            499,
-            "5 0 0 - 4 9 9. 10 - 9 = 1, borrow 1. 10 - 9 - 1 = 0, borrow 1. 5 - 4 - 1 = 0. So 1.",
-        ),
-        (99, "*", 9, "9 9 * 9. 9 * 9 = 81, carry 8. 9 * 9 = 81, 81 + 8 = 89. So 8 9 1."),
+        ("47", "+", "38", "7 + 8 = 15, carry 1. 4 + 3 + 1 = 8", "85"),
+        ("99", "+", "01", "9 + 1 = 10, carry 1. 9 + 0 + 1 = 10", "100"),
+        ("52", "-", "08", "12 - 8 = 4, borrow 1. 5 - 0 - 1 = 4", "44"),
+        ("500", "-", "499", "10 - 9 = 1, borrow 1. 10 - 9 - 1 = 0, borrow 1. 5 - 4 - 1 = 0", "001"),
+        ("99", "*", "9", "9 * 9 = 81, carry 8. 9 * 9 = 81, 81 + 8 = 89", "891"),
+        ("25", "*", "2", "5 * 2 = 10, carry 1. 2 * 2 = 4, 4 + 1 = 5", "50"),
     ],
 )
-def test_columns_by_hand(a, op, b, steps):
-    class Loaded:
-        """A random generator that draws what the test wants."""
+def test_columns_by_hand(upper, op, lower, steps, digits):
+    assert tasks.columns(upper, op, lower) == (steps.split(". "), digits)
 
-        numbers = iter([a, b])
 
-        def choice(self, options):
-            return op if "+" in options else 0
+def test_a_sum_has_one_key_whatever_comes_first():
+    assert tasks.sum_key(47, "+", 38) == tasks.sum_key(38, "+", 47) == "38 + 47"
+    assert tasks.sum_key(9, "*", 3) == "3 * 9"
+    assert tasks.sum_key(9, "-", 3) == "9 - 3" and tasks.sum_key(9, "/", 3) == "9 / 3"
 
-        def randrange(self, *_):
-            return next(self.numbers)
 
-    key, prompt, solution, _ = tasks.arithmetic(Loaded(), len(str(a)), "{expression}")
-    assert key == (prompt if op == "-" else f"{b} {op} {a}" if b < a else prompt)  # 38 + 47 is 47 + 38
-    assert prompt == f"{a} {op} {b}" and solution.split("\n")[0] == steps
+def test_the_numbers_of_a_level_reach_its_bounds():
+    for level, low, high in ((1, 0, 9), (2, 10, 99)):
+        found = [re.search(r"(\d+) [-+*] (\d+)", p.prompt).groups() for p in some("arithmetic", level, 3000)]
+        assert (min(int(a) for a, _ in found), max(int(a) for a, _ in found)) == (low, high)
+        assert (min(int(b) for _, b in found), max(int(b) for _, b in found)) == (0, high)
+    for level, largest in ((1, 20), (2, 20), (3, 99), (4, 99)):
+        drawn = some("word", level, 2000)
+        given = {int(number) for p in drawn for number in re.findall(r"\d+", p.prompt)}
+        results = {int(right) for p in drawn for _, right in sums(p.solution)}
+        assert (min(given), max(given)) == (2, largest) and (min(results), max(results)) == (1, largest)
+        assert 10 in given
+    numbers = {number for p in some("countdown", 3, 300) for number in re.findall(r"\d+", p.answer)}
+    assert {int(number) for number in numbers} == set(range(2, 13))
+    dots = some("counting", 4, 1000) + some("counting", 4, 1000, split="test")
+    assert {len(p.key) for p in dots} == set(range(3, 41))
+    for level, digits, wholes in ((1, {1}, 10), (2, {1, 2}, 10), (3, {2, 3}, 10), (4, {1, 3}, 100)):
+        pairs = [re.findall(r"(\d+)\.(\d+)", p.prompt) for p in some("decimals", level, 1500)]
+        assert {len(after) for pair in pairs for _, after in pair} == digits
+        assert {int(whole) for pair in pairs for whole, _ in pair} == set(range(wholes))
+
+
+def test_the_results_of_steps_are_whole_and_bounded():
+    assert tasks.whole(98, "+", 1) == 99 and tasks.whole(98, "+", 2) is None
+    assert tasks.whole(5, "-", 4) == 1 and tasks.whole(5, "-", 5) is None
+    assert tasks.whole(8, "/", 2) == 4 and tasks.whole(7, "/", 2) is None
+    steps = ["A + b", "last * c", "first + last"]
+    expected = ["10 + 2 = 12", "12 * 3 = 36", "12 + 36 = 48"]
+    assert tasks.worked_out(steps, {"A": 10, "b": 2, "c": 3}, 48) == expected
+    assert tasks.worked_out(steps, {"A": 10, "b": 2, "c": 3}, 47) is None
 
 
 def test_word_problems_are_worked_out_step_by_step():
@@ -201,10 +208,7 @@ def test_the_examples_of_the_lecture_are_among_those_for_testing():
     facts, question = (row[key].format(**words) for key in ("story", "question"))
     assert tasks.WORDINGS["word"][0].format(facts=facts, question=question) == emily
     assert tasks.split_of("2 * 2 = 4, 13 - 4 = 9, 9 / 3 = 3") == "test"
-    keys = {p.key for p in some("counting", 3, 4000, "test")} | {
-        p.key for p in some("spelling", 3, 4000, "test")
-    }
-    assert {"strawberry", "ubiquitous"} & keys
+    assert {"strawberry", "ubiquitous"} & {p.key for p in some("spelling", 3, 8000, "test")}
     ours = Problem("word", emily, "", "3", 3)
     assert ours.verify("So 2 * 2 = 4, then 13 - 4 = 9, then 9 / 3 = 3.\nAnswer: $3") == 1.0
 
@@ -236,20 +240,22 @@ def test_the_tool_gets_the_word_as_the_question_writes_it(name):
         assert quoted or f" {word}" in problem.prompt
         if name == "counting" and word[0] != ".":
             letter = call["text"][-3]
-            assert problem.answer == str(word.count(letter)) and f"{letter}" in re.findall(
-                r"\b\w\b", problem.prompt
-            )
+            assert problem.answer == str(word.count(letter))
+            assert letter in re.findall(r"\b\w\b", problem.prompt)
         elif name == "counting":
             assert problem.answer == str(len(word)) == str(max(map(len, re.findall(r"\.+", problem.prompt))))
+        elif "reverse" in problem.prompt:
+            assert problem.answer == word[::-1]
         else:
-            n = {"first": 1, "second": 2, "third": 3, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7}
-            n = {**n, "eighth": 8, "ninth": 9, "tenth": 10}[
-                (re.search(r"(\w+) letter", problem.prompt) or [0, "first"])[1]
-            ]
-            if "reverse" in problem.prompt:
-                assert problem.answer == word[::-1] != word
-            else:
-                assert problem.answer == (word[::n] if "every" in problem.prompt else word[n - 1])
+            ordinal = re.search(r"(\w+) letter", problem.prompt)[1]
+            n = 1 + word_list("ordinals").index(ordinal)
+            assert problem.answer == (word[::n] if "every" in problem.prompt else word[n - 1])
+
+
+def test_a_palindrome_is_not_reversed(monkeypatch):
+    monkeypatch.setattr(tasks, "draw_word", lambda rng, level: "level")
+    drawn = some("spelling", n=60, split=tasks.split_of("level"))
+    assert not any("reverse" in p.prompt for p in drawn)
 
 
 def test_words_have_the_length_of_their_level():
@@ -276,11 +282,9 @@ def test_decimals_are_compared_right():
 
 
 def test_facts_have_their_split_and_their_answer():
-    import tasks.factbook as facts  # noqa: PLC0415 -- only here
-
     capitals = {p.key: p.answer for p in some("factbook", 1, 3000) + some("factbook", 1, 1500, "test")}
     assert capitals["France|capital"] == "Paris" and capitals["Germany|internet code"] == ".de"
-    test = {f"{fact.country}|{fact.field}" for fact in facts.facts("test")}
+    test = {f"{fact.country}|{fact.field}" for fact in facts("test")}
     assert {p.key for p in some("factbook", n=500, split="test")} <= test
     assert not {p.key for p in some("factbook", n=500)} & test
 
@@ -298,37 +302,29 @@ VALLEY = Problem("factbook", "What is the capital of Anguilla?", "", "The Valley
 BOGOTA = Problem("factbook", "What is the capital of Colombia?", "", "Bogotá", 1)
 PEOPLE = Problem("factbook", "What is the population of France?", "", "68,512,806", 3)
 AREA = Problem("factbook", "What is the area of Libya?", "", "1,759,540 sq km", 3)
-TARGET = Problem("countdown", "Make 24 from 3, 8 and 5.", "", "(8 - 5) * 8", 2)
+HUNDRED = Problem("factbook", "What is the life expectancy in France?", "", "100 years", 3)
 POWER = Problem("countdown", "Make 9 from 3, 12 and 2.", "", "3 + (12 / 2)", 2)
 TWO = Problem("countdown", "Make 32 from 3, 4 and 5.", "", "(3 + 5) * 4", 2)
 
 
-@pytest.mark.parametrize(
-    "problem, answer",
-    [
-        *(
-            (NINE, text)
-            for text in ("9", "$9", "9.", "**9**", "9 ", " 9!", "9 apples", "9 dollars", "$9.00", "9 pieces.")
-        ),
-        *((NINE, text) for text in ("09", "9.0", "`9`", "9 apple", "9$", "'9'", "$ 9")),
-        *((BIG, text) for text in ("1234", "1,234", "1,234.", "$1,234.00", "**1,234**")),
-        *((TENTH, text) for text in ("9.9", "9.90", "09.9", "9.9.", "**9.9**")),
-        *((HALF, text) for text in ("0.5", ".5", "0.50", ".50.", "00.5")),
-        *(
-            (LETTERS, text)
-            for text in ("uqts", "UQTS", '"uqts"', "'uqts'.", "u q t s", "u-q-t-s", "**uqts**")
-        ),
-        *((PARIS, text) for text in ("Paris", "paris", "PARIS.", "**Paris**", '"Paris"', " Paris!")),
-        *((VALLEY, text) for text in ("The Valley", "the valley.", "Valley")),
-        *((BOGOTA, text) for text in ("Bogotá", "Bogota", "bogota.")),
-        *((PEOPLE, text) for text in ("68,512,806", "68512806", "68,500,000", "68,512,806 people")),
-        *((AREA, text) for text in ("1,759,540 sq km", "1759540", "1,760,000 square km")),
-        *(
-            (TWO, text)
-            for text in ("(3 + 5) * 4", "4*(5+3)", "(3 + 5) * 4 = 32", "(3+5)×4.", "**4 * (3 + 5)**")
-        ),
-    ],
-)
+RIGHT = [  # (problem, answers that are right)
+    (NINE, ["9", "$9", "9.", "**9**", "9 ", " 9!", "9 apples", "9 dollars", "$9.00", "9 pieces."]),
+    (NINE, ["09", "9.0", "`9`", "9 apple", "9$", "'9'", "$ 9"]),
+    (BIG, ["1234", "1,234", "1,234.", "$1,234.00", "**1,234**"]),
+    (TENTH, ["9.9", "9.90", "09.9", "9.9.", "**9.9**"]),
+    (HALF, ["0.5", ".5", "0.50", ".50.", "00.5"]),
+    (LETTERS, ["uqts", "UQTS", '"uqts"', "'uqts'.", "u q t s", "u-q-t-s", "**uqts**"]),
+    (PARIS, ["Paris", "paris", "PARIS.", "**Paris**", '"Paris"', " Paris!"]),
+    (VALLEY, ["The Valley", "the valley.", "Valley"]),
+    (BOGOTA, ["Bogotá", "Bogota", "bogota."]),
+    (PEOPLE, ["68,512,806", "68512806", "68,500,000", "68,512,806 people"]),
+    (AREA, ["1,759,540 sq km", "1759540", "1,760,000 square km"]),
+    (HUNDRED, ["99", "101", "101.0"]),  # right to 1 %
+    (TWO, ["(3 + 5) * 4", "4*(5+3)", "(3 + 5) * 4 = 32", "(3+5)×4.", "**4 * (3 + 5)**"]),
+]
+
+
+@pytest.mark.parametrize("problem, answer", [(p, answer) for p, answers in RIGHT for answer in answers])
 @pytest.mark.parametrize(
     "mark", ["Answer: {}", "So it is 7.\n**Answer:** {}", "answer : {}", "Final Answer:{}\nBye."]
 )
@@ -352,57 +348,33 @@ HACKS = ["", "9", "Answer:", "Answer: 9\nAnswer:", "9\nAnswer:\n", "Answer: 9 An
 HACKS += ["Answer: 9\nNo.\nAnswer: 3", "Answer: 3 \n9", "Answers: 9", "Answer: " + "9" * 5000, "Answer 9"]
 HACKS += ["Answer: " + " ".join(map(str, range(100))), "\n".join(f"{n}?" for n in range(20)) + "\nAnswer:"]
 HACKS += ["Answer: 9 cents", "Answer: 9%", "Answer: $9 %", "Answer: 9 dozens", "Answer: 9 thousand"]
-EXPRESSIONS = (
-    "32|4 * 8|32 = 32|3 + 5 * 4|5 * 4 + 3 * 4|2 ** 5|64 // 2|(3 + 5) * 4 or 4 * 8|(3 + 5) * 4, 4 * 8"
-)
-EXPRESSIONS += (
-    "|(3 + 5) * 4 = 33|(3 + 5) * 4 = 32 = 32|(3 + 5) * 4 =|= 32|(3 + 5) * 4)|3, 4 and 5|(3 + 5) * 4 + 0"
-)
-EXPRESSIONS += "|__import__('os')|35 - 3|3 5 - 3|9**9**9**9**9|error: not an expression|32 = (3 + 5) * 4"
-EXPRESSIONS += (
-    "|4 * len('12345678')|(03 + 05) * 04|1e1 * 3 + 2|(3 + 5) * 4 == 32|3 + 5|(3 + 5) * 4 * 4 / 4|4 ** 5 // 32"
-)
+# Other values, two values, other numbers than 3, 4 and 5 or one of them twice, and other operators.
+EXPRESSIONS = """32|4 * 8|32 = 32|3 + 5 * 4|5 * 4 + 3 * 4|2 ** 5|64 // 2|(3 + 5) * 4 or 4 * 8
+(3 + 5) * 4, 4 * 8|(3 + 5) * 4 = 33|(3 + 5) * 4 = 32 = 32|(3 + 5) * 4 =|= 32|(3 + 5) * 4)|3, 4 and 5
+(3 + 5) * 4 + 0|__import__('os')|35 - 3|3 5 - 3|9**9**9**9**9|error: not an expression|32 = (3 + 5) * 4
+4 * len('12345678')|(03 + 05) * 04|1e1 * 3 + 2|(3 + 5) * 4 == 32|3 + 5|(3 + 5) * 4 * 4 / 4|4 ** 5 // 32"""
+WRONG = [  # (problem, answers that are wrong, although they look right or contain what is)
+    (BIG, ["12,34", "1 234 5", "1,2,3,4", "1 2 3 4"]),
+    (TENTH, ["9.11 or 9.9", "9.9 > 9.11", "9.9, 9.11", "9,9", "9.9.9", "9 . 9"]),
+    (LETTERS, ["ubiquitous", "uqts or uiuu", "uqts, ubi", "-", "letter"]),
+    (PARIS, ["Paris or London", "London, Paris", "Paris, Rome", "Pari", "!", "the capital of France"]),
+    (PARIS, ["London\nParis", "P or a or r or i or s"]),
+    (PEOPLE, ["68,512,806 or 5", "70,000,000", "68", "many", "6, 8", "people"]),
+    (AREA, ["1,759,540 or 2 sq km", "1,800,000 sq km", "sq km", "1 759 540"]),
+    (HUNDRED, ["98.9", "101.1"]),
+    (TWO, [*re.split(r"[|\n]", EXPRESSIONS), "(" * 900, "(3 + 5) * 4\nAnswer: 4 * 8"]),
+    (POWER, ["3 ** 2", "3 + 12 // 2"]),
+]
 
 
-@pytest.mark.parametrize(
-    "problem, text",
-    [
-        *((NINE, text) for text in HACKS),
-        *((BIG, f"Answer: {text}") for text in ("12,34", "1 234 5", "1,2,3,4", "1 2 3 4")),
-        *(
-            (TENTH, f"Answer: {text}")
-            for text in ("9.11 or 9.9", "9.9 > 9.11", "9.9, 9.11", "9,9", "9.9.9", "9 . 9")
-        ),
-        *(
-            (LETTERS, f"Answer: {text}")
-            for text in ("ubiquitous", "uqts or uiuu", "uqts, ubi", "-", "letter")
-        ),
-        *(
-            (PARIS, f"Answer: {text}")
-            for text in ("Paris or London", "London, Paris", "Paris, Rome", "Pari", "!")
-        ),
-        *(
-            (PARIS, f"Answer: {text}")
-            for text in ("the capital of France", "London\nParis", "P or a or r or i or s")
-        ),
-        *(
-            (PEOPLE, f"Answer: {text}")
-            for text in ("68,512,806 or 5", "70,000,000", "68", "many", "6, 8", "people")
-        ),
-        *(
-            (AREA, f"Answer: {text}")
-            for text in ("1,759,540 or 2 sq km", "1,800,000 sq km", "sq km", "1 759 540")
-        ),
-        *((TWO, f"Answer: {text}") for text in EXPRESSIONS.split("|")),
-        (POWER, "Answer: 3 ** 2"),
-        (POWER, "Answer: 3 + 12 // 2"),
-        (TWO, "Answer: " + "(" * 900),
-        (TWO, "Answer: (3 + 5) * 4\nAnswer: 4 * 8"),
-        (TWO, "(3 + 5) * 4 = 32"),
-    ],
-)
-def test_attempted_hacks_score_nothing(problem, text):
-    assert problem.verify(text) == 0.0
+@pytest.mark.parametrize("problem, answer", [(p, answer) for p, answers in WRONG for answer in answers])
+def test_attempted_hacks_score_nothing(problem, answer):
+    assert problem.verify(f"Answer: {answer}") == 0.0
+
+
+@pytest.mark.parametrize("text", HACKS)
+def test_without_one_marked_answer_at_the_end_nothing_is_scored(text):
+    assert NINE.verify(text) == 0.0 and TWO.verify("(3 + 5) * 4 = 32") == 0.0
 
 
 @settings(max_examples=300)
@@ -421,10 +393,8 @@ def test_any_text_gets_a_verdict(text):
 def test_several_numbers_are_never_an_answer(numbers, between):
     listed = between.join(map(str, numbers))
     for n in set(numbers):
-        assert (
-            Problem("word", "How many apples or pears and plums?", "", str(n), 1).verify(f"Answer: {listed}")
-            == 0.0
-        )
+        problem = Problem("word", "How many apples or pears and plums?", "", str(n), 1)
+        assert problem.verify(f"Answer: {listed}") == 0.0
 
 
 @settings(max_examples=200)
@@ -441,6 +411,7 @@ def test_what_others_read_of_an_answer():
     assert tasks.marked("no") is None and tasks.marked("Answer: **$9.**\nBye") == "$9"
     assert tasks.numeric("9 apples", "3 apples") == tasks.numeric("$9.00") == 9
     assert tasks.numeric("9 apples", "3 pears") is None and tasks.numeric("") is None
+    assert tasks.numeric("9" * 99) == int("9" * 99) and tasks.numeric("9" * 100) is None
 
 
 def test_answer_first():
@@ -459,12 +430,11 @@ def test_answer_first():
 
 def lines(n, start=0):
     """GSM8K's lines, of one to three steps."""
-    steps = lambda i: "\n".join(f"{i} + {k} = <<{i}+{k}={i + k}>>{i + k} eggs" for k in range(i % 3 + 1))
-    rows = [
-        {"question": f"How many eggs, {i}?", "answer": f"{steps(i)}\n#### {i:,}"}
-        for i in range(start, start + n)
-    ]
-    return [json.dumps(row) for row in rows]
+    result = []
+    for i in range(start, start + n):
+        steps = "\n".join(f"{i} + {k} = <<{i}+{k}={i + k}>>{i + k} eggs" for k in range(i % 3 + 1))
+        result.append(json.dumps({"question": f"How many eggs, {i}?", "answer": f"{steps}\n#### {i:,}"}))
+    return result
 
 
 def test_gsm8k(tmp_path):
@@ -480,9 +450,7 @@ def test_gsm8k(tmp_path):
     assert p.solution == "1000 + 0 = 1000 eggs\n1000 + 1 = 1001 eggs\nAnswer: 1000" and p.level == 2
     assert p.verify("Answer: 1,000 eggs") == 1.0 and p.verify("Answer: 1001") == 0.0
     assert {p.level for p in problems(f"gsm8k:{path}", "test", level=3)} == {3}
-    assert [p.key for p in some(f"gsm8k:{path}", n=9, seed=1)] != [
-        p.key for p in some(f"gsm8k:{path}", n=9, seed=2)
-    ]
+    assert some(f"gsm8k:{path}", n=9, seed=1) != some(f"gsm8k:{path}", n=9, seed=2)
 
 
 def test_gsm8k_with_its_own_split(tmp_path):
@@ -525,11 +493,7 @@ def test_a_gsm8k_that_cannot_be_read(tmp_path):
 
 
 def test_mistakes_are_told():
-    for name, words in (
-        ("sums", "arithmetic, word, countdown"),
-        ("gsm8k", "gsm8k:PATH"),
-        ("", "reasoning_gym:NAME"),
-    ):
+    for name, words in (("sums", "arithmetic, word, countdown"), ("gsm8k", "gsm8k:PATH"), ("", "_gym:NAME")):
         with pytest.raises(UserError, match=words):
             problems(name)
     with pytest.raises(UserError, match="no level 5; choose from 1, 2, 3, 4"):
@@ -548,9 +512,8 @@ def test_without_reasoning_gym_its_tasks_say_what_to_install(monkeypatch):
 def test_a_unit_of_the_question_is_forgiven():
     cents = tasks.Problem("gsm8k", "How many cents are left, and how many percent?", "", "9")
     assert cents.verify("Answer: 9 cents") == cents.verify("Answer: 9%") == 1.0
-    assert (
-        tasks.Problem("gsm8k", "How many dozens?", "", "9").verify("Answer: 9 dozens") == 0.0
-    )  # it may be 108
+    dozens = tasks.Problem("gsm8k", "How many dozens?", "", "9")
+    assert dozens.verify("Answer: 9 dozens") == 0.0  # it may be 108
 
 
 @pytest.mark.parametrize("task", ["arithmetic", "word"])
@@ -559,6 +522,24 @@ def test_no_answer_is_right_often(task, level):
     """Whoever always says the same is right less often than every sixth time, of long problems every 20th."""
     answers = Counter(p.answer for p in some(task, level=level, n=2000))
     assert answers.most_common(1)[0][1] / 2000 < (1 / 6 if level <= 2 else 1 / 20)
+
+
+def test_a_score_of_the_gym_is_full_or_nothing():
+    class Dataset:
+        """Gives every answer the same score."""
+
+        def __init__(self, score):
+            self.score = score
+
+        def score_answer(self, answer, entry):
+            return 1 / self.score if answer == "divide" else self.score
+
+    full, most = Dataset(1.0), Dataset(0.99)
+    entry = {"answer": "a"}
+    assert tasks.gym_score(full, entry, "a" * 1000) and not tasks.gym_score(full, entry, "a" * 1001)
+    assert not tasks.gym_score(most, entry, "a") and not tasks.gym_score(Dataset(0), entry, "divide")
+    assert not tasks.gym_score(full, entry, "__a") and not tasks.gym_score(full, entry, "a or b")
+    assert tasks.gym_score(full, {"answer": "a or b"}, "a or b")
 
 
 def test_reasoning_gym():
@@ -570,24 +551,16 @@ def test_reasoning_gym():
         assert not {p.prompt for p in train} & {p.prompt for p in test}
         for p in train + test:
             assert p.task == f"reasoning_gym:{name}" and p.verify(p.solution) == 1.0
-            assert (
-                p.verify(f"Answer: {p.answer} or 1 or 2")
-                == p.verify(p.prompt)
-                == p.verify("Answer: ?")
-                == 0.0
-            )
+            for text in (f"Answer: {p.answer} or 1 or 2", p.prompt, "Answer: ?"):
+                assert p.verify(text) == 0.0
     with pytest.raises(UserError, match="not registered"):
         problems("reasoning_gym:nothing_such")
 
 
 def test_the_pin_in_the_message_is_that_of_the_tests():
-    from pathlib import Path  # noqa: PLC0415 -- only here
-
-    root = Path(tasks.__file__).parents[1]
-    (pin,) = set(
-        re.findall(r"reasoning-gym==[\d.]+", (root / "tasks" / "problems.py").read_text(encoding="utf-8"))
-    )
-    assert pin in (root / "requirements-gym.txt").read_text(encoding="utf-8")
+    source = Path(tasks.__file__)
+    (pin,) = set(re.findall(r"reasoning-gym==[\d.]+", source.read_text(encoding="utf-8")))
+    assert pin in (source.parents[1] / "requirements-gym.txt").read_text(encoding="utf-8")
 
 
 def test_the_command_line():
