@@ -253,9 +253,9 @@ class Search:
 
 def within(budget, text, end, encode):
     """The longest beginning of a text that stops at the pattern `end` and has at most `budget` tokens."""
-    ends = [0, *(match.end() for match in re.finditer(end, text))]
+    ends = [0, *(match.end() for match in re.finditer(end, text))]  # 0 fits every budget
     n = bisect.bisect(ends, budget, key=lambda end: len(encode(text[:end])))
-    return text[: ends[n - 1]] if n else ""
+    return text[: ends[n - 1]]
 
 
 # ------------------------------------------------------------------------------------------------------------

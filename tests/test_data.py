@@ -120,8 +120,8 @@ def pages():
         ),
         (
             "Exports",
-            {"Exports 2023": {"text": "$1 (2023 est.)"}, "Exports 2022": {"text": "$2"}, "note": "note 1: so"},
-            "Exports of the Netherlands: $1 (2023 est.), $2.\nNote 1: so.",
+            {"Exports 2023": {"text": "$1 (est.)"}, "Exports 2022": {"text": "$2"}, "note": "note 1: so"},
+            "Exports of the Netherlands: $1 (est.), $2.\nNote 1: so.",
         ),
         (
             "Exports - partners",

@@ -37,6 +37,9 @@ from tools import Search, calculate
         ("0.1+0.2", "0.3"),
         ("1/3", "0.3333"),
         ("-2/3", "-0.6667"),
+        ("1/30", "0.0333"),
+        ("1/300", "0.003333"),
+        ("(1/7)**1250", "0"),
         ("2**0.5", "1.4142"),
         ("2**-1", "0.5"),
         ("2**100", "1267650600228229401496703205376"),
@@ -93,7 +96,8 @@ def test_calculate(expression, value):
         ("7%0", "division by zero"),
         ("0**-1", "division by zero"),
         ("9**9**9", "too large"),
-        ("(1/7)**99999", "too large"),
+        ("(1/7)**1251", "too large"),
+        ("(1/7)**-1251", "too large"),
         ("10**50", "too large"),
         ("-10**50", "too large"),
         ("10**49*10", "too large"),
@@ -485,6 +489,9 @@ def test_the_rare_word_decides():
     assert Search([*many, ("", "rhine, river")]).find("river number rhine") == [("", "rhine, river")]
     assert Search(many).find("Sum river number 7") == [("", "the river number 7")]  # no name: only its place
     assert Search(many).find("river Sum number 7") == []
+    for n, found in ((1, 0), (2, 1)):  # a word of 1% of the passages is rare, one of 2% is not
+        hundred = [("", f"river number {k}") for k in range(100 - n)] + [("", "rhine")] * n
+        assert len(Search(hundred).find("river number rhine")) == found
 
 
 def test_speed(book):
