@@ -173,15 +173,17 @@ attention_backward_flash(Storage* dqkv, const Storage* dout, const Storage* qkv,
         multiply_transposed<HP>(p, x_tile, y_tile);
         multiply_transposed<HP>(ds, u_tile, w_tile);
 #pragma unroll
-        for (int i = 0; i < E; i++)
+        for (int q = 0; q < E; q++) {
+            const int query = OWNER == KEYS ? walked + tx + 16 * q : own + E * ty + q;
+            const float2 row = head_rows[query];
 #pragma unroll
-            for (int j = 0; j < E; j++) {
-                const int x_row = own + E * ty + i, y_row = walked + tx + 16 * j;
-                const int key = OWNER == KEYS ? x_row : y_row, query = OWNER == KEYS ? y_row : x_row;
-                const float2 row = head_rows[query];
+            for (int k = 0; k < E; k++) {
+                const int key = OWNER == KEYS ? own + E * ty + k : walked + tx + 16 * k;
+                const int i = OWNER == KEYS ? k : q, j = OWNER == KEYS ? q : k;
                 p[i][j] = key <= query ? exp2f(p[i][j] * scale - row.x) : 0.0f;
                 ds[i][j] = p[i][j] * (ds[i][j] - row.y);
             }
+        }
         if (OWNER == KEYS) multiply<HP>(sum_dv, scores, p, w_tile);
         multiply<HP>(sum, scores, ds, y_tile);
     }

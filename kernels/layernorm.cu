@@ -54,8 +54,8 @@ layernorm_forward_rows(T* out, float* mean, float* rstd, const T* inp, const T* 
 // 16.2 us, but 65,536 rows 54.4 -> 55.6 us, 3622 GB/s; with 6 blocks on a multiprocessor instead of 5, 16.1
 // and 57.1 us.
 //
-// weight and bias are not __restrict__: the compiler would keep a row of both in registers, too, and fewer blocks
-// would fit.
+// weight and bias are not __restrict__, here and backward: the compiler would keep a row of both in registers, too,
+// and fewer blocks would fit.
 //
 // A lane's pack k holds the channels column<T>(k) and following. The last packs may lie beyond C: they are
 // loaded from inside the row all the same, because loads that depend on nothing are all under way at once,
@@ -188,10 +188,11 @@ layernorm_backward_rows(T* dinp, float* partials, const T* dout, const T* inp, c
 // 40.5 -> 39.1 us, 65,536 rows 113.6 -> 109.9 us, 3662 GB/s; without asking ahead 112.6 us.
 template <typename T, int VECTORS>
 __global__ void __launch_bounds__(128, VECTORS * Pack<T>::size <= 24 ? 3 : 2)
-layernorm_backward(T* dinp, float* partials, const T* dout, const T* inp, const T* __restrict__ weight,
+layernorm_backward(T* dinp, float* partials, const T* dout, const T* inp, const T* weight,
                    const float* mean, const float* rstd, int N, int C) {
     constexpr int SIZE = Pack<T>::size;
     constexpr bool AHEAD = VECTORS <= (sizeof(T) == 2 ? 4 : 3);  // there are registers for the next row
+    constexpr bool LATE = VECTORS > 9;                      // and none for dinp before the second pass
     const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP, step = gridDim.x * warps;
     const float share = 1.0f / C;
     float dw[VECTORS][SIZE] = {}, db[VECTORS][SIZE] = {};
@@ -210,7 +211,8 @@ layernorm_backward(T* dinp, float* partials, const T* dout, const T* inp, const 
             const int next = min(row + step, N - 1);        // at the end the last row again
             load(next_dy, dout, next), load(next_x, inp, next);
         } else {
-            load(dy, dout, row), load(x, inp, row), load(dx, dinp, row);
+            load(dy, dout, row), load(x, inp, row);
+            if constexpr (!LATE) load(dx, dinp, row);
         }
         const float r = rstd[row], shift = -mean[row] * r;
         float sum = 0.0f, sum_norm = 0.0f, dy_k[SIZE], x_k[SIZE], w[SIZE];
@@ -237,6 +239,7 @@ layernorm_backward(T* dinp, float* partials, const T* dout, const T* inp, const 
             to_floats<T>(w, load_column(weight, k, C));
             to_floats<T>(dy_k, as_pack<T>(dy[k]));
             to_floats<T>(x_k, as_pack<T>(x[k]));
+            if constexpr (LATE) dx[k] = load_bits(dinp + size_t(row) * C, k, C);
             to_floats<T>(dx_k, as_pack<T>(dx[k]));
 #pragma unroll
             for (int i = 0; i < SIZE; i++) {

@@ -28,5 +28,5 @@ __device__ inline void load_tile(bf16* tile, const bf16* matrix, int row0, int c
 #pragma unroll
     for (int down = 0; down < ROWS; down += STEP)
         if (down / STEP % parts == part)
-            cp_async_16(to + down * COLS, from + (size_t)down * stride, down < rows_left ? 16 : 0);
+            cp_async_16(to + down * COLS, from + down * stride, down < rows_left ? 16 : 0);
 }

@@ -83,7 +83,7 @@ def check(result, expected, terms=0.0):
 @both_dtypes
 @both_versions
 def test_gelu_and_residual(dtype, version, shift):
-    for n in 1, 7, 4096, 9001:
+    for n in 1, 7, 4095, 4096, 9001:
         x, y = random(1, n, dtype, 3), random(2, n, dtype)
         block = cdiv(n, 256) if version else cdiv(n, 256 * 2 * (16 // dtype.itemsize))
 
@@ -485,18 +485,18 @@ def test_plan_update():
 @pytest.mark.parametrize("n", [1, 7, 2048, 5003])
 @pytest.mark.parametrize("with_copy", [False, True])
 def test_adamw(version, shift, n, with_copy):
-    """Three steps, the last of which is left out; it fills the copy and clears the gradients all the same."""
+    """Four steps; the last is left out, but fills the copy and clears the gradients; a clip of 0 is none."""
     lr, *rates = 0.01, 0.9, 0.95, 1e-8, 0.1  # betas, eps, weight decay
-    params, grads = random(1, n, F32), [random(2 + step, n, F32, 0.1) for step in range(3)]
-    clips, expected = [0.3, 1.0, -1.0], wide(params, np.zeros(n), np.zeros(n))
-    updates = [np.array([clips[t - 1], lr, 1 - 0.9**t, 1 - 0.95**t]) for t in (1, 2, 3)]
-    for step in range(3):
+    params, grads = random(1, n, F32), [random(2 + step, n, F32, 0.1) for step in range(4)]
+    clips, expected = [0.3, 1.0, 0.0, -1.0], wide(params, np.zeros(n), np.zeros(n))
+    updates = [np.array([clips[t - 1], lr, 1 - 0.9**t, 1 - 0.95**t]) for t in (1, 2, 3, 4)]
+    for step in range(4):
         p, m, v = expected
         cpu.adamw(p, wide(grads[step])[0], m, v, updates[step], *rates)
 
     def compute():
         p, m, v = device(params, shift), device(np.zeros(n, F32), shift), device(np.zeros(n, F32), shift)
-        for step in range(3):
+        for step in range(4):
             copy = empty(n, BF16, shift) if with_copy else None
             g, update = device(grads[step], shift), device(updates[step].astype(F32))
             grid = cdiv(n, 256 * (1 if version else 8))
