@@ -373,7 +373,7 @@ def test_ten_at_once():
 
 
 def test_more_than_the_queue_holds_is_told_to_come_back(monkeypatch):
-    monkeypatch.setattr(serve, "WAITING", 3)
+    monkeypatch.setattr(serve, "QUEUE", 3)
     go = threading.Event()
     model = speaker(lambda question: "x", before=lambda: go.wait(60))
     with serving(model) as server:
@@ -383,7 +383,7 @@ def test_more_than_the_queue_holds_is_told_to_come_back(monkeypatch):
         assert ask(server, "GET", "/").status == 200  # the page can still be had
         go.set()
         assert [events(response)[-1] for response in held] == [{"end": True}] * 3
-        until(lambda: server.places._value == 3)
+        until(lambda: server.queue._value == 3)
         assert answered(server, "?") == [["text", "x"]]
 
 
@@ -394,7 +394,7 @@ def test_an_answer_ends_when_its_reader_goes_away(question):
         response = ask(server, body={"messages": [user(question)]})
         response.readline()
         response.close()
-        until(lambda: server.places._value == serve.WAITING)
+        until(lambda: server.queue._value == serve.QUEUE)
         assert made[0] < 200
         assert answered(server, "next") == [["text", "Q: next"]]
 
@@ -406,7 +406,7 @@ def test_nobody_is_answered_who_left_the_queue():
         second = ask(server, body={"messages": [user("long")]})
         second.close()
         first.read()
-        until(lambda: server.places._value == serve.WAITING)
+        until(lambda: server.queue._value == serve.QUEUE)
         assert server.assistant.n_answers == 1
 
 
@@ -416,7 +416,7 @@ def test_a_reader_who_never_reads_does_not_hold_the_others(monkeypatch):
         flood = lambda conversation, show: [show([{"text": "x" * 100_000}]) for _ in range(1000)]
         monkeypatch.setattr(server.assistant, "answer", flood)
         stuck = ask(server, body=QUESTION)
-        until(lambda: server.places._value == serve.WAITING)
+        until(lambda: server.queue._value == serve.QUEUE)
         monkeypatch.undo()
         assert answered(server, "?") == [["text", "x"]]
         stuck.close()
@@ -581,7 +581,7 @@ def test_a_conversation_in_a_browser(page):
         shown = "".join(page.locator("#tokens span").all_text_contents())
         assert shown.startswith("<|endoftext|><|im_start|>user<|im_sep|>What is 3 * 17?<|im_end|>")
         assert "<script>" in shown
-        targets = "".join(page.locator("#tokens .said").all_text_contents())
+        targets = "".join(page.locator("#tokens .target").all_text_contents())
         assert targets.startswith("So: <|calc_start|>3*17<|calc_end|>It is 51")
         assert page.locator("#tokens .special").count() == shown.count("<|")
 
@@ -596,13 +596,14 @@ def test_the_policy_stops_a_script_that_got_into_the_page(page, quiet):
     visit(page, quiet)
     with pytest.raises(Exception, match="TrustedHTML"):
         page.evaluate("document.body.innerHTML = '<b>x</b>'")
-    page.evaluate("""() => {
+    violated = page.evaluate("""() => new Promise(resolve => {
+        document.addEventListener("securitypolicyviolation", event => resolve(event.violatedDirective));
         const script = document.createElement("script");
         script.append("window.hacked = 1");
         document.head.append(script);
-    }""")
+    })""")
+    assert violated in ("script-src-elem", "require-trusted-types-for")
     assert page.evaluate("typeof window.hacked") == "undefined"
-    assert any("Content Security Policy" in text for text in page.complaints)
 
 
 def test_stop_in_a_browser_ends_the_answer_and_keeps_what_was_said(page):
@@ -613,7 +614,7 @@ def test_stop_in_a_browser_ends_the_answer_and_keeps_what_was_said(page):
         wait_for_text(page, "Q: a long one...")
         page.click("#stop")
         page.locator(".note", has_text="stopped").wait_for()
-        until(lambda: server.places._value == serve.WAITING)
+        until(lambda: server.queue._value == serve.QUEUE)
         assert made[0] < 400
         say(page, "next")
         wait_for_text(page, "Q: next")
@@ -640,13 +641,13 @@ def test_stop_in_a_browser_while_a_tool_answers(page):
 
 
 def test_events_that_come_byte_by_byte(page, monkeypatch):
-    def show(handler, events):
+    def send_events(handler, events):
         for event in events:
             for byte in f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode():
                 handler.wfile.write(bytes([byte]))
                 time.sleep(0.001)
 
-    monkeypatch.setattr(serve.Handler, "show", show)
+    monkeypatch.setattr(serve.Handler, "send_events", send_events)
     with serving(speaker(lambda question: "\N{EURO SIGN} or \N{GRINNING FACE}")) as server:
         visit(page, server)
         say(page, "?")
