@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import re
 from types import SimpleNamespace
 
@@ -105,6 +106,11 @@ def test_the_calculator_must_be_called_asked_the_question_and_copied(sit):
     assert sit(other)["calculator"] == dict(n=12, called=1, copied=1, right=0)
     wrong = lambda c: [*calculated(c)[:2], *said("It is what it is.")]
     assert sit(wrong)["calculator"] == dict(n=12, called=1, copied=0, right=0)
+    turn = itertools.count()
+    cut_off = lambda c: calculated(c)[: (3, 1, 0)[next(turn) % 3]]  # every third reply is complete
+    answers = lambda questions: [cut_off(evaluate.user(question)) for question in questions]
+    third = dict(n=12, called=1 / 3, copied=1, right=1 / 3)  # copied is a share of the calls
+    assert evaluate.calculator(answers, random.Random(0), 12) == third
     malformed = lambda _: mixture.called("calc", " 1 +", f" {tools.calculate('1 +')}", "It is 2.")
     assert sit(malformed)["calculator"]["called"] == 0
 
@@ -124,6 +130,26 @@ def test_the_probe_counts_right_answers_and_its_file_comes_back(monkeypatch, tmp
     assert sum(line["rate"] > 0.5 for line in lines) == len(some)
     assert evaluate.read_probe(tmp_path / "known.jsonl") == lines
     assert len(facts.probed(tmp_path / "known.jsonl")) == len(lines) - len(some)
+
+
+def test_the_probe_says_how_many_facts_are_known(monkeypatch, capsys):
+    """Of two replies to each question: the first three facts of the training have both right, the others one,
+    and of those held out nothing is right."""
+    asked = {fact.questions[0]: i for i, fact in enumerate(facts.facts("train"))}
+    answers = {fact.questions[0]: fact.answer for fact in facts.facts("train")}
+
+    def ask(model, tokenizer, conversations, **_):
+        questions = [conversation[-1]["content"] for conversation in conversations]
+        right = [q in asked and (asked[q] < 3 or i % 2 == 0) for i, q in enumerate(questions)]
+        return [said(answers[q] if yes else "?") for q, yes in zip(questions, right)]
+
+    monkeypatch.setattr(evaluate, "ask", ask)
+    evaluate.probe(None, None, 2, 0)
+    train, test = len(facts.facts("train")), len(facts.facts("test"))
+    assert capsys.readouterr().err.splitlines() == [
+        f"of {train} facts asked about in training the model knows 3, and 0 were never right",
+        f"of {test} facts held out the model knows 0, and {test} were never right",
+    ]
 
 
 def test_a_file_that_is_no_probe_is_refused(tmp_path):
