@@ -100,6 +100,15 @@ def test_a_search_counts_as_a_refusal_of_what_nobody_knows(sit):
     assert "known facts" not in results
 
 
+def test_with_100_questions_all_of_a_limited_kind_are_asked():
+    answers = lambda questions, **_: [said("?") for _ in questions]
+    both = [fact for fact in facts.facts() if fact.field in ("capital", "population")]
+    assert evaluate.search(answers, random.Random(0), 100)["n"] == len(both) > 100
+    assert evaluate.search(answers, random.Random(0), 99)["n"] == 99
+    assert evaluate.identity(answers, random.Random(0), 100)["n"] == 40
+    assert evaluate.identity(answers, random.Random(0), 39)["n"] == 39
+
+
 def test_the_calculator_must_be_called_asked_the_question_and_copied(sit):
     assert sit(calculated)["calculator"] == dict(n=12, called=1, copied=1, right=1)
     other = lambda _: mixture.calculated(" 123456 + 1")
@@ -372,10 +381,11 @@ def test_problems_that_leave_no_room_for_a_reply():
 def runs(monkeypatch):
     """Two models that sample.load() knows by name: base says "plain", sft answers "one two ... six"."""
     answers = {"base": [*b"plain", BYTES.eot], "sft": spell("one two three four five six", "im_end")}
+    answers["long"] = [*b"x" * 400]
 
     def load(directory, flags):
         prompt = BYTES.prompt(evaluate.user("_")) if directory == "sft" else [BYTES.eot, ord("_")]
-        return Fake(reciting(answers[directory], len(prompt))), BYTES, directory
+        return Fake(reciting(answers[directory], len(prompt)), n_positions=500), BYTES, directory
 
     monkeypatch.setattr(sample, "load", load)
     monkeypatch.setattr(sample, "is_assistant", lambda checkpoint: checkpoint == "sft")
@@ -400,6 +410,7 @@ def test_models_beside_each_other(monkeypatch):
     assert json.loads(run("base", "sft", *flags, "--json")) == {"prompts": ["_"], "texts": texts}
     assert json.loads(run("sft", *flags, "--json", "--max-tokens", 3))["texts"] == {"sft": ["one"]}
     assert run("sft", *flags, "--prompt", "_").count("=" * 40) == 2
+    assert json.loads(run("long", *flags, "--json"))["texts"] == {"long": ["x" * 200]}
 
 
 @pytest.mark.usefixtures("runs")
@@ -424,8 +435,10 @@ def test_what_the_flags_ask_for(monkeypatch, tmp_path):
     calls.clear()
     assert run("sft", "--probe", tmp_path / "p", "--k", 5, "--seed", 1) == ""
     assert calls == [("probe", 5, 1, str(tmp_path / "p"))]
-    calls.clear()
     (tmp_path / "known").write_text("".join(json.dumps({**line, "question": "?"}) + "\n" for line in lines))
+    assert run("sft", "--probe", tmp_path / "p", "--known", tmp_path / "known") == ""
+    assert calls[1:] == [("probe", 3, 42, str(tmp_path / "p"))], "a probe is made, whatever is known"
+    calls.clear()
     assert json.loads(run("sft", "--known", tmp_path / "known", "--json")) == skills
     assert calls == [("evaluate", [{**line, "question": "?"} for line in lines])]
     calls.clear()
