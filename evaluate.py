@@ -310,7 +310,8 @@ def evaluate_problems(model, tokenizer, mix, n, k, max_tokens, seed, score=None,
     """
     results, status = [], common.Line()
     for task, level in mix:
-        status.show(f"evaluating {task}, level {level}")
+        if world is None or world.rank == 0:
+            status.show(f"evaluating {task}, level {level}")
         asked = distinct_problems(model, tokenizer, task, level, n, seed)
         prompts = [prompt_of(tokenizer, problem) for problem in asked]
         greedy = reply_to(model, tokenizer, prompts, sample.TOOLS, max_tokens, 0.0, seed, world=world)

@@ -58,7 +58,7 @@ def generate(
         raise UserError(
             f"the prompt has {longest} tokens and this model reads at most {n_positions}; shorten the prompt"
         )
-    if [] in [list(prompt) for prompt in prompts]:
+    if min(len(prompt) for prompt in prompts) == 0:
         raise ValueError("a prompt needs at least one token; documents begin with the end-of-text token")
     if stop_texts and tokenizer is None:
         raise ValueError("stop_texts need a tokenizer")

@@ -23,6 +23,7 @@ from common import Parser, UserError, number, run
 from sample import SEED, complete, default_temperature, end_token, is_assistant, load, prompt_ids
 
 LIMIT = 50_000  # states of an automaton, 1 kB each; usual are some hundreds
+LONGEST = 10_000  # bytes of a shortest match
 NEVER = 2**40  # the number of missing bytes where no match can be reached
 UNKNOWN, DEAD = 0, 1  # states: not computed yet; no match begins like this
 
@@ -166,6 +167,8 @@ class Automaton:
         self.start = self.state([sequence])
         if self.start == DEAD:
             raise UserError("no text has the form that is asked for; ask for another")
+        if self.missing[self.start] > LONGEST:
+            raise UserError(f"a shortest text of this form has over {LONGEST} bytes; repeat less often")
 
     def state(self, sequences):
         """The number of the state in which these sequences may have to be read."""

@@ -2,10 +2,10 @@
 
     python -m extras.serve RUN                     then open the address that it prints
 
-The browser keeps the conversation and sends all of it with every question; the answer comes back, while it
-is made, as server-sent events. Only the page that this server has sent may ask: any other that is open in
-the same browser can reach 127.0.0.1 too, so a request must tell the right origin, and the right name for us.
-Read sample.py first, which answers, and chat.html after, the page.
+The browser keeps the conversation and sends all of it with every question. The answer comes back as
+server-sent events while it is generated. Any page that is open in the same browser can send requests to
+127.0.0.1, so the server answers only those whose Host header names this machine and whose Origin header, if
+there is one, names this server. Read sample.py (Assistant) before this file, chat.html (the page) after it.
 """
 
 import base64
@@ -26,88 +26,109 @@ from sample import TOOLS, Assistant, is_assistant, load
 from tasks.conversations import checked
 from tokenizer import visible
 
-LONGEST = 1 << 18  # bytes of a request: a hundred contexts of GPT-2
-WAITING = 16  # answers asked for at a time; one is made, the others wait in line
+LONGEST = 1 << 18  # bytes of a request, a hundred contexts of GPT-2
+QUEUE = 16  # questions taken at a time: one is answered, the others wait
 PAGE = Path(__file__).with_name("chat.html")
 
 
 class Refused(Exception):
-    """A request that is not answered: Refused(status, why)."""
+    """A request that gets an error in place of an answer: Refused(HTTP status, reason)."""
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A thread for every connection, and one answer at a time: generate() has the model to itself."""
+    """A thread for every connection, and one answer at a time: generate() needs the model for itself."""
 
     request_queue_size = 64  # connections that the system holds until a thread takes them
-    server_bind = socketserver.TCPServer.server_bind  # http.server's asks the network for our name
+    server_bind = socketserver.TCPServer.server_bind  # http.server's own version looks our name up in the DNS
 
     def __init__(self, assistant, name="a model", port=0):
-        self.assistant, self.model = assistant, threading.Lock()
-        self.places = threading.BoundedSemaphore(WAITING)
+        self.assistant = assistant
+        self.model_lock = threading.Lock()
+        self.queue = threading.BoundedSemaphore(QUEUE)
         page = PAGE.read_text(encoding="utf-8").replace("{{model}}", html.escape(name))
-        self.page, self.policy = page.encode(), policy(page)
+        self.page, self.policy = page.encode(), content_security_policy(page)
         super().__init__(("127.0.0.1", port), Handler)
-        self.hosts = {f"{host}:{self.server_address[1]}" for host in ("127.0.0.1", "localhost")}
-        self.hosts |= {host.removesuffix(":80") for host in self.hosts}  # which no browser writes
+        port = self.server_address[1]
+        self.hosts = [f"127.0.0.1:{port}", f"localhost:{port}"]
+        if port == 80:  # browsers leave the default port out
+            self.hosts += ["127.0.0.1", "localhost"]
+        self.origins = [f"http://{host}" for host in self.hosts]
 
 
-def policy(page):
-    """The Content-Security-Policy: no script and no style but the page's own, known by their hashes; no
-    address but ours; and never a text that is read as HTML, whatever the script should try."""
-    blocks = [re.search(f"<{tag}>(.*?)</{tag}>", page, re.S)[1].encode() for tag in ("script", "style")]
-    script, style = (base64.b64encode(hashlib.sha256(block).digest()).decode() for block in blocks)
+def content_security_policy(page):
+    """The Content-Security-Policy header. It allows the page's own script and style, identified by their
+    hashes, and connections to this server, nothing else; and it forbids to turn any text into HTML."""
+    hashes = []
+    for tag in ("script", "style"):
+        block = re.search(f"<{tag}>(.*?)</{tag}>", page, re.S)[1]
+        hashes.append(base64.b64encode(hashlib.sha256(block.encode()).digest()).decode())
     return (
-        f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        f"default-src 'none'; script-src 'sha256-{hashes[0]}'; style-src 'sha256-{hashes[1]}'; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'; trusted-types 'none'"
     )
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """GET / is the page; POST /answer and POST /tokens take {"messages": [...]}, as sample.py reads them."""
+    """GET / returns the page; POST /answer and POST /tokens take {"messages": [...]}, a conversation."""
 
     timeout = 30  # seconds for a client to send or take the next bytes
     server_version, sys_version = "gpt2", ""
     error_message_format, error_content_type = "%(message)s\n", "text/plain"  # http.server's own refusals
 
-    log_message = lambda *_: None  # the terminal stays quiet
+    def log_message(self, *_):
+        """Nothing: the terminal stays quiet."""
 
     def handle(self):
-        with contextlib.suppress(ConnectionError):  # whoever goes away is not worth a traceback
+        with contextlib.suppress(ConnectionError):  # a client that goes away is no error
             super().handle()
 
     def do_GET(self):
         try:
-            if self.headers.get_all("Host", []) not in [[host] for host in self.server.hosts]:
-                raise Refused(403, "this server is known as 127.0.0.1 and localhost only")  # DNS rebinding
-            if self.headers.get("Origin") not in (None, *(f"http://{host}" for host in self.server.hosts)):
-                raise Refused(403, "only this server's own page may ask")
-            asked = f"{self.command} {self.path}"
-            if asked == "GET /":
-                self.send(200, "text/html; charset=utf-8", self.server.page)
-            elif asked not in ("POST /answer", "POST /tokens"):
-                raise Refused(404, "there are only GET /, POST /answer and POST /tokens")
-            else:
-                conversation = self.conversation()
-                if not self.server.places.acquire(blocking=False):
-                    raise Refused(503, "too many questions at once; try again in a few seconds")
-                try:
-                    (self.answer if self.path == "/answer" else self.tokens)(conversation)
-                finally:
-                    self.server.places.release()
+            self.check_sender()
+            match self.command, self.path:
+                case "GET", "/":
+                    self.send(200, "text/html; charset=utf-8", self.server.page)
+                case "POST", "/answer":
+                    self.in_queue(self.answer)
+                case "POST", "/tokens":
+                    self.in_queue(self.tokens)
+                case _:
+                    raise Refused(404, "there are only GET /, POST /answer and POST /tokens")
         except Refused as refused:
-            self.send(refused.args[0], "application/json", json.dumps({"error": refused.args[1]}).encode())
+            status, reason = refused.args
+            self.send(status, "application/json", json.dumps({"error": reason}).encode())
 
     do_POST = do_GET
 
-    def conversation(self):
-        if self.headers.get_content_type() != "application/json":  # the form of a foreign page cannot be that
+    def check_sender(self):
+        """Refuse requests of other pages. If one has made its own name mean 127.0.0.1 (DNS rebinding), the
+        browser sends that name as Host; if it addresses this server directly, its name is in Origin."""
+        hosts = self.headers.get_all("Host", [])
+        if len(hosts) != 1 or hosts[0] not in self.server.hosts:
+            raise Refused(403, "this server is known as 127.0.0.1 and localhost only")
+        if self.headers.get("Origin") not in (None, *self.server.origins):
+            raise Refused(403, "only this server's own page may ask")
+
+    def in_queue(self, respond):
+        """respond(conversation) if there is room in the queue."""
+        conversation = self.read_conversation()
+        if not self.server.queue.acquire(blocking=False):
+            raise Refused(503, "too many questions at once; try again in a few seconds")
+        try:
+            respond(conversation)
+        finally:
+            self.server.queue.release()
+
+    def read_conversation(self):
+        """The checked conversation of a request."""
+        if self.headers.get_content_type() != "application/json":  # a form of a foreign page cannot send it
             raise Refused(415, "send application/json")
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,18}", length):
             raise Refused(411, "say how long the request is")
         if int(length) > LONGEST:
-            self.rfile.read(min(int(length), 16 * LONGEST))  # who is still sending would not hear us
+            self.rfile.read(min(int(length), 16 * LONGEST))  # a client reads only when it has sent everything
             raise Refused(413, f"the conversation has more than {LONGEST} bytes; begin a new one")
         try:
             request = json.loads(self.rfile.read(int(length)))
@@ -115,13 +136,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (ValueError, RecursionError, UserError) as error:
             raise Refused(400, str(error)) from None
 
-    def send(self, status, kind, body=None):
-        """The head of a response, and its body unless that is to be streamed; the connection ends with it."""
-        headers = {"Content-Type": kind, "Content-Security-Policy": self.server.policy}
-        headers |= {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
-        headers |= {"X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin"}
-        headers |= {"Content-Length": len(body)} if body is not None else {}
-        headers |= {"Retry-After": 5} if status == 503 else {}
+    def send(self, status, content_type, body=None):
+        """Send headers and body; without a body the response is a stream. The connection ends with it."""
+        headers = {
+            "Content-Type": content_type,
+            "Content-Security-Policy": self.server.policy,
+            "Cache-Control": "no-store",
+            "Referrer-Policy": "no-referrer",
+            "X-Content-Type-Options": "nosniff",
+            "Cross-Origin-Resource-Policy": "same-origin",
+        }
+        if body is not None:
+            headers["Content-Length"] = len(body)
+        if status == 503:
+            headers["Retry-After"] = 5  # seconds
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -129,27 +157,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body or b"")
 
     def tokens(self, conversation):
-        """The conversation as the model reads it, for every token: text, id, 1 if special, and its mask."""
+        """Send what the model reads of a conversation: (text, id, 1 if special, mask) of every token."""
         tokenizer, rows = self.server.assistant.tokenizer, []
-        for id, said in zip(*tokenizer.render(conversation)):
-            rows.append((visible(tokenizer.token_bytes(id)), id, int(id >= tokenizer.eot), said))
+        for id, mask in zip(*tokenizer.render(conversation)):
+            rows.append((visible(tokenizer.token_bytes(id)), id, int(id >= tokenizer.eot), mask))
         self.send(200, "application/json", json.dumps({"tokens": rows}).encode())
 
     def answer(self, conversation):
-        """The answer as server-sent events, one JSON object each; the last is {"end": true} or an error."""
+        """Stream the answer as server-sent events, JSON objects; the last is {"end": true} or an error."""
         if not conversation or conversation[-1]["role"] != "user":
             raise Refused(400, "the last message must be the user's")
         self.send(200, "text/event-stream")
-        with self.server.model:
-            self.show([])  # who has left the queue meanwhile?
+        with self.server.model_lock:
+            self.send_events([])  # raises if the client has left while it waited
             try:
-                self.server.assistant.answer(conversation, self.show)
-                self.show([{"end": True}])
+                self.server.assistant.answer(conversation, self.send_events)
+                self.send_events([{"end": True}])
             except UserError as error:
-                self.show([{"error": str(error)}])
+                self.send_events([{"error": str(error)}])
 
-    def show(self, events):
-        """Send events. Raises where nobody listens any more, which ends the answer: after every token."""
+    def send_events(self, events):
+        """Send events. ConnectionError if the client is gone, which ends the answer after any token."""
         readable, _, _ = select.select([self.connection], [], [], 0)
         if readable and not self.connection.recv(1, socket.MSG_PEEK):
             raise ConnectionError
@@ -175,12 +203,12 @@ def parser():
     )
     flags.add_argument("directory", metavar="RUN", help="a run (its newest checkpoint) or a checkpoint")
     add = flags.add_argument_group("page").add_argument
-    add("--port", metavar="N", type=number(int, low=0, high=65535), default=8000, help="0: any that is free")
+    add("--port", metavar="N", type=number(int, 0, 65535), default=8000, help="to listen on; 0: any free one")
     add = flags.add_argument_group("answers").add_argument
     words = "0: always the most probable token; higher: wilder"
     add("--temperature", metavar="X", type=number(float, low=0, high=1e6), default=0.3, help=words)
     add("--max-tokens", metavar="N", type=number(int, low=1), default=256, help="the longest answer")
-    add("--no-search", action="store_true", help="without looking into the Factbook, and fetching it")
+    add("--no-search", action="store_true", help="no search, which would fetch the Factbook")
     add = flags.add_argument_group("machine").add_argument
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     flags.set_defaults(dtype="float32")

