@@ -12,17 +12,18 @@ SEED ?= 42
 # knows; and what every other skill is made of, to copy and to calculate.
 FACTS := factbook=32,sums=2,repeat=8,tools=20,tasks=9,spelling=7,counting=6,identity=11,chitchat=3,unknown=2
 
-.PHONY: help train sample sft chat chat-web rl rlhf plot test lint bench gpu-check clean
+.PHONY: help train sample sft chat chat-web rl rlhf plot figures test lint bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make train    prepare the World Factbook and train a small GPT-2 on it (10 minutes on 2 cores)"
+	@echo "make train    prepare the World Factbook and train a small GPT-2 on it (9 to 18 minutes on 2 cores)"
 	@echo "make sample   let it write:  make sample ARGS='--prompt \"Capital:\" --num-samples 3'"
-	@echo "make sft      make an assistant of it, with tools (8 minutes), and examine it"
+	@echo "make sft      make an assistant of it, with tools (8 to 15 minutes), and evaluate it"
 	@echo "make chat     talk to the assistant; make chat-web: in the browser"
-	@echo "make rl       let it practise problems whose answers can be checked (3 minutes)"
-	@echo "make rlhf     let it please a reward model, and watch how that is fooled (6 minutes)"
+	@echo "make rl       let it practise problems whose answers can be checked (3 to 5 minutes)"
+	@echo "make rlhf     let it learn to please a reward model, and to fool it (6 to 10 minutes)"
 	@echo "make plot     draw its loss and learning rate"
+	@echo "make figures  draw the figures of the README from the runs of these"
 	@echo "make test     lint, and run all tests"
 	@echo "make bench    measure speed and quality, beside PyTorch where it is installed"
 	@echo "make gpu-check  on a machine with an NVIDIA GPU: every kernel tested, then every kernel and training measured"
@@ -33,8 +34,8 @@ PIP = $(PY) -m pip install -q --disable-pip-version-check
 OFFLINE = { echo "error: pip could not install the requirements; is the Python package index reachable?"; exit 2; }
 
 .venv/ready: requirements.txt requirements-cuda.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
-	  { echo "error: $$($(PYTHON) --version) is not supported; use make PYTHON=python3.10 (up to 3.13)"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' || \
+	  { echo "error: $$($(PYTHON) --version) is not supported; use make PYTHON=python3.10 (up to 3.14)"; exit 2; }
 	@$(PYTHON) -m venv .venv || { echo "error: no venv module; on Debian: apt-get install python3-venv"; exit 2; }
 	@echo "installing the pinned requirements into .venv"
 	@$(PIP) -r requirements.txt || $(OFFLINE)
@@ -81,7 +82,8 @@ rl: .venv/ready
 	$(PY) rl.py --init-from $(SFT) --out $(RL) --task word,arithmetic --level 1-4 --steps 300 \
 	  --seed $(SEED) $(if $(wildcard $(RL)/step_*),--resume) $(ARGS)
 
-# An assistant with manners of all kinds, a reward model of which people prefer, and what comes of pleasing it.
+# Conversations in different manners, an assistant that has them, a reward model of what people prefer, and the
+# policy that makes the reward large.
 rlhf: .venv/ready
 	@test -e $(SFT)/done || $(MAKE) sft ARGS=
 	@test -e $(RLHF)-manners.jsonl || \
@@ -89,18 +91,22 @@ rlhf: .venv/ready
 	@test -e $(RLHF)-manners/done || { $(PY) sft.py --init-from $(SFT) --data jsonl:$(RLHF)-manners.jsonl \
 	  --out $(RLHF)-manners --epochs 1 --seed $(SEED) $(if $(wildcard $(RLHF)-manners/step_*),--resume) && \
 	  touch $(RLHF)-manners/done; }
-	@ls $(RLHF)-reward/step_* >/dev/null 2>&1 || { rm -rf $(RLHF)-reward && \
-	  $(PY) -m extras.rlhf train --init-from $(RLHF)-manners --out $(RLHF)-reward --seed $(SEED); }
-	$(PY) rl.py --init-from $(RLHF)-manners --out $(RLHF) --reward model --reward-model $(RLHF)-reward \
-	  --task decimals --level 1-2 --steps 100 --lr 1e-4 --final-lr 1 --eval-every 10 --seed $(SEED) \
-	  $(if $(wildcard $(RLHF)/step_*),--resume) $(ARGS)
+	@test -e $(RLHF)-reward/done || { $(PY) -m extras.rlhf reward --init-from $(RLHF)-manners \
+	  --out $(RLHF)-reward --seed $(SEED) $(if $(wildcard $(RLHF)-reward/step_*),--resume) && \
+	  touch $(RLHF)-reward/done; }
+	$(PY) -m extras.rlhf policy --init-from $(RLHF)-manners --out $(RLHF) --reward-model $(RLHF)-reward \
+	  --seed $(SEED) $(if $(wildcard $(RLHF)/step_*),--resume) $(ARGS)
 	$(PY) -m extras.plot $(RLHF)
 
 plot: .venv/ready
 	@$(PY) -m extras.plot $(RUN) $(ARGS)
 
+figures: .venv/ready
+	$(PY) -m extras.plot --figures figures
+
+# Tests run in parallel processes, one a core.
 test: lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: .venv/dev
 	@$(PY) -m ruff check .

@@ -6,22 +6,30 @@ Nothing here is about language models. Read it last, or never: every script uses
 import argparse
 import contextlib
 import errno
+import fcntl
 import glob
 import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 
 # What the system says where a file cannot be: forbidden, read-only, below another file or in its place, name
 # too long, too large. Not ENOENT: a script says itself what is missing, and elsewhere that is our bug.
 NO_PLACE = ["EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG", "EFBIG"]
+
+
+# With several ranks a pipe that has one byte in it: whoever reads the byte may say why all of them end.
+first_word = None
 
 
 class UserError(Exception):
@@ -33,9 +41,10 @@ def run(main):
     try:
         main()
     except UserError as error:
-        sys.exit(_complain(str(error)))
+        say_why(f"error: {error}")
+        sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        say_why("\ninterrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         sys.stderr.close()
@@ -46,12 +55,14 @@ def run(main):
             raise
         where = f" ({error.filename})" if error.filename else ""
         remedy = "free some space" if full else "choose another place"
-        sys.exit(_complain(f"{error.strerror}{where}; {remedy} and run the same command again"))
+        say_why(f"error: {error.strerror}{where}; {remedy} and run the same command again")
+        sys.exit(2)
 
 
-def _complain(message):
-    say(f"error: {message}")
-    return 2
+def say_why(text):
+    """Tell the person why the script ends. Of several ranks only the first that comes here does."""
+    if first_word is None or os.read(first_word, 1):
+        say(text)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -83,17 +94,14 @@ def number(kind, low=None, high=None, above=None):
             if not math.isfinite(value):
                 raise ValueError
         except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {'a whole' if kind is int else 'a'} number"
-            ) from None
-        bounds = [
-            (low, f"at least {low}", lambda: value >= low),
-            (high, f"at most {high}", lambda: value <= high),
-        ]
-        bounds.append((above, f"greater than {above}", lambda: value > above))
-        for bound, words, holds in bounds:
-            if bound is not None and not holds():
-                raise argparse.ArgumentTypeError(f"{text} must be {words}")
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        if low is not None and value < low:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low}")
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"{text} must be at most {high}")
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"{text} must be greater than {above}")
         return value
 
     return parse
@@ -101,7 +109,8 @@ def number(kind, low=None, high=None, above=None):
 
 def say(text):
     """Tell the person something that is not the answer: on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    progress_line_gone = "\r\033[K" if sys.stderr.isatty() else ""
+    print(progress_line_gone + text, file=sys.stderr, flush=True)
 
 
 def colour():
@@ -170,22 +179,18 @@ class Progress:
     def __init__(self, what, total=None, unit="", form=count):
         self.what, self.total, self.unit, self.form = what, total, unit, form
         self.done_so_far, self.start, self.line = 0, time.monotonic(), Line()
-        self.line.shown = self.start - (
-            0 if not self.line.redraw else 1e9
-        )  # short work prints no plain lines
+        if not self.line.redraw:
+            self.line.shown = self.start  # short work prints no plain lines
 
     def add(self, n):
         self.done_so_far += n
         seconds = max(time.monotonic() - self.start, 1e-9)
         rate = self.done_so_far / seconds
-        text = f"{self.what}: {self.form(self.done_so_far)}"
+        total = f" of {self.form(self.total)}" if self.total else ""
+        text = f"{self.what}: {self.form(self.done_so_far)}{total}, {self.form(rate)}{self.unit}/s"
         if self.total:
-            left = (self.total - self.done_so_far) / max(rate, 1e-9)
-            text += (
-                f" of {self.form(self.total)}, {self.form(rate)}{self.unit}/s, {duration(max(left, 0))} left"
-            )
-        else:
-            text += f", {self.form(rate)}{self.unit}/s"
+            seconds_left = max(self.total - self.done_so_far, 0) / max(rate, 1e-9)
+            text += f", {duration(seconds_left)} left"
         self.line.show(text)
 
     def done(self, text=None):
@@ -301,27 +306,71 @@ def fetch(package, wanted):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A run's directory: log.jsonl, one object an event, and step_000500/, the model and all it takes to go on
+# Flags that several scripts have
+
+SHARED_FLAGS = {
+    "init-from": dict(metavar="DIR", help="begin with the weights of this run or checkpoint"),
+    "out": dict(metavar="RUN", help="directory of the run, a new one"),
+    "resume": dict(action="store_true", help="go on from the newest checkpoint of RUN, with its flags"),
+    "batch-tokens": dict(
+        type=number(int, low=1), metavar="N", help="tokens of a micro-batch at most, padding included"
+    ),
+    "lr": dict(type=number(float, above=0), metavar="X", help="highest learning rate"),
+    "warmup-steps": dict(type=number(int, low=0), metavar="N", help="steps in which it rises to that"),
+    "final-lr": dict(
+        type=number(float, 0, 1), metavar="X", help="learning rate at the end, as a part of the highest"
+    ),
+    "weight-decay": dict(type=number(float, low=0), metavar="X", help="on matrices and embeddings"),
+    "grad-clip": dict(type=number(float, above=0), metavar="X", help="largest norm of the gradient"),
+    "save-every": dict(
+        type=number(int, low=0), metavar="N", help="steps between checkpoints; there is always one at the end"
+    ),
+    "keep": dict(type=number(int, low=1), metavar="N", help="checkpoints to keep, the newest"),
+    "ranks": dict(
+        type=number(int, low=1), metavar="N", help="processes that share a step; one a core for a small model"
+    ),
+    "seed": dict(type=number(int, 0, 2**63), metavar="N", help="of all that is random"),
+    "device": dict(choices=("auto", "cpu", "cuda", "reference"), help="where to compute; auto: a GPU if any"),
+    "dtype": dict(choices=("auto", "float32", "float64", "bfloat16"), help="type of the weights"),
+}
+USUAL = dict(
+    final_lr=0.0, keep=2, ranks=None, seed=42, device="auto", dtype="auto", grad_clip=1.0, weight_decay=0.1
+)
 
 
-class Log:
-    """log.jsonl. Events after `step`, of a run that was cut off, are dropped: they will come again."""
+def add_shared_flags(group, *names, **defaults):
+    """Add flags of SHARED_FLAGS to a group of a parser; `defaults` are those that differ from the usual
+    ones."""
+    for name in names:
+        dest = name.replace("-", "_")
+        settings = SHARED_FLAGS[name]
+        if "action" not in settings:
+            settings = {**settings, "default": defaults.get(dest, USUAL.get(dest))}
+        group.add_argument(f"--{name}", **settings)
 
-    def __init__(self, run, step=0):
-        path = Path(run) / "log.jsonl"
-        for left_over in path.parent.glob(".*.part"):  # by a process that was killed while it saved
-            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-        if path.exists():
-            kept = [json.dumps(event) + "\n" for event in read_log(run) if event.get("step", 0) <= step]
-            write_whole(path, "".join(kept).encode())
-        self.file = open(path, "ab", buffering=0)  # every line is on its way at once
 
-    def write(self, event, **values):
-        """Append an event; a number that is none (NaN, infinity) becomes null, as JSON has no word for it."""
-        for name, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                values[name] = None
-        self.file.write(json.dumps({"event": event, **values}).encode() + b"\n")
+def parse_run(parser, argv):
+    """The flags of a script that trains, and the checkpoint that it goes on from or None.
+
+    With --resume the flags are those of the run's newest checkpoint, unless they are given anew.
+    """
+    flags = parser.parse_args(argv)
+    if not flags.resume:
+        return flags, None
+    if not checkpoints(flags.out):
+        raise UserError(f"nothing to resume: {flags.out} has no checkpoint; start anew, without --resume")
+    if is_first_rank():
+        lock(flags.out).close()  # another process that trains this run could remove what is read now
+    checkpoint = checkpoints(flags.out)[-1]
+    known = vars(flags)
+    before = {name: value for name, value in read_state(checkpoint)["flags"].items() if name in known}
+    before["out"] = str(flags.out)  # the run may have moved
+    parser.set_defaults(**before)
+    return parser.parse_args(argv), checkpoint
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A run's directory: log.jsonl, one object per event, and step_000500/, the model and all it takes to go on
 
 
 def read_log(run):
@@ -342,7 +391,11 @@ def read_log(run):
 def checkpoints(run):
     """The checkpoints of a run, oldest first."""
     found = [d for d in Path(run).glob("step_*") if d.name[5:].isdecimal() and (d / "config.json").is_file()]
-    return sorted(found, key=lambda d: int(d.name[5:]))
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint):
+    return int(checkpoint.name[5:])
 
 
 def newest_checkpoint(directory):
@@ -373,38 +426,288 @@ def save_checkpoint(run, step, model, tokenizer, optimizer, keep, **state):
 def read_state(checkpoint):
     """state.json of a checkpoint: the step, and what else the run put there."""
     try:
-        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        if isinstance(state, dict):
+            return state
+        raise ValueError
     except (OSError, ValueError):
         remedy = "delete this checkpoint to go on from an older one"
         raise UserError(f"{checkpoint / 'state.json'} is missing or damaged; {remedy}") from None
 
 
+def is_first_rank():
+    """Whether this process is rank 0, which alone writes and prints (distributed.py)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def lock(run):
+    """An open file that holds the run for this process until it is closed; UserError if another one has
+    it."""
+    file = open(Path(run) / "lock", "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(f"another process is training {run}; wait for it, or stop it first") from None
+    return file
+
+
 def require_new(run):
     """UserError unless a new run may begin there: nothing is ever overwritten."""
     run = Path(run)
-    if run.exists() and not (run.is_dir() and not any(run.iterdir())):
-        remedy = "go on with --resume" if checkpoints(run) else "it has no checkpoint: delete it"
-        raise UserError(f"{run} exists; {remedy}, or choose another --out")
+    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+        return
+    if (run / "lock").exists():
+        lock(run).close()
+    remedy = "go on with --resume" if checkpoints(run) else "it has no checkpoint: delete it"
+    raise UserError(f"{run} exists; {remedy}, or choose another --out")
 
 
-def to_resume(run):
-    """The newest checkpoint of a run and the flags it was made with, except that the run may have moved."""
-    if not checkpoints(run):
-        raise UserError(f"nothing to resume: {run} has no checkpoint; start anew, without --resume")
-    checkpoint = checkpoints(run)[-1]
-    return checkpoint, read_state(checkpoint)["flags"] | {"out": str(run)}
+WINDOW, ENOUGH = 128, 32  # steps that a loss is compared with; and how many of them there must be at least
 
 
-class Interrupt:
-    """Ctrl-C sets `asked`, for the loop to finish its step; a second one stops at once."""
+class Run:
+    """A training run: its directory, where it goes on, what it reports, its checkpoints, and its end.
 
-    def __init__(self):
-        self.asked = False
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self._ask)
+        run = Run("train.py", flags, checkpoint)
+        run.begin(world, model, optimizer, tokenizer, steps)
+        for step in run.steps():                # from where it stopped; saves checkpoints; ends on Ctrl-C
+            ...                                 # forward, backward, all-reduce
+            optimizer.step(lr, flags.grad_clip, *run.limits(step))
+            run.report(step, lr)
+            if run.is_due(step + 1, flags.eval_every):
+                run.say(f"validation loss {...}")
 
-    def _ask(self, name, frame):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        say("\nfinishing this step; once more to stop at once")
+    Every rank has one; only rank 0 writes and prints. Loss and norm of a step are read while the next one is
+    computed, so that a GPU never waits for Python.
+    """
+
+    def __init__(self, script, flags, checkpoint=None, stage=None):
+        self.script, self.flags, self.stage, self.directory = script, flags, stage, Path(flags.out)
+        self.checkpoint = checkpoint
+        self.is_first = is_first_rank()
+        self.lock = self.file = None
+        if self.is_first and checkpoint:
+            self.lock = lock(self.directory)  # before anything is read that another process may change
+        elif self.is_first:
+            require_new(self.directory)
+
+        # What a checkpoint keeps
+        self.state = read_state(checkpoint) if checkpoint else {}
+        self.start = self.state.get("step", 0)
+        self.skipped = self.state.get("skipped", 0)  # steps that were left out
+        self.losses, self.norms = self._restored("losses"), self._restored("norms")  # [(step, value), ...]
+        self.also_saved = {}  # what else a script needs to go on
+        if "steps" in flags:
+            self._require_steps_left(flags.steps, "--steps")
+
+        self.z = getattr(flags, "outlier_z", 0.0)
+        self.since = 0  # the first step that others are compared with
+        self.skipped_in_a_row = 0
+        self.saved = 0  # steps that are in the newest checkpoint of this process
+        self.flops_per_token, self.peak, self.peak_is = 0.0, math.inf, ""
+        self.pending = None  # the report of the last step, until it is read
+        self.line = Line(every=0)
+
+    def _require_steps_left(self, steps, flag):
+        if self.start >= steps:
+            remedy = f"give more {flag}, or see sample.py {self.directory}"
+            raise UserError(f"{self.directory} has all its {steps} steps; {remedy}")
+
+    def _restored(self, name):
+        """Losses or norms of the last steps from the checkpoint, [(step, value), ...]."""
+        values = self.state.get(name, [])
+        if values and isinstance(values[0], float):  # an earlier format had no steps
+            values = zip(range(self.start - len(values), self.start), values)
+        return [tuple(pair) for pair in values]
+
+    def begin(self, world, model, optimizer, tokenizer, steps, **about):
+        """Load the optimizer, and make the directory and its log; `about` goes to the log.
+
+        steps is how many the whole run has.
+        """
+        self.world, self.model, self.optimizer, self.tokenizer = world, model, optimizer, tokenizer
+        self.n_steps = steps
+        self._require_steps_left(steps, "--epochs")
+        if self.checkpoint:
+            optimizer.load(self.checkpoint / "optimizer.safetensors")
+        if self.is_first:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.lock = self.lock or lock(self.directory)
+            for left_over in self.directory.glob(".*.part"):  # by a process that was killed while it saved
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+            self._open_log()
+        self.log("start", step=self.start, flags=vars(self.flags), ranks=world.size, **about)
+
+    def _open_log(self):
+        """Events after the checkpoint, of a run that was cut off, are dropped: they will come again."""
+        path = self.directory / "log.jsonl"
+        if path.exists():
+            events = read_log(self.directory)
+            kept = [event for event in events if event.get("step", 0) <= self.start]
+            write_whole(path, "".join(json.dumps(event) + "\n" for event in kept).encode())
+        self.file = open(path, "ab", buffering=0)  # every line is written at once
+
+    # -- the loop ------------------------------------------------------------------------------------------
+
+    def steps(self):
+        """The numbers of the steps still to do. After each, a checkpoint if one is due or if the run is to
+        stop."""
+        self.world.catch_signals()
+        self.began = time.monotonic()
+        for step in range(self.start, self.n_steps):
+            self.step_began = self.model.ops.now()
+            yield step
+            done = step + 1
+            stop = self.world.stop if done < self.n_steps else 0
+            self.save_if_due(done, stop)
+            if stop:
+                command = f"python {self.script} --out {shlex.quote(str(self.directory))} --resume"
+                self.say(f"stopped after step {done}; go on with: {command}")
+                raise SystemExit(128 + stop)
+
+    def save_if_due(self, done, stop=0):
+        """Write a checkpoint if one is due after `done` steps; at the end there is always one.
+
+        steps() does it after each step. Call it before anything that takes long or may fail: an evaluation
+        that runs out of memory must not cost the steps before it.
+        """
+        due = stop or done == self.n_steps or self.is_due(done, self.flags.save_every)
+        if due and done != self.saved:
+            self.save(done)
+            self.saved = done
+
+    def is_due(self, done, every):
+        """Whether after `done` steps something is due that happens every so many steps (0: never) and at the
+        end."""
+        return every > 0 and (done % every == 0 or done == self.n_steps)
+
+    def limits(self, step, since=0):
+        """The norm and the loss above which a step is left out.
+
+        That is --outlier-z standard deviations above the mean of the steps before, from step `since` on. The
+        last step does not count: its loss is not read yet.
+        """
+        self.since = since
+        limits = [math.inf, math.inf]
+        for i, values in enumerate((self.norms, self.losses)):
+            window = self._window(values, step)
+            if self.z and len(window) >= ENOUGH:
+                limits[i] = mean(window) + self.z * standard_deviation(window)
+        return np.array(limits, self.model.exact).tolist()  # rounded as the device rounds them
+
+    def _window(self, values, step):
+        return [value for at, value in values if self.since <= at <= step - 2][-WINDOW:]
+
+    def report(self, step, lr, tokens=0, shown="", updated=True, **values):
+        """Show and log a step, as soon as the device has computed it: while the next one is under way.
+
+        shown is text for the progress line, tokens how many were trained on; without an update
+        (updated=False) there is neither loss nor norm. values go to the log.
+        """
+        ops = self.model.ops
+        report = SimpleNamespace(step=step, lr=lr, tokens=tokens, shown=shown, values=values)
+        report.loss = ops.read_later(self.optimizer.loss) if updated else None
+        report.norm = ops.read_later(self.optimizer.norm) if updated else None
+        report.limits = self.limits(step, self.since)
+        report.began, report.ended = self.step_began, ops.now()
+        report.seconds_so_far = time.monotonic() - self.began
+        self.flush()
+        self.pending = report
+
+    def flush(self):
+        """Finish the report that is pending: wait for its loss and norm, show and log them."""
+        if self.pending is None:
+            return
+        report, self.pending = self.pending, None
+        done, seconds = report.step + 1, self.model.ops.elapsed(report.began, report.ended)
+        measures, parts = dict(lr=report.lr, seconds=seconds), [f"step {done}/{self.n_steps}"]
+        if report.shown:
+            parts.append(report.shown)
+        if report.loss:
+            norm, loss = float(report.norm()[0]), float(report.loss()[0])
+            measures |= self._compare(report, norm, loss)
+            for name in ("loss", "norm"):
+                z = f" (z {measures[name + '_z']:+.1f})" if self.z else ""
+                parts.append(f"{name} {measures[name]:.4f}{z}")
+        parts += [f"lr {report.lr:.2e}", f"{seconds * 1e3:.0f} ms"]
+        if report.tokens:
+            measures["speed"] = report.tokens / seconds
+            parts.append(f"{count(measures['speed'])} tok/s")
+        if report.tokens and self.flops_per_token:
+            measures["utilization"] = measures["speed"] * self.flops_per_token / self.peak
+            parts.append(f"{measures['utilization']:.0%} {self.peak_is}")
+        seconds_left = report.seconds_so_far / (done - self.start) * (self.n_steps - done)
+        parts.append(f"{duration(seconds_left)} left")
+        if measures.get("skipped"):
+            parts.append("SKIPPED")
+        self.log("step", step=done, **measures, **report.values)
+        if self.is_first:
+            self.line.show(" | ".join(parts))
+        if self.skipped_in_a_row == 10:
+            raise UserError(
+                f"10 steps in a row had a loss or gradient that is no number or far out, last {loss:.4g} and "
+                f"{norm:.4g}; nothing was updated with them. Lower --lr and --resume, or start anew"
+            )
+
+    def _compare(self, report, norm, loss):
+        """What the log says of a step's norm and loss. Those of a step that was taken are kept, for later
+        ones to be compared with."""
+        limits = zip((norm, loss), report.limits)
+        taken = all(math.isfinite(value) and value <= limit for value, limit in limits)  # as the device did
+        self.skipped += not taken
+        self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
+        measures = dict(loss=loss, norm=norm, skipped=not taken)
+        if not self.z:
+            return measures
+        for name, value, past in (("loss", loss, self.losses), ("norm", norm, self.norms)):
+            window = self._window(past, report.step)
+            enough = len(window) >= ENOUGH
+            measures[name + "_z"] = (value - mean(window)) / standard_deviation(window) if enough else 0.0
+            if taken:
+                past.append((report.step, value))
+                del past[: -WINDOW - 1]
+        return measures
+
+    def save(self, done):
+        """Write a checkpoint after `done` steps, and log it."""
+        self.flush()
+        if self.is_first:
+            state = dict(skipped=self.skipped, losses=self.losses, norms=self.norms, flags=vars(self.flags))
+            if self.stage:
+                state["stage"] = self.stage
+            state.update(self.also_saved)
+            models = self.model, self.tokenizer, self.optimizer
+            place = save_checkpoint(self.directory, done, *models, self.flags.keep, **state)
+            self.log("checkpoint", step=done, path=place.name)
+
+    def checkpoint_path(self, done):
+        return self.directory / f"step_{done:06d}"
+
+    # -- what it says --------------------------------------------------------------------------------------
+
+    def log(self, event, step, **values):
+        """Append an event to log.jsonl; a number that is not finite becomes null, which is all that JSON
+        has."""
+        if not self.is_first:
+            return
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                values[name] = None
+        self.file.write(json.dumps({"event": event, "step": step, **values}).encode() + b"\n")
+
+    def say(self, text):
+        """Print a line, or several, that stay: rank 0 does."""
+        self.flush()
+        if self.is_first:
+            self.line.clear(text)
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def standard_deviation(values):
+    """Of all of them, not of a sample; never 0, so that one can divide by it."""
+    center = mean(values)
+    return max(math.sqrt(mean([(value - center) ** 2 for value in values])), 1e-6)

@@ -1,12 +1,23 @@
-"""GPT-2: configuration, parameters, forward, backward, AdamW, the cache for decoding, loading and saving.
+"""GPT-2: the network, forward and backward; decoding with a cache; AdamW; memory and files last.
 
-Read kernels/cpu.py first: it has every operation that is strung together here. Read train.py next: it feeds
-the model. The network is that of Radford et al., "Language models are unsupervised multitask learners"
-(2019); names and shapes of the parameters are those of Hugging Face's GPT-2, so checkpoints go there and
-come from there.
+    tokens (B, T) ──▶ wte[token] + wpe[position] ──▶ x (B, T, C), the residual stream
+                                                     │
+            ┌────────────────────────────────────────┤  L times:
+            │  ln_1 ─▶ c_attn (3C) ─▶ attention ─▶ c_proj ─▶ +     what earlier tokens have to say
+            │  ln_2 ─▶ c_fc (4C) ──▶ GELU ───────▶ c_proj ─▶ +     what follows from it at this token
+            └────────────────────────────────────────┤
+                                                     ▼
+                   ln_f ─▶ wte.T ─▶ logits (B, T, V) ─▶ softmax ─▶ the loss, -log p(target)
 
-  B batch   T time   C channels = n_embd   L layers   NH heads   HS head size   V vocabulary   Vp V padded to
-  128
+The residual stream is never overwritten: every layer reads it through a layernorm and adds to it. So its
+gradient flows back through the additions unchanged, and every layer adds its own share. The network is that
+of Radford et al., "Language models are unsupervised multitask learners" (2019); names and shapes of the
+parameters are those of Hugging Face's GPT-2, so checkpoints go there and come from there.
+
+  B batch   T time   C channels = n_embd   L layers   NH heads   HS head size = C / NH
+  V vocabulary   Vp V padded to a multiple of 128
+
+Read kernels/reference.py first: it has every operation that is called here. Read train.py next.
 """
 
 import dataclasses
@@ -21,9 +32,6 @@ import safetensors.numpy
 
 import kernels
 from common import UserError, write_whole
-
-# ------------------------------------------------------------------------------------------------------------
-# Configuration
 
 
 @dataclasses.dataclass
@@ -50,18 +58,18 @@ class GPT2Config:
 
     def shapes(self):
         """{name: shape} of every parameter, in Hugging Face's order; weights of products are (in, out)."""
-        C, shapes = self.n_embd, {}
-        shapes["wte.weight"] = (self.vocab_size, C)
-        shapes["wpe.weight"] = (self.n_positions, C)
+        C = self.n_embd
+        shapes = {"wte.weight": (self.vocab_size, C), "wpe.weight": (self.n_positions, C)}
+        layer = {
+            "ln_1": (C,),
+            "attn.c_attn": (C, 3 * C),
+            "attn.c_proj": (C, C),
+            "ln_2": (C,),
+            "mlp.c_fc": (C, 4 * C),
+            "mlp.c_proj": (4 * C, C),
+        }
         for i in range(self.n_layer):
-            for name, shape in {
-                "ln_1": (C,),
-                "attn.c_attn": (C, 3 * C),
-                "attn.c_proj": (C, C),
-                "ln_2": (C,),
-                "mlp.c_fc": (C, 4 * C),
-                "mlp.c_proj": (4 * C, C),
-            }.items():
+            for name, shape in layer.items():
                 shapes[f"h.{i}.{name}.weight"] = shape
                 shapes[f"h.{i}.{name}.bias"] = shape[-1:]
         shapes["ln_f.weight"] = shapes["ln_f.bias"] = (C,)
@@ -71,30 +79,13 @@ class GPT2Config:
         return sum(int(np.prod(shape)) for shape in self.shapes().values())
 
     def flops_per_token(self, T):
-        """Of forward and backward at context T: six for each parameter that multiplies (not wpe's), and in
-        every layer attention's two products, 2 T C operations each, of which causality leaves half, once
-        forward and twice backward."""
-        return 6 * (self.n_params() - self.n_positions * self.n_embd) + 6 * self.n_layer * self.n_embd * T
+        """FLOP of forward and backward at context T.
 
-    def memory(self, B, T, itemsize=4, recompute=False, logits=1 << 22):
-        """Bytes that training takes, {what: bytes}, for a micro-batch of B rows of T tokens.
-
-        itemsize is that of parameters and activations; with 2 (bfloat16) there is a float32 master copy.
-        logits is how many elements of logits exist at once, the device's LOGITS.
+        Six for each parameter that multiplies (all but wpe's): a multiplication and an addition forward,
+        twice as many backward. Attention's two products take 2 T C each in every layer; causality leaves half
+        of them, once forward and twice backward.
         """
-        n, exact = self.n_params(), max(itemsize, 4)
-        stored, statistics = activation_shapes(self, B, T, self.n_layer, True, recompute)
-        evaluation = activation_shapes(
-            self, B, T, 1, False, recompute
-        )  # it has arrays of its own, of one layer
-        stored, statistics = stored + evaluation[0], statistics + evaluation[1]
-        logits = chunk_rows(self, B * T, logits) * self.padded_vocab_size
-        return {
-            "parameters": n * itemsize + (n * exact if itemsize < exact else 0),
-            "gradients": (n + self.padded_vocab_size * self.n_embd) * exact,
-            "moments": 2 * n * exact,
-            "activations": (length(stored) + logits) * itemsize + length(statistics) * exact,
-        }
+        return 6 * (self.n_params() - self.n_positions * self.n_embd) + 6 * self.n_layer * self.n_embd * T
 
 
 PRESETS = {  # GPT-2's four sizes by their depth, and one that a laptop trains in minutes
@@ -107,170 +98,73 @@ PRESETS = {  # GPT-2's four sizes by their depth, and one that a laptop trains i
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Buffers
-
-
-ALIGNMENT = 64  # elements: every view begins at a multiple, where a GPU reads 16 bytes at once
-
-
-def length(shapes):
-    """Elements of a flat buffer for [(name, shape)]."""
-    return sum(-(-int(np.prod(shape)) // ALIGNMENT) * ALIGNMENT for _, shape in shapes)
-
-
-def carve(buffer, shapes):
-    """Cut {name: view} out of a flat buffer, one view behind the other. shapes: [(name, shape)]."""
-    views, start = {}, 0
-    for name, shape in shapes:
-        views[name] = buffer[start : start + int(np.prod(shape))].reshape(shape)
-        start += length([(name, shape)])
-    return views
-
-
-def activation_shapes(config, B, T, layers, backward=False, recompute=False):
-    """What a forward pass of `layers` layers keeps, and what backward needs besides.
-
-    Two lists of (name, shape): activations, and statistics that stay float32. "3.att" belongs to layer 3,
-    "all.att" to every layer: with `recompute`, backward makes layernorm's and GELU's outputs anew.
-    """
-    C, NH = config.n_embd, config.n_head
-    stored = [("embedded", (B, T, C)), ("ln_f", (B, T, C))]
-    statistics = [("mean_f", (B, T)), ("rstd_f", (B, T))]
-    again = dict(ln_1=C, ln_2=C, act=4 * C)
-    kept = dict(qkv=3 * C, att=C, mid=C, pre=4 * C, out=C)
-    if recompute:
-        stored += [(f"all.{name}", (B, T, width)) for name, width in again.items()]
-    else:
-        kept |= again
-    for i in range(layers):
-        stored += [(f"{i}.{name}", (B, T, width)) for name, width in kept.items()]
-        statistics += [(f"{i}.{name}", (B, T)) for name in ("mean_1", "rstd_1", "mean_2", "rstd_2")]
-        statistics.append((f"{i}.lse", (B, NH, T)))
-    if backward:
-        widths = dict(dx=C, dln=C, datt=C, dqkv=3 * C, dpre=4 * C, dln_f=C)
-        stored += [(name, (B, T, width)) for name, width in widths.items()]
-    return stored, statistics
-
-
-def chunk_rows(config, rows, elements):
-    """How many of the N = B * T rows of logits exist at once: all (N, V) would dwarf everything else."""
-    return min(rows, max(256, elements // config.padded_vocab_size))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The model
+# The network
 
 
 class GPT2:
     """A GPT-2 on one device. params and grads are {name: view} into one flat buffer each.
 
-    dtype is that of parameters and activations; gradients, statistics and losses are float32 at least, and
-    with bfloat16 the optimizer works on a float32 master copy. recompute saves a third of the activations
-    for a second layernorm and GELU each. UserError for settings that do not exist.
+    device is "reference", "cpu" or "cuda". dtype is that of parameters and activations; gradients, statistics
+    and losses are float32 at least, and with bfloat16 the optimizer works on a float32 master copy of the
+    parameters. recompute: backward makes the outputs of layernorm and GELU anew, which saves a third of the
+    activations. seed None leaves the parameters 0. UserError for settings that do not exist.
     """
 
     def __init__(self, config, device="cpu", dtype="float32", seed=42, recompute=False):
         self.config, self.device, self.dtype, self.recompute = config, device, dtype, recompute
-        self.ops = ops = kernels.load(device)
-        if dtype not in ops.DTYPES:
-            raise UserError(f"dtype {dtype} does not exist on {device}; there is {', '.join(ops.DTYPES)}")
-        self.type = ops.DTYPES[dtype]
-        self.exact = ops.DTYPES["float64" if dtype == "float64" else "float32"]
-        # Matrices come first in the flat buffers: weight decay is for them alone (n_decayed elements).
-        padded = config.shapes() | {"wte.weight": (config.padded_vocab_size, config.n_embd)}
-        self.layout = sorted(padded.items(), key=lambda item: len(item[1]) == 1)
-        self.n_decayed, n = length([item for item in self.layout if len(item[1]) == 2]), length(self.layout)
-        self.flat_master = None if self.type == self.exact else ops.zeros(n, self.exact)
-        self.use_buffers(ops.zeros(n, self.type), ops.zeros(n, self.exact))
-        self.dwte_head = None  # (Vp, C): the classifier's share of dwte between forward and backward
-        self.buffers = {}  # activations, by what they are for
-        self.pending = None  # tokens of the forward pass that backward belongs to
+        self.ops = kernels.load(device)
+        self._allocate_parameters()
         if seed is not None:
             self._initialise(seed)
 
-    def use_buffers(self, flat_params, flat_grads):
-        """Let these arrays, as long as the old ones, hold the parameters and the gradients."""
-        if self.type == self.exact:
-            self.flat_master = flat_params
-        self.flat_params, self.flat_grads = flat_params, flat_grads
-        self.params, self.grads = carve(flat_params, self.layout), carve(flat_grads, self.layout)
-        self.master = carve(self.flat_master, self.layout)
-        self.wte, self.dwte = self.params["wte.weight"], self.grads["wte.weight"]  # (Vp, C), with the padding
-        for views in (self.params, self.grads, self.master):
-            views["wte.weight"] = views["wte.weight"][: self.config.vocab_size]
+    def forward(self, tokens, targets, weights=None):
+        """Add sum(weights * losses) over tokens and targets (B, T) to self.loss (1,); return it, a device
+        scalar.
 
-    def _initialise(self, seed):
-        """N(0, 0.02); the projections into the residual stream by 1 / sqrt(2 L), as there are 2 L of them."""
-        rng = np.random.default_rng(seed)
-        for name, shape in self.config.shapes().items():
-            if name.endswith(".bias"):
-                continue  # zero
-            if len(shape) == 1:
-                self.set(name, np.ones(shape, np.float32))
-            else:
-                value = rng.standard_normal(shape, np.float32)
-                value *= 0.02 / (2 * self.config.n_layer) ** (0.5 if name.endswith("c_proj.weight") else 0)
-                self.set(name, value)
+        weights (B, T) are 1 / (B T) each if not given. Tokens of weight 0 get no logits at all: what they
+        predict does not count. The loss adds up over forward passes as the gradients do over backward passes,
+        until AdamW.step() clears both: self.grads is always the gradient of self.loss. Arrays are the host's.
 
-    def set(self, name, value):
-        """Give a parameter the values of a NumPy array of its shape."""
-        self.master[name][...] = self.ops.to_device(value.astype(self.exact))
-        self.params[name][...] = self.ops.to_device(value.astype(self.type))
+        All logits (N, Vp) would dwarf everything else in memory, so they exist for a chunk of rows at a time,
+        and each chunk becomes losses and then gradients before the next one.
+        """
+        ops, C, V = self.ops, self.config.n_embd, self.config.vocab_size
+        tokens = self._checked(tokens)
+        B, T = tokens.shape
+        targets, weights, rows = self._weighted_targets(
+            tokens, targets, weights
+        )  # (n,) each; rows of the B T
 
-    def _activations(self, purpose, B, T, layers, backward=False):
-        """The arrays of a pass of this shape, a.name and a.layers[i].name, in buffers that only grow."""
-        buffers, a, shape = self.buffers.get(purpose, ([None, None], None, None))
-        if shape != (B, T):
-            views = {}
-            lists = activation_shapes(self.config, B, T, layers, backward, self.recompute)
-            for k, (shapes, dtype) in enumerate(zip(lists, (self.type, self.exact))):
-                if buffers[k] is None or len(buffers[k]) < length(shapes):
-                    buffers[k] = self.ops.empty(length(shapes), dtype)
-                views |= carve(buffers[k], shapes)
+        self.pending = None
+        a = self._activations("training", B, T, self.config.n_layer, backward=True)
+        tokens = ops.to_device(tokens)
+        self._transformer(a, tokens, self._causal_attention)
+        x, dx = a.ln_f.reshape(-1, C), a.dln_f.reshape(-1, C)  # (N, C)
+        if rows is not None:
+            x, dx = ops.empty((len(rows), C), self.type), ops.zeros((len(rows) + 1, C), self.type)
+            ops.take_rows(x, a.ln_f.reshape(-1, C), ops.to_device(rows))  # (n, C)
 
-            def namespace(*prefixes):
-                found = {n.rpartition(".")[2]: view for n, view in views.items() if n.startswith(prefixes)}
-                return SimpleNamespace(**found)
+        losses = ops.empty(len(x), self.exact)
+        if self.dwte_head is None:
+            self.dwte_head = ops.empty(self.wte.shape, self.exact)
+        self.dwte_head.fill(0)
+        for z, chunk in self._logit_chunks(len(x)):
+            ops.matmul_forward(z, x[chunk], self.wte.T, None)  # (n, Vp) logits
+            ops.classifier(losses[chunk], z, targets[chunk], weights[chunk], V)  # z is now dlogits
+            ops.matmul_backward(dx[chunk], self.dwte_head.T, None, z, x[chunk], self.wte.T)
+        if rows is not None:  # the other rows take the row of zeros at the end of dx
+            source = np.full(B * T, len(rows), np.int32)
+            source[rows] = np.arange(len(rows))
+            ops.take_rows(a.dln_f.reshape(-1, C), dx, ops.to_device(source))
 
-            a = SimpleNamespace(**{name: view for name, view in views.items() if "." not in name})
-            a.layers = [namespace(f"{i}.", "all.") for i in range(layers)]
-            a.layers *= self.config.n_layer // layers  # with one layer kept, all layers write the same arrays
-            self.buffers[purpose] = buffers, a, (B, T)
-        return a
+        ops.weighted_sum(self.loss, losses, weights)
+        self.pending = tokens
+        return copy_of(self.loss, ops)
 
-    def _checked(self, tokens):
-        """tokens as an int32 array (B, T), all of them in the vocabulary."""
-        tokens = np.asarray(tokens)
-        if tokens.ndim != 2 or tokens.size == 0:
-            raise ValueError(f"tokens are (B, T), not {tokens.shape}")
-        if tokens.shape[1] > self.config.n_positions:
-            raise UserError(f"{tokens.shape[1]} tokens do not fit the context of {self.config.n_positions}")
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            bad = tokens.max() if tokens.max() >= self.config.vocab_size else tokens.min()
-            raise UserError(f"token {bad} is not in the model's vocabulary of {self.config.vocab_size}")
-        return np.ascontiguousarray(tokens, np.int32)
-
-    def _on_device(self, tokens):
-        """tokens (B, T), checked, on the device; what is not on the host has been checked by prefetch."""
-        on_host = isinstance(tokens, (np.ndarray, list, tuple))
-        return self.ops.to_device(self._checked(tokens)) if on_host else tokens
-
-    def prefetch(self, batches):
-        """Yield each (tokens, targets) on the device, for forward."""
-        for batch in batches:
-            yield tuple(map(self._on_device, batch))
-
-    # -- forward and backward ------------------------------------------------------------------------------
-
-    def _parameters(self, name):
-        return self.params[name + ".weight"], self.params[name + ".bias"]
-
-    def _gradients(self, name):
-        return self.params[name + ".weight"], self.grads[name + ".weight"], self.grads[name + ".bias"]
-
-    def _blocks(self, a, tokens, attention, offsets=None):
-        """The transformer: tokens (B, T) -> a.ln_f (B, T, C). attention(i, s) makes s.att from s.qkv."""
-        ops, x = self.ops, a.embedded  # x (B, T, C) is the residual stream
+    def _transformer(self, a, tokens, attention, offsets=None):
+        """tokens (B, T) -> a.ln_f (B, T, C). attention(i, s) makes s.att from s.qkv in layer i."""
+        ops = self.ops
+        x = a.embedded  # (B, T, C), the residual stream
         ops.encoder_forward(x, tokens, self.wte, self.params["wpe.weight"], offsets)
         for i, s in enumerate(a.layers):
             ops.layernorm_forward(s.ln_1, s.mean_1, s.rstd_1, x, *self._parameters(f"h.{i}.ln_1"))
@@ -283,76 +177,22 @@ class GPT2:
             x = s.out
         ops.layernorm_forward(a.ln_f, a.mean_f, a.rstd_f, x, *self._parameters("ln_f"))
 
-    def _causal(self, i, s):
+    def _causal_attention(self, i, s):
         self.ops.attention_forward(s.att, s.lse, s.qkv, self.config.n_head)
 
-    def _chunks(self, rows):
-        """Buffers for logits (n, Vp), and the rows of N = B * T that each is for."""
-        n = chunk_rows(self.config, rows, self.ops.LOGITS)
-        buffer = self.buffers.get("logits")
-        if buffer is None or len(buffer) < n:
-            buffer = self.buffers["logits"] = self.ops.empty((n, self.config.padded_vocab_size), self.type)
-        for start in range(0, rows, n):
-            yield buffer[: min(n, rows - start)], slice(start, min(start + n, rows))
-
-    def forward(self, tokens, targets, weights=None, sparse=False):
-        """The loss of every token, (B, T) float32, for tokens and targets (B, T).
-
-        backward() will differentiate sum(weights * losses); weights (B, T) default to 1 / (B T) each. The
-        logits exist only for a chunk of rows at a time: each chunk becomes losses and gradients before the
-        next. With `sparse` tokens of weight 0 get no logits at all, and the losses are those of the n others,
-        (n,), in their order: in a small model the classifier is two fifths of the work. Arrays on the host.
-        """
-        ops, C, V = self.ops, self.config.n_embd, self.config.vocab_size
-        if sparse:
-            wanted = np.flatnonzero(weights)  # (n,)
-            if not len(wanted):
-                raise ValueError("no token has a weight")
-            place = np.full(np.size(weights), len(wanted), np.int32)  # (N,): where each is among them; else n
-            place[wanted] = np.arange(len(wanted))
-            chosen = np.reshape(targets, -1)[wanted], np.reshape(weights, -1)[wanted]
-        tokens, targets = self._on_device(tokens), self._on_device(targets)
-        B, T = tokens.shape
-        if weights is None:
-            weights = np.full((B, T), 1 / (B * T))
-        if isinstance(weights, (np.ndarray, list, tuple)):
-            weights = ops.to_device(np.asarray(weights, self.exact))
-        if targets.shape != (B, T) or weights.shape != (B, T):
-            raise ValueError(f"tokens {(B, T)}, targets {targets.shape}, weights {weights.shape} differ")
-        weights = weights.reshape(-1)  # (N,)
-        self.pending = None
-        a = self._activations("training", B, T, self.config.n_layer, backward=True)
-        self._blocks(a, tokens, self._causal)
-        if self.dwte_head is None:
-            self.dwte_head = ops.empty(self.wte.shape, self.exact)
-        self.dwte_head.fill(0)
-        x, dx, targets = a.ln_f.reshape(-1, C), a.dln_f.reshape(-1, C), targets.reshape(-1)  # (N, C), (N,)
-        if sparse:
-            x, dx = ops.empty((len(wanted), C), self.type), ops.zeros((len(wanted) + 1, C), self.type)
-            ops.take_rows(x, a.ln_f.reshape(-1, C), ops.to_device(wanted.astype(np.int32)))
-            targets, weights = (
-                ops.to_device(some.astype(t)) for some, t in zip(chosen, (np.int32, self.exact))
-            )
-        losses = ops.empty(len(x), self.exact)
-        for z, rows in self._chunks(len(x)):
-            ops.matmul_forward(z, x[rows], self.wte.T, None)  # (n, Vp) logits
-            ops.classifier(losses[rows], z, targets[rows], weights[rows], V)  # now dlogits
-            ops.matmul_backward(dx[rows], self.dwte_head.T, None, z, x[rows], self.wte.T)
-        self.pending = tokens
-        if sparse:  # the others' gradient is the row of zeros at the end of dx
-            ops.take_rows(a.dln_f.reshape(-1, C), dx, ops.to_device(place))
-            return losses
-        return losses.reshape(B, T)
-
     def backward(self):
-        """Add the gradients of the last forward pass to grads: forward, read from end to beginning."""
+        """Add to grads the gradients of the last forward pass, which is read here from its end to its
+        beginning.
+
+        a.dx (B, T, C) is the gradient of the residual stream: each layernorm_backward adds to it.
+        """
         if self.pending is None:
             raise RuntimeError("backward() follows one forward(tokens, targets)")
         tokens, self.pending = self.pending, None
         a, ops = self._activations("training", *tokens.shape, self.config.n_layer, backward=True), self.ops
         ops.residual_forward(self.dwte, self.dwte, self.dwte_head)
         inputs = [a.embedded] + [s.out for s in a.layers]  # of each layer, and of ln_f
-        a.dx.fill(0)  # (B, T, C), the gradient of the residual stream
+        a.dx.fill(0)
         w, dw, db = self._gradients("ln_f")
         ops.layernorm_backward(a.dx, dw, db, a.dln_f, inputs[-1], w, a.mean_f, a.rstd_f)
         for i, s in reversed(list(enumerate(a.layers))):
@@ -376,30 +216,31 @@ class GPT2:
             ops.layernorm_backward(a.dx, dw, db, a.dln, inputs[i], w, s.mean_1, s.rstd_1)
         ops.encoder_backward(self.dwte, self.grads["wpe.weight"], a.dx, tokens)
 
-    # -- evaluation and decoding -----------------------------------------------------------------------------
-
     def losses(self, tokens, targets):
-        """The loss of every token, (B, T) float32, for evaluation: nothing is kept for backward."""
-        tokens, targets = self._on_device(tokens), self._on_device(targets)
+        """The loss of every token, (B, T) on the device, for evaluation: nothing is kept for backward()."""
+        tokens, targets = self._checked(tokens), self._checked(targets)
         if tokens.shape != targets.shape:
             raise ValueError(f"tokens {tokens.shape} and targets {targets.shape} differ")
         a = self._activations("evaluation", *tokens.shape, 1)
-        self._blocks(a, tokens, self._causal)
-        x, targets = a.ln_f.reshape(-1, self.config.n_embd), targets.reshape(-1)
+        self._transformer(a, self.ops.to_device(tokens), self._causal_attention)
+        x, targets = a.ln_f.reshape(-1, self.config.n_embd), self.ops.to_device(targets.reshape(-1))
         losses = self.ops.empty(tokens.size, self.exact)
-        for z, rows in self._chunks(tokens.size):
-            self.ops.matmul_forward(z, x[rows], self.wte.T, None)
-            self.ops.cross_entropy(losses[rows], z, targets[rows], self.config.vocab_size)
+        for z, chunk in self._logit_chunks(tokens.size):
+            self.ops.matmul_forward(z, x[chunk], self.wte.T, None)  # (n, Vp)
+            self.ops.cross_entropy(losses[chunk], z, targets[chunk], self.config.vocab_size)
         return losses.reshape(tokens.shape)
 
     def logits(self, tokens):
         """Logits (B, T, V) float32 at every position of tokens (B, T), to look at and to test with."""
-        tokens = self._on_device(tokens)
+        tokens = self._checked(tokens)
         a = self._activations("evaluation", *tokens.shape, 1)
-        self._blocks(a, tokens, self._causal)
-        out = self.ops.empty((*tokens.shape, len(self.wte)), self.exact)
+        self._transformer(a, self.ops.to_device(tokens), self._causal_attention)
+        out = self.ops.empty((*tokens.shape, len(self.wte)), self.exact)  # (B, T, Vp)
         self.ops.matmul_forward(out, a.ln_f, self.wte.T, None)
         return out[..., : self.config.vocab_size]
+
+    # -- decoding: one token after the other, with the keys and values of those before
+    # ---------------------------
 
     def new_cache(self, batch, length):
         """Room for the keys and values of `batch` rows of up to `length` tokens."""
@@ -410,8 +251,9 @@ class GPT2:
     def decode(self, tokens, cache, lengths=None):
         """Append tokens (B, T) to the cache; return the logits (B, V) after the last token of each row.
 
-        T is 1 for a step and more for a prompt. lengths (B,) says how many tokens of a row are real, if rows
-        differ: the rest is padding on the right, which leaves no trace. UserError where the context ends.
+        T > 1 is the prefill of a prompt, T = 1 a decode step. lengths (B,) says how many tokens of a row are
+        real, if rows differ: the rest is padding on the right, which leaves no trace. UserError where the
+        context ends.
         """
         ops, tokens = self.ops, self._checked(tokens)
         B, T = tokens.shape
@@ -425,10 +267,12 @@ class GPT2:
                 f"{cache.lengths.max()} + {T} tokens do not fit the room for {cache.length}; "
                 f"the model's context is {self.config.n_positions}"
             )
-        if T == 1:  # the same again and again: cache.step keeps its arrays, and on a GPU a recording of it
-            cache.step = step = cache.step or self._reader(cache, B, 1)
+        if (
+            T == 1
+        ):  # the same step again and again: it keeps its arrays, and on a GPU a recording of its kernels
+            cache.decode_step = step = cache.decode_step or self._cache_pass(cache, B, 1)
         else:
-            step = self._reader(cache, B, T)
+            step = self._cache_pass(cache, B, T)
         last = np.arange(B) * T + lengths - 1  # (B,) rows of the B T
         inputs = np.concatenate([tokens.reshape(-1), cache.lengths, last], dtype=np.int32)
         step.inputs[...] = ops.to_device(inputs)
@@ -438,7 +282,7 @@ class GPT2:
         logits[...] = step.logits
         return logits[:, : self.config.vocab_size]
 
-    def _reader(self, cache, B, T):
+    def _cache_pass(self, cache, B, T):
         """What appends B rows of T tokens to the cache: .run() makes .logits (B, Vp) from .inputs, which are
         the tokens (B, T), the rows' lengths before (B,), and which of the B T tokens end the rows (B,)."""
         ops, keys, values, N = self.ops, cache.keys, cache.values, B * T
@@ -446,19 +290,153 @@ class GPT2:
         tokens, offsets, last = inputs[:N].reshape(B, T), inputs[N : N + B], inputs[N + B :]
         x = ops.empty((B, self.config.n_embd), self.type)
         logits = ops.empty((B, len(self.wte)), self.exact)
-        empty_cache = T > 1 and not cache.lengths.any()  # a step is used again while the cache fills
+        empty_cache = T > 1 and not cache.lengths.any()  # a decode step is used again while the cache fills
 
         def attention(i, s):
             ops.attention_decode(s.att, s.qkv, keys[i], values[i], offsets, empty_cache)
 
         def run():
-            self._blocks(a, tokens, attention, offsets)
+            self._transformer(a, tokens, attention, offsets)
             ops.take_rows(x, a.ln_f.reshape(N, -1), last)
             ops.matmul_forward(logits, x, self.wte.T, None)
 
         return SimpleNamespace(inputs=inputs, logits=logits, run=ops.captured(run))
 
-    # -- loading and saving ----------------------------------------------------------------------------------
+    # -- parameters
+    # ----------------------------------------------------------------------------------------------
+
+    def _allocate_parameters(self):
+        ops, dtype = self.ops, self.dtype
+        if dtype not in ops.DTYPES:
+            raise UserError(
+                f"dtype {dtype} does not exist on {self.device}; there is {', '.join(ops.DTYPES)}"
+            )
+        self.type = ops.DTYPES[dtype]
+        self.exact = ops.DTYPES["float64" if dtype == "float64" else "float32"]
+        # Matrices come first in the flat buffers: weight decay is for them alone (n_decayed elements).
+        padded = self.config.shapes()
+        padded["wte.weight"] = (self.config.padded_vocab_size, self.config.n_embd)
+        self.layout = sorted(padded.items(), key=is_vector)
+        self.n_decayed = flat_length([item for item in self.layout if not is_vector(item)])
+        n = flat_length(self.layout)
+        self.flat_master = None if self.type == self.exact else ops.zeros(n, self.exact)
+        self.dwte_head = None  # (Vp, C): the classifier's share of dwte between forward and backward
+        self.buffers = {}  # activations, by what they are for
+        self.pending = None  # tokens of the forward pass that backward belongs to
+        self.use_buffers(ops.zeros(n, self.type), ops.zeros(n + ALIGNMENT, self.exact))
+
+    def use_buffers(self, flat_params, sums):
+        """Let flat_params (n,) hold the parameters, and sums (n + 64,) what adds up over micro-batches and
+        ranks: the gradients, flat_grads (n,), and behind them the loss (1,)."""
+        n = len(flat_params)
+        if self.type == self.exact:
+            self.flat_master = flat_params
+        self.flat_params, self.sums = flat_params, sums
+        self.flat_grads, self.loss = sums[:n], sums[n : n + 1]
+        self.params = make_views(flat_params, self.layout)
+        self.grads = make_views(self.flat_grads, self.layout)
+        self.master = make_views(self.flat_master, self.layout)
+        self.wte, self.dwte = self.params["wte.weight"], self.grads["wte.weight"]  # (Vp, C), with the padding
+        for views in (self.params, self.grads, self.master):
+            views["wte.weight"] = views["wte.weight"][: self.config.vocab_size]
+
+    def share(self, world):
+        """Put the parameters into memory that all ranks of a World see, with rank 0's values; and sums into
+        memory that its all_reduce() takes. Ranks on a CPU alone."""
+        if world.size > 1:
+            params = world.zeros(len(self.flat_params), self.type)
+            if world.rank == 0:
+                params[:] = self.flat_params
+            self.use_buffers(params, world.zeros_for_sums(len(self.sums), self.exact))
+
+    def _initialise(self, seed):
+        """N(0, 0.02); the projections into the residual stream by 1 / sqrt(2 L), as there are 2 L of them."""
+        rng = np.random.default_rng(seed)
+        for name, shape in self.config.shapes().items():
+            if name.endswith(".bias"):
+                continue  # zero
+            if len(shape) == 1:
+                self.set(name, np.ones(shape, np.float32))
+                continue
+            value = rng.standard_normal(shape, np.float32)
+            value *= 0.02 / (2 * self.config.n_layer) ** (0.5 if name.endswith("c_proj.weight") else 0)
+            self.set(name, value)
+
+    def set(self, name, value):
+        """Give a parameter the values of a NumPy array of its shape."""
+        self.master[name][...] = self.ops.to_device(value.astype(self.exact))
+        self.params[name][...] = self.ops.to_device(value.astype(self.type))
+
+    def _parameters(self, name):
+        return self.params[name + ".weight"], self.params[name + ".bias"]
+
+    def _gradients(self, name):
+        return self.params[name + ".weight"], self.grads[name + ".weight"], self.grads[name + ".bias"]
+
+    # -- what a pass works on
+    # ------------------------------------------------------------------------------------
+
+    def _checked(self, tokens):
+        """tokens as an int32 array (B, T) on the host, all of them in the vocabulary."""
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or tokens.size == 0:
+            raise ValueError(f"tokens are (B, T), not {tokens.shape}")
+        if tokens.shape[1] > self.config.n_positions:
+            raise UserError(f"{tokens.shape[1]} tokens do not fit the context of {self.config.n_positions}")
+        lowest, highest = tokens.min(), tokens.max()
+        if lowest < 0 or highest >= self.config.vocab_size:
+            bad = lowest if lowest < 0 else highest
+            raise UserError(f"token {bad} is not in the model's vocabulary of {self.config.vocab_size}")
+        return np.ascontiguousarray(tokens, np.int32)
+
+    def _weighted_targets(self, tokens, targets, weights):
+        """targets and weights (n,) on the device, of the n tokens whose weight is not 0; and which rows of
+        the B T these are, (n,) int32 on the host, or None if they are all of them."""
+        targets = self._checked(targets)
+        if weights is None:
+            weights = np.full(tokens.shape, 1 / tokens.size)
+        weights = np.asarray(weights, self.exact)
+        if targets.shape != tokens.shape or weights.shape != tokens.shape:
+            raise ValueError(
+                f"tokens {tokens.shape}, targets {targets.shape}, weights {weights.shape} differ"
+            )
+        targets, weights = targets.reshape(-1), weights.reshape(-1)  # (N,)
+        rows = np.flatnonzero(weights).astype(np.int32)  # (n,)
+        if len(rows) == 0:
+            raise ValueError("no token has a weight")
+        if len(rows) == len(weights):
+            return self.ops.to_device(targets), self.ops.to_device(weights), None
+        return self.ops.to_device(targets[rows]), self.ops.to_device(weights[rows]), rows
+
+    def _activations(self, purpose, B, T, layers, backward=False):
+        """The arrays of a pass of this shape, a.name and a.layers[i].name, in buffers that only grow."""
+        buffers, a, shape = self.buffers.get(purpose, ([None, None], None, None))
+        if shape == (B, T):
+            return a
+        a = SimpleNamespace(layers=[SimpleNamespace() for _ in range(layers)])
+        lists = activation_shapes(self.config, B, T, layers, backward, self.recompute)
+        for k, (shapes, dtype) in enumerate(zip(lists, (self.type, self.exact))):
+            if buffers[k] is None or len(buffers[k]) < flat_length(shapes):
+                buffers[k] = self.ops.empty(flat_length(shapes), dtype)
+            for name, view in make_views(buffers[k], shapes).items():
+                owner, _, short = name.rpartition(".")
+                for where in {"": [a], "all": a.layers}.get(owner) or [a.layers[int(owner)]]:
+                    setattr(where, short, view)
+        a.layers *= self.config.n_layer // layers  # if one layer is kept, all layers write the same arrays
+        self.buffers[purpose] = buffers, a, (B, T)
+        return a
+
+    def _logit_chunks(self, rows):
+        """Buffers for logits (n, Vp), and the slice of the rows (N = B T of them) that each is for."""
+        n = chunk_rows(self.config, rows, self.ops.LOGITS)
+        buffer = self.buffers.get("logits")
+        if buffer is None or len(buffer) < n:
+            buffer = self.buffers["logits"] = self.ops.empty((n, self.config.padded_vocab_size), self.type)
+        for start in range(0, rows, n):
+            yield buffer[: min(n, rows - start)], slice(start, min(start + n, rows))
+
+    # -- loading and saving
+    # --------------------------------------------------------------------------------------
 
     def save_pretrained(self, directory):
         """Write config.json and model.safetensors as Hugging Face's GPT2LMHeadModel reads them."""
@@ -525,7 +503,7 @@ class Cache:
         shape = (model.config.n_layer, batch, NH, length, HS)
         self.keys, self.values = model.ops.zeros(shape, model.type), model.ops.zeros(shape, model.type)
         self.model, self.lengths, self.length = model, np.zeros(batch, np.int32), length
-        self.step = None  # see GPT2.decode
+        self.decode_step = None  # see GPT2.decode
 
     def select(self, rows):
         """Keep these rows, in this order; a row named twice is copied: drop what is done, share a prompt."""
@@ -536,7 +514,7 @@ class Cache:
             for old, new in zip(before, after):
                 ops.take_rows(new.reshape(n, -1), old.reshape(len(old), -1), ops.to_device(picked))
             setattr(self, name, after)
-        self.lengths, self.step = self.lengths[picked], None
+        self.lengths, self.decode_step = self.lengths[picked], None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -544,48 +522,57 @@ class Cache:
 
 
 class AdamW:
-    """AdamW (Loshchilov and Hutter 2019) over flat buffers; weight decay on matrices and embeddings only."""
+    """AdamW (Loshchilov and Hutter 2019) over flat buffers; weight decay on matrices and embeddings only.
 
-    def __init__(self, model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
-        self.model, self.betas, self.eps, self.weight_decay = model, betas, eps, weight_decay
-        self.m, self.v = (model.ops.zeros(len(model.flat_grads), model.exact) for _ in range(2))
-        self.norm, self.loss = (model.ops.zeros(1, model.exact) for _ in range(2))
-        self.settings, self.plan = (model.ops.zeros(4, model.exact) for _ in range(2))
-        self.step_count = model.ops.zeros(1, np.int32)  # on the device, where a step may be left out
+    The ranks of a World update a part each of the parameters that they share.
+    """
 
-    @property
-    def steps(self):
-        """How many steps have been taken; steps that were left out do not count."""
-        return int(self.model.ops.to_host(self.step_count)[0])
+    def __init__(self, model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, world=None):
+        self.model, self.betas, self.eps, self.weight_decay, self.world = (
+            model,
+            betas,
+            eps,
+            weight_decay,
+            world,
+        )
+        ops, n = model.ops, len(model.flat_grads)
+        shared = world is not None and world.size > 1
+        self.m, self.v = ((world if shared else ops).zeros(n, model.exact) for _ in range(2))
+        self.part = world.part(n) if shared else slice(0, n)
+        self.steps = ops.zeros(1, np.int32)  # updates so far: a step that is left out does not count
+        self.loss, self.norm = ops.zeros(1, model.exact), ops.zeros(1, model.exact)  # of the last step
+        self.settings = ops.zeros(4, model.exact)  # learning rate, max_norm, norm_limit, loss_limit
+        self.plan = ops.zeros(4, model.exact)  # clip, learning rate and the two bias corrections of an update
 
-    @steps.setter
-    def steps(self, value):
-        self.step_count.fill(value)
+    def step(self, lr, max_norm=1.0, norm_limit=np.inf, loss_limit=np.inf):
+        """Update the parameters, clear gradients and loss; return the norm before clipping, a device scalar.
 
-    def step(self, lr, max_norm=1.0, limit=np.inf):
-        """Update the parameters, clear the gradients, return the gradients' norm before clipping to max_norm.
-
-        If the norm is not finite or exceeds `limit`, parameters and moments stay as they are.
+        Gradients are scaled down to max_norm. If norm or loss is not finite, or over its limit, parameters
+        and moments stay as they are: the device decides, and nobody waits for it.
         """
-        return self.update(lr, max_norm, limit)()
-
-    def update(self, lr, max_norm=1.0, limit=np.inf):
-        """step() that waits for nothing: the function it returns reads the norm. Call it before the next."""
         model, ops, n = self.model, self.model.ops, self.model.n_decayed
-        self.settings[...] = ops.to_device(np.array([lr, max_norm, limit, np.inf], model.exact))
+        self.loss[...] = model.loss
+        self.settings[...] = ops.to_device(np.array([lr, max_norm, norm_limit, loss_limit], model.exact))
         ops.global_norm(self.norm, model.flat_grads)
-        ops.plan_update(self.plan, self.step_count, self.norm, self.loss, self.settings, *self.betas)
-        norm = ops.read_later(self.norm)
-        for part, decay in ((slice(0, n), self.weight_decay), (slice(n, None), 0.0)):
-            flat = (array[part] for array in (model.flat_master, model.flat_grads, self.m, self.v))
+        ops.plan_update(self.plan, self.steps, self.norm, self.loss, self.settings, *self.betas)
+        start, end = self.part.start, self.part.stop
+        for part, decay in ((slice(start, min(end, n)), self.weight_decay), (slice(max(start, n), end), 0.0)):
+            if part.start >= part.stop:
+                continue
+            arrays = [array[part] for array in (model.flat_master, model.flat_grads, self.m, self.v)]
             copy = None if model.flat_master is model.flat_params else model.flat_params[part]
-            ops.adamw(*flat, self.plan, *self.betas, self.eps, decay, copy)
-        return lambda: float(norm()[0])
+            ops.adamw(*arrays, self.plan, *self.betas, self.eps, decay, copy)
+        model.sums[:start].fill(0)  # the gradients that other ranks have used
+        model.sums[end:].fill(0)  # and the loss
+        if self.world is not None:
+            self.world.barrier()  # every part is up to date
+        return copy_of(self.norm, ops)
 
     def save(self, path):
         """Write moments and step count to a safetensors file."""
         tensors = {name: self.model.ops.to_host(getattr(self, name)) for name in ("m", "v")}
-        write_whole(Path(path), safetensors.numpy.save(tensors, {"steps": str(self.steps)}))
+        steps = int(self.model.ops.to_host(self.steps)[0])
+        write_whole(Path(path), safetensors.numpy.save(tensors, {"steps": str(steps)}))
 
     def load(self, path):
         """Read what save wrote; UserError if it belongs to another model."""
@@ -596,7 +583,91 @@ class AdamW:
                 )
             for name in ("m", "v"):
                 getattr(self, name)[...] = self.model.ops.to_device(file.get_tensor(name))
-            self.steps = int(file.metadata()["steps"])
+            self.steps.fill(int(file.metadata()["steps"]))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Memory: flat buffers, and what a run needs
+
+
+ALIGNMENT = 64  # elements: every view begins at a multiple, where a GPU reads 16 bytes at once
+
+
+def copy_of(array, ops):
+    """A copy on the same device: a number that a later step will not change."""
+    copy = ops.empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
+def is_vector(item):
+    """Whether a (name, shape) is one of a bias or a layernorm."""
+    return len(item[1]) == 1
+
+
+def flat_length(shapes):
+    """Elements of a flat buffer for [(name, shape)]."""
+    return sum(-(-int(np.prod(shape)) // ALIGNMENT) * ALIGNMENT for _, shape in shapes)
+
+
+def make_views(buffer, shapes):
+    """{name: view} into a flat buffer, one view behind the other. shapes: [(name, shape)]."""
+    views, start = {}, 0
+    for name, shape in shapes:
+        views[name] = buffer[start : start + int(np.prod(shape))].reshape(shape)
+        start += flat_length([(name, shape)])
+    return views
+
+
+def activation_shapes(config, B, T, layers, backward=False, recompute=False):
+    """What a forward pass of `layers` layers keeps, and what backward needs besides.
+
+    Two lists of (name, shape): activations, and statistics that stay float32. "3.att" belongs to layer 3,
+    "all.att" to every layer: with `recompute`, backward makes layernorm's and GELU's outputs anew.
+    """
+    C, NH = config.n_embd, config.n_head
+    stored = [("embedded", (B, T, C)), ("ln_f", (B, T, C))]
+    statistics = [("mean_f", (B, T)), ("rstd_f", (B, T))]
+    kept = dict(qkv=3 * C, att=C, mid=C, pre=4 * C, out=C)
+    made_again = dict(ln_1=C, ln_2=C, act=4 * C)
+    if recompute:
+        stored += [(f"all.{name}", (B, T, width)) for name, width in made_again.items()]
+    else:
+        kept.update(made_again)
+    for i in range(layers):
+        stored += [(f"{i}.{name}", (B, T, width)) for name, width in kept.items()]
+        statistics += [(f"{i}.{name}", (B, T)) for name in ("mean_1", "rstd_1", "mean_2", "rstd_2")]
+        statistics.append((f"{i}.lse", (B, NH, T)))
+    if backward:
+        widths = dict(dx=C, dln=C, datt=C, dqkv=3 * C, dpre=4 * C, dln_f=C)
+        stored += [(name, (B, T, width)) for name, width in widths.items()]
+    return stored, statistics
+
+
+def chunk_rows(config, rows, elements):
+    """How many of the N = B * T rows of logits exist at once."""
+    return min(rows, max(256, elements // config.padded_vocab_size))
+
+
+def memory(config, B, T, itemsize=4, recompute=False, logits=1 << 22):
+    """Bytes that training takes, {what: bytes}, for a micro-batch of B rows of T tokens.
+
+    itemsize is that of parameters and activations; with 2 (bfloat16) there is a float32 master copy.
+    logits is how many elements of logits exist at once, the device's LOGITS.
+    """
+    n, exact = config.n_params(), max(itemsize, 4)
+    n_head = config.padded_vocab_size * config.n_embd  # the classifier's gradient has a buffer of its own
+    stored, statistics = activation_shapes(config, B, T, config.n_layer, True, recompute)
+    for_evaluation = activation_shapes(config, B, T, 1, False, recompute)
+    n_stored = flat_length(stored) + flat_length(for_evaluation[0])
+    n_statistics = flat_length(statistics) + flat_length(for_evaluation[1])
+    n_logits = chunk_rows(config, B * T, logits) * config.padded_vocab_size
+    return {
+        "parameters": n * itemsize + (n * exact if itemsize < exact else 0),
+        "gradients": (n + n_head) * exact,
+        "moments": 2 * n * exact,
+        "activations": (n_stored + n_logits) * itemsize + n_statistics * exact,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,45 +1,255 @@
 """Reinforcement learning: the model practises problems whose answers can be checked, and gets better.
 
-    python rl.py --init-from runs/sft --out runs/rl --task word --level 2       practise, and watch it improve
-    python rl.py --out runs/rl --resume                                         after Ctrl-C, bit for bit
-    python rl.py --eval runs/rl --task word                                     a table of what it can do
+    python rl.py --init-from runs/sft --out runs/rl --task word --level 2     practise, and watch it improve
+    python rl.py --out runs/rl --resume                                       go on after Ctrl-C, bit for bit
+    python evaluate.py runs/rl --task word                                    a table of what it can do
 
-Of many attempts at a problem the verifier says which are right. What they did better than their group's mean
-becomes more probable, what they did worse less. The loss is train.py's with other weights: advantage / tokens
-of the step on what the model chose, 0 on the prompt and on what tools said. That is the policy gradient,
-exactly. Read attempts.py first; this is the last stage.
+Of every problem the model samples a group of rollouts, and a verifier says which are right. Rollouts that did
+better than the mean of their group become more probable, the others less. The loss is that of train.py with
+other weights: advantage / tokens of the step on the tokens that the model sampled, 0 on the prompt and on the
+outputs of tools. That is the policy gradient, exactly (REINFORCE with the group's mean as the baseline; GRPO,
+Shao et al. 2024, without its KL term unless --kl is given).
 
-With --reward model a reward model judges instead, see extras/rlhf.py: there the reward is not the truth.
+Read sft.py first, which has the data loader for rows of all lengths, and sample.py, which samples. train()
+takes any reward function: extras/rlhf.py gives it a reward model.
 """
 
 import itertools
 import json
-import shlex
+import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-import attempts
-import batches
 import common
-import extras.rlhf as reward
+import distributed
+import evaluate
 import gpt2
-import tasks.problems as tasks
-from attempts import log_probabilities, mean
-from common import UserError, duration, number
+from common import Run, UserError, add_shared_flags, mean, number, write_whole
+from sample import TOOLS, Host, generate, load_assistant
+from sft import micro_batches, share
+from tasks.conversations import turns
+from tasks.problems import Problem, problems
+from tokenizer import text_of, visible
 from train import learning_rate
 
+SAMPLED_AT_ONCE = 256  # rollouts in a batch, at most
 CHECK_EVERY = 20  # steps between two comparisons of the probabilities of sampling and of training
 DRIFT = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 0.2}  # how far they may be apart: rounding, no more
 
 
-def practice(mix, seed):
-    """Endless problems to train on, each of a (task, level) drawn by share: the same for the same seed."""
-    rng, chances = np.random.default_rng(seed), np.array(list(mix.values())) / sum(mix.values())
-    sources = [tasks.problems(name, split="train", level=level, seed=seed) for name, level in mix]
-    while True:
-        yield next(sources[rng.choice(len(sources), p=chances)])
+@dataclass
+class Rollout:
+    """One attempt of the model at a problem; T tokens with the prompt."""
+
+    problem: Problem
+    parts: list  # the reply, as parts of a turn: text, calls, outputs of tools
+    tokens: np.ndarray  # (T,) int32, prompt and completion
+    sampled: np.ndarray  # (T,) bool: the model chose this token; not the prompt, not a tool's output
+    logprobs: np.ndarray  # (T,) log p of the sampled tokens when they were sampled, else 0
+    length: int  # tokens of the completion
+    finished: bool  # it ended with a stop token, and was not cut off
+    correct: float  # 1 if the verifier finds the answer right
+    reward: float = 0.0  # what training makes large
+    advantage: float = 0.0  # the reward compared with the rest of the group
+
+
+def main(argv=None):
+    flags, checkpoint = parse(argv)
+    train(flags, checkpoint, argv)
+
+
+def verified(rollouts):
+    """The reward of every rollout: 1 if its answer is right."""
+    return [rollout.correct for rollout in rollouts]
+
+
+def train(flags, checkpoint, argv, reward=verified, score=None, script=__file__, command="rl.py"):
+    """The loop: rollouts, rewards, advantages, an update.
+
+    reward(rollouts) returns a number for each. score(problem, parts, finished), if given, is measured beside
+    the reward, and the checkpoint with the best score on test problems is kept. script and command start
+    another rank and this run.
+    """
+    run = Run(command, flags, checkpoint, stage="rl")
+    model, tokenizer = load_assistant(checkpoint or flags.init_from, flags)
+    reference = load_reference(flags)  # the model of the beginning
+    stream = ProblemStream(flags, model, tokenizer, run.state.get("problems", 0))
+
+    # The model, the same on every rank
+    n_params, n_positions = model.config.n_params(), model.config.n_positions
+    flags.ranks = flags.ranks or distributed.default_ranks(n_params, model.device, flags.prompts)
+    distributed.check_ranks(flags.ranks, flags.prompts, model.device)
+    world = distributed.start(flags.ranks, script, argv)
+    model.share(world)
+    optimizer = gpt2.AdamW(model, weight_decay=0.0, world=world)
+    run.begin(world, model, optimizer, tokenizer, flags.steps, stage="rl")
+    if flags.export and checkpoint and run.is_first:
+        forget(flags.export, str(run.directory), run.start)
+    if run.start == 0 and flags.eval_every:
+        evaluate_policy(run, 0, score)
+
+    for step in run.steps():
+        began = time.perf_counter()
+        groups, kept = collect(model, tokenizer, stream, step, flags, reward, world)
+        measures = describe(groups, score, time.perf_counter() - began)
+        if step == run.start or (step + 1) % CHECK_EVERY == 0:
+            check_log_probabilities(model, groups, flags, world)
+        measures["kl"] = divergence(reference, [group[0] for group in groups], flags, world)
+
+        lr = learning_rate(step, flags.steps, flags.lr, flags.warmup_steps, flags.final_lr)
+        reference_logprobs = log_probabilities(reference, kept, flags, world) if flags.kl else None
+        for epoch in range(flags.epochs if kept else 0):
+            rows = policy_gradient_rows(model, kept, reference_logprobs, epoch, flags, world)
+            for tokens, targets, weights in micro_batches(rows, flags.batch_tokens, n_positions):
+                model.forward(tokens, targets, weights)  # (B, T) each
+                model.backward()
+            world.all_reduce(model.sums)
+            optimizer.step(lr, flags.grad_clip, *run.limits(step))
+        n_tokens = sum(rollout.length for rollout in flat(groups))
+        run.report(step, lr, n_tokens, progress_text(measures), updated=bool(kept), **measures)
+
+        done = step + 1
+        run.also_saved["problems"] = stream.n_taken
+        if flags.export and run.is_first:
+            export(flags.export, groups, str(run.directory), done)
+        if flags.show_every and done % flags.show_every == 0:
+            group = next((group for group in groups if has_signal(group)), groups[0])
+            run.say(f"step {done}: {show(tokenizer, group)}\n")
+        if run.is_due(done, flags.eval_every):
+            evaluate_policy(run, done, score)
+
+    best = run.directory / "best"
+    hint = f"; {best} has the highest score" if best.exists() else ""
+    place = run.checkpoint_path(flags.steps)
+    run.say(f"done: {place}{hint}; talk to it: python sample.py {run.directory} --chat")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rollouts
+
+
+def sample_rollouts(model, tokenizer, some_problems, flags, first_stream, world):
+    """A group of --attempts rollouts of every problem, [[Rollout, ...], ...], on every rank all of them.
+
+    Each rank samples its part of the problems. Tokens are sampled from exactly the distribution that training
+    scores: temperature 1, no filter. Their random numbers depend on the seed and on the number of the
+    rollout, counted from first_stream, so the number of ranks changes nothing.
+    """
+    host, G = Host(tokenizer, TOOLS), flags.attempts
+    stop_tokens = {tokenizer.eot, tokenizer.encode_special("<|im_end|>")}
+    prompts = [evaluate.prompt_of(tokenizer, problem) for problem in some_problems]
+
+    def rollouts_of(rank):
+        """The numbers of the rollouts that a rank samples; rollout i is one of problem i // G."""
+        return [n * G + attempt for n in range(rank, len(prompts), world.size) for attempt in range(G)]
+
+    mine, completions = rollouts_of(world.rank), []
+    for start in range(0, len(mine), SAMPLED_AT_ONCE):
+        block = mine[start : start + SAMPLED_AT_ONCE]
+        completions += generate(
+            model, [prompts[i // G] for i in block], flags.max_tokens, temperature=1.0,
+            seed=flags.seed, streams=[first_stream + i for i in block], stop_tokens=stop_tokens,
+            on_token=lambda completion, shown, logits: host.reply(completion),
+        )  # fmt: skip
+
+    results = [[one.ids, one.forced, one.logprobs, one.finish == "stop"] for one in completions]
+    rollouts = [None] * (len(prompts) * G)
+    for rank, results_of_rank in enumerate(world.gather(results)):
+        for i, result in zip(rollouts_of(rank), results_of_rank):
+            rollouts[i] = make_rollout(tokenizer, some_problems[i // G], prompts[i // G], *result)
+    return [rollouts[start : start + G] for start in range(0, len(rollouts), G)]
+
+
+def make_rollout(tokenizer, problem, prompt, ids, forced, logprobs, finished):
+    """A Rollout from what was sampled after a prompt. One that was cut off is wrong, whatever it says: half
+    an answer may be right by accident."""
+    parts, n = tokenizer.parts(ids), len(prompt)
+    tokens = np.array(prompt + ids, np.int32)  # (T,)
+    sampled, all_logprobs = np.zeros(len(tokens), bool), np.zeros(len(tokens))  # (T,) each
+    sampled[n:], all_logprobs[n:] = np.logical_not(forced), logprobs
+    correct = float(finished and problem.verify(text_of(parts)))
+    return Rollout(problem, parts, tokens, sampled, all_logprobs, len(ids), finished, correct)
+
+
+def flat(groups):
+    """The rollouts of all groups, one behind the other."""
+    return [rollout for group in groups for rollout in group]
+
+
+class ProblemStream:
+    """Endless problems to train on: of each (task, level) by its share, the same for the same seed.
+
+    n_taken, how many were taken so far, is saved in a checkpoint, and a resumed run goes on behind them.
+    """
+
+    def __init__(self, flags, model, tokenizer, n_taken=0):
+        shares = evaluate.parse_tasks(flags.task, flags.level)
+        for task, level in shares:  # what fills the context should show before the run
+            next(evaluate.fitting(model, tokenizer, problems(task, level=level)))
+        self.stream = evaluate.fitting(model, tokenizer, self._mixture(shares, flags.seed))
+        self.n_taken = 0
+        self.take(n_taken)
+
+    def _mixture(self, shares, seed):
+        rng, chances = np.random.default_rng(seed), np.array(list(shares.values())) / sum(shares.values())
+        sources = [problems(task, split="train", level=level, seed=seed) for task, level in shares]
+        while True:
+            yield next(sources[rng.choice(len(sources), p=chances)])
+
+    def take(self, n):
+        """The next n problems."""
+        self.n_taken += n
+        return list(itertools.islice(self.stream, n))
+
+
+def collect(model, tokenizer, stream, step, flags, reward, world):
+    """The groups of rollouts of a step, and the rollouts to learn from.
+
+    With --fill, groups without a signal are replaced, up to so many times, until --prompts of them have one.
+    """
+    groups, kept, n_with_signal = [], [], 0
+    for again in range(1 + flags.fill):
+        some_problems = stream.take(flags.prompts - n_with_signal)
+        first_stream = (step << 32) + (again << 24)  # random numbers that no other step has
+        new_groups = sample_rollouts(model, tokenizer, some_problems, flags, first_stream, world)
+        rollouts = flat(new_groups)
+        for rollout, value in zip(rollouts, reward(rollouts)):
+            rollout.reward = float(value)
+        for group in new_groups:
+            kept += choose(group, flags.method, flags.std)
+        groups += new_groups
+        n_with_signal = sum(has_signal(group) for group in groups)
+        if n_with_signal == flags.prompts:
+            break
+    return groups, kept
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Advantages and weights: the policy gradient
+
+
+def choose(group, method, std=False):
+    """Set the advantages of a group's rollouts; return those to learn from, none if the group has no signal.
+
+    grpo takes all, unless all are equally good. best-of imitates the best right one, of equals the shortest.
+    """
+    if method == "best-of":
+        right = [rollout for rollout in group if rollout.correct > 0]
+        right.sort(key=lambda rollout: (-rollout.reward, rollout.length))
+        for rollout in right[:1]:
+            rollout.advantage = 1.0
+        return right[:1]
+    for rollout, advantage in zip(group, advantages([rollout.reward for rollout in group], std)):
+        rollout.advantage = float(advantage)
+    return group if has_signal(group) else []
+
+
+def has_signal(group):
+    """Whether there is something to learn from a group: not if all rollouts are equally good."""
+    return any(rollout.advantage for rollout in group)
 
 
 def advantages(rewards, std=False):
@@ -49,270 +259,282 @@ def advantages(rewards, std=False):
     return (np.array(rewards) - np.mean(rewards)) / (np.std(rewards) if std else 1)
 
 
-def choose(group, method, std=False):
-    """The attempts of a group to learn from, with their advantages; none if it has no signal.
+def policy_gradient_rows(model, kept, reference_logprobs, epoch, flags, world):
+    """This rank's [(tokens, weights)], one for each rollout: what micro_batches() takes.
 
-    grpo (Shao et al. 2024) takes all, unless all are equally good; best-of imitates the best right one, of
-    equals the shortest.
+    Weights are divided by the number of tokens sampled in all rollouts of all ranks, so no rollout counts
+    more by being short or by its micro-batch. From the second epoch on they need log p under the model as it
+    has become; with --kl also reference_logprobs, those under the model of the beginning.
     """
-    if method == "best-of":
-        right = [attempt for attempt in group if attempt.correct > 0]
-        group = sorted(right, key=lambda attempt: (-attempt.reward, len(attempt.said)))[:1]
-    values = advantages([a.reward for a in group], std) if method == "grpo" else [1.0] * len(group)
-    for attempt, value in zip(group, values):
-        attempt.advantage = float(value)
-    return group if any(values) else []
+    n_sampled = sum(int(rollout.sampled.sum()) for rollout in kept)
+    old = [rollout.logprobs for rollout in kept]
+    now = log_probabilities(model, kept, flags, world) if epoch else old
+    if flags.method == "best-of":  # an imitated rollout has the ratio 1
+        old = now
+    reference = reference_logprobs or [None] * len(kept)
+    rows = []
+    for rollout, *logprobs in zip(kept, now, old, reference):
+        weights = token_weights(rollout.advantage, *logprobs, flags.clip, flags.kl)  # (T,)
+        rows.append((rollout.tokens, weights * rollout.sampled / n_sampled))
+    return share(rows, world)
 
 
 def token_weights(advantage, now, old, reference=None, clip=0.2, kl=0.0):
     """The weights w (T,) with which w * (-log p) has the gradient of the objective.
 
-    now, old and reference (T,) are log p of the tokens under the model, the one that drew them and the one of
-    the beginning. With ratio = exp(now - old) and d = reference - now the loss is
+    now, old and reference (T,) are log p of the tokens under the model, under the model that sampled them,
+    and under the model of the beginning. With ratio = exp(now - old) and d = reference - now the loss is
 
         -min(ratio A, clip(ratio, 1 - c, 1 + c) A)  +  kl (exp(d) - d - 1)
 
-    PPO's (Schulman et al. 2017) and k3, an estimate of the KL divergence (Schulman 2020). By log p the first
-    has the derivative -A ratio, or 0 where the clipped product is smaller, the second kl (1 - exp(d)), and
-    w * (-log p) has -w: so w = A ratio [not clipped] + kl (exp(d) - 1). In the first epoch ratio = 1, w = A.
+    The first term is PPO's (Schulman et al. 2017), the second k3, an estimate of the KL divergence (Schulman
+    2020). The derivative by `now` is -A ratio, or 0 where the clipped product is smaller, plus
+    kl (1 - exp(d)). That of w * (-log p) is -w, so
+
+        w = A ratio [not clipped]  +  kl (exp(d) - 1)
+
+    In the first epoch the ratio is 1 and, without --kl, w = A.
     """
     ratio = np.exp(now - old)  # (T,)
-    clipped = ratio > 1 + clip if advantage > 0 else ratio < 1 - clip  # (T,): it has gone as far as it may
-    weights = np.where(clipped, 0.0, advantage * ratio)
+    clipped = ratio > 1 + clip if advantage > 0 else ratio < 1 - clip  # (T,)
+    weights = np.where(clipped, 0.0, advantage * ratio)  # (T,)
     return weights if reference is None else weights + kl * np.expm1(reference - now)
 
 
-def check(model, some, most):
-    """UserError if the log-probabilities stored at sampling are not those that training finds."""
-    pairs = zip(some, log_probabilities(model, some, most))
-    drift = np.concatenate([np.abs(now - attempt.logprobs)[attempt.drawn] for attempt, now in pairs]).max()
-    if not drift <= DRIFT[model.dtype]:  # also if it is no number
-        raise UserError(f"sampling and training differ by {drift:.2g} in log-probabilities; report this bug")
+def log_probabilities(model, rollouts, flags, world):
+    """For each rollout log p of every token given those before it, (T,), 0 for the first; by all ranks."""
+    mine = sorted(range(world.rank, len(rollouts), world.size), key=lambda i: -len(rollouts[i].tokens))
+    rows = [(rollouts[i].tokens, np.ones(len(rollouts[i].tokens))) for i in mine]
+    losses = []  # in the order of `mine`, the longest first
+    for tokens, targets, _ in micro_batches(rows, flags.batch_tokens, model.config.n_positions):
+        losses.extend(model.ops.to_host(model.losses(tokens, targets)))  # (T,) each, with padding
+    logprobs = [(-row[: len(rollouts[i].tokens) - 1]).tolist() for i, row in zip(mine, losses)]
+    by_number = {}
+    for numbers, values in world.gather([mine, logprobs]):
+        by_number.update(zip(numbers, values))
+    return [np.array([0.0, *by_number[i]]) for i in range(len(rollouts))]
 
 
-def divergence(some, now, before):
-    """The KL divergence from the model of the beginning in nats a token, by k3, on what was drawn."""
-    d = np.concatenate([(b - n)[attempt.drawn] for attempt, n, b in zip(some, now, before)])
+def divergence(reference, rollouts, flags, world):
+    """The KL divergence from the reference in nats a token, by k3, on the sampled tokens of some rollouts."""
+    if reference is None:
+        return 0.0
+    pairs = zip(log_probabilities(reference, rollouts, flags, world), rollouts)
+    d = np.concatenate(
+        [(logprobs - rollout.logprobs)[rollout.sampled] for logprobs, rollout in pairs]
+    )  # (n,)
     return float((np.expm1(d) - d).mean())
 
 
-def learn(model, optimizer, kept, lr, flags, reference=None, team=None):
-    """Update the model with the kept attempts, --epochs times; return loss, gradient's norm and mean k3.
-
-    Weights are divided by the number of tokens drawn in all of these: no attempt counts more by being short
-    or by its micro-batch. After the first epoch they need log p of the model as it has become: one more
-    forward pass, before forward and backward. What best-of imitates has the ratio 1.
-    """
-    n_drawn, most, kl = sum(int(attempt.drawn.sum()) for attempt in kept), flags.batch_tokens, 0.0
-    begun = log_probabilities(reference, kept, most) if reference else [None] * len(kept)
-    for epoch in range(flags.epochs):
-        log_p = log_probabilities(model, kept, most) if epoch else [attempt.logprobs for attempt in kept]
-        if reference and not epoch:
-            kl = divergence(kept, log_p, begun)
-        old = log_p if flags.method == "best-of" else [attempt.logprobs for attempt in kept]
-        rows = []
-        for attempt, *log_ps in zip(kept, log_p, old, begun):
-            weights = token_weights(attempt.advantage, *log_ps, flags.clip, flags.kl) * attempt.drawn  # (T,)
-            rows.append((attempt.tokens, weights / n_drawn))
-        loss = batches.gradient(team, rows, most) if team else batches.accumulate(model, rows, most)
-        norm = optimizer.step(lr, 1.0, np.inf if np.isfinite(loss) else -1)  # -1: no update
-        if not np.isfinite(loss + norm):
-            raise UserError("the gradient is no number, nothing was updated; --resume with a lower --lr")
-    return dict(loss=loss, norm=norm, kl=kl)
+def check_log_probabilities(model, groups, flags, world):
+    """UserError if the log-probabilities stored at sampling are not those that training finds."""
+    rollouts = flat(groups)
+    pairs = zip(log_probabilities(model, rollouts, flags, world), rollouts)
+    drift = np.concatenate([np.abs(now - rollout.logprobs)[rollout.sampled] for now, rollout in pairs]).max()
+    if not drift <= DRIFT[model.dtype]:  # also if it is not a number
+        raise UserError(f"sampling and training differ by {drift:.2g} in log-probabilities; report this bug")
 
 
-def gather(team, judge, problems, step, flags):
-    """A step's groups of attempts, those to learn from, and how many groups these are of: of --prompts, or
-    with --fill of more, until so many have a signal."""
-    groups, kept, n_kept = [], [], 0
-    for again in range(1 + flags.fill):
-        some = list(itertools.islice(problems, flags.prompts - n_kept))
-        first = (step << 32) + (again << 24)  # where these attempts are counted from: nobody else's numbers
-        new = attempts.shared_out(team, some, flags.attempts, flags.max_tokens, flags.seed, first)
-        judge(new)
-        chosen = [choose(group, flags.method, flags.std) for group in new]
-        groups, kept, n_kept = groups + new, sum(chosen, kept), n_kept + sum(map(bool, chosen))
-        if n_kept == flags.prompts:
-            break
-    return groups, kept, n_kept
+# ------------------------------------------------------------------------------------------------------------
+# Measures, evaluation, what a person sees
 
 
-def described(groups, n_kept, flags):
-    """What a step's attempts are like: means, entropy in nats a token, how many groups had a signal."""
-    every = list(itertools.chain(*groups))
-    found = dict(reward=mean(a.reward for a in every), correct=mean(a.correct for a in every))
-    found |= dict(length=mean(len(a.said) for a in every))
-    found["entropy"] = -mean(a.logprobs.sum() for a in every) / mean(a.drawn.sum() for a in every)
-    if flags.reward == "model":
-        found["score"] = mean(map(reward.true_score, every))
-    return found | dict(signal=n_kept / len(groups), without_signal=len(groups) - n_kept)
+def describe(groups, score, seconds):
+    """Measures of a step's rollouts: means; entropy in nats a token; the share of groups with a signal;
+    tokens a second of the sampling, which took so many seconds."""
+    rollouts = flat(groups)
+    n_with_signal = sum(has_signal(group) for group in groups)
+    n_sampled = sum(int(rollout.sampled.sum()) for rollout in rollouts)
+    measures = {
+        "reward": mean([rollout.reward for rollout in rollouts]),
+        "correct": mean([rollout.correct for rollout in rollouts]),
+        "length": mean([rollout.length for rollout in rollouts]),
+        "entropy": -sum(rollout.logprobs.sum() for rollout in rollouts) / n_sampled,
+        "signal": n_with_signal / len(groups),
+        "without_signal": len(groups) - n_with_signal,
+        "sampling": n_sampled / seconds,
+    }
+    if score:
+        scores = [score(rollout.problem, rollout.parts, rollout.finished) for rollout in rollouts]
+        measures["score"] = mean(scores)
+    return measures
 
 
-# ----------------------------------------------------------------------------------------- the command line
+def progress_text(measures):
+    """The measures of a step for the progress line."""
+    parts = [
+        f"reward {measures['reward']:.3f}",
+        f"pass@1 {measures['correct']:.1%}",
+        f"signal {measures['signal']:.0%}",
+        f"length {measures['length']:.1f}",
+        f"entropy {measures['entropy']:.3f}",
+        f"KL {measures['kl']:.4f}",
+        f"sampling {measures['sampling']:.0f} tok/s",
+    ]
+    if "score" in measures:
+        parts.insert(1, f"score {measures['score']:.3f}")
+    return " | ".join(parts)
+
+
+def evaluate_policy(run, done, score):
+    """Evaluate on test problems; keep the checkpoint with the best score, if there is a score."""
+    flags = run.flags
+    tested = evaluate.parse_tasks(flags.task, flags.eval_level or flags.level)
+    results = evaluate.evaluate_problems(
+        run.model, run.tokenizer, tested, flags.eval_problems, flags.k, flags.max_tokens, flags.seed,
+        score, run.world,
+    )  # fmt: skip
+    run.say(f"step {done}, on test problems:\n{evaluate.problem_table(results)}")
+    practised = evaluate.parse_tasks(flags.task, flags.level)
+    rows = [row for row in results if (row["task"], row["level"]) in practised] or results
+    means = {
+        "correct": mean([row["pass@1"] for row in rows]),
+        "length": mean([row["length"] for row in rows]),
+    }
+    if score:
+        means["score"] = mean([row["score"] for row in rows])
+        keep_if_best(run, done, "score", means["score"])
+    run.log("eval", step=done, **means, results=results)
+
+
+def keep_if_best(run, done, name, value):
+    """Write the checkpoint `best` if no evaluation before had as high a value, called `name` in the log."""
+    if not run.is_first:
+        return
+    before = [event[name] for event in common.read_log(run.directory) if event["event"] == "eval"]
+    if value > max(before, default=-np.inf):
+        state = dict(stage=run.stage, flags=vars(run.flags))
+        models = run.model, run.tokenizer, run.optimizer
+        common.save_checkpoint(run.directory / "best", done, *models, keep=1, **state)
+
+
+def show(tokenizer, group):
+    """A problem, its answer and the rollouts: green (or +) is right, red (or -) is wrong. Before a rollout
+    stands its reward, if that is another number."""
+    lines = [f"{group[0].problem.prompt}  ({group[0].problem.answer})"]
+    for rollout in group:
+        text = text_of_rollout(tokenizer, rollout)
+        if rollout.reward != rollout.correct:
+            text = f"{rollout.reward:.2f} {text}"
+        color, sign = ("\033[32m", "+") if rollout.correct > 0 else ("\033[31m", "-")
+        lines.append(f"{color}{text}\033[0m" if common.colour() else f"{sign} {text}")
+    return "\n".join(lines)
+
+
+def text_of_rollout(tokenizer, rollout):
+    """The reply with its calls and outputs, "[calc 3 * 4 -> 12] Answer: 12<|im_end|>", on one line."""
+    text = ""
+    for part in rollout.parts:
+        if part["type"] == "text":
+            text += part["text"]
+        elif part["type"] == "output":
+            text += f" -> {part['text'].strip()}] "
+        else:
+            text += f"[{part['type']} {part['text'].strip()}"
+    end = tokenizer.decode(rollout.tokens[-1:].tolist()) if rollout.finished else ""
+    return visible((text + end).encode())
+
+
+def export(path, groups, run, step):
+    """Append the right rollouts, each text once, as conversations for sft.py: a line each."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        for group in groups:
+            distinct = {tuple(rollout.tokens.tolist()): rollout for rollout in group if rollout.correct > 0}
+            for rollout in distinct.values():
+                parts = [{"type": part["type"], "text": part["text"]} for part in rollout.parts]
+                reply = parts if len(parts) > 1 else text_of(parts)
+                line = {"messages": turns(rollout.problem.prompt, reply), "run": Path(run).name, "step": step}
+                file.write(json.dumps(line) + "\n")
+
+
+def forget(path, run, step):
+    """Take out of PATH what a run exported after its checkpoint, before it was killed: it comes again."""
+    if not Path(path).exists():
+        return
+    origin = re.compile(rb'"run": %b, "step": (\d+)}\n' % re.escape(json.dumps(Path(run).name).encode()))
+    kept = []
+    for line in Path(path).read_bytes().splitlines(keepends=True):
+        match = origin.search(line)
+        if line.endswith(b"\n") and not (match and int(match[1]) > step):
+            kept.append(line)
+    write_whole(path, b"".join(kept))
+
+
+def load_reference(flags):
+    """The model of the beginning, for the KL divergence; None if it is gone and not needed."""
+    if flags.kl or Path(flags.init_from).exists():
+        return load_assistant(flags.init_from, flags)[0]
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def add_flags(flags, task, level, steps, lr, final_lr, eval_every):
+    """Flags of rl.py that extras/rlhf.py has too, with these defaults."""
+    whole, every = number(int, low=1), number(int, low=0)
+    add = flags.add_argument_group("problems and rollouts").add_argument
+    add("--task", default=task, metavar="SPEC", help="a task, or several with shares: word=2,arithmetic=1")
+    add("--level", default=level, metavar="N", help="how difficult: 2, or a range: 1-3; none: all levels")
+    add("--prompts", type=whole, default=16, metavar="P", help="problems in a step")
+    add("--attempts", type=whole, default=8, metavar="G", help="rollouts of each, its group")
+    add("--max-tokens", type=whole, default=96, metavar="N", help="the longest that a rollout may be")
+    add("--fill", type=every, default=0, metavar="N", help="replace groups without signal, up to N times")
+    add("--export", metavar="PATH", help="append the right rollouts there, as conversations for sft.py")
+    group = flags.add_argument_group("method and optimisation")
+    add = group.add_argument
+    add("--method", choices=("grpo", "best-of"), default="grpo", help="best-of imitates one right rollout")
+    add("--std", action="store_true", help="advantages in standard deviations of the group")
+    add("--epochs", type=whole, default=1, metavar="N", help="updates with the same rollouts")
+    what = "PPO's clipping of the probability ratio, after the first epoch"
+    add("--clip", type=number(float, above=0), default=0.2, metavar="X", help=what)
+    what = "how strongly the KL divergence from the first model is held down"
+    add("--kl", type=number(float, low=0), default=0.0, metavar="BETA", help=what)
+    add("--steps", type=whole, default=steps, metavar="N", help="rounds of rollouts and an update")
+    names = "lr", "warmup-steps", "final-lr", "grad-clip", "batch-tokens"
+    add_shared_flags(group, *names, lr=lr, warmup_steps=5, final_lr=final_lr, batch_tokens=8192)
+    group = flags.add_argument_group("evaluation and checkpoints (in steps; 0: never)")
+    add = group.add_argument
+    add("--show-every", type=every, default=50, metavar="N", help="steps between rollouts that are shown")
+    what = "steps between evaluations; there is one before and one after all steps"
+    add("--eval-every", type=every, default=eval_every, metavar="N", help=what)
+    add("--eval-level", metavar="N", help="levels for that; --level's if not given")
+    add("--eval-problems", type=whole, default=64, metavar="N", help="test problems of each level")
+    add("--k", type=whole, default=8, metavar="N", help="samples of each, for pass@k and the majority vote")
+    add_shared_flags(group, "save-every", "keep", save_every=50)
+    add_shared_flags(flags.add_argument_group("machine"), "ranks", "seed", "device", "dtype")
 
 
 def parser():
     flags = common.Parser(prog="rl.py", description=__doc__)
-    whole, every = number(int, low=1), number(int, low=0)
-    add = flags.add_argument_group("model and problems").add_argument
-    add("--init-from", default="runs/sft", metavar="DIR", help="the model to begin with: a run of sft.py")
-    add("--out", default="runs/rl", metavar="RUN", help="the run's directory, a new one")
-    add("--task", default="word", metavar="SPEC", help="a task, or several with shares: word=2,arithmetic=1")
-    add("--level", metavar="N", help="how difficult: 2, or a range such as 1-3; all levels if not given")
-    add("--export", metavar="PATH", help="write the right attempts there, as conversations for sft.py")
-    add("--resume", action="store_true", help="go on from RUN's newest checkpoint, with its flags")
-    add = flags.add_argument_group("attempts").add_argument
-    add("--prompts", type=whole, default=16, metavar="P", help="problems in a step")
-    add("--attempts", type=whole, default=8, metavar="G", help="attempts at each, its group")
-    add("--max-tokens", type=whole, default=96, metavar="N", help="the longest that each may be")
-    add("--fill", type=every, default=0, metavar="N", help="replace groups without signal, up to N times")
-    add = flags.add_argument_group("method and optimisation").add_argument
-    words = "what is made large: the verifier's word, or the opinion of a reward model"
-    add("--reward", choices=("verifier", "model"), default="verifier", help=words)
-    add("--reward-model", default="runs/rlhf-reward", metavar="RUN", help="made by extras.rlhf train")
-    add("--method", choices=("grpo", "best-of"), default="grpo", help="best-of imitates one right attempt")
-    add("--std", action="store_true", help="advantages in standard deviations of the group")
-    add("--epochs", type=whole, default=1, metavar="N", help="updates with the same attempts")
-    add("--clip", type=number(float, above=0), default=0.2, metavar="X", help="PPO's, after the first epoch")
-    add("--kl", type=number(float, low=0), default=0.0, metavar="BETA", help="pull back to the first model")
-    add("--steps", type=whole, default=200, metavar="N", help="rounds of attempts and an update")
-    add("--lr", type=number(float, above=0), default=2e-4, metavar="X", help="highest learning rate")
-    add("--final-lr", type=number(float, 0, 1), default=0.1, metavar="X", help="at the end, as a share of it")
-    add("--batch-tokens", type=whole, default=8192, metavar="N", help="tokens of a micro-batch at most")
-    add = flags.add_argument_group("evaluation and checkpoints (in steps; 0: never)").add_argument
-    add("--show-every", type=every, default=50, metavar="N", help="show a problem and its attempts")
-    add("--eval-every", type=every, default=100, metavar="N", help="evaluate, also before and after all")
-    add("--eval-level", metavar="N", help="levels for that; --level's if not given")
-    add("--eval-problems", type=whole, default=64, metavar="N", help="test problems of each level")
-    add("--k", type=whole, default=8, metavar="N", help="samples of each, for pass@k and the majority vote")
-    add("--save-every", type=every, default=50, metavar="N", help="write a checkpoint, and at the end")
-    add("--keep", type=whole, default=2, metavar="N", help="checkpoints to keep, the newest")
-    add = flags.add_argument_group("instead of training").add_argument
-    add("--eval", metavar="RUN", help="what RUN can do, by task and level")
-    add("--json", action="store_true", help="as one JSON object")
-    add = flags.add_argument_group("machine").add_argument
-    add("--seed", type=number(int, 0, 2**63), default=42, metavar="N", help="problems and attempts")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights; bfloat16: cuda only")
+    group = flags.add_argument_group("model")
+    add_shared_flags(group, "init-from", "out", "resume", init_from="runs/sft", out="runs/rl")
+    add_flags(flags, task="word", level=None, steps=200, lr=2e-4, final_lr=0.1, eval_every=100)
     return flags
 
 
-def main(argv=None):
-    flags, checkpoint = parser().parse_args(argv), None
-    if flags.resume:  # with the flags of the run's newest checkpoint, unless given anew
-        checkpoint, before = common.to_resume(flags.out)
-        again = parser()
-        again.set_defaults(**before)
-        flags = again.parse_args(argv)
-    mix, tested = (
-        attempts.shares(flags.task, level) for level in (flags.level, flags.eval_level or flags.level)
-    )
-    if flags.eval:
-        model, tokenizer = attempts.load(flags.eval, flags)
-        team, judge = attempts.make_team(model, tokenizer), reward.judge(flags, tokenizer)
-        results = attempts.evaluate(team, tokenizer, tested, flags, judge)
-        found = {"run": flags.eval, "results": results}
-        return print(json.dumps(found) if flags.json else attempts.table(results))
-    if flags.reward == "model" and flags.method == "best-of":
-        raise UserError("--method best-of imitates right attempts, and --reward model knows none; choose one")
+def parse(argv):
+    """The flags, and the checkpoint to go on from or None."""
+    flags, checkpoint = common.parse_run(parser(), argv)
+    if checkpoint:
+        before = common.read_state(checkpoint)["flags"]
+        if "what" in before or before.get("reward") == "model":  # its reward is not the verifier's
+            command = f"python -m extras.rlhf {before.get('what', 'policy')}"
+            raise UserError(f"{flags.out} is a run of RLHF; go on with: {command} --out {flags.out} --resume")
+    check_flags(flags, checkpoint)
+    return flags, checkpoint
+
+
+def check_flags(flags, checkpoint):
+    """Complain about flags that do not go together; make --init-from the checkpoint that it names."""
     if flags.attempts == 1 and flags.method == "grpo":
         raise UserError("--attempts 1 has nothing to compare with; give 2 or more, or --method best-of")
-    if not checkpoint:
-        common.require_new(flags.out)
-        flags.init_from = str(common.newest_checkpoint(flags.init_from))  # --kl needs this one to the end
-    train(flags, checkpoint, mix, tested)
-
-
-def train(flags, checkpoint, mix, tested):
-    """The loop: attempts, rewards, advantages, an update, and a line to watch."""
-    run, state = Path(flags.out), {}
-    model, tokenizer = attempts.load(checkpoint or flags.init_from, flags)
-    there = flags.kl or Path(flags.init_from).exists()  # a run that went on elsewhere may do without
-    reference = attempts.load(flags.init_from, flags)[0] if there else None
-    judge, team = reward.judge(flags, tokenizer), attempts.make_team(model, tokenizer)
-    optimizer = gpt2.AdamW(model, weight_decay=0.0)
-    if checkpoint:
-        state = common.read_state(checkpoint)
-        optimizer.load(checkpoint / "optimizer.safetensors")
-    start, n_problems = state.get("step", 0), state.get("problems", 0)
-    if start >= flags.steps:
-        raise UserError(f"{run} has all its {flags.steps} steps; give more --steps, or another --out")
-    for name, level in mix:  # what does not fit should show before there is a run
-        next(attempts.fitting(model, tokenizer, tasks.problems(name, level=level)))
-    problems = attempts.fitting(model, tokenizer, practice(mix, flags.seed))
-    problems = itertools.islice(problems, n_problems, None)  # it goes on where it was
-    run.mkdir(parents=True, exist_ok=True)
-    log, line, interrupt = common.Log(run, start), common.Line(every=0), common.Interrupt()
-    log.write("start", step=start, stage="rl", flags=vars(flags))
-
-    def exam(step):
-        results = attempts.evaluate(team, tokenizer, tested, flags, judge)
-        line.clear(f"step {step}, on test problems:\n{attempts.table(results)}")
-        names = [name for name in ("pass@1", "length", "score", "reward") if name in results[0]]
-        practised = [row for row in results if (row["task"], row["level"]) in mix] or results
-        means = {name: mean(row[name] for row in practised) for name in names}
-        before = [event["score"] for event in common.read_log(run) if "results" in event and "score" in event]
-        log.write("eval", step=step, correct=means.pop("pass@1"), **means, results=results)
-        if means.get("score", -1) > max(before, default=-1):  # --reward model: before it is fooled
-            common.save_checkpoint(
-                run / "best", step, model, tokenizer, optimizer, 1, stage="rl", flags=vars(flags)
-            )
-
-    if flags.export and checkpoint:
-        attempts.forget(flags.export, str(run), start)
-    due = lambda step: flags.eval_every and (step in (0, flags.steps) or step % flags.eval_every == 0)
-    if due(start) and not any(e["event"] == "eval" and e["step"] == start for e in common.read_log(run)):
-        exam(start)
-    loop_began = time.perf_counter()
-    for step in range(start, flags.steps):
-        began, done = time.perf_counter(), step + 1
-        groups, kept, n_kept = gather(team, judge, problems, step, flags)
-        n_problems, some = n_problems + len(groups), [group[0] for group in groups]
-        if step == start or done % CHECK_EVERY == 0:
-            check(model, list(itertools.chain(*groups)), flags.batch_tokens)
-        sampled, lr = time.perf_counter(), learning_rate(step, flags.steps, flags.lr, 5, flags.final_lr)
-        v = described(groups, n_kept, flags) | dict(lr=lr, loss=0, norm=0, kl=0)
-        if kept:
-            v |= learn(model, optimizer, kept, lr, flags, reference if flags.kl else None, team)
-        now = time.perf_counter()
-        if reference:
-            before = log_probabilities(reference, some, flags.batch_tokens)
-            v["kl"] = divergence(some, [attempt.logprobs for attempt in some], before)
-        n_said, n_learned = (
-            sum(len(a.said) for a in itertools.chain(*groups)),
-            sum(len(a.tokens) for a in kept),
-        )
-        v |= dict(seconds=now - began, sampling=n_said / (sampled - began))
-        v["training"] = flags.epochs * n_learned / (now - sampled)
-        log.write("step", step=done, **v)
-        left = duration((time.perf_counter() - loop_began) / (done - start) * (flags.steps - done))
-        score = f"true score {v['score']:.3f} | " if "score" in v else ""
-        line.show(
-            f"step {done}/{flags.steps} | reward {v['reward']:.3f} | {score}pass@1 {v['correct']:.1%} | "
-            f"signal {v['signal']:.0%} | length {v['length']:.1f} | entropy {v['entropy']:.3f} | "
-            f"KL {v['kl']:.4f} | sampling {v['sampling']:.0f} tok/s | "
-            f"training {v['training']:.0f} tok/s | {left} left"
-        )  # fmt: skip
-        if flags.export:
-            attempts.export(flags.export, groups, run=str(run), step=done)
-        if flags.show_every and done % flags.show_every == 0:
-            line.clear()
-            group = next((group for group in groups if group[0].advantage), groups[0])
-            print(f"step {done}: {attempts.show(tokenizer, group)}\n", flush=True)
-        last, stopping = done == flags.steps, interrupt.asked and done < flags.steps
-        if last or stopping or (flags.save_every and done % flags.save_every == 0):
-            state = dict(stage="rl", problems=n_problems, flags=vars(flags))
-            place = common.save_checkpoint(run, done, model, tokenizer, optimizer, flags.keep, **state)
-            log.write("checkpoint", step=done, path=place.name)
-        if stopping:
-            line.clear(
-                f"stopped after step {done}; go on: python rl.py --out {shlex.quote(str(run))} --resume"
-            )
-            raise SystemExit(130)
-        if due(done):
-            exam(done)
-    best = f"; {run / 'best'} has the highest true score" if (run / "best").exists() else ""
-    line.clear(f"done: {place}{best}; talk to it: python sample.py {shlex.quote(str(run))} --chat")
+    evaluate.parse_tasks(flags.task, flags.level)
+    evaluate.parse_tasks(flags.task, flags.eval_level or flags.level)
+    if not checkpoint:  # --kl needs this one to the end, even if its run goes on
+        flags.init_from = str(common.newest_checkpoint(flags.init_from))
 
 
 if __name__ == "__main__":

@@ -1,257 +1,377 @@
 """RLHF in small: where no verifier can say what is right, a reward model learns what people prefer.
 
     python -m extras.rlhf manners    write conversations: worked solutions as different people would say them
-    python sft.py --init-from runs/sft --data jsonl:runs/rlhf-manners.jsonl --out runs/rlhf-manners --epochs 1
-    python -m extras.rlhf train      make runs/rlhf-reward: a model of which of its answers people prefer
-    python rl.py --reward model --init-from runs/rlhf-manners --out runs/rlhf --task decimals --level 1-2
-    python -m extras.rlhf dpo        make runs/rlhf-dpo: the same without a reward model
+    python sft.py --init-from runs/sft --data jsonl:runs/rlhf-manners.jsonl --out runs/rlhf-manners
+    python -m extras.rlhf reward     train runs/rlhf-reward: which of its answers do people prefer?
+    python -m extras.rlhf policy     train runs/rlhf: rl.py's loop with that reward model
+    python -m extras.rlhf dpo        train runs/rlhf-dpo: the same without a reward model
 
-`make rlhf` does the first four. People are slow: here true_score() prefers what is right, polite and short.
-The reward model learns from its orderings of eight answers (Ouyang et al. 2022, InstructGPT), and the policy
-gradient pleases that model. With the reward the true score rises, and then it falls while the reward still
-rises: the assistant has found what the reward model wrongly loves. `python -m extras.plot runs/rlhf` shows
-both; runs/rlhf/best is the assistant from before the fall; --kl holds it back.
+`make rlhf` does the first four. People are slow, so here a function, true_score(), prefers what is right,
+polite and short. The reward model learns from its orderings of eight answers (Ouyang et al. 2022,
+InstructGPT), and the policy gradient makes the reward large. At first the true score rises with the reward;
+later it falls while the reward still rises, because the policy has found answers that the reward model
+overrates. `python -m extras.plot runs/rlhf` shows both; runs/rlhf/best is the assistant from before the fall,
+and --kl holds it back.
+
+Read rl.py first.
 """
 
 import itertools
 import json
 import random
 import re
-import time
-from pathlib import Path
 
 import numpy as np
 
-import attempts
-import batches
 import common
+import distributed
+import evaluate
 import gpt2
-import tasks.conversations as mixture
-import tasks.problems as tasks
-from attempts import mean
-from common import UserError, duration, number
-from tokenizer import text_of
+import rl
+from common import Run, UserError, add_shared_flags, mean, number
+from sample import load_assistant
+from sft import micro_batches, share
+from tasks.conversations import hosted, turns
+from tasks.problems import problems
+from tokenizer import Tokenizer, text_of
+from train import learning_rate
 
-# ------------------------------------------------------------------------------------ what "people" prefer
+ROWS = 256  # answers that the reward model reads at once, at most
+
+
+def main(argv=None):
+    flags, checkpoint = parse(argv)
+    if flags.what == "manners":
+        write_manners(flags)
+    elif flags.what == "policy":
+        reward = load_reward(flags, checkpoint or flags.init_from)
+        rl.train(flags, checkpoint, argv, reward, true_score, __file__, "-m extras.rlhf policy")
+    else:
+        train(flags, checkpoint, argv)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What "people" prefer
 
 COURTESY = re.compile(r"\b(gladly|please|thank you|welcome)\b", re.I)
 OPENINGS = "", "Gladly!\n", "Let me think about this for a while, as it is not so easy.\n"
 CLOSINGS = "", "\nThank you!", "\nI hope that this helps you, and that it is what you wanted to know."
 
 
-def true_score(attempt):
-    """0 if it is wrong or never ends; else a third each for being right, polite, and at most four words
-    longer than the worked solution."""
-    said, solution = (text_of(some) for some in (attempt.parts, attempt.problem.solution))
-    polite, short = COURTESY.search(said) is not None, len(said.split()) <= len(solution.split()) + 4
-    return (1 + polite + short) / 3 if attempt.correct > 0 else 0.0
+def true_score(problem, parts, finished):
+    """0 if the answer is wrong or was cut off; else a third each for being right, polite and short.
+
+    Short is at most four words longer than the worked solution.
+    """
+    text = text_of(parts)
+    if not finished or not problem.verify(text):
+        return 0.0
+    is_polite = COURTESY.search(text) is not None
+    is_short = len(text.split()) <= len(text_of(problem.solution).split()) + 4
+    return (1 + is_polite + is_short) / 3
 
 
-def dressed(solution, rng):
-    """A worked solution as one may say it: politely, wordily, both or neither."""
-    text = lambda words: [{"type": "text", "text": words}] if words else []
-    parts = text(solution) if isinstance(solution, str) else mixture.hosted(solution)
-    return [*text(rng.choice(OPENINGS)), *parts, *text(rng.choice(CLOSINGS))]
+def score_of(rollout):
+    """The true score of a rollout."""
+    return true_score(rollout.problem, rollout.parts, rollout.finished)
 
 
 def orderings(groups):
-    """[(better, worse), ...], numbers of attempts counted through all groups: A > B > C are three pairs."""
-    numbers = itertools.count()
-    scored = [[(next(numbers), true_score(attempt)) for attempt in group] for group in groups]
-    return [(i, j) for group in scored for (i, a), (j, b) in itertools.permutations(group, 2) if a > b]
+    """[(better, worse), ...], numbers of rollouts counted through all groups: A > B > C are three pairs."""
+    pairs, first = [], 0
+    for group in groups:
+        scores = [score_of(rollout) for rollout in group]
+        for i, j in itertools.permutations(range(len(group)), 2):
+            if scores[i] > scores[j]:
+                pairs.append((first + i, first + j))
+        first += len(group)
+    return pairs
 
 
-# ---------------------------------------------------------------------------------- learning from orderings
+def write_manners(flags):
+    """Write worked solutions as conversations, each with an opening and a closing that may be empty."""
+    rng, lines = random.Random(flags.seed), []
+    for problem in questions(flags, "train", flags.questions):
+        reply = add_style(problem.solution, rng)
+        lines.append(json.dumps({"messages": turns(problem.prompt, reply)}) + "\n")
+    common.write_whole(flags.out, "".join(lines).encode())
+    common.say(f"{len(lines)} conversations: {flags.out}")
 
 
-def preferred(values, pairs):
-    """Of pairs (better, worse) of values (N,): the mean loss -log s(better - worse), s the logistic function;
-    minus its derivative by every value, (N,); the share of pairs in the right order.
+def add_style(solution, rng):
+    """A worked solution as one may say it, as parts of a turn: politely, wordily, both or neither."""
+    parts = [{"type": "text", "text": solution}] if isinstance(solution, str) else hosted(solution)
+    opening, closing = rng.choice(OPENINGS), rng.choice(CLOSINGS)
+    before = [{"type": "text", "text": opening}] if opening else []
+    after = [{"type": "text", "text": closing}] if closing else []
+    return [*before, *parts, *after]
 
-    With margin = better - worse the loss has the derivatives -s(-margin) and s(-margin) by the two: what is
-    in the right order and far apart is left alone.
+
+def questions(flags, split, n):
+    """n problems of --task, its levels in turn."""
+    levels = evaluate.parse_tasks(flags.task, flags.level)
+    streams = [problems(task, split, level, flags.seed) for task, level in levels]
+    in_turn = itertools.chain.from_iterable(zip(*streams))
+    return list(itertools.islice(in_turn, n))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Learning from orderings
+
+
+def preference_loss(values, pairs):
+    """The loss of values (N,) that should be in the order of some pairs (better, worse).
+
+    A pair's loss is -log s(margin), with margin = better - worse and s the logistic function (Bradley and
+    Terry 1952). Its derivatives by the two values are -s(-margin) and s(-margin), so a pair that is in the
+    right order and far apart is left alone. Returns the mean loss; the pull on every value, (N,), which is
+    minus its derivative; and the share of pairs in the right order.
     """
     better, worse = np.array(pairs).T  # (P,) each
-    margin, pull = values[better] - values[worse], np.zeros(len(values))  # (P,), (N,)
-    share = np.exp(-np.logaddexp(0, margin)) / len(pairs)  # (P,): s(-margin) / P
-    np.add.at(pull, better, share)
-    np.add.at(pull, worse, -share)
+    margin = values[better] - values[worse]  # (P,)
+    strength = np.exp(-np.logaddexp(0, margin)) / len(pairs)  # (P,): s(-margin) / P
+    pull = np.zeros(len(values))  # (N,)
+    np.add.at(pull, better, strength)
+    np.add.at(pull, worse, -strength)
     return float(np.logaddexp(0, -margin).mean()), pull, float((margin > 0).mean())
 
 
 # The reward is the logit of one token minus that of another behind the end of the answer, where neither is
-# ever said. The softmax's normaliser cancels: log p(GOOD) - log p(BAD) is the same, and gpt2.py trains it.
+# ever said. The normaliser of the softmax cancels: log p(GOOD) - log p(BAD) is the same number, and gpt2.py
+# trains it.
 GOOD, BAD = "<|output_start|>", "<|output_end|>"
 
 
-def heard(tokenizer, attempt):
-    """The ids that the reward model reads; what was cut off has an end, too."""
-    ids, end = attempt.tokens.tolist(), tokenizer.encode_special("<|im_end|>")
+def reward_input(tokenizer, rollout):
+    """The ids that the reward model reads; a rollout that was cut off gets an end, too."""
+    ids, end = rollout.tokens.tolist(), tokenizer.encode_special("<|im_end|>")
     return ids if ids[-1] == end else [*ids, end]
 
 
-def rewards(model, tokenizer, some):
-    """The reward of every attempt, (N,)."""
-    good, bad, found = tokenizer.encode_special(GOOD), tokenizer.encode_special(BAD), []
-    for i in range(0, len(some), attempts.ROWS):
-        read = [heard(tokenizer, attempt) for attempt in some[i : i + attempts.ROWS]]
-        lengths = [len(ids) for ids in read]
-        tokens = np.array([ids + [0] * (max(lengths) - len(ids)) for ids in read], np.int32)  # (B, T)
-        logits = model.ops.to_host(model.decode(tokens, model.new_cache(*tokens.shape), lengths))  # (B, V)
-        found.append(logits[:, good] - logits[:, bad])
-    return np.concatenate(found)
+def rewards(model, tokenizer, rollouts):
+    """The reward of every rollout, (N,)."""
+    good, bad = tokenizer.encode_special(GOOD), tokenizer.encode_special(BAD)
+    results = []
+    for start in range(0, len(rollouts), ROWS):
+        inputs = [reward_input(tokenizer, rollout) for rollout in rollouts[start : start + ROWS]]
+        lengths = [len(ids) for ids in inputs]
+        tokens = np.zeros((len(inputs), max(lengths)), np.int32)  # (B, T)
+        for row, ids in zip(tokens, inputs):
+            row[: len(ids)] = ids
+        cache = model.new_cache(*tokens.shape)
+        logits = model.ops.to_host(model.decode(tokens, cache, lengths))  # (B, V) after the end
+        results.append(logits[:, good] - logits[:, bad])  # (B,)
+    return np.concatenate(results)
 
 
-def reward_rows(tokenizer, some, pull):
-    """Rows for batches.accumulate() with whose gradient every reward grows by its pull.
-
-    A weight w on a token makes w log p grow. So every answer comes twice, with GOOD behind it and the weight
-    pull, with BAD and -pull; together they make pull (log p(GOOD) - log p(BAD)) grow.
-    """
-    good, bad = map(tokenizer.encode_special, (GOOD, BAD))
-    read = [(heard(tokenizer, attempt), p) for attempt, p in zip(some, pull)]
-    return [([*ids, t], [0] * len(ids) + [w]) for ids, p in read for t, w in ((good, p), (bad, -p))]
-
-
-flat = itertools.chain.from_iterable
-
-
-def judge(flags, tokenizer):
-    """What rl.py has to say judge(groups) with: it writes the reward model's opinion into the attempts and
-    returns the means of that and of the true score. With --reward verifier it leaves them as they are."""
-    if flags.reward == "verifier":
-        return lambda groups: {}
-    model, others = attempts.load(flags.reward_model, flags)
-    if others.ranks != tokenizer.ranks:
+def load_reward(flags, policy):
+    """The reward function of --reward-model, for answers of the assistant in the directory `policy`."""
+    model, tokenizer = load_assistant(flags.reward_model, flags)
+    if tokenizer.ranks != Tokenizer.load(common.newest_checkpoint(policy)).ranks:
         raise UserError(f"{flags.reward_model} has another vocabulary; train it on answers of this assistant")
 
-    def judged(groups):
-        some = list(flat(groups))
-        for attempt, r in zip(some, rewards(model, tokenizer, some)):
-            attempt.reward = float(r)
-        return dict(score=mean(map(true_score, some)), reward=mean(attempt.reward for attempt in some))
+    def reward(rollouts):
+        return rewards(model, tokenizer, rollouts)
 
-    return judged
+    return reward
 
 
-def questions(flags, split, n=None):
-    """Problems of --task, its levels by turns: n of them, or without end."""
-    levels = attempts.shares(flags.task, flags.level)
-    streams = [tasks.problems(task, split, level, flags.seed) for task, level in levels]
-    return itertools.islice(flat(zip(*streams)), n)
+class RewardModel:
+    """The objective of a reward model: the value of a rollout is its reward."""
+
+    def __init__(self, model, tokenizer, test_groups):
+        self.model, self.tokenizer, self.test_groups = model, tokenizer, test_groups
+
+    def values(self, rollouts):
+        return rewards(self.model, self.tokenizer, rollouts)  # (N,)
+
+    def rows(self, rollouts, pull):
+        """[(tokens, weights)]: their update makes the reward of every rollout grow by its pull (N,).
+
+        A weight w on a token makes w log p grow. So every answer comes twice, with GOOD behind it and the
+        weight pull, and with BAD and -pull: together pull (log p(GOOD) - log p(BAD)) grows.
+        """
+        rows = []
+        for rollout, strength in zip(rollouts, pull):
+            ids = reward_input(self.tokenizer, rollout)
+            zeros = [0.0] * len(ids)
+            rows.append(([*ids, self.tokenizer.encode_special(GOOD)], [*zeros, strength]))
+            rows.append(([*ids, self.tokenizer.encode_special(BAD)], [*zeros, -strength]))
+        return rows
+
+    def measure(self):
+        """On held-out answers: the share of pairs in the right order, and the loss."""
+        values = self.values(rl.flat(self.test_groups))
+        loss, _, accuracy = preference_loss(values, orderings(self.test_groups))
+        return {"accuracy": accuracy, "preference_loss": loss}
 
 
-def compare(flags, model, tokenizer, optimizer, tested):
-    """train and dpo: update(step, lr) and examine(), both with the assistant's own answers in order."""
-    talk = lambda some: attempts.sample(model, tokenizer, some, flags.attempts, flags.max_tokens, flags.seed)
-    asked = list(questions(flags, "train", flags.questions))
-    common.say(f"asking {len(asked)} questions and {len(tested)} held-out ones, {flags.attempts} times each")
-    groups, others = talk(asked), talk(tested)
+class DirectPreference:
+    """The objective of DPO (Rafailov et al. 2023), without a reward model.
+
+    The value of a rollout is beta log(p(answer) / p_reference(answer)); the reference is the model of the
+    beginning.
+    """
+
+    def __init__(self, model, tokenizer, reference_model, groups, test_questions, flags, world):
+        self.model, self.tokenizer, self.test_questions = model, tokenizer, test_questions
+        self.flags, self.world = flags, world
+        rollouts = rl.flat(groups)
+        self.reference_log_p = dict(zip(map(id, rollouts), self.log_p(reference_model, rollouts)))
+
+    def log_p(self, model, rollouts):
+        """log p of every answer, (N,): the sum over its sampled tokens."""
+        logprobs = rl.log_probabilities(model, rollouts, self.flags, self.world)
+        return np.array([row[rollout.sampled].sum() for row, rollout in zip(logprobs, rollouts)])
+
+    def values(self, rollouts):
+        reference_log_p = np.array([self.reference_log_p[id(rollout)] for rollout in rollouts])  # (N,)
+        return self.flags.beta * (self.log_p(self.model, rollouts) - reference_log_p)  # (N,)
+
+    def rows(self, rollouts, pull):
+        """[(tokens, weights)]: their update makes the value of every rollout grow by its pull (N,)."""
+        weights = self.flags.beta * pull  # (N,)
+        return [(rollout.tokens, w * rollout.sampled) for rollout, w in zip(rollouts, weights)]
+
+    def measure(self):
+        """The true score of new answers to held-out questions, how many are right, and their length."""
+        groups = rl.sample_rollouts(
+            self.model, self.tokenizer, self.test_questions, self.flags, 0, self.world
+        )
+        rollouts = rl.flat(groups)
+        return {
+            "score": mean([score_of(rollout) for rollout in rollouts]),
+            "right": mean([rollout.correct for rollout in rollouts]),
+            "length": mean([rollout.length for rollout in rollouts]),
+        }
+
+
+def train(flags, checkpoint, argv):
+    """The loop of `reward` and `dpo`: orderings of the assistant's own answers, and an update."""
+    run = Run(f"-m extras.rlhf {flags.what}", flags, checkpoint, stage=flags.what)
+    model, tokenizer = load_assistant(checkpoint or flags.init_from, flags)
+    reference_model, _ = load_assistant(flags.init_from, flags)
+
+    # The model, the same on every rank
+    n_params, n_positions = model.config.n_params(), model.config.n_positions
+    n_rows = flags.prompts * flags.attempts
+    flags.ranks = flags.ranks or distributed.default_ranks(n_params, model.device, n_rows)
+    distributed.check_ranks(flags.ranks, n_rows, model.device)
+    world = distributed.start(flags.ranks, __file__, argv)
+    model.share(world)
+    optimizer = gpt2.AdamW(model, weight_decay=0.0, world=world)
+
+    # The assistant's answers, the same as before if the run goes on
+    asked = questions(flags, "train", flags.questions)
+    test_questions = questions(flags, "test", flags.eval_problems)
+    n = f"{len(asked)} questions and {len(test_questions)} held-out ones"
+    run.say(f"asking {n}, {flags.attempts} times each")
+    groups = rl.sample_rollouts(reference_model, tokenizer, asked, flags, 0, world)
+    test_groups = rl.sample_rollouts(reference_model, tokenizer, test_questions, flags, 0, world)
     groups = [group for group in groups if orderings([group])]
-    if not groups or not orderings(others):
+    if not groups or not orderings(test_groups):
         raise UserError("no answer is better than another; give more --questions or another --task")
-    for attempt in sorted(groups[0], key=true_score, reverse=True):
-        common.say(f"{true_score(attempt):.2f}  {text_of(attempt.parts)!r}")
-    if flags.what == "train":
-        value, held_out = lambda some: rewards(model, tokenizer, some), list(flat(others))
-        rows = lambda some, pull: reward_rows(tokenizer, some, pull)
-        examine = lambda: dict(zip(("accuracy", "loss"), preferred(value(held_out), orderings(others))[::-2]))
-    else:  # DPO (Rafailov et al. 2023): the reward is the assistant's own, beta log(p(answer) / p at first)
-        all_log_p = lambda some: zip(attempts.log_probabilities(model, some, flags.batch_tokens), some)
-        log_p = lambda some: np.array([found[attempt.drawn].sum() for found, attempt in all_log_p(some)])
-        begun = dict(zip(map(id, flat(groups)), log_p(list(flat(groups)))))
-        value = lambda some: flags.beta * (log_p(some) - [begun[id(attempt)] for attempt in some])
-        rows = lambda some, pull: [(a.tokens, flags.beta * p * a.drawn) for a, p in zip(some, pull)]
+    if flags.what == "reward":
+        objective = RewardModel(model, tokenizer, test_groups)
+    else:
+        objective = DirectPreference(model, tokenizer, reference_model, groups, test_questions, flags, world)
 
-        def examine():
-            some = list(flat(talk(tested)))
-            score, right = mean(map(true_score, some)), mean(attempt.correct for attempt in some)
-            return dict(score=score, right=right, length=mean(len(attempt.said) for attempt in some))
+    run.begin(world, model, optimizer, tokenizer, flags.steps, stage=flags.what)
+    for rollout in sorted(groups[0], key=score_of, reverse=True):
+        run.say(f"{score_of(rollout):.2f}  {text_of(rollout.parts)!r}")
+    if run.start == 0 and flags.eval_every:
+        measure(run, objective, 0)
 
-    def update(step, lr):
-        order = np.random.default_rng([flags.seed, step]).permutation(len(groups))[: flags.prompts]
-        some = list(flat(groups[i] for i in order))
-        loss, pull, right = preferred(value(some), orderings(groups[i] for i in order))
-        batches.accumulate(model, rows(some, pull), flags.batch_tokens)
-        return dict(loss=loss, accuracy=right, norm=optimizer.step(lr, flags.grad_clip))
+    for step in run.steps():
+        order = np.random.default_rng([flags.seed, step]).permutation(len(groups))
+        chosen = [groups[i] for i in order[: flags.prompts]]
+        rollouts = rl.flat(chosen)
+        loss, pull, accuracy = preference_loss(objective.values(rollouts), orderings(chosen))
+        rows = share(objective.rows(rollouts, pull), world)
+        for tokens, targets, weights in micro_batches(rows, flags.batch_tokens, n_positions):
+            model.forward(tokens, targets, weights)  # (B, T) each
+            model.backward()
+        world.all_reduce(model.sums)
+        lr = learning_rate(step, flags.steps, flags.lr, flags.warmup_steps, flags.final_lr)
+        optimizer.step(lr, flags.grad_clip, *run.limits(step))
+        shown = f"preference loss {loss:.3f} | pairs in order {accuracy:.0%}"
+        run.report(step, lr, shown=shown, preference_loss=loss, accuracy=accuracy)
+        if run.is_due(step + 1, flags.eval_every):
+            measure(run, objective, step + 1)
 
-    return update, examine
+    best = run.directory / "best"
+    hint = f"; {best} did best on held-out questions" if best.exists() else ""
+    run.say(f"done: {run.checkpoint_path(flags.steps)}{hint}")
 
 
-# ----------------------------------------------------------------------------------------- the command line
+def measure(run, objective, done):
+    """Measure on held-out questions; keep the checkpoint whose first measure is the highest."""
+    measures = objective.measure()
+    text = " | ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in measures.items())
+    run.say(f"step {done}, held out: {text}")
+    name, value = next(iter(measures.items()))
+    rl.keep_if_best(run, done, name, value)
+    run.log("eval", step=done, **measures)
 
-STAGES = {  # what each begins with, what it writes, its --questions, --steps and --lr
-    "manners": ("runs/sft", "runs/rlhf-manners.jsonl", 8000, 1, 1.0),
-    "train": ("runs/rlhf-manners", "runs/rlhf-reward", 400, 60, 1e-3),
-    "dpo": ("runs/rlhf-manners", "runs/rlhf-dpo", 400, 100, 5e-5),
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+STAGES = {  # what each begins with, what it writes, and what else is not the same for all
+    "manners": dict(init_from="runs/sft", out="runs/rlhf-manners.jsonl", questions=8000),
+    "reward": dict(init_from="runs/rlhf-manners", out="runs/rlhf-reward", questions=400, steps=60, lr=1e-3),
+    "policy": dict(init_from="runs/rlhf-manners", out="runs/rlhf", steps=100, lr=1e-4),
+    "dpo": dict(init_from="runs/rlhf-manners", out="runs/rlhf-dpo", questions=400, steps=100, lr=5e-5),
 }
+OF_POLICY = ("export", "fill", "epochs", "kl", "std", "eval_level")  # flags that no other stage has
+
+
+def describe_stages():
+    """A line for each of STAGES, for --help."""
+    lines = []
+    for what, defaults in STAGES.items():
+        settings = [f"--{name.replace('_', '-')} {value}" for name, value in defaults.items()]
+        lines.append(f"{what:7} {' '.join(settings)}")
+    return "\n".join(lines)
 
 
 def parser():
     flags = common.Parser(prog="python -m extras.rlhf", description=__doc__)
-    whole, real = number(int, low=1), number(float, above=0)
     flags.add_argument("what", choices=STAGES, help="which of these stages")
-    add = flags.add_argument_group("models (if others than above) and questions").add_argument
-    add("--init-from", metavar="DIR", help="the model to begin with")
-    add("--out", metavar="RUN", help="the run's directory, a new one; for manners a file")
-    add("--task", default="decimals", metavar="SPEC", help="a task, or several by turns: decimals,word")
-    add("--level", default="1-2", metavar="N", help="how difficult: 2, or a range")
-    add("--questions", type=whole, metavar="N", help="to write (8000), or with answers to compare (400)")
-    add = flags.add_argument_group("steps").add_argument
-    add("--steps", type=whole, metavar="N", help="updates (100; train: 60)")
-    add("--lr", type=real, metavar="X", help="learning rate (train: 0.001, dpo: 0.00005)")
-    add("--prompts", type=whole, default=16, metavar="P", help="questions in a step")
-    add("--attempts", type=number(int, low=2), default=8, metavar="G", help="answers to each")
-    add("--beta", type=real, default=0.1, metavar="X", help="dpo: the larger, the closer to the first model")
-    add = flags.add_argument_group("examinations, and chance").add_argument
-    add("--eval-every", type=whole, default=10, metavar="N", help="steps between two")
-    add("--eval-problems", type=whole, default=64, metavar="N", help="held-out questions of each")
-    add("--seed", type=number(int, 0, 2**63), default=42, metavar="N", help="questions and answers")
-    flags.set_defaults(max_tokens=96, batch_tokens=8192, grad_clip=1.0, device="auto", dtype="float32")
+    group = flags.add_argument_group("models and questions; by default", describe_stages())
+    add_shared_flags(group, "init-from", "out", "resume")
+    what = "policy: the reward model"
+    group.add_argument("--reward-model", default="runs/rlhf-reward", metavar="RUN", help=what)
+    what = "questions to write with their answers, or whose answers are compared"
+    group.add_argument("--questions", type=number(int, low=1), metavar="N", help=what)
+    what = "dpo: the larger, the closer to the first model"
+    group.add_argument("--beta", type=number(float, above=0), default=0.1, metavar="X", help=what)
+    rl.add_flags(flags, task="decimals", level="1-2", steps=None, lr=None, final_lr=1.0, eval_every=10)
     return flags
 
 
-def main(argv=None):
-    flags = parser().parse_args(argv)
-    for name, value in zip(("init_from", "out", "questions", "steps", "lr"), STAGES[flags.what]):
-        setattr(flags, name, getattr(flags, name) or value)
-    common.require_new(flags.out)
-    run, best, state = Path(flags.out), -np.inf, dict(stage=flags.what, flags=vars(flags))
-    if flags.what == "manners":
-        rng, some = random.Random(flags.seed), questions(flags, "train", flags.questions)
-        talks = [dict(messages=mixture.turns(p.prompt, dressed(p.solution, rng))) for p in some]
-        run.parent.mkdir(parents=True, exist_ok=True)
-        run.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
-        return common.say(f"{len(talks)} conversations: {run}")
-    model, tokenizer = attempts.load(flags.init_from, flags)
-    optimizer = gpt2.AdamW(model, weight_decay=0.0)
-    tested = list(questions(flags, "test", flags.eval_problems))
-    update, examine = compare(flags, model, tokenizer, optimizer, tested)
-    run.mkdir(parents=True, exist_ok=True)
-    log, line, interrupt = common.Log(run), common.Line(), common.Interrupt()
-    words = lambda measures: " | ".join(f"{name} {value:.3f}" for name, value in measures.items())
-    log.write("start", step=0, **state)
-    began = time.perf_counter()
-    for step in range(flags.steps + 1):
-        if step == flags.steps or step % flags.eval_every == 0:
-            found = examine()  # score or accuracy first
-            log.write("eval", step=step, **found)
-            line.clear(f"step {step}, held out: {words(found)}")
-            if (value := next(iter(found.values()))) > best:
-                best, stop = value, step
-                common.save_checkpoint(run / "best", step, model, tokenizer, optimizer, 1, **state)
-        if step == flags.steps:
-            break
-        lr = flags.lr * min(1, (step + 1) / 5)  # 5 steps up to --lr
-        measures = update(step, lr)
-        log.write("step", step=step + 1, lr=lr, **measures)
-        left = duration((time.perf_counter() - began) / (step + 1) * (flags.steps - step - 1))
-        line.show(f"step {step + 1}/{flags.steps} | {words(measures)} | {left} left")
-        if interrupt.asked:
-            line.clear(f"stopped after step {step + 1}; delete {run} to start anew ({run / 'best'} is there)")
-            raise SystemExit(130)
-    common.save_checkpoint(run, step, model, tokenizer, optimizer, 1, **state)
-    line.clear(f"done: {run}; {run / 'best'} is from step {stop}, with {next(iter(found))} {best:.3f}")
+def parse(argv):
+    """The flags with the values of their stage, and the checkpoint to go on from or None."""
+    what = parser().parse_args(argv).what
+    with_defaults = parser()
+    with_defaults.set_defaults(**STAGES[what])
+    flags, checkpoint = common.parse_run(with_defaults, argv)
+    if what == "manners":
+        common.require_new(flags.out)
+        return flags, None
+    if flags.method == "best-of":
+        remedy = "leave it out"
+        raise UserError(f"--method best-of imitates right answers, and a reward model knows none; {remedy}")
+    for name in OF_POLICY:
+        if what != "policy" and getattr(flags, name) != parser().get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} is for the stage policy; leave it out")
+    if checkpoint:
+        before = common.read_state(checkpoint)["flags"]
+        stage = before.get("what", "policy" if before.get("reward") == "model" else "")
+        if stage != what:
+            raise UserError(f"{flags.out} is no run of the stage {what}; name another --out")
+    rl.check_flags(flags, checkpoint)
+    return flags, checkpoint
 
 
 if __name__ == "__main__":

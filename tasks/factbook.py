@@ -226,15 +226,15 @@ def has_words(text, words):
 def probed(path):
     """The (country, field) pairs that a model does not know.
 
-    `path` is what sft.py --probe writes. A fact is unknown if at most half of the answers were right.
+    `path` is what evaluate.py --probe writes. A fact is unknown if at most half of the answers were right.
     """
     try:
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
         return {(line["country"], line["field"]) for line in lines if line["rate"] <= 0.5}
     except OSError as error:
-        raise UserError(f"unknown:{path}: {error.strerror}; write it with sft.py --probe") from None
+        raise UserError(f"unknown:{path}: {error.strerror}; write it with evaluate.py --probe") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"unknown:{path} is not a file that sft.py --probe wrote; write it again") from None
+        raise UserError(f"unknown:{path} is not what evaluate.py --probe writes; write it again") from None
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -565,25 +565,24 @@ def trained(dtype, L, NH, C, T, V):
 
 
 def training(B, dtype, **sizes):
-    """Seconds of a step as train.py takes it: batches from the host, and of each step the loss is read while
-    its backward pass runs, the norm while the next step does."""
+    """Seconds of a step as train.py takes it: batches from the host; loss and norm of a step are read while
+    the next one is computed."""
     (model, optimizer), T, V = trained(dtype, **sizes), sizes["T"], sizes["V"]
     n = 1 if EMULATOR else min(100, max(6, (6 << 16) // (B * T)))  # of a round: six of 64 × 1024
-    weights = ops.to_device(np.full((B, T), 1 / (B * T), np.float32))
+    weights = np.full((B, T), 1 / (B * T), np.float32)
 
     def measure():
-        blocks, norm = [rng.integers(V, size=(B, T + 1)) for _ in range(2 + n)], None
-        for i, batch in enumerate(model.prefetch((block[:, :-1], block[:, 1:]) for block in blocks)):
+        blocks, pending = [rng.integers(V, size=(B, T + 1)) for _ in range(2 + n)], []
+        for i, block in enumerate(blocks):
             if i == 2:  # those were to warm up
                 ops.synchronize()
                 start = time.perf_counter()
-            loss = ops.read_later(model.forward(*batch, weights))
+            model.forward(block[:, :-1], block[:, 1:], weights)
             model.backward()
-            if norm:
-                norm()
-            loss()
-            norm = optimizer.update(1e-4)
-        norm()
+            optimizer.step(1e-4)
+            for read in pending:
+                read()
+            pending = [ops.read_later(optimizer.loss), ops.read_later(optimizer.norm)]
         ops.synchronize()
         spent = (time.perf_counter() - start) / n
         give_back(model)  # the other side needs the memory
@@ -606,7 +605,7 @@ def first_step(B, **sizes):
 def one_step(model, optimizer, block):
     model.forward(block[:, :-1], block[:, 1:])
     model.backward()
-    return optimizer.update(1e-4)
+    return optimizer.step(1e-4)
 
 
 class Traced:
@@ -687,7 +686,7 @@ def curve(B, steps, folder, **sizes):
             losses.append(ops.read_later(model.forward(block[:, :-1], block[:, 1:])))
             model.backward()
             optimizer.step(6e-4 * min(1, (step + 1) / 20))
-        return [float(read().mean(dtype=np.float64)) for read in losses]
+        return [float(read()[0]) for read in losses]
 
     return {}, dict(ours=measure)
 

@@ -30,23 +30,32 @@ SMALL = gpt2.GPT2Config(n_layer=4, n_head=4, n_embd=128, n_positions=256, vocab_
 VOCABULARY = "1024"
 RECIPE = """
     --n-layer 2 --n-head 3 --n-embd 96 --seq-len 64 --total-batch-tokens 512 --lr 4e-3 --final-lr 0
-    --warmup-steps 50 --beta2 0.95 --eval-every 0 --sample-every 0 --save-every 0 --eval-tokens 1000000
+    --warmup-steps 50 --beta2 0.95 --eval-every 1000000 --sample-every 0 --save-every 0 --eval-tokens 1000000
 """
 
 
-def training(config, B, T, n=1):
-    """A function that trains for n steps and returns the seconds of one."""
+def start_ranks(config, rows):
+    """The ranks that a script starts for a model of this size: for a small one, one a core."""
+    return distributed.start(
+        distributed.default_ranks(config.n_params(), "cpu", rows), __file__, sys.argv[1:]
+    )
+
+
+def training(config, B, T, world, n=1):
+    """A function that trains for n steps, as train.py does, and returns the seconds of one."""
     model = gpt2.GPT2(config)
-    team = distributed.Workers(model, {"windows": train.share_of_windows})  # as train.py does
-    optimizer = gpt2.AdamW(model)
+    model.share(world)
+    optimizer = gpt2.AdamW(model, world=world)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(B, T + 1))
+    mine = tokens[world.rank :: world.size]
+    weights = np.full((len(mine), T), 1 / (B * T))
 
     def measure():
         start = time.perf_counter()
         for _ in range(n):
-            shares = train.deal(tokens[:, :-1], tokens[:, 1:], tokens[:, 1:].size, team.size)
-            team.run("windows", shares)
-            team.add_gradients()
+            model.forward(mine[:, :-1], mine[:, 1:], weights)
+            model.backward()
+            world.all_reduce(model.sums)
             optimizer.step(1e-4)
         return (time.perf_counter() - start) / n
 
@@ -75,19 +84,15 @@ def decoding(B, prompt=16, new=48):
     return measure
 
 
-def sampling(B, prompt=32, new=64):
-    """A function that draws B continuations as rl.py does, by all processes, and returns tokens a second."""
+def sampling(B, world, prompt=32, new=64):
+    """A function that samples B continuations as rl.py does, by all ranks, and returns tokens a second."""
     model = gpt2.GPT2(SMALL)
-
-    def sample(model, share):
-        return [len(row.ids) for row in sample.generate(model, share, new, temperature=1.0, seed=1)]
-
-    team = distributed.Workers(model, {"sample": sample})
     prompts = np.random.default_rng(0).integers(SMALL.vocab_size, size=(B, prompt)).tolist()
 
     def measure():
         start = time.perf_counter()
-        lengths = team.run("sample", [prompts[i :: team.size] for i in range(team.size)])
+        completions = sample.generate(model, prompts[world.rank :: world.size], new, temperature=1.0, seed=1)
+        lengths = world.gather([len(completion.ids) for completion in completions])
         assert sum(map(sum, lengths)) == B * new
         return B * new / (time.perf_counter() - start)
 
@@ -198,7 +203,7 @@ def profile(B, T, steps):
     """Print each operation's share of a 124M step, and what it computes a second."""
     model = gpt2.GPT2(D12)
     optimizer, tokens = gpt2.AdamW(model), np.random.default_rng(0).integers(50257, size=(B, T + 1))
-    peak, ops = train.measured_peak(model.ops, model.type), model.ops
+    peak, ops = train.measured_flops(model.ops, model.type), model.ops
     for step in range(1 + steps):
         if step == 1:  # the first was to warm up
             model.ops, start = Timed(ops), time.perf_counter()
@@ -221,7 +226,17 @@ def profile(B, T, steps):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def requests(world):
+    """Yield on every rank whenever rank 0 reads a line from standard input, until there are no more."""
+    while True:
+        asked = bool(sys.stdin.readline()) if world.rank == 0 else None
+        if not world.gather(asked)[0]:
+            return
+        yield
+
+
 def main(row, folder, limit):
+    nano, world = gpt2.GPT2Config(4, 4, 128, 64, 84), distributed.World(0, 1)
     if row == "versions":
         blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
         versions = (
@@ -229,22 +244,26 @@ def main(row, folder, limit):
         )
         measure = lambda: versions
     elif row == "step-4x64":
-        measure = training(D12, 4, 64)
+        measure = training(D12, 4, 64, world)
     elif row == "step-1x1024":
-        measure = training(D12, 1, 1024)
+        measure = training(D12, 1, 1024, world)
     elif row == "nano":
-        seconds = training(gpt2.GPT2Config(4, 4, 128, 64, 84), 12, 64, n=20)
+        world = start_ranks(nano, 12)
+        seconds = training(nano, 12, 64, world, n=20)
         measure = lambda: 12 * 64 / seconds()
     elif row in ("decode-1", "decode-8"):
         measure = decoding(int(row[-1]))
     elif row == "sample-64":
-        measure = sampling(64)
+        world = start_ranks(SMALL, 64)
+        measure = sampling(64, world)
     elif row == "shakespeare":
         measure = lambda: shakespeare(Path(folder), float(limit))
     elif row == "memory":
-        measure = lambda: resident(training(D12, 1, 1024))
-    for _ in sys.stdin:
-        print(json.dumps(measure()), flush=True)
+        measure = lambda: resident(training(D12, 1, 1024, world))
+    for _ in requests(world):
+        value = measure()
+        if world.rank == 0:
+            print(json.dumps(value), flush=True)
 
 
 if __name__ == "__main__":

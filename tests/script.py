@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,11 @@ def run(main, *argv):
         except SystemExit as end:
             status = end.code or 0
     return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
+
+
+def environment(**more):
+    """For a script in a process of its own, which may start ranks as it does in a shell."""
+    return {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | more
 
 
 def refused(done, *words):

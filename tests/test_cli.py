@@ -40,7 +40,7 @@ MINIMAL = {
     "extras.serve": ["RUN"],
     "extras.constrain": ["RUN", "--only", "a"],
     "evaluate": ["RUN"],
-    "extras.rlhf": ["train"],
+    "extras.rlhf": ["reward"],
 }  # what a script cannot do without
 
 
@@ -323,15 +323,16 @@ FLOORS = [  # a file may import those of the floors below its own; a new file ge
     {"common"},
     {"kernels", "tokenizer"},
     {"gpt2", "data", "distributed"},
-    {"tools", "batches", "extras.plot"},
+    {"tools"},
     {"tasks.factbook"},
     {"tasks.problems"},
     {"tasks.conversations"},
     {"sample"},
-    {"evaluate", "train", "extras.serve", "extras.constrain"},
-    {"attempts"},
-    {"extras.rlhf"},
-    {"sft", "rl"},
+    {"evaluate"},
+    {"train"},
+    {"sft"},
+    {"rl"},
+    {"extras.constrain", "extras.plot", "extras.rlhf", "extras.serve"},  # the course never imports these
 ]
 
 

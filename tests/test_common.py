@@ -6,12 +6,13 @@ import hashlib
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import script
 
@@ -196,51 +197,257 @@ def test_a_failed_fetch_is_one_clear_line_and_leaves_nothing(tmp_path, monkeypat
 # Runs
 
 
-def test_log_is_valid_json_whatever_the_numbers(tmp_path):
-    log = common.Log(tmp_path)
-    log.write("step", step=1, loss=math.nan, norm=math.inf, lr=1e-3, skipped=True, text='é "\n', z=-math.inf)
-    log.write("eval", step=1, loss=0.5)
-    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+def model_of(loss, norm, clock):
+    """What Run asks of a model and an optimizer: the results of the last step, and what time it is."""
+    ops = SimpleNamespace(
+        now=clock.read,
+        elapsed=lambda start, end: end - start,
+        read_later=lambda array: lambda: array,
+    )
+    model = SimpleNamespace(ops=ops, exact=np.float32, save_pretrained=lambda d: (d / "config.json").touch())
+    load_and_save = dict(load=lambda path: None, save=lambda path: None)
+    return model, SimpleNamespace(loss=loss, norm=norm, **load_and_save)
+
+
+class Clock:
+    seconds = 0.0
+
+    def read(self):
+        return self.seconds
+
+
+def run_of(place, steps=10, checkpoint=None, clock=None, **flags):
+    """A Run that has begun, of a model whose loss is run.loss[0] and whose norm is run.norm[0]."""
+    settings = dict(out=place, outlier_z=0.0, save_every=0, keep=2, lr=1e-3, steps=steps)
+    run = common.Run("train.py", Namespace(**{**settings, **flags, "out": str(place)}), checkpoint)
+    run.loss, run.norm = np.zeros(1, np.float32), np.zeros(1, np.float32)
+    model, optimizer = model_of(run.loss, run.norm, clock or Clock())
+    world = SimpleNamespace(size=1, rank=0, stop=0, catch_signals=lambda: None)
+    run.begin(world, model, optimizer, SimpleNamespace(save=lambda place: None), steps)
+    return run
+
+
+def test_the_log_is_valid_json_whatever_the_numbers(tmp_path):
+    run = run_of(tmp_path / "run")
+    run.log("step", step=1, loss=math.nan, norm=math.inf, lr=1e-3, skipped=True, text='é "\n', z=-math.inf)
+    run.log("eval", step=1, loss=0.5)
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     refuse = lambda word: pytest.fail(f"{word} is no JSON")
-    one, two = (json.loads(line, parse_constant=refuse) for line in lines)
+    start, one, two = (json.loads(line, parse_constant=refuse) for line in lines)
+    assert start["event"] == "start" and start["flags"]["lr"] == 1e-3
     assert one == {"event": "step", "step": 1, "loss": None, "norm": None, "lr": 1e-3, "skipped": True,
                    "text": 'é "\n', "z": None}  # fmt: skip
-    assert [one, two] == common.read_log(tmp_path)
+    assert [start, one, two] == common.read_log(tmp_path / "run")
 
 
-def test_log_forgets_what_will_come_again_and_mends_a_cut_line(tmp_path):
-    log = common.Log(tmp_path)
-    for step in range(1, 6):
-        log.write("step", step=step, loss=1.0)
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"event": "st')
-    again = common.Log(tmp_path, 3)
-    again.write("step", step=4, loss=2.0)
-    assert [(e["step"], e["loss"]) for e in common.read_log(tmp_path)] == [(1, 1), (2, 1), (3, 1), (4, 2)]
+def checkpoint_of(run, step, **state):
+    """A checkpoint with nothing but its state."""
+    place = run / f"step_{step:06d}"
+    place.mkdir(parents=True)
+    (place / "config.json").touch()
+    (place / "state.json").write_text(json.dumps({"step": step, **state}))
+    return place
+
+
+def test_the_log_forgets_what_will_come_again_and_mends_a_cut_line(tmp_path):
+    """What came after the checkpoint is done again; an evaluation at its step is not."""
+    events = [{"event": "step", "step": step, "loss": 1.0} for step in range(1, 6)]
+    events.insert(3, {"event": "checkpoint", "step": 3})
+    events.insert(4, {"event": "eval", "step": 3, "loss": 9.0})
+    lines = "".join(json.dumps(event) + "\n" for event in events)
+    checkpoint = checkpoint_of(tmp_path, 3)
+    (tmp_path / "log.jsonl").write_text(lines + '{"event": "st')
+    run = run_of(tmp_path, checkpoint=checkpoint)
+    run.log("step", step=4, loss=2.0)
+    kept = common.read_log(tmp_path)
+    assert [(e["event"], e["step"]) for e in kept] == [("step", 1), ("step", 2), ("step", 3),
+        ("checkpoint", 3), ("eval", 3), ("start", 3), ("step", 4)]  # fmt: skip
+    assert kept[-1]["loss"] == 2.0
     assert all(json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
 
 
 def test_a_log_with_strange_lines_can_be_read(tmp_path):
     (tmp_path / "log.jsonl").write_bytes(b'{"event": "step", "step": 1}\n\n\0\0\0\n\xff\xfe{}\n{"eve')
     assert [event["step"] for event in common.read_log(tmp_path)] == [1]
-    common.Log(tmp_path, 5)
+    run_of(tmp_path, checkpoint=checkpoint_of(tmp_path, 5))
     with pytest.raises(UserError, match=r"missing has no log\.jsonl"):
         common.read_log(tmp_path / "missing")
 
 
-def test_each_line_of_the_log_is_on_its_way_at_once(tmp_path):
-    log = common.Log(tmp_path)
-    log.write("sample", step=1, text="word " * 10_000)
-    assert len(common.read_log(tmp_path)) == 1
+def test_each_line_of_the_log_is_written_at_once(tmp_path):
+    run = run_of(tmp_path / "run")
+    run.log("sample", step=1, text="word " * 10_000)
+    assert len(common.read_log(tmp_path / "run")) == 2
 
 
-def test_a_new_log_sweeps_up_after_a_killed_process(tmp_path):
+def test_a_run_sweeps_up_after_a_killed_process(tmp_path):
+    checkpoint = checkpoint_of(tmp_path, 2)
     for name in (".step_000003.77.part", ".step_000999.77.before.part"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").touch()
     (tmp_path / ".log.jsonl.77.part").touch()
-    common.Log(tmp_path)
-    assert names(tmp_path) == ["log.jsonl"]
+    run_of(tmp_path, checkpoint=checkpoint)
+    assert names(tmp_path) == ["lock", "log.jsonl", "step_000002"]
+
+
+def test_a_run_is_one_process_s_at_a_time(tmp_path):
+    run = run_of(tmp_path / "run")
+    with pytest.raises(UserError, match="another process is training"):
+        run_of(tmp_path / "run")
+    checkpoint = checkpoint_of(tmp_path / "run", 3)
+    with pytest.raises(UserError, match="another process is training"):
+        run_of(tmp_path / "run", checkpoint=checkpoint)
+    run.lock.close()
+    with pytest.raises(UserError, match="exists; go on with --resume"):
+        run_of(tmp_path / "run")
+    run_of(tmp_path / "run", checkpoint=checkpoint)
+    with pytest.raises(UserError, match="has all its 3 steps; give more --steps"):
+        run_of(tmp_path / "run", steps=3, checkpoint=checkpoint)
+
+
+def test_a_run_starts_where_its_checkpoint_is_and_saves_when_it_is_due(tmp_path):
+    checkpoint = checkpoint_of(tmp_path, 3, skipped=2)
+    run = run_of(tmp_path, steps=10, checkpoint=checkpoint, save_every=4, keep=9)
+    steps = []
+    for step in run.steps():
+        steps.append(step)
+        run.save_if_due(step + 1)  # earlier than usual, and then no second time
+        assert (tmp_path / f"step_{step + 1:06d}").exists() == (step + 1 in (4, 8, 10))
+    assert steps == [3, 4, 5, 6, 7, 8, 9]
+    assert [e["step"] for e in common.read_log(tmp_path) if e["event"] == "checkpoint"] == [4, 8, 10]
+    assert [d.name for d in common.checkpoints(tmp_path)] == [
+        "step_000003", "step_000004", "step_000008", "step_000010"]  # fmt: skip
+    assert [common.read_state(d).get("skipped") for d in common.checkpoints(tmp_path)] == [2, 2, 2, 2]
+    for every, due in ((0, []), (1, [7, 8, 9, 10]), (4, [8, 10]), (99, [10])):
+        assert [done for done in (7, 8, 9, 10) if run.is_due(done, every)] == due
+
+
+def test_a_stop_is_a_checkpoint_and_an_exit_status_except_after_the_last_step(tmp_path, capsys):
+    for signal_number, last in ((2, 4), (15, 5)):
+        run = run_of(tmp_path / str(signal_number), steps=6)
+        with pytest.raises(SystemExit) as ended:
+            for step in run.steps():
+                run.world.stop = signal_number if step >= last - 1 else 0
+        assert ended.value.code == 128 + signal_number
+        assert common.newest_checkpoint(run.directory).name == f"step_00000{last}"
+        command = f"python train.py --out {run.directory} --resume"
+        assert capsys.readouterr().err == f"stopped after step {last}; go on with: {command}\n"
+    run = run_of(tmp_path / "last", steps=6)
+    for step in run.steps():
+        run.world.stop = 2 if step == 5 else 0
+    assert common.newest_checkpoint(run.directory).name == "step_000006"
+
+
+def losses_with_steps(n, seed=0):
+    return [(step, float(value)) for step, value in enumerate(np.random.default_rng(seed).normal(5, 0.1, n))]
+
+
+def test_limits_are_standard_deviations_above_the_steps_before_the_last(tmp_path):
+    run = run_of(tmp_path / "run", outlier_z=7.0)
+    run.losses, run.norms = losses_with_steps(300), losses_with_steps(300, seed=1)
+    for step, first, last in ((300, 171, 298), (301, 172, 299), (200, 71, 198), (34, 0, 32), (33, 0, 31)):
+        expected = []
+        for pairs in (run.norms, run.losses):  # the norm's limit comes first
+            values = [value for _, value in pairs[first : last + 1]]
+            expected.append(np.float32(np.mean(values) + 7 * np.std(values)))
+        assert list(run.limits(step)) == pytest.approx(expected, rel=1e-6), step
+        assert all(limit == np.float32(limit) for limit in run.limits(step)), "no number of the device"
+    assert list(run.limits(32)) == [math.inf, math.inf]  # 31 values say too little
+    assert list(run.limits(300, since=268)) == [math.inf, math.inf]
+    values = [value for _, value in run.losses[267:299]]
+    assert run.limits(300, since=267)[1] == pytest.approx(np.mean(values) + 7 * np.std(values), rel=1e-6)
+    run.losses = [(step, 1.0) for step in range(100)]
+    assert run.limits(100)[1] == np.float32(1.0 + 7e-6)  # a constant past has no deviation to divide by
+    off = run_of(tmp_path / "off", outlier_z=0.0)
+    off.losses = losses_with_steps(300)
+    assert list(off.limits(300)) == [math.inf, math.inf]
+
+
+def take(run, step, loss, norm=1.0):
+    """A step of the loop with this loss and norm."""
+    run.step_began, run.began = run.model.ops.now(), 0.0
+    run.loss[0], run.norm[0] = loss, norm
+    run.report(step, 1e-3)
+    run.flush()
+    return common.read_log(run.directory)[-1]
+
+
+def test_a_step_at_its_limit_is_taken_and_one_above_is_not(tmp_path):
+    run = run_of(tmp_path / "run", steps=99, outlier_z=2.0)
+    run.losses, run.norms = losses_with_steps(40), losses_with_steps(40, seed=1)
+    norm_limit, loss_limit = run.limits(40)
+    above = lambda value: float(np.nextafter(np.float32(value), np.float32(math.inf)))
+    for values in ((above(loss_limit), 5.0), (5.0, above(norm_limit)), (math.nan, 5.0), (5.0, math.inf)):
+        assert take(run, 40, *values)["skipped"] and run.losses[-1][0] == run.norms[-1][0] == 39
+    assert run.skipped == run.skipped_in_a_row == 4
+    taken = take(run, 40, loss_limit, norm_limit)
+    assert not taken["skipped"] and taken["loss_z"] == pytest.approx(2.0, abs=1e-4)
+    assert run.losses[-1] == (40, loss_limit) and run.norms[-1] == (40, norm_limit)
+    assert run.skipped == 4 and run.skipped_in_a_row == 0
+    assert not take(run, 41, -1e9)["skipped"]  # far below is good news
+    for step in range(42, 400):
+        take(run, step, 5.0, 5.0)
+    assert len(run.losses) == len(run.norms) == 129  # 128 to compare with, and the last, which is too young
+
+
+def test_ten_skipped_steps_in_a_row_end_the_run_and_nine_do_not(tmp_path):
+    run = run_of(tmp_path / "run", steps=99)
+    for step in range(9):
+        take(run, step, math.nan)
+    take(run, 9, 1.0)
+    for step in range(10, 19):
+        take(run, step, math.nan)
+    with pytest.raises(UserError, match=r"10 steps in a row .* last nan and 1; .* Lower --lr and --resume"):
+        take(run, 19, math.nan)
+    assert run.skipped == 19
+
+
+def test_losses_of_the_earlier_format_get_their_steps(tmp_path):
+    checkpoint = checkpoint_of(tmp_path, 50, losses=[1.0, 2.0, 3.0], norms=[])
+    run = run_of(tmp_path, steps=99, checkpoint=checkpoint)
+    assert run.losses == [(47, 1.0), (48, 2.0), (49, 3.0)] and run.norms == []
+    run.lock.close()
+    checkpoint_of(tmp_path, 51, losses=[[48, 2.0], [50, 3.5]], norms=[[50, 1.0]])
+    run = run_of(tmp_path, steps=99, checkpoint=common.checkpoints(tmp_path)[-1])
+    assert run.losses == [(48, 2.0), (50, 3.5)] and run.norms == [(50, 1.0)]
+
+
+def test_a_line_says_how_far_how_fast_and_how_long_still(tmp_path, capsys, monkeypatch):
+    """Half a second a step, of which the device needs 0.4; the line of a step comes with the next one."""
+    clock = Clock()
+    monkeypatch.setattr(common.time, "monotonic", lambda: 100 + clock.seconds * 1.25)
+    run = run_of(tmp_path, steps=10, checkpoint=checkpoint_of(tmp_path, 4), clock=clock)
+    run.flops_per_token, run.peak, run.peak_is = 50.0, 20_000.0, "MFU"
+    lines = []
+    for step in run.steps():
+        clock.seconds += 0.4
+        run.loss[0], run.norm[0] = 2.5, 1.25
+        run.report(step, 1e-3, tokens=80, shown="reward 1", reward=1.0)
+        run.loss = run.optimizer.loss = np.zeros(1, np.float32)  # a report has read it by now
+        run.norm = run.optimizer.norm = np.zeros(1, np.float32)
+        lines.append(capsys.readouterr().err)
+        if step == 6:
+            break
+    run.flush()
+    lines.append(capsys.readouterr().err)
+    same = "reward 1 | loss 2.5000 | norm 1.2500 | lr 1.00e-03 | 400 ms | 200 tok/s | 50% MFU"
+    assert lines == ["", f"step 5/10 | {same} | 2.5s left\n", f"step 6/10 | {same} | 2.0s left\n",
+                     f"step 7/10 | {same} | 1.5s left\n"]  # fmt: skip
+    step = common.read_log(tmp_path)[-1]
+    assert step == dict(event="step", step=7, lr=1e-3, seconds=pytest.approx(0.4), loss=2.5, norm=1.25,
+                        skipped=False, speed=pytest.approx(200), utilization=pytest.approx(0.5),
+                        reward=1.0)  # fmt: skip
+
+
+def test_a_step_without_an_update_has_neither_loss_nor_norm(tmp_path, capsys):
+    run = run_of(tmp_path / "run")
+    run.step_began, run.began = 0.0, 0.0
+    run.report(0, 1e-3, updated=False)
+    run.say("text that stays")
+    line, text = capsys.readouterr().err.splitlines()
+    assert line.startswith("step 1/10 | lr 1.00e-03 | ") and text == "text that stays"
+    event = common.read_log(run.directory)[-1]
+    assert "loss" not in event and "norm" not in event and "skipped" not in event
 
 
 def test_checkpoints_are_found_in_order_and_others_are_not(tmp_path):
@@ -270,7 +477,7 @@ def test_checkpoints_are_found_in_order_and_others_are_not(tmp_path):
             common.newest_checkpoint(place)
 
 
-@pytest.mark.parametrize("content", [None, b"", b'{"step": ', b"\xff"])
+@pytest.mark.parametrize("content", [None, b"", b'{"step": ', b"\xff", b"[1]"])
 def test_a_state_that_cannot_be_read_is_a_clear_line(tmp_path, content):
     if content is not None:
         (tmp_path / "state.json").write_bytes(content)
@@ -278,25 +485,13 @@ def test_a_state_that_cannot_be_read_is_a_clear_line(tmp_path, content):
         common.read_state(tmp_path)
 
 
-def test_interrupt_asks_once_and_stops_at_the_second(capsys):
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    interrupt = common.Interrupt()
-    try:
-        assert not interrupt.asked
-        signal.raise_signal(signal.SIGTERM)
-        assert interrupt.asked and "once more to stop at once" in capsys.readouterr().err
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-
 KILLED = """
-import os, random, shutil, signal, sys, time
+import os, random, shutil, signal, sys, time, traceback
+from argparse import Namespace
 from pathlib import Path
 import numpy as np
 import common, gpt2
+from distributed import World
 from tokenizer import Tokenizer
 
 run, tokenizer = Path(sys.argv[1]), Tokenizer.bytes()
@@ -304,16 +499,27 @@ model = gpt2.GPT2(gpt2.GPT2Config(2, 2, 32, 16, tokenizer.vocab_size))
 optimizer = gpt2.AdamW(model)
 
 
+def begin():
+    # As a new process does: what was left half-written is gone.
+    found = common.checkpoints(run)
+    if not found:
+        shutil.rmtree(run, ignore_errors=True)
+    flags = Namespace(out=str(run), outlier_z=0.0, steps=10**6)
+    begun = common.Run("train.py", flags, found[-1] if found else None)
+    begun.begin(World(0, 1), model, optimizer, tokenizer, 10**6)
+    return begun
+
+
 def save_for_ever():
-    step = int(common.checkpoints(run)[-1].name[5:]) if common.checkpoints(run) else 0
-    log = common.Log(run, step)
+    begun = begin()
+    step = begun.start
     while True:
         step += 1
-        optimizer.steps = step
+        optimizer.steps.fill(step)
         for array in (model.flat_params, optimizer.m, optimizer.v):
             array.fill(step)
-        log.write("step", step=step, loss=1 / step)
-        common.save_checkpoint(run, step, model, tokenizer, optimizer, keep=2, losses=[step] * 100)
+        begun.log("step", step=step, loss=1 / step)
+        common.save_checkpoint(run, step, model, tokenizer, optimizer, keep=2, losses=[[step, 0.5]] * 100)
 
 
 def check():
@@ -325,8 +531,9 @@ def check():
         Tokenizer.load(place)
         assert all((array == step).all() for array in loaded.params.values())
         assert (moments.m == step).all() and (moments.v == step).all() and moments.steps == step
-        assert common.read_state(place) == {"step": step, "losses": [step] * 100}
-    steps = [event["step"] for event in common.read_log(run)]
+        assert common.read_state(place) == {"step": step, "losses": [[step, 0.5]] * 100}
+    log = common.read_log(run) if (run / "log.jsonl").exists() else []
+    steps = [event["step"] for event in log if event["event"] == "step"]
     assert steps == list(range(1, len(steps) + 1)), steps
     newest = int(common.checkpoints(run)[-1].name[5:]) if common.checkpoints(run) else 0
     assert newest <= len(steps)
@@ -337,12 +544,14 @@ rng, reached = random.Random(0), [0]
 began = time.perf_counter()
 common.save_checkpoint(run, 1, model, tokenizer, optimizer, keep=2)
 one_save = time.perf_counter() - began
-shutil.rmtree(run / "step_000001")
+shutil.rmtree(run)
 for n in range(25):
     child = os.fork()
     if child == 0:
         try:
             save_for_ever()
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(1)
     time.sleep(rng.uniform(1, 4) * one_save)
@@ -352,7 +561,7 @@ for n in range(25):
     assert reached[-1] >= reached[-2], "a checkpoint was lost"
 part = lambda: sum(path.name.endswith(".part") for path in run.iterdir())
 left = part()
-common.Log(run, reached[-1])  # as the next process does
+begin()
 print(reached[-1], left, part(), check())
 """
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import resource
 import shlex
@@ -16,7 +17,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import kill_runs
 import numpy as np
 import pytest
 import script
@@ -27,15 +30,16 @@ import common
 import data
 import gpt2
 import train
-from common import UserError
+from common import Run, UserError
+from distributed import World
 from extras import plot
 from kernels import cpu
 from tokenizer import Tokenizer
-from train import Outliers, Windows, evaluation_batches, learning_rate
+from train import DataLoader, Windows, learning_rate, validation_batches
 
 ROOT = Path(train.__file__).parent
 TINY = "--n-layer 2 --n-head 2 --n-embd 32 --seq-len 16 --total-batch-tokens 64 --steps 20 --warmup-steps 2"
-TINY += " --eval-tokens 256 --sample-tokens 8 --eval-every 0 --sample-every 0 --save-every 0 --device cpu"
+TINY += " --eval-tokens 256 --sample-tokens 8 --eval-every 99 --sample-every 99 --save-every 0 --device cpu"
 TINY = TINY.split()
 
 
@@ -64,7 +68,7 @@ def shards(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """No time goes into measuring the machine, and Ctrl-C works in pytest again after a run."""
-    monkeypatch.setattr(train, "measured_peak", lambda *_: 1e11)
+    monkeypatch.setattr(train, "measured_flops", lambda *_: 1e11)
     before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     yield
     for name, handler in before.items():
@@ -114,7 +118,7 @@ def loads(checkpoint):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Batches
+# Data loader
 
 
 def counting(*lengths):
@@ -125,73 +129,127 @@ def counting(*lengths):
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=4),
     T=st.integers(1, 9),
-    rows=st.integers(1, 7),
     seed=st.integers(0, 99),
 )
-def test_an_epoch_shows_each_window_once_and_no_token_twice(lengths, T, rows, seed):
+def test_an_epoch_shows_each_window_once_and_no_token_twice(lengths, T, seed):
     if max(lengths) <= T:
         lengths.append(T + 1)
-    batches = Windows(counting(*lengths), T, rows, seed)
-    assert batches.n_windows == sum(max(1, n // T - 1) for n in lengths if n > T)
-    assert batches.n_tokens == sum(n for n in lengths if n > T)
-    windows = np.stack([batches._window(i) for i in range(3 * batches.n_windows)])
-    assert windows.shape[1] == T + 1
-    assert (np.diff(windows.astype(int), axis=1) == 1).all(), "a window crosses a border"
-    for epoch in np.split(windows, 3):
+    windows = Windows(counting(*lengths), T, seed)
+    assert windows.n_windows == sum(max(1, n // T - 1) for n in lengths if n > T)
+    rows = np.stack([windows[i] for i in range(3 * windows.n_windows)])
+    assert rows.shape[1] == T + 1
+    assert (np.diff(rows.astype(int), axis=1) == 1).all(), "a window crosses a border"
+    for epoch in np.split(rows, 3):
         inputs = epoch[:, :-1].ravel()
         assert len(np.unique(inputs)) == len(inputs), "a token came twice in an epoch"
 
 
 def test_epochs_differ_in_order_and_offset_and_seeds_in_both():
-    shards, first = counting(500), lambda seed, epoch: Windows(shards, 8, 1, seed)._window(61 * epoch)
-    assert Windows(shards, 8, 1, 0).n_windows == 61
-    starts = {int(first(seed, epoch)[0]) for seed in range(5) for epoch in range(5)}
+    shards, n = counting(500), 61
+    assert Windows(shards, 8, 0).n_windows == n
+    starts = {int(Windows(shards, 8, seed)[n * epoch][0]) for seed in range(5) for epoch in range(5)}
     assert len(starts) > 15
-    epochs = [[Windows(shards, 8, 1, 0)._window(i)[0] for i in range(e * 61, e * 61 + 61)] for e in range(4)]
+    windows = Windows(shards, 8, 0)
+    epochs = [[windows[i][0] for i in range(e * n, e * n + n)] for e in range(4)]
     assert len({int(min(epoch)) for epoch in epochs}) > 1, "all epochs begin at the same offset"
     assert all(epoch != sorted(epoch) for epoch in epochs)
 
 
+def test_an_epoch_walks_shard_by_shard_in_an_order_of_its_own():
+    windows = Windows(counting(100, 60, 80), 5, 7)
+    orders, first_tokens = set(), {}
+    for epoch in range(8):
+        rows = [windows[epoch * windows.n_windows + i] for i in range(windows.n_windows)]
+        shards = [int(row[0]) // 10_000 for row in rows]
+        walked = [shard for shard, _ in itertools.groupby(shards)]
+        assert sorted(walked) == [0, 1, 2], "an epoch comes back to a shard"
+        orders.add(tuple(walked))
+        for k in range(3):
+            first_tokens.setdefault(k, set()).add(min(int(r[0]) for r, s in zip(rows, shards) if s == k))
+    assert len(orders) > 2
+    assert all(len(offsets) > 1 for offsets in first_tokens.values()), "a shard has one offset in all epochs"
+    alike = Windows(counting(100, 100), 5, 7)
+    starts = [int(alike[i][0]) for i in range(alike.n_windows)]
+    one, other = ([start % 10_000 for start in starts if start // 10_000 == k] for k in range(2))
+    assert sorted(one) != one != other, "shards of one length are shuffled alike"
+
+
+def loader_of(shards, seed=3, **flags):
+    settings = dict(seq_len=8, short_len=8, short_steps=0, total_batch_tokens=96, batch_size=12, seed=seed)
+    return DataLoader(shards, SimpleNamespace(**{**settings, "overfit_batch": False, **flags}))
+
+
+def batch_of(loader, step, size=1):
+    """(tokens, targets, weights) of a step by all ranks, in the order of the rows."""
+    parts = []
+    for rank in range(size):
+        micro_batches = loader.micro_batches(step, SimpleNamespace(rank=rank, size=size))
+        parts.append([np.concatenate(arrays) for arrays in zip(*micro_batches)])
+    whole = []
+    for arrays in zip(*parts):
+        rows = np.empty((sum(map(len, arrays)), arrays[0].shape[1]), arrays[0].dtype)
+        for rank, array in enumerate(arrays):
+            rows[rank::size] = array
+        whole.append(rows)
+    return whole
+
+
 def test_a_batch_depends_on_seed_and_step_and_not_on_who_asks():
-    make = lambda seed=3: Windows(counting(300, 5, 90), 7, 12, seed)
-    tokens, targets = make().batch(5)
-    assert tokens.shape == targets.shape == (12, 7)
+    shards = counting(300, 5, 90)
+    tokens, targets, weights = batch_of(loader_of(shards), 5)
+    assert tokens.shape == targets.shape == weights.shape == (12, 8)
     assert tokens.dtype == targets.dtype == np.int32
     np.testing.assert_array_equal(tokens[:, 1:], targets[:, :-1])
-    used = make()
+    np.testing.assert_array_equal(targets, tokens + 1)
+    assert weights.sum() == pytest.approx(1) and (weights == 1 / 96).all()
+    used = loader_of(shards)
     for step in (9, 0, 400, 5):  # in any order: a resumed run begins anywhere
-        used.batch(step)
-    np.testing.assert_array_equal(used.batch(5)[0], tokens)
-    for micro in (1, 2, 3, 4, 6):
-        other = make()  # of another process
-        parts = [other.batch(5, first, micro)[0] for first in reversed(range(0, 12, micro))]
-        np.testing.assert_array_equal(np.concatenate(parts[::-1]), tokens)
-    assert not np.array_equal(make(4).batch(5)[0], tokens)
-    assert not np.array_equal(make().batch(6)[0], tokens)
+        batch_of(used, step)
+    np.testing.assert_array_equal(batch_of(used, 5)[0], tokens)
+    for size, B in itertools.product((1, 2, 3, 4), (1, 2, 3)):  # each of another process
+        again = batch_of(loader_of(shards, batch_size=B), 5, size)
+        for one, other in zip(again, (tokens, targets, weights)):
+            np.testing.assert_array_equal(one, other)
+    assert not np.array_equal(batch_of(loader_of(shards, seed=4), 5)[0], tokens)
+    assert not np.array_equal(batch_of(loader_of(shards), 6)[0], tokens)
+
+
+def test_a_micro_batch_has_as_many_tokens_however_long_its_rows():
+    loader = loader_of(counting(300), short_len=2, short_steps=3, batch_size=3)
+    world = SimpleNamespace(rank=1, size=2)
+    assert [t.shape for t, _, _ in loader.micro_batches(2, world)] == [(12, 2), (12, 2)]
+    assert [t.shape for t, _, _ in loader.micro_batches(3, world)] == [(3, 8), (3, 8)]
+    assert [loader.length(step) for step in (0, 2, 3, 99)] == [2, 2, 8, 8]
 
 
 def test_steps_follow_one_another_through_the_epochs():
-    batches = Windows(counting(100), 4, 5, 0)
-    stream = np.concatenate([batches.batch(step)[0] for step in range(20)])
-    np.testing.assert_array_equal(stream, [batches._window(i)[:-1] for i in range(100)])
-    few = Windows(counting(5), 4, 3, 0)  # one window, three times a step
-    np.testing.assert_array_equal(few.batch(0)[0], [[0, 1, 2, 3]] * 3)
+    loader = loader_of(counting(100), seq_len=4, short_len=4, total_batch_tokens=20, batch_size=5)
+    windows = loader.long
+    assert windows.n_windows % 5, "the epoch ends with a step, so nothing is tested"
+    stream = np.concatenate([batch_of(loader, step)[0] for step in range(20)])
+    np.testing.assert_array_equal(stream, [windows[i][:-1] for i in range(100)])
+    few = loader_of(counting(5), seq_len=4, short_len=4, total_batch_tokens=12, batch_size=3)
+    np.testing.assert_array_equal(batch_of(few, 0)[0], [[0, 1, 2, 3]] * 3)  # one window, three times a step
 
 
 def test_a_text_shorter_than_a_window_is_refused():
     with pytest.raises(UserError, match=r"16 tokens, --seq-len 16 needs 17"):
-        Windows(counting(3, 16), 16, 1, 0)
-    assert Windows(counting(3, 17), 16, 1, 0).n_windows == 1
+        Windows(counting(3, 16), 16, 0)
+    assert Windows(counting(3, 17), 16, 0).n_windows == 1
     with pytest.raises(UserError, match="validation text is shorter than --seq-len 16"):
-        list(evaluation_batches(counting(16), 16, 2, 100))
+        validation(counting(16), 16, 2, 100)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
+def validation(shards, T, B, n_tokens):
+    return validation_batches(shards, T, SimpleNamespace(batch_size=B, seq_len=T, eval_tokens=n_tokens))
+
+
 def test_evaluation_reads_the_text_in_order_and_no_token_twice():
-    pairs = list(evaluation_batches(counting(11, 3, 9), 4, 2, 10**6))
+    pairs = validation(counting(11, 3, 9), 4, 2, 10**6)
     tokens = np.concatenate([tokens for tokens, _ in pairs])
     targets = np.concatenate([targets for _, targets in pairs])
     assert [len(tokens) for tokens, _ in pairs] == [2, 2]
@@ -200,28 +258,34 @@ def test_evaluation_reads_the_text_in_order_and_no_token_twice():
     )
     np.testing.assert_array_equal(tokens, expected)
     np.testing.assert_array_equal(targets, expected + 1)
-    assert sum(t.size for t, _ in evaluation_batches(counting(1000), 4, 3, 40)) == 40
-    assert sum(t.size for t, _ in evaluation_batches(counting(1000), 4, 3, 1)) == 4  # at least one window
+    assert sum(t.size for t, _ in validation(counting(1000), 4, 3, 40)) == 40
+    assert sum(t.size for t, _ in validation(counting(1000), 4, 3, 1)) == 4  # at least one window
 
 
 def test_bits_per_byte_by_hand():
     class Model:
-        ops, prefetch = gpt2.kernels.load("cpu"), staticmethod(iter)
+        ops = gpt2.kernels.load("cpu")
 
         def losses(self, tokens, targets):  # ln 2 for even targets, 3 ln 2 for odd ones
             return (math.log(2) * (1 + 2 * (targets % 2))).astype(np.float32)
 
     lengths = np.array([0, 1, 2, 4], np.int32)  # bytes of tokens 0 (a special one) to 3
     batches = [(None, np.array([[1, 2], [3, 0]])), (None, np.array([[2, 2]]))]
-    loss, bits = train.evaluate(Model(), batches, lengths)
+    loss, bits = train.evaluate(Model(), batches, lengths, World(0, 1))
     assert loss == pytest.approx(math.log(2) * (3 + 1 + 3 + 1 + 1 + 1) / 6, rel=1e-6)
     assert bits == pytest.approx((3 + 1 + 3 + 1 + 1 + 1) / (1 + 2 + 4 + 0 + 2 + 2), rel=1e-6)
+    gathered = []  # a rank of two has every other batch, and both have the sums
+    world = SimpleNamespace(rank=1, size=2, gather=lambda sums: gathered.append(sums) or [[1.0, 1, 1], sums])
+    loss, bits = train.evaluate(Model(), batches, lengths, world)
+    assert gathered == [[pytest.approx(2 * math.log(2)), 2, 4]]
+    assert loss == pytest.approx((1 + 2 * math.log(2)) / 3)
+    assert bits == pytest.approx((1 + 2 * math.log(2)) / math.log(2) / 5)
 
 
 def test_evaluation_in_a_run_is_that_of_its_checkpoint(whole, shards):
-    (final,) = events(whole, "eval")
+    *_, final = events(whole, "eval")
     model = gpt2.GPT2.from_pretrained(whole / "step_000020")
-    batches = evaluation_batches(data.shards(shards, "val"), 16, 3, 256)
+    batches = validation(data.shards(shards, "val"), 16, 3, 256)
     nats = np.concatenate([model.losses(*pair).ravel() for pair in batches])
     assert len(nats) == 256
     assert final["loss"] == pytest.approx(nats.mean(), rel=1e-5)
@@ -237,7 +301,7 @@ def test_evaluation_in_a_run_is_that_of_its_checkpoint(whole, shards):
 def test_learning_rate_goes_up_in_a_line_and_down_in_a_cosine():
     rates = [learning_rate(step, 110, 2.0, 10, 0.1) for step in range(110)]
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) * 0.2)  # never 0: no step is wasted
-    assert rates[10] == max(rates) == 2.0
+    assert rates[9] == rates[10] == max(rates) == 2.0
     assert rates[60] == pytest.approx(2.0 * (0.1 + 0.9 / 2))  # half way down
     assert all(b < a for a, b in itertools.pairwise(rates[10:]))
     assert rates[-1] == pytest.approx(0.2, abs=1e-3)
@@ -245,60 +309,52 @@ def test_learning_rate_goes_up_in_a_line_and_down_in_a_cosine():
     assert learning_rate(0, 100, 2.0, 0, 0.0) == 2.0  # no warm-up
     assert learning_rate(100, 100, 2.0, 0, 0.0) == 0.0
     assert learning_rate(4, 10, 2.0, 10, 0.0) == learning_rate(4, 5, 2.0, 10, 0.0) == 1.0  # all warm-up
-
-
-def test_outliers_are_counted_against_a_window_they_never_enter():
-    values = list(np.random.default_rng(0).normal(5, 0.1, 100))
-    window = Outliers(7, values)
-    assert window.limit() == pytest.approx(np.mean(values) + 7 * np.std(values))
-    assert window.z(5.5) == pytest.approx((5.5 - np.mean(values)) / np.std(values))
-    for bad in (math.nan, math.inf, -math.inf, 7.0):  # llm.c's window is poisoned by the first (PEERS, 1)
-        assert not window.accepts(bad)
-    assert list(window.values) == values
-    assert window.accepts(5.1) and window.accepts(1.0)  # far below is good news
-    assert list(window.values) == [*values, 5.1, 1.0]
-    assert window.accepts(5.0) and math.isfinite(window.limit())
-
-
-def test_outliers_need_something_to_compare_with_and_can_be_off():
-    young = Outliers(7, [1.0] * 31)
-    assert young.limit() == math.inf and young.z(99.0) == 0 and not young.accepts(math.nan)
-    assert young.accepts(99.0)
-    off = Outliers(0, [1.0] * 100)
-    assert off.accepts(99.0) and not off.accepts(math.nan)
-    long = Outliers(7)
-    assert all(long.accepts(1.0) for _ in range(500)) and len(long.values) == 128
-    assert not long.accepts(1.1) and long.accepts(1.0)  # a constant past has no deviation to divide by
+    assert (
+        learning_rate(10, 10, 2.0, 10, 0.5) == 2.0
+    )  # the warm-up ends with the run: nothing is divided by 0
+    assert {learning_rate(step, 9, 2.0, 0, 1.0) for step in range(9)} == {2.0}
 
 
 class Trouble:
-    """Makes the n-th updates of a run bad, and watches what the optimizer does with every one."""
+    """Makes the n-th updates of a run bad, and watches what the optimizer does with every one.
+
+    For runs with --batch-size 1, whose steps have 4 micro-batches.
+    """
 
     def __init__(self, monkeypatch, loss=(), gradient=(), factor=math.nan):
-        self.passes, self.changed, self.grads = -2, [], []  # two warm passes, of one micro-batch each
-        forward, backward, step = gpt2.GPT2.forward, gpt2.GPT2.backward, gpt2.AdamW.update
+        self.passes, self.changed, self.sums = -2, [], []  # two warm passes, of one micro-batch each
+        forward, backward, step = gpt2.GPT2.forward, gpt2.GPT2.backward, gpt2.AdamW.step
 
         def bad_forward(model, *args):
-            losses = forward(model, *args)
+            forward(model, *args)
             self.passes += 1
-            return losses * factor if (self.passes - 1) // 4 + 1 in loss and self.passes > 0 else losses
+            if self.passes > 0 and self.passes % 4 == 0 and self.passes // 4 in loss:
+                model.loss *= factor
 
         def bad_backward(model):
             backward(model)
-            if (self.passes - 1) // 4 + 1 in gradient and self.passes > 0:
+            if self.passes > 0 and self.passes % 4 == 0 and self.passes // 4 in gradient:
                 model.flat_grads[7] = factor
 
         def watched(optimizer, *args):
-            state = lambda: [a.copy() for a in (optimizer.model.flat_params, optimizer.m, optimizer.v)]
-            before = state()
-            norm = step(optimizer, *args)  # a function: the norm is read later
-            self.changed.append([not np.array_equal(a, b) for a, b in zip(before, state())])
-            self.grads.append(np.abs(optimizer.model.flat_grads).max())
+            before = self._state(optimizer)
+            norm = step(optimizer, *args)
+            after = self._state(optimizer)
+            self.changed.append([not np.array_equal(a, b) for a, b in zip(before, after)])
+            self.sums.append(np.abs(optimizer.model.sums).max())
             return norm
 
         monkeypatch.setattr(gpt2.GPT2, "forward", bad_forward)
         monkeypatch.setattr(gpt2.GPT2, "backward", bad_backward)
-        monkeypatch.setattr(gpt2.AdamW, "update", watched)
+        monkeypatch.setattr(gpt2.AdamW, "step", watched)
+
+    def _state(self, optimizer):
+        return [a.copy() for a in (optimizer.model.flat_params, optimizer.m, optimizer.v, optimizer.steps)]
+
+
+def values_of(pairs):
+    """Losses or norms as a checkpoint has them, without their steps."""
+    return [value for _, value in pairs]
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -309,13 +365,14 @@ def test_a_step_that_is_no_number_is_left_out(start, tmp_path, monkeypatch, wher
     assert done.status == 0, done.err
     assert [not any(changed) for changed in trouble.changed] == [n in (1, 7) for n in range(1, 21)]
     assert all(all(changed) for n, changed in enumerate(trouble.changed, 1) if n not in (1, 7))
-    assert trouble.grads == [0] * 20, "gradients of the left-out step stay for the next"
+    assert trouble.sums == [0] * 20, "gradients or loss of the left-out step stay for the next"
     assert [e["step"] for e in events(tmp_path / "run", "step") if e["skipped"]] == [1, 7]
     assert len(re.findall(r"^step (1|7)/20 .* SKIPPED$", done.err, re.M)) == 2
     assert done.err.count("SKIPPED") == 2 and "2 steps left out" in done.err
     state = common.read_state(tmp_path / "run" / "step_000020")
     assert state["skipped"] == 2
-    assert np.isfinite(state["losses"] + state["norms"]).all()
+    assert [step for step, _ in state["losses"]] == [n for n in range(20) if n not in (0, 6)]
+    assert np.isfinite(values_of(state["losses"] + state["norms"])).all()
     for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert loads(tmp_path / "run" / "step_000020") == 20
@@ -330,7 +387,7 @@ def test_an_outlier_is_left_out_and_the_next_step_is_not(start, tmp_path, monkey
     z = {e["step"]: e[f"{'loss' if where == 'loss' else 'norm'}_z"] for e in steps}
     assert z[36] > 6 and z[38] > 6 and abs(z[37]) < 6 and abs(z[39]) < 6
     state = common.read_state(tmp_path / "run" / "step_000040")
-    assert max(state["losses"]) < 10 and max(state["norms"]) < 100
+    assert max(values_of(state["losses"])) < 10 and max(values_of(state["norms"])) < 100
 
 
 def test_ten_bad_steps_in_a_row_end_the_run_and_nine_do_not(start, tmp_path, monkeypatch):
@@ -347,6 +404,63 @@ def test_ten_bad_steps_in_a_row_end_the_run_and_nine_do_not(start, tmp_path, mon
     with monkeypatch.context() as patch:
         Trouble(patch, loss=[*range(2, 11), *range(12, 20)])
         assert start("nine", "--batch-size", 1).status == 0
+
+
+class Limits:
+    """What the optimizer is told in every step: the norm and the loss above which it leaves the step out."""
+
+    def __init__(self, monkeypatch):
+        self.given = []
+        step = gpt2.AdamW.step
+
+        def watched(optimizer, lr, max_norm, *limits):
+            self.given.append(limits)
+            return step(optimizer, lr, max_norm, *limits)
+
+        monkeypatch.setattr(gpt2.AdamW, "step", watched)
+
+
+def test_limits_follow_from_the_steps_before_the_last_also_after_a_resume(start, tmp_path, monkeypatch):
+    """Steps that were left out are no part of what later ones are held to."""
+    flags = ("--steps", 60, "--save-every", 45, "--batch-size", 1)
+    with monkeypatch.context() as patch:
+        Trouble(patch, loss=(36, 45, 50), factor=40.0)
+        limits = Limits(patch)
+        assert start("run", *flags).status == 0
+    steps = events(tmp_path / "run", "step")
+    assert [event["step"] for event in steps if event["skipped"]] == [36, 45, 50]
+    for i, (event, told) in enumerate(zip(steps, limits.given)):
+        taken = [e for e in steps[: max(0, i - 1)] if not e["skipped"]]
+        for name, limit in zip(("norm", "loss"), told):
+            values = [e[name] for e in taken]
+            expected = np.mean(values) + 7 * np.std(values) if len(values) >= 32 else math.inf
+            assert limit == pytest.approx(expected, rel=1e-6), (i, name)
+        assert event["skipped"] == (event["norm"] > told[0] or event["loss"] > told[1])
+    undisturbed = limits.given[45:]
+    shutil.rmtree(tmp_path / "run" / "step_000060")
+    with monkeypatch.context() as patch:
+        Trouble(patch, loss=(5,), factor=40.0)
+        limits = Limits(patch)
+        assert start("run", "--resume", *flags).status == 0
+    assert limits.given == undisturbed
+    again = events(tmp_path / "run", "step")
+    for name in ("loss", "norm", "skipped", "loss_z", "norm_z", "lr"):
+        assert [event[name] for event in again] == [event[name] for event in steps]
+
+
+def test_a_step_whose_norm_and_loss_are_its_limits_is_taken(start, tmp_path, whole, monkeypatch):
+    """By the device and by the log alike; with a lower limit, by one bit, it is left out."""
+    values = {event["step"]: (event["norm"], event["loss"]) for event in events(whole, "step")}
+    below = [float(np.nextafter(np.float32(value), np.float32(0))) for value in values[5]]
+    for n, limits in enumerate([values[5], (below[0], values[5][1]), (values[5][0], below[1])]):
+        limits_of = lambda run, step, since=0, at=limits: at if step == 4 else (math.inf, math.inf)
+        monkeypatch.setattr(Run, "limits", limits_of)
+        assert start(f"run{n}").status == 0
+        assert [e["skipped"] for e in events(tmp_path / f"run{n}", "step")] == [
+            n > 0 and step == 5 for step in range(1, 21)
+        ]
+        same = same_bits(tmp_path / f"run{n}" / "step_000020", whole / "step_000020")
+        assert same == (n == 0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -395,7 +509,7 @@ def test_the_log_and_the_plain_lines_say_all_of_a_step(start, tmp_path):
     done = start("run", "--dollars-per-hour", 36000, "--steps", 5, "--sample-every", 2, "--eval-every", 3)
     lines = [line for line in done.err.splitlines() if line.startswith("step") and "|" in line]
     assert [line.split(" |")[0] for line in lines] == [f"step {n}/5" for n in range(1, 6)]
-    for word in ("loss", "(z ", "norm", "lr", "ms", "tok/s", "% of peak", "left"):
+    for word in ("loss", "(z ", "norm", "lr", "ms", "tok/s", "% of a matmul's rate", "left"):
         assert all(word in line for line in lines), word
     assert re.search(r"^time .*, \$\d+\.\d\d: ", done.out, re.M)
     for what in ("model", "data", "training", "compute", "memory", "time"):
@@ -460,7 +574,7 @@ def test_only_the_newest_checkpoints_are_kept(start, tmp_path):
     ]
     wanted = {"config.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"}
     assert {path.name for path in (tmp_path / "run" / "step_000018").iterdir()} == wanted
-    assert {path.name for path in (tmp_path / "run").iterdir()} - {"log.jsonl"} == {
+    assert {path.name for path in (tmp_path / "run").iterdir()} - {"log.jsonl", "lock"} == {
         d.name for d in common.checkpoints(tmp_path / "run")
     }
 
@@ -479,15 +593,15 @@ class Killed(BaseException):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(start, tmp_path, whole, monkeypatch):
-    step = gpt2.AdamW.update
+    step = gpt2.AdamW.step
 
     def mortal(optimizer, *args):
-        if optimizer.steps == 13:
+        if optimizer.steps == 14:
             raise Killed
         return step(optimizer, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gpt2.AdamW, "update", mortal)
+        patch.setattr(gpt2.AdamW, "step", mortal)
         with pytest.raises(Killed):
             start("run", "--save-every", 10)
     assert len(losses_of(tmp_path / "run")) == 13
@@ -502,6 +616,21 @@ def test_a_killed_run_goes_on_bit_for_bit(start, tmp_path, whole, monkeypatch):
     assert all(state[name] == expected[name] for name in ("step", "skipped", "losses", "norms"))
     done = script.run(train.main, "--out", tmp_path / "run", "--resume")
     assert script.refused(done, "has all its 20 steps", "--steps", "sample.py")
+
+
+def test_a_checkpoint_of_the_earlier_format_goes_on_bit_for_bit(tmp_path, whole):
+    """Its state.json has losses and norms without their steps."""
+    run = tmp_path / "run"
+    shutil.copytree(whole / "step_000010", run / "step_000010")
+    state = common.read_state(run / "step_000010")
+    for name in ("losses", "norms"):
+        state[name] = values_of(state[name])
+        assert len(state[name]) == 10 and all(isinstance(value, float) for value in state[name])
+    (run / "step_000010" / "state.json").write_text(json.dumps(state))
+    assert script.run(train.main, "--out", run, "--resume").status == 0
+    assert same_bits(run / "step_000020", whole / "step_000020")
+    after, expected = (common.read_state(place / "step_000020") for place in (run, whole))
+    assert (after["losses"], after["norms"]) == (expected["losses"], expected["norms"])
 
 
 def test_a_run_goes_on_with_another_micro_batch_and_elsewhere(start, tmp_path, whole, monkeypatch):
@@ -530,6 +659,17 @@ def test_a_run_begins_with_short_rows_and_goes_on_bit_for_bit(start, tmp_path, m
     assert start("four", "--n-positions", 16, "--seq-len", 4).status == 0
     losses, others = losses_of(tmp_path / "whole"), losses_of(tmp_path / "four")
     assert losses[:6] == others[:6] and losses[6] != others[6]
+    asked, limits = [], Run.limits
+
+    def watched(run, step, since):
+        asked.append(since)
+        return limits(run, step, since)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "limits", watched)
+        assert start("since", *short).status == 0
+    assert asked[::2] == [0] * 6 + [6] * 14, "losses of long rows are compared with those of short ones"
+    assert asked[1::2] == asked[::2], "the log has other limits than the device"
     for step in (5, 10):  # before the rows grow longer and after
         place = tmp_path / f"from{step}"
         (place).mkdir()
@@ -543,8 +683,8 @@ def test_a_run_begins_with_short_rows_and_goes_on_bit_for_bit(start, tmp_path, m
 SLOW = """
 import signal, sys, time, gpt2, train, common
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also below a shell's `&`, which ignores Ctrl-C
-step, seconds = gpt2.AdamW.update, float(sys.argv.pop(1))
-gpt2.AdamW.update = lambda *args: (time.sleep(seconds), step(*args))[1]
+step, seconds = gpt2.AdamW.step, float(sys.argv.pop(1))
+gpt2.AdamW.step = lambda *args: (time.sleep(seconds), step(*args))[1]
 common.run(train.main)
 """
 
@@ -552,12 +692,13 @@ common.run(train.main)
 def slow(seconds, *flags):
     """train.py in a process of its own, whose steps last."""
     command = [sys.executable, "-c", SLOW, str(seconds), *map(str, flags)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=script.environment(), **pipes)
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(shards, tmp_path, whole):
     run = tmp_path / "a run"
-    process = slow(0.05, "--data", shards, *TINY, "--out", run)
+    process = slow(0.05, "--data", shards, *TINY, "--out", run, "--ranks", 1)
     for line in process.stderr:
         if line.startswith("step 3/"):
             break
@@ -575,48 +716,164 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(shards, tmp_path, 
     assert same_bits(run / "step_000020", whole / "step_000020")
 
 
-def test_a_second_ctrl_c_stops_at_once(shards, tmp_path):
-    process = slow(60, "--data", shards, *TINY, "--out", tmp_path / "run")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_second_ctrl_c_stops_at_once(shards, tmp_path, ranks):
+    process = slow(60, "--data", shards, *TINY, "--out", tmp_path / "run", "--ranks", ranks)
     log = tmp_path / "run" / "log.jsonl"
     while not (log.exists() and log.read_text()) and process.poll() is None:
         time.sleep(0.02)
+    time.sleep(0.2)  # until the loop has begun
     process.send_signal(signal.SIGINT)
     for line in process.stderr:
         if "once more to stop at once" in line:
             break
     process.send_signal(signal.SIGINT)
     said = process.stderr.read()
-    assert process.wait(10) == 130 and "interrupted" in said and "Traceback" not in said
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"log.jsonl"}
+    assert process.wait(10) == 130 and said.strip() == "interrupted"
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "log.jsonl"}
 
 
-def test_ctrl_c_at_any_moment_of_a_step_leaves_a_checkpoint(start, tmp_path, monkeypatch):
-    """Also between two looks at the flag, and in the last step, which needs nothing to go on."""
+MOMENTS = {  # what the script does when the signal comes, and for the how-manieth time
+    "forward": (gpt2.GPT2, "forward", 2 + 4 * 6),
+    "all_reduce": (World, "all_reduce", 7),
+    "update": (gpt2.AdamW, "step", 7),
+    "report": (Run, "report", 7),
+    "evaluation": (train, "evaluate", 1),
+    "save": (common, "save_checkpoint", 1),
+    "last step": (gpt2.AdamW, "step", 20),
+}
 
-    class Late(common.Interrupt):
-        looks = -1
 
-        @property
-        def asked(self):
-            self.looks += 1
-            return self.looks > self.wait
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_any_moment_of_a_step_leaves_a_checkpoint(start, tmp_path, monkeypatch, moment, name):
+    owner, method, nth = MOMENTS[moment]
+    function, calls = getattr(owner, method), itertools.count(1)
 
-        @asked.setter
-        def asked(self, value):
-            pass
+    def interrupted(*args, **settings):
+        if next(calls) == nth:
+            signal.raise_signal(name)
+        return function(*args, **settings)
 
-    for Late.wait in range(4):
-        with monkeypatch.context() as patch:
-            patch.setattr(common, "Interrupt", Late)
-            done = start(f"run{Late.wait}")
-        assert done.status == 130
-        assert loads(common.newest_checkpoint(tmp_path / f"run{Late.wait}")) == int(
-            re.search(r"stopped after step (\d+)", done.err).group(1)
-        )
-    Late.wait = -1
-    monkeypatch.setattr(common, "Interrupt", Late)
-    done = start("last", "--steps", 1)
-    assert done.status == 0 and "go on with" not in done.err and "done: " in done.err
+    monkeypatch.setattr(owner, method, interrupted)
+    done = start("run", "--batch-size", 1, "--save-every", 5, "--eval-every", 5)
+    newest = loads(common.newest_checkpoint(tmp_path / "run"))
+    if moment == "last step":  # which needs nothing to go on
+        assert done.status == 0 and "go on with" not in done.err and "done: " in done.err and newest == 20
+        return
+    assert done.status == 128 + name
+    assert newest == int(re.search(r"stopped after step (\d+)", done.err).group(1)) < 9
+    assert newest == len(losses_of(tmp_path / "run"))
+
+
+def test_another_process_leaves_a_run_alone_that_is_under_way(shards, tmp_path, whole):
+    """Whether it begins anew or resumes; and the run goes on undisturbed."""
+    run = tmp_path / "run"
+    flags = ("--data", shards, *TINY, "--out", run, "--save-every", 10)
+    process = slow(0.2, *flags, "--ranks", 1)
+    while not common.checkpoints(run) and process.poll() is None:
+        time.sleep(0.02)
+    for more in ((), ("--resume",), ("--resume", "--steps", 40)):
+        before = (run / "log.jsonl").read_bytes()
+        assert script.refused(script.run(train.main, *flags, *more), "another process", "stop it first")
+        assert (run / "log.jsonl").read_bytes().startswith(before)
+    assert process.poll() is None, "it ended too soon to test anything"
+    process.communicate()
+    assert process.returncode == 0
+    assert losses_of(run) == losses_of(whole)
+    assert same_bits(run / "step_000020", whole / "step_000020")
+    assert script.refused(script.run(train.main, *flags, "--resume"), "has all its 20 steps")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ranks
+
+
+@pytest.fixture(scope="module")
+def two_ranks(shards, tmp_path_factory):
+    """The run `whole` by two ranks, a row in a micro-batch."""
+    return train_by_ranks(2, shards, tmp_path_factory.mktemp("ranks") / "run", "--batch-size", 1)
+
+
+def in_processes(*flags):
+    """Run train.py in a process of its own, which may start others: .status, .out, .err."""
+    command = [sys.executable, "train.py", *map(str, flags)]
+    where = dict(cwd=ROOT, env=script.environment())
+    done = subprocess.run(command, **where, capture_output=True, text=True, check=False)
+    return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
+
+
+def train_by_ranks(n, shards, out, *flags):
+    """A run of n ranks that ends well; return its directory."""
+    done = in_processes("--data", shards, *TINY, "--out", out, "--save-every", 10, "--ranks", n, *flags)
+    assert done.status == 0, done.err
+    assert f"on {n} ranks" in done.out
+    assert done.err.count("step 7/20 |") == done.err.count("done: ") == 1, "more than one rank speaks"
+    return out
+
+
+def test_two_ranks_train_as_one_does_to_rounding_and_twice_to_the_bit(shards, tmp_path, whole, two_ranks):
+    for name in ("loss", "norm", "lr"):
+        one, other = ([e[name] for e in events(run, "step")] for run in (whole, two_ranks))
+        np.testing.assert_allclose(other, one, rtol=1e-5)
+    for name in ("loss", "bits_per_byte"):
+        assert events(two_ranks, "eval")[-1][name] == pytest.approx(events(whole, "eval")[-1][name], rel=1e-5)
+    assert events(two_ranks, "start")[0]["ranks"] == 2
+    again = train_by_ranks(2, shards, tmp_path / "again", "--batch-size", 1)
+    assert losses_of(again) == losses_of(two_ranks)
+    assert same_bits(again / "step_000020", two_ranks / "step_000020")
+
+
+def test_the_loss_of_a_step_is_the_mean_over_all_of_its_tokens(shards, whole, two_ranks):
+    (start,) = events(whole, "start")
+    loader = DataLoader(data.shards(shards, "train"), SimpleNamespace(**start["flags"]))
+    tokens, targets, _ = batch_of(loader, 0)
+    assert tokens.shape == (4, 16)
+    model = gpt2.GPT2(gpt2.read_config(whole / "step_000020"))
+    expected = model.losses(tokens, targets).mean()
+    assert losses_of(whole)[0] == pytest.approx(expected, rel=1e-6)
+    assert losses_of(two_ranks)[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_run_of_one_rank_goes_on_with_two(tmp_path, whole):
+    """Also one of the time when there was no --ranks, whose micro-batch is more than the rows of a rank."""
+    run = tmp_path / "run"
+    shutil.copytree(whole / "step_000010", run / "step_000010")
+    shutil.copy(whole / "log.jsonl", run)
+    state = common.read_state(run / "step_000010")
+    assert state["flags"].pop("ranks") == 1 and state["flags"]["batch_size"] == 4
+    (run / "step_000010" / "state.json").write_text(json.dumps(state))
+    assert script.refused(in_processes("--out", run, "--resume", "--ranks", 3), "--ranks 3", "1, 2, 4 do")
+    done = in_processes("--out", run, "--resume", "--ranks", 2)
+    assert done.status == 0 and "on 2 ranks" in done.out, done.err
+    np.testing.assert_allclose(losses_of(run), losses_of(whole), rtol=1e-5)
+    assert common.read_state(run / "step_000020")["flags"]["batch_size"] == 2
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_what_all_ranks_cannot_read_is_said_once(tmp_path, two_ranks, name):
+    place = tmp_path / "run"
+    shutil.copytree(two_ranks / "step_000020", place / "step_000020")
+    content = (place / "step_000020" / name).read_bytes()
+    (place / "step_000020" / name).write_bytes(content[: len(content) // 2])
+    assert script.refused(in_processes("--out", place, "--resume", "--steps", 22), name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Shards, the last checkpoint of a run that nobody disturbs, and how long it took."""
+    return kill_runs.undisturbed(tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize("n", range(5))
+def test_a_run_that_is_killed_ends_with_one_line_and_goes_on_bit_for_bit(tmp_path, undisturbed, n):
+    """make test kills five; python tests/kill_runs.py as many as you like."""
+    shards, whole, seconds = undisturbed
+    way, moment = kill_runs.WAYS[n], random.Random(n).uniform(0, seconds)
+    status, took, lines, _ = kill_runs.kill(tmp_path / "run", shards, way, moment)
+    kill_runs.check(way, status, took, lines)
+    kill_runs.check_same_bits(kill_runs.go_on(tmp_path / "run", shards), whole)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -637,7 +894,7 @@ def test_a_disk_that_fills_up_while_saving_costs_only_that_checkpoint(start, tmp
     assert done.status == 2 and "Traceback" not in done.err
     assert done.err.splitlines()[-1].startswith("error: No space left on device")
     assert "free some space" in done.err.splitlines()[-1]
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"log.jsonl", "step_000004"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "log.jsonl", "step_000004"}
     assert script.tree(tmp_path / "run" / "step_000004") == before
     assert loads(common.newest_checkpoint(tmp_path / "run")) == 4
     monkeypatch.undo()
@@ -654,7 +911,7 @@ def test_a_file_that_cannot_grow_costs_only_that_checkpoint(start, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert done.status == 2 and done.err.splitlines()[-1].startswith("error: File too large")
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"log.jsonl", "step_000004"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "log.jsonl", "step_000004"}
     assert loads(common.newest_checkpoint(tmp_path / "run")) == 4
 
 
@@ -808,13 +1065,26 @@ def test_too_little_memory_is_said_before_any_is_taken(start, tmp_path, monkeypa
 
 def test_the_micro_batch_is_what_memory_allows():
     config = gpt2.GPT2Config(12, 12, 768, 1024, 50257)
-    needs = lambda B: sum(config.memory(B, 1024).values())
-    assert train.fit(512, needs, 8, 1e15) == 8
-    assert train.fit(512, needs, 8, needs(4)) == 4
-    assert train.fit(6, needs, 8, needs(5)) == 3
-    assert (
-        train.fit(7, needs, 8, needs(6)) == train.fit(512, needs, 8, 1) == train.fit(512, needs, 1, 1e15) == 1
-    )
+
+    def chosen(rows, free, ranks=1, at_once=8 * 1024, batch_size=None, world=World(0, 1)):  # noqa: B008
+        flags = SimpleNamespace(seq_len=1024, total_batch_tokens=rows * 1024, ranks=ranks, dtype="float32")
+        flags.recompute, flags.batch_size, flags.resume = False, batch_size, False
+        ops = SimpleNamespace(free_memory=lambda: free, BATCH_TOKENS=at_once, SHARE=1.0, LOGITS=1 << 22)
+        memory = train.choose_batch_size(flags, config, ops, world)
+        return flags.batch_size, sum(memory.values())
+
+    needs = {B: chosen(B, 1e15, batch_size=B)[1] for B in range(1, 9)}
+    assert chosen(512, 1e15) == (8, needs[8])
+    assert chosen(512, needs[4]) == (4, needs[4])
+    assert chosen(512, needs[4] - 1)[0] == 2
+    assert chosen(6, needs[5])[0] == 3  # 4 rows would fit, but do not divide 6
+    assert chosen(7, needs[6])[0] == chosen(512, 1e15, at_once=1024)[0] == 1
+    assert chosen(6, 1e15, ranks=2)[0] == 3  # a rank has 3 rows of the 6
+    rank_0_says = SimpleNamespace(gather=lambda free: [needs[4], free])
+    assert chosen(512, 1e15, world=rank_0_says)[0] == 4
+    assert chosen(512, needs[4], ranks=2)[0] < 4  # and each has activations
+    with pytest.raises(UserError, match=r"GB are free; lower --batch-size 1, use --recompute"):
+        chosen(512, needs[1] - 1)
 
 
 def test_some_memory_is_free():
@@ -824,6 +1094,10 @@ def test_some_memory_is_free():
 
 # ------------------------------------------------------------------------------------------------------------
 # The plot
+
+
+def write_log(run, *events):
+    (run / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
 def test_plot_draws_one_run_and_two(tmp_path, whole, start, monkeypatch):
@@ -836,6 +1110,16 @@ def test_plot_draws_one_run_and_two(tmp_path, whole, start, monkeypatch):
         assert (tmp_path / f"{n}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     done = script.run(plot.main, tmp_path / "nan")
     assert (tmp_path / "nan" / "plot.png").stat().st_size > 5000
+
+
+def test_the_figures_of_kernels_come_from_the_results_on_the_card(tmp_path):
+    """And say their numbers: a table whose columns moved would be drawn wrong, or not at all."""
+    versions = {row[0]: plot.rate(row[3]) for row in plot.table("Versions")}
+    assert 1 < versions["124M qkv: naive"] < versions["124M qkv: Hopper, pingpong"] < 990
+    plot.draw_matmul(tmp_path / "matmul.png")
+    plot.draw_step(tmp_path / "step.png")
+    assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir())
+    assert script.refused(script.run(plot.main), "--figures")
 
 
 def test_plot_says_what_is_no_run(tmp_path):
@@ -853,27 +1137,30 @@ def test_console_line_is_plain_where_there_is_no_terminal(capsys):
 
 
 def test_a_run_of_practice_is_drawn_by_what_it_got_right(tmp_path):
-    log = common.Log(tmp_path)
-    log.write("start", step=0, stage="rl")
-    log.write("eval", step=0, correct=0.25, length=30.0, results=[])
-    for step in (1, 2):
-        log.write("step", step=step, correct=step / 4, length=20.0, loss=0.1, lr=1e-3)
-    (training, held_out), above, below, title = plot.curves(common.read_log(tmp_path))
-    assert (above, title) == ("share of right answers", "tokens in an answer")
-    assert training[1:] == ([1, 2], [0.25, 0.5])
-    assert held_out[1:] == ([0], [0.25])
-    assert below == ([1, 2], [20.0, 20.0])
+    write_log(
+        tmp_path,
+        dict(event="start", step=0, stage="rl"),
+        dict(event="eval", step=0, correct=0.25, length=30.0, results=[]),
+        dict(event="step", step=1, correct=0.25, length=20.0, loss=0.1, lr=1e-3),
+        dict(event="step", step=2, correct=0.5, length=20.0, loss=0.1, lr=1e-3),
+    )
+    events = common.read_log(tmp_path)
+    assert plot.curves_of(events) == ("correct", "length")
+    assert plot.points(events, "step", "correct") == ([1, 2], [0.25, 0.5])
+    assert plot.points(events, "eval", "correct") == ([0], [0.25])
     assert script.run(plot.main, tmp_path).status == 0
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
 def test_a_run_that_pleases_a_reward_model_is_drawn_beside_the_truth(tmp_path):
-    log = common.Log(tmp_path)
-    for step in (0, 2):
-        log.write("eval", step=step, score=0.5 - step / 10, reward=step * 1.0)
-    log.write("step", step=1, reward=0.7, loss=0.1, lr=1e-3)
-    lines, above, below, title = plot.curves(common.read_log(tmp_path))
-    assert (above, title) == ("true score", "reward model's score")
-    assert lines[1][1:] == ([0, 2], [0.5, 0.3])
-    assert below == ([1], [0.7])
+    write_log(
+        tmp_path,
+        dict(event="eval", step=0, score=0.5, reward=0.0),
+        dict(event="eval", step=2, score=0.3, reward=2.0),
+        dict(event="step", step=1, reward=0.7, loss=0.1, lr=1e-3),
+    )
+    events = common.read_log(tmp_path)
+    assert plot.curves_of(events) == ("score", "reward")
+    assert plot.points(events, "eval", "score") == ([0, 2], [0.5, 0.3])
+    assert plot.points(events, "step", "reward") == ([1], [0.7])
     assert script.run(plot.main, tmp_path).status == 0
