@@ -23,7 +23,7 @@ import numpy as np
 
 import common
 import sample
-from common import Parser, UserError, number, run, say
+from common import Parser, UserError, add_shared_flags, number, run, say
 from tasks.conversations import DONT_KNOW, SEARCH_SYSTEM, answer_first, arithmetic, turns
 from tasks.factbook import facts, invented, matches, texts
 from tasks.problems import TASKS, problems, votes
@@ -480,9 +480,7 @@ def parser():
     words = "of sampled replies, and of the problems; the questions of the skills are always the same"
     add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=sample.SEED, help=words)
     add("--json", action="store_true", help="one JSON object, for programs")
-    add = flags.add_argument_group("machine").add_argument
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights; bfloat16: cuda only")
+    add_shared_flags(flags.add_argument_group("machine"), "device", "dtype")
     return flags
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import common
 import gpt2
 import kernels
-from common import Parser, UserError, number, run, say
+from common import Parser, UserError, add_shared_flags, number, run, say
 from kernels.sampling import filtered_probabilities
 from tasks.conversations import SEARCH_SYSTEM, calculator, checked, looked_up
 from tasks.problems import TASKS, Problem, marked, votes
@@ -488,9 +488,7 @@ def parser():
     add("--show-probs", action="store_true", help="the candidates at every step, as a table")
     add("--json", action="store_true", help="one JSON object, for programs")
 
-    add = flags.add_argument_group("machine").add_argument
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights; bfloat16: cuda only")
+    add_shared_flags(flags.add_argument_group("machine"), "device", "dtype")
     return flags
 
 

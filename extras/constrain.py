@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from common import Parser, UserError, number, run
+from common import Parser, UserError, add_shared_flags, number, run
 from sample import SEED, complete, default_temperature, end_token, is_assistant, load, prompt_ids
 
 LIMIT = 50_000  # states of an automaton, 1 kB each; usual are some hundreds
@@ -300,9 +300,7 @@ def parser():
     add("--temperature", metavar="X", type=number(float, low=0, high=1e6), help=words)
     add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=SEED, help="same seed, same text")
     add("--json", action="store_true", help="one JSON object, for programs")
-    add = flags.add_argument_group("machine").add_argument
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights; bfloat16: cuda only")
+    add_shared_flags(flags.add_argument_group("machine"), "device", "dtype")
     return flags
 
 

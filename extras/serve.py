@@ -21,7 +21,7 @@ import socketserver
 import threading
 from pathlib import Path
 
-from common import Parser, UserError, number, run, say
+from common import Parser, UserError, add_shared_flags, number, run, say
 from sample import TOOLS, Assistant, is_assistant, load
 from tasks.conversations import checked
 from tokenizer import visible
@@ -209,8 +209,7 @@ def parser():
     add("--temperature", metavar="X", type=number(float, low=0, high=1e6), default=0.3, help=words)
     add("--max-tokens", metavar="N", type=number(int, low=1), default=256, help="the longest answer")
     add("--no-search", action="store_true", help="no search, which would fetch the Factbook")
-    add = flags.add_argument_group("machine").add_argument
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    add_shared_flags(flags.add_argument_group("machine"), "device")
     flags.set_defaults(dtype="float32")
     return flags
 
