@@ -53,16 +53,9 @@ def generate(
     UserError if a prompt is longer than the model's context, or if the logits are not finite.
     """
     ops, n_positions = model.ops, model.config.n_positions
-    longest = max(len(prompt) for prompt in prompts)
-    if longest > n_positions:
-        raise UserError(
-            f"the prompt has {longest} tokens and this model reads at most {n_positions}; shorten the prompt"
-        )
-    if min(len(prompt) for prompt in prompts) == 0:
-        raise ValueError("a prompt needs at least one token; documents begin with the end-of-text token")
+    check_prompts(prompts, n_positions)
     if stop_texts and tokenizer is None:
         raise ValueError("stop_texts need a tokenizer")
-
     rows = []
     for index, prompt in enumerate(prompts):
         stream = index if streams is None else streams[index]
@@ -102,6 +95,17 @@ def generate(
             cache.select(unfinished)
             active = [active[i] for i in unfinished]
         logits = model.decode([row.ids[-1:] for row in active], cache)  # (B, 1) -> (B, V): a decode step
+
+
+def check_prompts(prompts, n_positions):
+    """Refuse a prompt without a token, and one that is longer than the model's context."""
+    longest = max(len(prompt) for prompt in prompts)
+    if longest > n_positions:
+        raise UserError(
+            f"the prompt has {longest} tokens and this model reads at most {n_positions}; shorten the prompt"
+        )
+    if min(len(prompt) for prompt in prompts) == 0:
+        raise ValueError("a prompt needs at least one token; documents begin with the end-of-text token")
 
 
 def prefill(model, prompts, max_tokens):
