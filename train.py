@@ -280,12 +280,30 @@ def choose_batch_size(flags, config, ops, world):
     return needed(flags.batch_size)
 
 
+# FLOP/s without sparsity from the datasheets, by a part of the card's name; the first that fits counts.
+DATASHEETS = {
+    "H200": {"bfloat16": 989.5e12, "float32": 67e12},
+    "H100 PCIe": {"bfloat16": 756e12, "float32": 51e12},
+    "H100 NVL": {"bfloat16": 835e12, "float32": 60e12},
+    "H100": {"bfloat16": 989.5e12, "float32": 67e12},
+    "A100": {"bfloat16": 312e12, "float32": 19.5e12},
+    "L40S": {"bfloat16": 362e12, "float32": 91.6e12},
+    "L4": {"bfloat16": 121e12, "float32": 30.3e12},
+    "A10": {"bfloat16": 125e12, "float32": 31.2e12},
+    "RTX 4090": {"bfloat16": 165.2e12, "float32": 82.6e12},
+    "T4": {"float32": 8.1e12},
+}
+
+
 def peak_flops(model, world):
-    """What the utilization is a share of, and its name: the datasheet's FLOP/s of a GPU, else a measured
-    matmul."""
-    datasheet = getattr(model.ops, "DATASHEET_FLOPS", {}).get(model.dtype)
-    if datasheet:
-        return datasheet, "MFU"
+    """FLOP/s that the utilization is a share of, and the name of that share.
+
+    On a GPU whose datasheet is known it is the datasheet's (MFU), else what a large matrix product reaches.
+    """
+    if model.device == "cuda":
+        for name, rates in DATASHEETS.items():
+            if name in model.ops.card_name():
+                return rates[model.dtype], "MFU"
     return sum(world.gather(measured_flops(model.ops, model.type))), "of a matmul's rate"
 
 

@@ -25,6 +25,7 @@ from kernels.gpu import (  # noqa: F401  what reference.py has at its end is amo
     WIDTH,
     aligned,
     captured,
+    card_name,
     cdiv,
     check,
     elapsed,

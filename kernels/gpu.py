@@ -49,6 +49,11 @@ if CAPABILITY < 75:
     raise ImportError(f"the GPU is of compute capability {CAPABILITY / 10}, CUDA 13 begins at 7.5")
 
 
+def card_name():
+    """What the driver calls the card: "NVIDIA H200"."""
+    return xp.cuda.runtime.getDeviceProperties(DEVICE.id)["name"].decode()
+
+
 def cdiv(a, b):
     return -(-a // b)
 

@@ -24,6 +24,7 @@ import kernels
 import sample
 import train
 from common import UserError
+from distributed import World
 
 cuda = card.cuda()
 XP, gpu = cuda.xp, sys.modules[cuda.launch.__module__]
@@ -222,6 +223,16 @@ def test_nothing_waits_for_the_card_inside_a_step(shards, tmp_path, monkeypatch)
     train.main(f"--data {shards} --device cuda {sizes} {rare} --out {tmp_path / 'run'}".split())
     step = "FB" * 2 + "AA" + "cc"  # loss and norm are read when the next step has been asked for
     assert step + f"{step}rr" * 3 + "rr!" in "".join(order)
+
+
+@pytest.mark.parametrize("card, flops", [("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989.5e12)])
+def test_utilization_on_a_gpu_is_of_its_datasheet(monkeypatch, card, flops):
+    model, world = gpt2.GPT2(ODD, "cuda", "bfloat16"), World(0, 1)
+    monkeypatch.setattr(cuda, "card_name", lambda: card)
+    assert train.peak_flops(model, world) == (flops, "MFU")
+    monkeypatch.setattr(cuda, "card_name", lambda: "a card of tomorrow")
+    monkeypatch.setattr(train, "measured_flops", lambda ops, dtype: 1e9)
+    assert train.peak_flops(model, world) == (1e9, "of a matmul's rate")
 
 
 def test_a_gpu_without_bfloat16(monkeypatch, capsys):
