@@ -339,8 +339,7 @@ USUAL = dict(
 
 
 def add_shared_flags(group, *names, **defaults):
-    """Add flags of SHARED_FLAGS to a group of a parser; `defaults` are those that differ from the usual
-    ones."""
+    """Add flags of SHARED_FLAGS to a group of a parser, with these defaults or the usual ones."""
     for name in names:
         dest = name.replace("-", "_")
         settings = SHARED_FLAGS[name]
@@ -441,8 +440,7 @@ def is_first_rank():
 
 
 def lock(run):
-    """An open file that holds the run for this process until it is closed; UserError if another one has
-    it."""
+    """Lock the run for this process until the returned file is closed; UserError if another one has it."""
     file = open(Path(run) / "lock", "ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -551,8 +549,7 @@ class Run:
     # -- the loop ------------------------------------------------------------------------------------------
 
     def steps(self):
-        """The numbers of the steps still to do. After each, a checkpoint if one is due or if the run is to
-        stop."""
+        """The numbers of the steps still to do; after each, a checkpoint if one is due or the run stops."""
         self.world.catch_signals()
         self.began = time.monotonic()
         for step in range(self.start, self.n_steps):
@@ -578,8 +575,10 @@ class Run:
             self.saved = done
 
     def is_due(self, done, every):
-        """Whether after `done` steps something is due that happens every so many steps (0: never) and at the
-        end."""
+        """Whether after `done` steps something is due that happens every so many steps and at the end.
+
+        0 steps mean never.
+        """
         return every > 0 and (done % every == 0 or done == self.n_steps)
 
     def limits(self, step, since=0):
@@ -687,8 +686,7 @@ class Run:
     # -- what it says --------------------------------------------------------------------------------------
 
     def log(self, event, step, **values):
-        """Append an event to log.jsonl; a number that is not finite becomes null, which is all that JSON
-        has."""
+        """Append an event to log.jsonl; a number that is not finite becomes null, JSON has no other."""
         if not self.is_first:
             return
         for name, value in values.items():

@@ -269,8 +269,7 @@ class World:
                 os._exit(1)
 
     def _end_with_the_other(self):
-        """The other process has ended. It has said why; or it was killed, and _watch() says so and ends
-        this."""
+        """End, because the other process has: it said why, or it was killed and _watch() says so."""
         self.other_ended.wait(2)
         raise SystemExit(1)
 

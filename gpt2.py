@@ -118,12 +118,12 @@ class GPT2:
             self._initialise(seed)
 
     def forward(self, tokens, targets, weights=None):
-        """Add sum(weights * losses) over tokens and targets (B, T) to self.loss (1,); return it, a device
-        scalar.
+        """Add the sum of weights * losses to self.loss (1,), a device scalar, and return a copy of it.
 
-        weights (B, T) are 1 / (B T) each if not given. Tokens of weight 0 get no logits at all: what they
-        predict does not count. The loss adds up over forward passes as the gradients do over backward passes,
-        until AdamW.step() clears both: self.grads is always the gradient of self.loss. Arrays are the host's.
+        tokens, targets and weights are (B, T) arrays of the host. weights are 1 / (B T) each if not given.
+        Tokens of weight 0 get no logits at all, because their loss does not count. The loss adds up over
+        forward passes as the gradients do over backward passes, until AdamW.step() clears both: self.grads is
+        always the gradient of self.loss.
 
         All logits (N, Vp) would dwarf everything else in memory, so they exist for a chunk of rows at a time,
         and each chunk becomes losses and then gradients before the next one.
@@ -131,16 +131,14 @@ class GPT2:
         ops, C, V = self.ops, self.config.n_embd, self.config.vocab_size
         tokens = self._checked(tokens)
         B, T = tokens.shape
-        targets, weights, rows = self._weighted_targets(
-            tokens, targets, weights
-        )  # (n,) each; rows of the B T
+        targets, weights, rows = self._weighted_targets(tokens, targets, weights)  # (n,) each
 
         self.pending = None
         a = self._activations("training", B, T, self.config.n_layer, backward=True)
         tokens = ops.to_device(tokens)
         self._transformer(a, tokens, self._causal_attention)
         x, dx = a.ln_f.reshape(-1, C), a.dln_f.reshape(-1, C)  # (N, C)
-        if rows is not None:
+        if rows is not None:  # only these of the B T tokens have a weight
             x, dx = ops.empty((len(rows), C), self.type), ops.zeros((len(rows) + 1, C), self.type)
             ops.take_rows(x, a.ln_f.reshape(-1, C), ops.to_device(rows))  # (n, C)
 
@@ -181,8 +179,7 @@ class GPT2:
         self.ops.attention_forward(s.att, s.lse, s.qkv, self.config.n_head)
 
     def backward(self):
-        """Add to grads the gradients of the last forward pass, which is read here from its end to its
-        beginning.
+        """Add to grads the gradients of the last forward pass: forward(), read from its end to its beginning.
 
         a.dx (B, T, C) is the gradient of the residual stream: each layernorm_backward adds to it.
         """

@@ -308,8 +308,7 @@ def peak_flops(model, world):
 
 
 def measured_flops(ops, dtype, n=128):
-    """FLOP/s of a matrix product of n x n; n doubles until a product takes 10 ms, so that its start is no
-    matter."""
+    """FLOP/s of a matrix product of n x n, where n doubles until the product takes 10 ms."""
     rng, best, c = np.random.default_rng(0), math.inf, ops.empty((n, n), dtype)
     a, b = (ops.to_device(rng.standard_normal((n, n), np.float32).astype(dtype)) for _ in range(2))
     for _ in range(5):
@@ -321,8 +320,7 @@ def measured_flops(ops, dtype, n=128):
 
 
 def print_plan(flags, model, loader, world, peak, memory):
-    """What the run will take, said before it takes it: a micro-batch is tried out, and the gradients
-    cleared."""
+    """Print what the run will take, from the time of one micro-batch, whose gradients are cleared."""
     config, tokens = model.config, flags.steps * flags.total_batch_tokens
     tokens_per_pass = flags.batch_size * flags.seq_len * world.size
     for _ in range(2):  # the first is cold
