@@ -4,6 +4,7 @@ At the end they say what ran in the emulator, and what NVRTC made of the kernels
 """
 
 import os
+import signal
 import sys
 
 import pytest
@@ -26,6 +27,15 @@ def _threads():
     before = pool.THREADS
     yield
     pool.THREADS = before
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """A run catches signals; the next test finds what was there."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for name, handler in before.items():
+        signal.signal(name, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -531,15 +531,6 @@ def checked_choices(name, split="train", level=None, seed=0):
     return itertools.chain([next(stream)], stream)
 
 
-@pytest.fixture(autouse=True)
-def _signals():
-    """A run catches signals; the next test finds what was there."""
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for name, handler in before.items():
-        signal.signal(name, handler)
-
-
 @pytest.fixture
 def start(tmp_path, monkeypatch, taught_run):
     """start(out, *flags): a run of rl.py on the bandit."""

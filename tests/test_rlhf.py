@@ -17,6 +17,7 @@ import pytest
 import script
 from hypothesis import given
 from hypothesis import strategies as st
+from test_rl import slope
 
 import common
 import distributed
@@ -57,15 +58,6 @@ class Letter:
 
 
 ONE = distributed.World(0, 1)  # a world of one rank
-
-
-@pytest.fixture(autouse=True)
-def _signals():
-    """A run catches signals; the next test finds what was there."""
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for name, handler in before.items():
-        signal.signal(name, handler)
 
 
 def accumulate(model, rows, most=2048):
@@ -229,20 +221,11 @@ def log_probs(model, tokens):
     return z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z.max(-1, keepdims=True)
 
 
-def slope(model, objective, direction, eps=3e-6):
-    begin, values = model.flat_params.copy(), []
-    for sign in (1, -1):
-        model.flat_params[:] = begin + sign * eps * direction
-        values.append(objective())
-    model.flat_params[:] = begin
-    return (values[0] - values[1]) / (2 * eps)
-
-
 def same_as_slopes(model, objective, gradient):
     rng = np.random.default_rng(0)
     for _ in range(4):
         direction = rng.normal(size=model.flat_params.shape) * (model.flat_params != 0)
-        expected = slope(model, objective, direction)
+        expected = slope(model, objective, direction, eps=3e-6)
         assert gradient @ direction == pytest.approx(expected, rel=1e-6, abs=1e-7)
         assert abs(expected) > 1e-4
 

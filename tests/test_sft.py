@@ -48,15 +48,6 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture(autouse=True)
-def _signals():
-    """A run catches signals; the next test finds what was there."""
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for name, handler in before.items():
-        signal.signal(name, handler)
-
-
 def arguments(place, out="run", *more):
     data = ["--data", "jsonl:sample.jsonl=1"]
     return ["--init-from", place / "base", "--out", place / out, *data, *SMALL.split(), *more]
