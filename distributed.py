@@ -38,22 +38,24 @@ SMALL = 1 << 24  # parameters: a larger model keeps all cores busy within every 
 ENDED = b"."  # the last word of a rank that was not killed
 
 
-def default_ranks(n_params, device, rows):
-    """How many ranks pay: one a core for a small model on a CPU, if they divide the rows of an update."""
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    if device != "cpu" or n_params > SMALL:
-        return 1
-    return max(n for n in range(1, threads.THREADS + 1) if rows % n == 0)
+def choose_ranks(wanted, n_params, device, rows):
+    """How many ranks share an update of so many rows: --ranks if given, else as many as pay.
 
-
-def check_ranks(ranks, rows, device):
-    """UserError if so many ranks cannot share an update of so many rows."""
+    One a core pays for a small model on a CPU. UserError if each rank would not get as many rows.
+    """
+    ranks = 1
+    if wanted:
+        ranks = wanted
+    elif "WORLD_SIZE" in os.environ:
+        ranks = int(os.environ["WORLD_SIZE"])
+    elif device == "cpu" and n_params <= SMALL:
+        ranks = max(n for n in range(1, threads.THREADS + 1) if rows % n == 0)
     if rows % ranks:
         divisors = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
         raise UserError(f"--ranks {ranks} does not divide the {rows} rows of an update; {divisors} do")
     if ranks > 1 and device == "cuda":
         raise UserError(f"--ranks {ranks}: only one GPU is used so far; leave --ranks out")
+    return ranks
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -80,8 +80,7 @@ def train(flags, checkpoint, argv, reward=verified, score=None, script=__file__,
 
     # The model, the same on every rank
     n_params, n_positions = model.config.n_params(), model.config.n_positions
-    flags.ranks = flags.ranks or distributed.default_ranks(n_params, model.device, flags.prompts)
-    distributed.check_ranks(flags.ranks, flags.prompts, model.device)
+    flags.ranks = distributed.choose_ranks(flags.ranks, n_params, model.device, flags.prompts)
     world = distributed.start(flags.ranks, script, argv)
     model.share(world)
     optimizer = gpt2.AdamW(model, weight_decay=0.0, world=world)

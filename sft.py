@@ -45,8 +45,7 @@ def main(argv=None):
 
     # The model, the same on every rank
     device, flags.dtype = kernels.choose(flags.device, flags.dtype)
-    flags.ranks = flags.ranks or distributed.default_ranks(config.n_params(), device, flags.batch_size)
-    distributed.check_ranks(flags.ranks, flags.batch_size, device)
+    flags.ranks = distributed.choose_ranks(flags.ranks, config.n_params(), device, flags.batch_size)
     world = distributed.start(flags.ranks, __file__, argv)
     model = gpt2.GPT2.from_pretrained(source, device, flags.dtype, vocab_size=tokenizer.vocab_size)
     model.share(world)

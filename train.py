@@ -39,8 +39,7 @@ def main(argv=None):
     config = model_config(flags, tokenizer, source)
     device, flags.dtype = kernels.choose(flags.device, flags.dtype, on_gpu="bfloat16")
     rows = flags.total_batch_tokens // flags.seq_len
-    flags.ranks = flags.ranks or distributed.default_ranks(config.n_params(), device, rows)
-    distributed.check_ranks(flags.ranks, rows, device)
+    flags.ranks = distributed.choose_ranks(flags.ranks, config.n_params(), device, rows)
     world = distributed.start(flags.ranks, __file__, argv)
     memory = choose_batch_size(flags, config, kernels.load(device), world)
     validation = {T: validation_batches(val_shards, T, flags) for T in (flags.short_len, flags.seq_len)}

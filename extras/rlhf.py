@@ -255,8 +255,7 @@ def train(flags, checkpoint, argv):
     # The model, the same on every rank
     n_params, n_positions = model.config.n_params(), model.config.n_positions
     n_rows = flags.prompts * flags.attempts
-    flags.ranks = flags.ranks or distributed.default_ranks(n_params, model.device, n_rows)
-    distributed.check_ranks(flags.ranks, n_rows, model.device)
+    flags.ranks = distributed.choose_ranks(flags.ranks, n_params, model.device, n_rows)
     world = distributed.start(flags.ranks, __file__, argv)
     model.share(world)
     optimizer = gpt2.AdamW(model, weight_decay=0.0, world=world)

@@ -36,9 +36,8 @@ RECIPE = """
 
 def start_ranks(config, rows):
     """The ranks that a script starts for a model of this size: for a small one, one a core."""
-    return distributed.start(
-        distributed.default_ranks(config.n_params(), "cpu", rows), __file__, sys.argv[1:]
-    )
+    ranks = distributed.choose_ranks(None, config.n_params(), "cpu", rows)
+    return distributed.start(ranks, __file__, sys.argv[1:])
 
 
 def training(config, B, T, world, n=1):

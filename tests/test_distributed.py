@@ -202,20 +202,21 @@ def test_one_rank_needs_no_other():
 def test_how_many_ranks_pay(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setattr(distributed.threads, "THREADS", 4)
-    default = distributed.default_ranks
-    assert [default(1 << 20, "cpu", rows) for rows in (8, 6, 9, 7, 1)] == [4, 3, 3, 1, 1]
-    assert default(1 << 24, "cpu", 8) == 4 and default((1 << 24) + 1, "cpu", 8) == 1
-    assert default(1 << 20, "cuda", 8) == default(1 << 20, "reference", 8) == 1
+    choose = distributed.choose_ranks
+    assert [choose(None, 1 << 20, "cpu", rows) for rows in (8, 6, 9, 7, 1)] == [4, 3, 3, 1, 1]
+    assert choose(None, 1 << 24, "cpu", 8) == 4 and choose(None, (1 << 24) + 1, "cpu", 8) == 1
+    assert choose(None, 1 << 20, "cuda", 8) == choose(None, 1 << 20, "reference", 8) == 1
+    assert choose(2, 1 << 30, "cpu", 8) == 2
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert default(1 << 30, "cpu", 8) == 2
+    assert choose(None, 1 << 30, "cpu", 8) == 2
 
 
 def test_ranks_that_do_not_fit_are_refused(monkeypatch):
-    distributed.check_ranks(3, 6, "cpu")
+    assert distributed.choose_ranks(3, 1, "cpu", 6) == 3
     with pytest.raises(UserError, match="--ranks 4 does not divide the 6 rows of an update; 1, 2, 3, 6 do"):
-        distributed.check_ranks(4, 6, "cpu")
+        distributed.choose_ranks(4, 1, "cpu", 6)
     with pytest.raises(UserError, match="only one GPU"):
-        distributed.check_ranks(2, 6, "cuda")
+        distributed.choose_ranks(2, 1, "cuda", 6)
     assert distributed.start(1, "script.py", []).size == 1
     with pytest.raises(UserError, match="--ranks 2, but WORLD_SIZE is 1"):
         distributed.start(2, "script.py", [])
