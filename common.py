@@ -702,7 +702,8 @@ class Run:
 
 
 def mean(values):
-    return sum(values) / len(values)
+    values = list(values)
+    return float(sum(values)) / len(values)
 
 
 def standard_deviation(values):

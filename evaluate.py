@@ -19,11 +19,9 @@ import shutil
 import textwrap
 from pathlib import Path
 
-import numpy as np
-
 import common
 import sample
-from common import Parser, UserError, add_shared_flags, number, run, say
+from common import Parser, UserError, add_shared_flags, mean, number, run, say
 from tasks.conversations import DONT_KNOW, SEARCH_SYSTEM, answer_first, arithmetic, turns
 from tasks.factbook import facts, invented, matches, texts
 from tasks.problems import TASKS, problems, votes
@@ -381,10 +379,6 @@ def majority(problem, replies):
     texts_of_replies = [text_of(parts) for parts in replies]
     groups = votes(texts_of_replies, problem.prompt)
     return problem.verify(texts_of_replies[groups[0][0]]) if groups else 0.0
-
-
-def mean(values):
-    return float(np.mean(list(values)))
 
 
 def problem_table(results):

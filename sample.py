@@ -68,17 +68,7 @@ def generate(
         if allowed:
             masks = [None if row.pending else allowed(row) for row in active]  # B masks (V,)
             logits = apply_masks(ops, logits, masks)  # (B, V)
-        tokens = ops.empty(len(active), np.int32)  # (B,)
-        logprobs = ops.empty((2, len(active)), logits.dtype)  # (2, B)
-        counters = ops.to_device(
-            np.array([[row.stream for row in active], [row.position for row in active]], np.int64)
-        )  # (2, B)
-        ops.sample(tokens, logits, seed, *counters, temperature, top_k, top_p, min_p, logprobs)
-        tokens, logprobs = ops.to_host(tokens), ops.to_host(logprobs)  # (B,), (2, B)
-        if not np.isfinite(logprobs).all():
-            raise UserError(
-                "the model's outputs are not finite numbers: its training diverged, take an older one"
-            )
+        tokens, logprobs = sample_tokens(ops, logits, active, seed, temperature, top_k, top_p, min_p)
 
         for i, row in enumerate(active):
             shown = row.append(
@@ -95,6 +85,23 @@ def generate(
             cache.select(unfinished)
             active = [active[i] for i in unfinished]
         logits = model.decode([row.ids[-1:] for row in active], cache)  # (B, 1) -> (B, V): a decode step
+
+
+def sample_tokens(ops, logits, rows, seed, *filters):
+    """Sample a token for each row from logits (B, V): tokens (B,), and log-probabilities (2, B).
+
+    They are those of the tokens under the filtered distribution and under the model's own (ops.sample).
+    """
+    tokens = ops.empty(len(rows), np.int32)  # (B,)
+    logprobs = ops.empty((2, len(rows)), logits.dtype)  # (2, B)
+    counters = np.array([[row.stream for row in rows], [row.position for row in rows]], np.int64)  # (2, B)
+    ops.sample(tokens, logits, seed, *ops.to_device(counters), *filters, logprobs)
+    tokens, logprobs = ops.to_host(tokens), ops.to_host(logprobs)
+    if not np.isfinite(logprobs).all():
+        raise UserError(
+            "the model's outputs are not finite numbers: its training diverged, take an older one"
+        )
+    return tokens, logprobs
 
 
 def check_prompts(prompts, n_positions):

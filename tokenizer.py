@@ -121,6 +121,9 @@ DIGITS = PATTERN.replace(r"\p{N}++", r"\p{N}")
 LONG_BLANK = regex.compile(r"((?<!\s)\s{99999,}(?=\s\S))")
 
 
+GAP, GONE = -1, -2  # on the tape of learn_merges(): between two chunks; what a merge has unlinked
+
+
 def learn_merges(chunks, n_merges):
     """The merges that plain_learn() finds, for chunks given with their counts, {bytes: how often}.
 
@@ -135,19 +138,13 @@ def learn_merges(chunks, n_merges):
     counts stay. A heap has the most frequent pair on top. Since every merge shortens the tape, all merges
     together take little longer than laying the tape.
     """
-    GAP, GONE = -1, -2
     symbols, weights = [GAP], [0]  # for every place: its symbol, and how often the text has its chunk
     for chunk, n in chunks.items():
         symbols += [*chunk, GAP]
         weights += [n] * (len(chunk) + 1)
     before = list(range(-1, len(symbols) - 1))  # for every place: the place of the symbol before it
     after = list(range(1, len(symbols) + 1))
-    counts = defaultdict(int)  # {(left, right): how often the text has it}
-    places = defaultdict(list)  # {(left, right): places of its left symbol; other merges may have taken some}
-    for i, pair in enumerate(itertools.pairwise(symbols)):
-        if GAP not in pair:
-            counts[pair] += weights[i]
-            places[pair].append(i)
+    counts, places = count_and_place(symbols, weights)  # other merges may take some of these places
     heap = [(-n, pair) for pair, n in counts.items()]  # the most frequent pair first, then the smallest ids
     heapq.heapify(heap)
 
@@ -185,6 +182,16 @@ def learn_merges(chunks, n_merges):
         progress.add(1)
     progress.done()
     return merges
+
+
+def count_and_place(symbols, weights):
+    """For every pair of neighbours how often the text has it, and the places of its left symbol."""
+    counts, places = defaultdict(int), defaultdict(list)
+    for i, pair in enumerate(itertools.pairwise(symbols)):
+        if GAP not in pair:
+            counts[pair] += weights[i]
+            places[pair].append(i)
+    return counts, places
 
 
 def train_bpe(texts, vocab_size):
