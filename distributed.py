@@ -145,6 +145,7 @@ class World:
         self.stop = 0  # the signal that any rank had received at the last exchange: all ranks have the same
         self.all_sums = None  # (size, n): the sums of every rank
         self.other_ended = threading.Event()
+        self.closing = False
         if size > 1:
             threads.THREADS = max(1, threads.THREADS // size)
             threading.Thread(target=self._watch, daemon=True).start()
@@ -266,6 +267,8 @@ class World:
                     self.other_ended.set()
                     watched.remove(lifeline)
                     continue
+                if self.closing:  # close() has killed a rank that did not end by itself
+                    return
                 killed = self.lifelines.index(lifeline) + 1 if self.rank == 0 else 0
                 say_why(f"error: rank {killed} was killed; the last checkpoint stands, go on with --resume")
                 os._exit(1)
@@ -277,6 +280,7 @@ class World:
 
     def close(self):
         """End this rank's part; rank 0 waits for the others, which end when they find that it is gone."""
+        self.closing = True
         for lifeline in self.lifelines:
             try:
                 lifeline.sendall(ENDED)
