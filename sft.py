@@ -38,7 +38,8 @@ def main(argv=None):
 
     # The conversations, as tokens and masks
     source = checkpoint or common.newest_checkpoint(flags.init_from)
-    tokenizer = Tokenizer.load(source).with_chat_tokens()
+    base_tokenizer = Tokenizer.load(source)
+    tokenizer = base_tokenizer.with_chat_tokens()
     config = gpt2.read_config(source)
     rows, held_out, left_out = load_conversations(flags, tokenizer, config.n_positions)
     loader = DataLoader(rows, flags, config.n_positions)
@@ -47,7 +48,8 @@ def main(argv=None):
     device, flags.dtype = kernels.choose(flags.device, flags.dtype)
     flags.ranks = distributed.choose_ranks(flags.ranks, config.n_params(), device, flags.batch_size)
     world = distributed.start(flags.ranks, __file__, argv)
-    model = gpt2.GPT2.from_pretrained(source, device, flags.dtype, vocab_size=tokenizer.vocab_size)
+    sizes = dict(own_tokens=base_tokenizer.vocab_size, vocab_size=tokenizer.vocab_size)
+    model = gpt2.GPT2.from_pretrained(source, device, flags.dtype, **sizes)
     model.share(world)
     optimizer = gpt2.AdamW(model, weight_decay=flags.weight_decay, world=world)
     run.begin(world, model, optimizer, tokenizer, loader.n_steps, conversations=len(rows), left_out=left_out)
