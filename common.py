@@ -434,7 +434,10 @@ def _part_of(path):
 
 def size_of(path):
     """The bytes of a file, 0 if there is none."""
-    return path.stat().st_size if path.exists() else 0
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def bytes_there(path):
@@ -519,7 +522,7 @@ def from_hub(name):
 # Flags that several scripts have
 
 SHARED_FLAGS = {
-    "init-from": dict(metavar="DIR", help="begin with the weights of this run or checkpoint"),
+    "init-from": dict(metavar="DIR", help="begin with the weights of this run, checkpoint or hub model"),
     "out": dict(metavar="RUN", help="directory of the run, a new one"),
     "resume": dict(action="store_true", help="go on from the newest checkpoint of RUN, with its flags"),
     "batch-tokens": dict(

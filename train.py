@@ -114,8 +114,7 @@ class DataLoader:
             for shard, _ in places:
                 if isinstance(shard, data.LateShard):
                     shard.wait(world)
-            rows = [shard[start : start + T + 1] for shard, start in places]
-            block = np.stack(rows).astype(np.int32)  # (B, T + 1)
+            block = np.stack([shard[i : i + T + 1] for shard, i in places]).astype(np.int32)  # (B, T + 1)
             weights = np.full((len(block), T), 1 / flags.total_batch_tokens)
             yield block[:, :-1], block[:, 1:], weights
 

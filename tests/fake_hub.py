@@ -97,6 +97,10 @@ def checksum(path, content):
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def damaged(content):
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
 def entry(path, content):
     """A file in the list of a repository."""
     large = {"oid": checksum(path, content), "size": len(content), "pointerSize": 134}
@@ -146,7 +150,7 @@ class HubHandler(Handler):
         about = {"X_Repo_Commit": COMMIT, "ETag": f'"{checksum(path, files[path])}"'}
         if not is_large(path):
             fake.requests.append((path, 0))
-            return self.answer(200, files[path], **about)
+            return self.answer(200, damaged(files[path]) if fault == "wrong" else files[path], **about)
         about |= {"X_Linked_Size": len(files[path]), "X_Linked_Etag": about["ETag"]}
         self.answer(302, Location=f"{fake.cdn}/{name}/{path}", **about)
 
@@ -160,7 +164,7 @@ class CdnHandler(Handler):
         fake.requests.append((path, start))
         fault = fake.fault(path)
         if fault == "wrong":
-            content = content[:-1] + bytes([content[-1] ^ 1])
+            content = damaged(content)
         elif fault == "short":
             content = content[:-2]
         elif fault == "whole":

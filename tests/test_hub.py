@@ -1,5 +1,6 @@
 """FineWeb and checkpoints from the hub, by the real client, through a socket, from a hub that also fails."""
 
+import json
 import os
 import shlex
 import signal
@@ -16,6 +17,11 @@ import script
 
 import common
 import data
+import evaluate
+import gpt2
+import rl
+import sample
+import sft
 import train
 from common import UserError
 from tokenizer import Tokenizer
@@ -35,7 +41,7 @@ def shard(n, seed):
     """The bytes of a shard of n tokens of GPT-2's vocabulary."""
     header = np.zeros(256, "<i4")
     header[:3] = data.MAGIC, data.VERSION, n
-    tokens = np.random.default_rng(seed).integers(0, 50257, n)
+    tokens = (np.arange(n, dtype=np.int32) * 7919 + seed) % 50257
     return header.tobytes() + tokens.astype("<u2").tobytes()
 
 
@@ -188,7 +194,7 @@ def test_a_shard_that_was_damaged_later(hub):
 @pytest.fixture
 def large_shard(hub):
     """A file of which the client writes some before it has all: it does so by 10 MiB."""
-    content = shard(14 << 20, 1)  # 28 MiB
+    content = shard(11 << 20, 1)  # 22 MiB
     hub.repositories[f"datasets/{REPOSITORY}"] |= {train_shard(1): content, VAL: SHARDS[VAL]}
     return content
 
@@ -274,3 +280,119 @@ def test_a_shard_that_will_not_come(hub):
     command = shlex.split(message.split("python ")[1])
     assert script.run(data.main, *command[1:], "--all").status == 0
     assert_whole(late)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints by name, and a vocabulary that is larger than its tokenizer
+
+NAME = "someone/gpt2-mini"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache, but for GPT-2's vocabulary."""
+    Tokenizer.gpt2()
+    kept, place = common.cache(), tmp_path / "cache"
+    place.mkdir()
+    for path in kept.iterdir():
+        if path.is_file():
+            (place / path.name).symlink_to(path.resolve())
+    monkeypatch.setenv("HANDMADE_CACHE", str(place))
+    return place
+
+
+def upload(hub, vocab_size):
+    """Put a small GPT-2 on the hub, in the files that openai-community/gpt2 has, and others; return it."""
+    sizes = dict(n_layer=1, n_head=2, n_embd=8, n_positions=128)
+    model = gpt2.GPT2(gpt2.GPT2Config(**sizes, vocab_size=vocab_size))
+    model.save_pretrained("saved")
+    vocabulary = {"model": {"type": "BPE", "vocab": {"Ġgazed": 50255}}}
+    files = {path.name: path.read_bytes() for path in Path("saved").iterdir()}
+    files |= {"tokenizer.json": json.dumps(vocabulary).encode(), "vocab.json": b"{}", "merges.txt": b"#"}
+    files |= {"pytorch_model.bin": b"no", "onnx/model.safetensors": b"no", "README.md": b"GPT-2 mini"}
+    hub.repositories[f"models/{NAME}"] = files
+    return model
+
+
+def test_a_checkpoint_by_name_is_fetched_once(hub, cache, monkeypatch, capsys):
+    model = upload(hub, 50257)
+    hub.faults["config.json"], hub.faults["model.safetensors"] = ["wrong"], ["wrong", "cut"]
+    loaded = gpt2.GPT2.from_pretrained(NAME)
+    np.testing.assert_array_equal(loaded.flat_params, model.flat_params)
+    wanted = ["config.json", "merges.txt", "model.safetensors", "tokenizer.json", "vocab.json"]
+    assert sorted(path.name for path in (cache / NAME).glob("*.*")) == wanted
+    assert hub.requests[-1][0] == "config.json", "what makes it a checkpoint comes last"
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # offline
+    place = common.newest_checkpoint(NAME)
+    assert Tokenizer.load(place).vocab_size == 50257
+    sample.main([NAME, "--prompt", "Hello", "--max-tokens", "3"])
+    assert capsys.readouterr().out.startswith("Hello")
+
+
+def test_training_begins_with_a_checkpoint_by_name(hub, cache):
+    upload(hub, 50257)
+    fineweb("--all", shards=1)
+    flags = "--data fw --out run --steps 1 --seq-len 16 --total-batch-tokens 32 --eval-tokens 64"
+    done = script.run(train.main, *flags.split(), "--init-from", NAME, "--device", "cpu")
+    assert done.status == 0 and common.newest_checkpoint("run").name == "step_000001", done
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("runs/gpt2", "is no checkpoint and has none"),
+        ("here/gpt2", "is no checkpoint and has none"),
+        ("a/b/c", "is no checkpoint and has none"),
+        ("someone/nothing", "someone/nothing does not exist"),
+        ("someone/llama", "has no config.json and model.safetensors"),
+    ],
+)
+def test_names_of_the_hub_and_others(hub, cache, name, words):
+    """One line, and the hub is asked only for what may be a name of its."""
+    Path("here").mkdir()
+    hub.repositories["models/someone/llama"] = {"config.json": b"{}", "consolidated.pth": b""}
+    with pytest.raises(UserError, match=words) as raised:
+        common.newest_checkpoint(name)
+    assert "\n" not in str(raised.value)
+    assert bool(hub.requests) == name.startswith("someone/")
+
+
+def test_a_checkpoint_that_came_half_is_none(hub, cache):
+    model = upload(hub, 50257)
+    hub.faults["vocab.json"] = [404]
+    with pytest.raises(UserError, match=r"vocab.json does not exist"):
+        gpt2.GPT2.from_pretrained(NAME)
+    assert not (cache / NAME / "config.json").exists()
+    np.testing.assert_array_equal(gpt2.GPT2.from_pretrained(NAME).flat_params, model.flat_params)
+
+
+def test_rows_that_no_token_has_are_left_out(hub, cache):
+    """50304 rows, as nanoGPT writes them; the nine tokens of a chat are new ones."""
+    rows = upload(hub, 50304).params["wte.weight"]
+    plain = gpt2.GPT2.from_pretrained(NAME, own_tokens=50257)
+    np.testing.assert_array_equal(plain.params["wte.weight"], rows[:50257])
+    assert gpt2.GPT2.from_pretrained(NAME).config.vocab_size == 50304
+    assert gpt2.GPT2.from_pretrained(NAME, own_tokens=266).config.vocab_size == 50304  # another's tokenizer
+    flags = "--out sft --data sums --examples 4 --batch-size 4 --eval-every 0 --exam-every 0 --lr 1e-30"
+    assert script.run(sft.main, "--init-from", NAME, *flags.split(), "--device", "cpu").status == 0
+    chat = gpt2.GPT2.from_pretrained(common.newest_checkpoint("sft")).params["wte.weight"]
+    np.testing.assert_array_equal(chat[:50257], rows[:50257])
+    np.testing.assert_array_equal(chat[50257:], np.tile(rows[:50257].mean(0), (9, 1)))
+
+
+def test_every_script_works_on_a_padded_vocabulary(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sizes = dict(n_layer=1, n_head=2, n_embd=8, n_positions=512)
+    gpt2.GPT2(gpt2.GPT2Config(**sizes, vocab_size=320)).save_pretrained("padded")
+    Tokenizer.bytes().save("padded")  # 266 tokens
+    sample.main(["padded", "--prompt", "Hello", "--max-tokens", "3"])
+    assert capsys.readouterr().out.startswith("Hello")
+    problems = ["--task", "arithmetic", "--level", "1", "--max-tokens", "4"]
+    evaluate.main(["padded", *problems, "--problems", "1", "--k", "1"])
+    short = ["--prompts", "1", "--attempts", "2", "--steps", "1", "--eval-every", "0"]
+    rl.main(["--init-from", "padded", "--out", "rl", *problems, *short])
+    sft.main(
+        ["--init-from", "padded", "--out", "sft", "--data", "sums", "--examples", "16", "--exam-every", "0"]
+    )
+    for run in ("rl", "sft"):
+        assert gpt2.read_config(common.newest_checkpoint(run)).vocab_size == 266
