@@ -198,7 +198,7 @@ class Progress:
         rate = self.done_so_far / seconds
         total = f" of {self.form(self.total)}" if self.total else ""
         text = f"{self.what}: {self.form(self.done_so_far)}{total}, {self.form(rate)}{self.unit}/s"
-        if self.total:
+        if self.total and self.done_so_far:
             seconds_left = max(self.total - self.done_so_far, 0) / max(rate, 1e-9)
             text += f", {duration(seconds_left)} left"
         self.line.show(text)
