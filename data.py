@@ -302,7 +302,7 @@ def open_shard(path):
 
 
 class LateShard:
-    """A shard that is still being downloaded: its length is known, and wait() waits for its tokens."""
+    """A shard that is still being downloaded: its length is known, and after wait() it has its tokens."""
 
     def __init__(self, path, n_bytes):
         self.path, self.n_bytes, self.tokens = path, n_bytes, None
@@ -311,12 +311,12 @@ class LateShard:
         return (self.n_bytes - HEADER_BYTES) // 2
 
     def __getitem__(self, part):
-        if self.tokens is None:
-            self.tokens = open_shard(self.path)
         return self.tokens[part]
 
     def wait(self, world):
         """Return when the shard is there. UserError if nobody downloads it; ends on a request to stop."""
+        if self.tokens is not None:
+            return
         directory, had = self.path.parent, common.bytes_there(self.path)
         progress = common.Progress(f"waiting for {self.path.name}", self.n_bytes - had, form=common.size)
         will_come = True
@@ -333,129 +333,7 @@ class LateShard:
                 progress.add(common.bytes_there(self.path) - had - progress.done_so_far)
             time.sleep(0.1)
             will_come = is_downloading(directory)  # a download that ended now has left the file there
-
-
-# ------------------------------------------------------------------------------------------------------------
-# FineWeb (Penedo et al. 2024): 15 trillion tokens of the web, of which Keller Jordan and Andrej Karpathy have
-# put samples on the Hugging Face hub, as shards of 100 million of GPT-2's tokens.
-
-HUB = {  # the repository, and what the names of its shards begin with
-    "fineweb": ("kjj0/fineweb10B-gpt2", "fineweb"),
-    "fineweb-edu": ("karpathy/fineweb-edu-100B-gpt2-token-shards", "edu_fineweb"),
-}
-SHARDS = 103  # all that the first has, 10.3 billion tokens
-LOG, LOCK = "download.log", "download.lock"  # of the process in the background, in the shards' directory
-
-
-def download_shards(flags):
-    """What `data.py fineweb` does: list the files, fetch those that an epoch needs first, then the others.
-
-    A process in the background fetches the others, unless --all says to wait for them.
-    """
-    out = Path(flags.out or f"shards/{flags.source}")
-    about = list_files(out, flags)
-    source, files = about["sources"][0], about["files"]
-    names = in_order_of_need(files, flags.seed)
-    first = names if flags.all else names[:2]
-    while missing(out, files, first):
-        lock = lock_downloads(out)
-        if lock is None:  # another process is at it
-            time.sleep(0.2)
-            continue
-        with lock:
-            wanted = {name: files[name] for name in missing(out, files, first)}
-            common.hub_download(source["repository"], "dataset", source["revision"], wanted, out)
-    late = missing(out, files, names)
-    if late and not is_downloading(out):
-        command = [sys.executable, __file__, flags.source, "--all", "--out", out, "--seed", flags.seed]
-        command += ["--shards", len(files) - 1]
-        with open(out / LOG, "ab") as log:
-            process = subprocess.Popen(
-                list(map(str, command)),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        while process.poll() is None and not is_downloading(out):  # who trains next finds it at work
-            time.sleep(0.05)
-    tokens = sum(file["bytes"] // 2 for file in files.values())
-    rest = f"; {len(late)} of them arrive in the background, see {out / LOG}" if late else ""
-    print(f"{out}: {len(files)} files, {common.count(tokens)} tokens{rest}")
-
-
-def list_files(out, flags):
-    """meta.json of the directory `out`: it names all files and their sizes before the first of them is there.
-
-    The hub is asked only if it does not name the files that the flags ask for.
-    """
-    repository, stem = HUB[flags.source]
-    revision, n_train = "main", flags.shards or SHARDS
-    if (out / "meta.json").exists():
-        about = meta(out)
-        source = about["sources"][0]
-        if source.get("repository") != repository:
-            raise UserError(f"{out} holds other data than {flags.source}; choose another --out")
-        if flags.shards in (None, len(about["files"]) - 1):
-            return about
-        revision = source["revision"]
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} exists already; delete it or choose another --out")
-    commit, files = common.hub_files(repository, "dataset", revision)
-    names = [f"{stem}_val_000000.bin"] + [f"{stem}_train_{k:06d}.bin" for k in range(1, n_train + 1)]
-    absent = [name for name in names if name not in files]
-    if absent:
-        raise UserError(f"{repository} has no {absent[0]}; lower --shards {n_train}")
-    tokenizer = Tokenizer.gpt2()
-    about = {"name": flags.source, "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
-    about["sources"] = [{"repository": repository, "revision": commit, "license": "ODC-By 1.0"}]
-    about["files"] = {name: files[name] for name in names}
-    out.mkdir(parents=True, exist_ok=True)
-    needed = sum(files[name]["bytes"] for name in missing(out, files, names))
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        what = f"{common.size(needed)} are missing in {out}, and {common.size(free)} are free there"
-        raise UserError(f"{what}; lower --shards {n_train}, or choose another --out")
-    tokenizer.save(out)
-    common.write_whole(out / "meta.json", json.dumps(about, indent=2).encode() + b"\n")
-    return about
-
-
-def in_order_of_need(files, seed):
-    """The names of the files as training with this seed comes to need them: val, then its first epoch."""
-    names = sorted(files)
-    train = [name for name in names if "_train_" in name]
-    order = [train[k] for k in shard_order(seed, 0, len(train))]
-    return [name for name in names if name not in order] + order
-
-
-def shard_order(seed, epoch, n):
-    """The order in which an epoch of training goes through n shards."""
-    return np.random.default_rng([seed, epoch, n]).permutation(n)
-
-
-def missing(out, files, names):
-    """Those of the names whose file is not there, or has another size."""
-    return [name for name in names if common.size_of(out / name) != files[name]["bytes"]]
-
-
-def lock_downloads(out):
-    """An open file that holds the lock on downloads into a directory, None if another process has it."""
-    file = open(Path(out) / LOCK, "ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-    except OSError:
-        file.close()
-        return None
-
-
-def is_downloading(out):
-    """Whether a process downloads into the directory."""
-    lock = lock_downloads(out)
-    if lock is not None:
-        lock.close()
-    return lock is None
+        self.tokens = open_shard(self.path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -572,6 +450,132 @@ def main(argv=None):
     counts = kept | {f"dropped, {reason}": n for reason, n in dropped.items()}
     for what, n in counts.items():
         print(f"{out}, {what}: " + ", ".join(f"{n[unit]:,} {unit}" for unit in n))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# FineWeb (Penedo et al. 2024): 15 trillion tokens of the web, of which Keller Jordan and Andrej Karpathy have
+# put samples on the Hugging Face hub, as shards of 100 million of GPT-2's tokens.
+
+HUB = {  # the repository, and what the names of its shards begin with
+    "fineweb": ("kjj0/fineweb10B-gpt2", "fineweb"),
+    "fineweb-edu": ("karpathy/fineweb-edu-100B-gpt2-token-shards", "edu_fineweb"),
+}
+SHARDS = 103  # all that the first has, 10.3 billion tokens
+LOG, LOCK = "download.log", "download.lock"  # of the process in the background, in the shards' directory
+
+
+def download_shards(flags):
+    """What `data.py fineweb` does: list the files, fetch those that an epoch needs first, then the others.
+
+    A process in the background fetches the others, unless --all says to wait for them.
+    """
+    out = Path(flags.out or f"shards/{flags.source}")
+    about = list_files(out, flags)
+    source, files = about["sources"][0], about["files"]
+    names = in_order_of_need(files, flags.seed)
+    first = names if flags.all else names[:2]
+    while missing(out, files, first):
+        lock = lock_downloads(out)
+        if lock is None:  # another process is at it
+            time.sleep(0.2)
+            continue
+        with lock:
+            wanted = {name: files[name] for name in missing(out, files, first)}
+            common.hub_download(source["repository"], "dataset", source["revision"], wanted, out)
+    late = missing(out, files, names)
+    if late and not is_downloading(out):
+        command = [sys.executable, __file__, flags.source, "--all", "--out", out, "--seed", flags.seed]
+        command += ["--shards", len(files) - 1]
+        with open(out / LOG, "ab") as log:
+            process = subprocess.Popen(
+                list(map(str, command)),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        while process.poll() is None and not is_downloading(out):  # who trains next finds it at work
+            time.sleep(0.05)
+    tokens = sum(file["bytes"] // 2 for file in files.values())
+    rest = f"; {len(late)} of them arrive in the background, see {out / LOG}" if late else ""
+    print(f"{out}: {len(files)} files, {common.count(tokens)} tokens{rest}")
+
+
+def list_files(out, flags):
+    """meta.json of the directory `out`: it names all files and their sizes before the first of them is there.
+
+    The hub is asked only if it does not name the files that the flags ask for.
+    """
+    repository, stem = HUB[flags.source]
+    revision, n_train = "main", flags.shards or SHARDS
+    if (out / "meta.json").exists():
+        about = meta(out)
+        source = about["sources"][0]
+        if source.get("repository") != repository:
+            raise UserError(f"{out} holds other data than {flags.source}; choose another --out")
+        if flags.shards in (None, len(about["files"]) - 1):
+            return about
+        revision = source["revision"]
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} exists already; delete it or choose another --out")
+    commit, files = common.hub_files(repository, "dataset", revision)
+    names = [f"{stem}_val_000000.bin"] + [f"{stem}_train_{k:06d}.bin" for k in range(1, n_train + 1)]
+    absent = [name for name in names if name not in files]
+    if absent:
+        raise UserError(f"{repository} has no {absent[0]}; lower --shards {n_train}")
+    tokenizer = Tokenizer.gpt2()
+    about = {"name": flags.source, "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
+    about["sources"] = [{"repository": repository, "revision": commit, "license": "ODC-By 1.0"}]
+    about["files"] = {name: files[name] for name in names}
+    out.mkdir(parents=True, exist_ok=True)
+    needed = sum(files[name]["bytes"] for name in missing(out, files, names))
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        what = f"{common.size(needed)} are missing in {out}, and {common.size(free)} are free there"
+        raise UserError(f"{what}; lower --shards {n_train}, or choose another --out")
+    tokenizer.save(out)
+    common.write_whole(out / "meta.json", json.dumps(about, indent=2).encode() + b"\n")
+    return about
+
+
+def in_order_of_need(files, seed):
+    """The names of the files as training needs them: val, then the first epoch of a run with this --seed.
+
+    With another seed training works, too, but waits for its shards.
+    """
+    names = sorted(files)
+    train = [name for name in names if "_train_" in name]
+    order = [train[k] for k in shard_order(seed, 0, len(train))]
+    return [name for name in names if name not in order] + order
+
+
+def shard_order(seed, epoch, n):
+    """The order in which an epoch of training goes through n shards."""
+    return np.random.default_rng([seed, epoch, n]).permutation(n)
+
+
+def missing(out, files, names):
+    """Those of the names whose file is not there, or has another size."""
+    return [name for name in names if common.size_of(out / name) != files[name]["bytes"]]
+
+
+def lock_downloads(out):
+    """An open file that holds the lock on downloads into a directory, None if another process has it."""
+    file = open(Path(out) / LOCK, "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except OSError:
+        file.close()
+        return None
+
+
+def is_downloading(out):
+    """Whether a process downloads into the directory."""
+    lock = lock_downloads(out)
+    if lock is not None:
+        lock.close()
+    return lock is None
 
 
 # ------------------------------------------------------------------------------------------------------------
