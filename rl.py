@@ -28,11 +28,12 @@ import distributed
 import evaluate
 import gpt2
 from common import Run, UserError, add_shared_flags, mean, number, write_whole
-from sample import TOOLS, Host, generate, load_assistant
+from sample import Host, generate, load_assistant
 from sft import micro_batches, share
 from tasks.conversations import turns
 from tasks.problems import Problem, problems
 from tokenizer import text_of, visible
+from tools import TOOLS
 from train import learning_rate
 
 SAMPLED_AT_ONCE = 256  # rollouts in a batch, at most

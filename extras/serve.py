@@ -22,9 +22,9 @@ import threading
 from pathlib import Path
 
 from common import Parser, UserError, add_shared_flags, number, run, say
-from sample import TOOLS, Assistant, is_assistant, load
-from tasks.conversations import checked
-from tokenizer import visible
+from sample import Assistant, is_assistant, load
+from tokenizer import checked, visible
+from tools import TOOLS
 
 LONGEST = 1 << 18  # bytes of a request, a hundred contexts of GPT-2
 QUEUE = 16  # questions taken at a time: one is answered, the others wait

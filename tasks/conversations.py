@@ -12,7 +12,6 @@ question, and the answer repeats those of the tool's output. Sentences stand in 
 tasks/factbook.py, tools.py, tasks/problems.py and sample.py before this file, and sft.py after it.
 """
 
-import functools
 import itertools
 import json
 import random
@@ -36,8 +35,8 @@ from tasks.factbook import (
     texts,
 )
 from tasks.problems import LARGEST, chain_of_events, draw_word, problems, random_words, split_of, sum_key
-from tokenizer import CALLS, ROLES, text_of
-from tools import Search, calculate
+from tokenizer import checked, text_of
+from tools import SEARCH_SYSTEM, calculate, calculator, looked_up
 
 SOURCES = {  # {source: its usual share in percent}
     "factbook": 17,  # facts from memory
@@ -66,26 +65,14 @@ PROBLEMS = {  # {source: (tasks, levels)} of tasks/problems.py; rl.py practises 
     "spelling": (("spelling",), (None,)),  # None: all levels
     "counting": (("counting",), (None,)),
 }
-SEARCH_SYSTEM = "You can search."  # with this system message the assistant searches, without it it remembers
 DONT_KNOW = "I'm sorry, I don't know"  # so begins every answer to what it cannot know
 CALCULATED = 0.2  # share of the problems in "tasks" and "stories" that the calculator solves
 LONGEST = 5000  # characters of a conversation as JSON; sft.py shortens what its model has no room for
 PATIENCE = 300  # conversations dropped in a row after which a source has nothing new to give
 PAGE = 60  # conversations on a page of a workbook
-PASSAGE = 16  # words of what a search finds
 
 # ------------------------------------------------------------------------------------------------------------
-# Turns and calls of tools. A tool's output begins with a space: then its words are the same tokens as in the
-# middle of a sentence, and the answer can copy them. For the same reason calls do: " 23 * 47".
-
-
-def calculator(call):
-    return f" {calculate(call)}"
-
-
-@functools.lru_cache(1 << 15)
-def looked_up(query):
-    return f" {Search.factbook().lookup(query, budget=PASSAGE)}"
+# Turns and calls of tools
 
 
 def turns(*contents, system=None):
@@ -417,38 +404,6 @@ def read(path, skip_bad=False):
     if not conversations:
         raise UserError(f'{path} has no conversation; every line should be {{"messages": [...]}}')
     return conversations, skipped
-
-
-def checked(messages, training=False):
-    """Messages from outside as a conversation that has nothing else in it. UserError says what is wrong.
-
-    Empty messages are left out. For training only the system's may be empty, and the assistant must speak.
-    """
-    if not isinstance(messages, list):
-        raise UserError('there is no list of "messages"')
-    conversation = []
-    for number, message in enumerate(messages, 1):
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
-            raise UserError(f"message {number} has the role {role!r}, which is none of {', '.join(ROLES)}")
-        content = message.get("content")
-        kinds = ("text", *CALLS, "output") if role == "assistant" else ("text",)
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        try:
-            parts = [{"type": part["type"], "text": part["text"]} for part in parts]
-            sound = all(part["type"] in kinds and isinstance(part["text"], str) for part in parts)
-        except (TypeError, KeyError):
-            sound = False
-        if not sound:
-            wanted = f"a text or a list of parts, each with a text and a type: {' or '.join(kinds)}"
-            raise UserError(f"the content of message {number} ({role}) is not {wanted}")
-        if any(part["text"].strip() for part in parts):
-            conversation.append({"role": role, "content": content if isinstance(content, str) else parts})
-        elif training and role != "system":
-            raise UserError(f"message {number} ({role}) is empty")
-    if training and "assistant" not in [turn["role"] for turn in conversation]:
-        raise UserError("the assistant never speaks")
-    return conversation
 
 
 # ------------------------------------------------------------------------------------------------------------

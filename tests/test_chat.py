@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import tokenizer
 from common import UserError
 from sample import Host
-from tasks.conversations import checked, read
-from tokenizer import CHAT_TOKENS, EOT, Tokenizer, text_of
+from tasks.conversations import read
+from tokenizer import CHAT_TOKENS, EOT, Tokenizer, checked, text_of
 
 BYTES = Tokenizer.bytes()
 # A vocabulary with some words of several letters, so that a text can be cut in more than one way.
