@@ -52,7 +52,6 @@ def generate(
     UserError if a prompt is longer than the model's context, or if the logits are not finite.
     """
     ops, n_positions = model.ops, model.config.n_positions
-    check_prompts(prompts, n_positions)
     if stop_texts and tokenizer is None:
         raise ValueError("stop_texts need a tokenizer")
     rows = []
@@ -103,17 +102,6 @@ def sample_tokens(ops, logits, rows, seed, *filters):
     return tokens, logprobs
 
 
-def check_prompts(prompts, n_positions):
-    """Refuse a prompt without a token, and one that is longer than the model's context."""
-    longest = max(len(prompt) for prompt in prompts)
-    if longest > n_positions:
-        raise UserError(
-            f"the prompt has {longest} tokens and this model reads at most {n_positions}; shorten the prompt"
-        )
-    if min(len(prompt) for prompt in prompts) == 0:
-        raise ValueError("a prompt needs at least one token; documents begin with the end-of-text token")
-
-
 def prefill(model, prompts, max_tokens):
     """Read the prompts in one forward pass; return the cache of all B rows and the logits (B, V).
 
@@ -122,10 +110,17 @@ def prefill(model, prompts, max_tokens):
     """
     distinct = list(dict.fromkeys(tuple(prompt) for prompt in prompts))  # D prompts, in order
     lengths = np.array([len(prompt) for prompt in distinct], np.int32)  # (D,)
-    tokens = np.zeros((len(distinct), lengths.max()), np.int32)  # (D, T)
+    longest, n_positions = int(lengths.max()), model.config.n_positions
+    if longest > n_positions:
+        raise UserError(
+            f"the prompt has {longest} tokens and this model reads at most {n_positions}; shorten the prompt"
+        )
+    if lengths.min() == 0:
+        raise ValueError("a prompt needs at least one token; documents begin with the end-of-text token")
+    tokens = np.zeros((len(distinct), longest), np.int32)  # (D, T)
     for row, prompt in zip(tokens, distinct):
         row[: len(prompt)] = prompt
-    capacity = min(lengths.max() + max_tokens - 1, model.config.n_positions)  # the last token is never read
+    capacity = min(longest + max_tokens - 1, n_positions)  # the last token is never read
     cache = model.new_cache(len(distinct), capacity)
     logits = model.decode(tokens, cache, lengths)  # (D, V)
     if len(distinct) == len(prompts):
@@ -239,10 +234,8 @@ class Host:
 
     def __init__(self, tokenizer, tools):
         self.tokenizer, self.tools = tokenizer, tools
-        self.kinds = {}  # the id of a token that ends a call -> "calc" or "search"
-        for kind in CALLS:
-            if f"<|{kind}_end|>" in tokenizer.special_tokens:
-                self.kinds[tokenizer.special_tokens[f"<|{kind}_end|>"]] = kind
+        # {id of the token that ends a call: "calc" or "search"}; a base model has no such tokens
+        self.kinds = {tokenizer.special_tokens.get(f"<|{kind}_end|>"): kind for kind in CALLS}
 
     def reply(self, completion):
         """The ids of the tool's output if the completion's last token ends a call, else None."""
@@ -264,9 +257,8 @@ class Assistant:
     """A model that answers conversations, its tools and its sampling: temperature, top_k, top_p, min_p."""
 
     def __init__(self, model, tokenizer, tools=TOOLS, max_tokens=256, seed=SEED, **sampling):
+        tokenizer.prompt([])  # raises if there are no chat tokens
         special = tokenizer.special_tokens
-        if "<|im_start|>" not in special:
-            raise UserError("a base model has no chat tokens and cannot talk; make an assistant: make sft")
         self.model, self.tokenizer, self.max_tokens, self.sampling = model, tokenizer, max_tokens, sampling
         self.host = Host(tokenizer, tools)
         self.seed = seed

@@ -386,7 +386,8 @@ class Tokenizer:
 
     def _header(self, role):
         if "<|im_start|>" not in self.special_tokens:
-            raise UserError("this model has no chat tokens; make an assistant of it with sft.py first")
+            remedy = "make an assistant of it: make sft, or python sft.py"
+            raise UserError(f"a base model has no chat tokens; {remedy}")
         return [self.encode_special("<|im_start|>"), *self.encode(role), self.encode_special("<|im_sep|>")]
 
     def _part(self, kind, text):
