@@ -18,10 +18,11 @@ import re
 import shutil
 import textwrap
 from pathlib import Path
+from statistics import fmean as mean
 
 import common
 import sample
-from common import Parser, UserError, add_shared_flags, mean, number, run, say
+from common import Parser, UserError, add_shared_flags, number, run, say
 from tasks.conversations import DONT_KNOW, answer_first, arithmetic, turns
 from tasks.factbook import facts, invented, matches, texts
 from tasks.problems import TASKS, problems, votes

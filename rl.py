@@ -20,6 +20,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean as mean
 
 import numpy as np
 
@@ -27,7 +28,7 @@ import common
 import distributed
 import evaluate
 import gpt2
-from common import Run, UserError, add_shared_flags, mean, number, write_whole
+from common import Run, UserError, add_shared_flags, number, write_whole
 from sample import Host, generate, load_assistant
 from sft import micro_batches, share
 from tasks.conversations import turns

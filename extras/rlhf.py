@@ -20,6 +20,7 @@ import itertools
 import json
 import random
 import re
+from statistics import fmean as mean
 
 import numpy as np
 
@@ -28,7 +29,7 @@ import distributed
 import evaluate
 import gpt2
 import rl
-from common import Run, UserError, add_shared_flags, mean, number
+from common import Run, UserError, add_shared_flags, number
 from sample import load_assistant
 from sft import micro_batches, share
 from tasks.conversations import hosted, turns
