@@ -12,6 +12,7 @@ Read gpt2.py (the key-value cache) and kernels/sampling.py (temperature, top-k, 
 file, sft.py after it.
 """
 
+import codecs
 import contextlib
 import json
 import os
@@ -57,8 +58,7 @@ def generate(
     rows = []
     for index, prompt in enumerate(prompts):
         stream = index if streams is None else streams[index]
-        decoder = None if tokenizer is None else tokenizer.stream()
-        rows.append(Completion(index, list(prompt), stream, decoder))
+        rows.append(Completion(index, list(prompt), stream, tokenizer))
 
     active = rows  # the rows of the batch that are not finished
     cache, logits = prefill(model, prompts, max_tokens)  # logits (B, V)
@@ -148,9 +148,10 @@ def apply_masks(ops, logits, masks):
 class Completion:
     """A prompt and the tokens that follow it: a row of the batch while it grows, then the result."""
 
-    def __init__(self, index, prompt, stream, decoder):
-        self.index, self.prompt, self.stream = index, prompt, stream
-        self.decoder = decoder  # the tokenizer's incremental decoder, which returns whole characters only
+    def __init__(self, index, prompt, stream, tokenizer):
+        self.index, self.prompt, self.stream, self.tokenizer = index, prompt, stream, tokenizer
+        # A token may end inside a character: the decoder holds its bytes back until the character is complete.
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.ids = []  # the tokens, sampled or forced; a stop token is the last of them
         self.forced = []  # for each token, whether it came from on_token() (the output of a tool)
         self.pending = []  # tokens from on_token() that are still to be appended
@@ -186,13 +187,13 @@ class Completion:
             self.finish = "length"
         elif self.position > n_positions:  # this token no longer fits the context, so nothing can follow it
             self.finish = "context"
-        if self.decoder is None:
+        if self.tokenizer is None:
             return ""
 
         if token not in stop_tokens:
-            self.held += self.decoder.push(token)
+            self.held += self.decoder.decode(self.tokenizer.token_bytes(token))
         if self.finish:
-            self.held += self.decoder.flush()
+            self.held += self.decoder.decode(b"", final=True)
         shown, self.held, stopped = release(self.held, stop_texts, last=self.finish is not None)
         if stopped:
             self.finish = "stop"

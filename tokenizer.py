@@ -18,7 +18,6 @@ chat format and the files. Read this file first and data.py after it.
     python tokenizer.py "Hello, world!"       shows a text as bytes, ids and chunks
 """
 
-import codecs
 import hashlib
 import heapq
 import itertools
@@ -195,26 +194,6 @@ def count_and_place(symbols, weights):
     return counts, places
 
 
-def train_bpe(texts, vocab_size):
-    """Learn an encoding with vocab_size tokens, {bytes: id}: the 256 bytes first, then the merges.
-
-    `texts` is any iterable of str and is read once; only the distinct chunks and their counts stay in memory.
-    UserError if vocab_size is below 256, or if the texts have too few pairs for it.
-    """
-    if vocab_size < 256:
-        raise UserError(f"the bytes and the special tokens are {256 + N_SPECIAL}; ask for no fewer")
-    chunks, progress = Counter(), common.Progress("reading for the tokenizer", unit=" characters")
-    for text in texts:
-        chunks.update(regex.findall(DIGITS, text))
-        progress.add(len(text))
-    progress.done()
-    tokens = vocabulary(learn_merges({utf8(chunk): n for chunk, n in chunks.items()}, vocab_size - 256))
-    if len(tokens) < vocab_size:
-        wanted, largest = vocab_size + N_SPECIAL, len(tokens) + N_SPECIAL
-        raise UserError(f"too little text to learn {wanted} tokens; ask for at most {largest}")
-    return {token: id for id, token in enumerate(tokens)}
-
-
 def utf8(text):
     """The bytes of a text. JSON may hold half a surrogate pair, which is no character: it becomes U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
@@ -283,8 +262,24 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """An encoding learned from the texts; vocab_size includes the special tokens."""
-        return cls("bpe", train_bpe(texts, vocab_size - N_SPECIAL), pattern=DIGITS)
+        """An encoding with vocab_size tokens, special tokens included, learned from an iterable of str.
+
+        The texts are read once; only the distinct chunks and their counts stay in memory. UserError if they
+        have too few pairs for so many tokens.
+        """
+        if vocab_size < 256 + N_SPECIAL:
+            raise UserError(f"the bytes and the special tokens are {256 + N_SPECIAL}; ask for no fewer")
+        chunks, progress = Counter(), common.Progress("reading for the tokenizer", unit=" characters")
+        for text in texts:
+            chunks.update(regex.findall(DIGITS, text))
+            progress.add(len(text))
+        progress.done()
+        weights = {utf8(chunk): n for chunk, n in chunks.items()}
+        tokens = vocabulary(learn_merges(weights, vocab_size - 256 - N_SPECIAL))
+        largest = len(tokens) + N_SPECIAL
+        if largest < vocab_size:
+            raise UserError(f"too little text to learn {vocab_size} tokens; ask for at most {largest}")
+        return cls("bpe", {token: id for id, token in enumerate(tokens)}, pattern=DIGITS)
 
     @classmethod
     def named(cls, name):
@@ -321,10 +316,6 @@ class Tokenizer:
     def decode(self, ids):
         """The text of ids. Bytes that are no valid UTF-8 become U+FFFD, special tokens become their names."""
         return b"".join(self._bytes[id] for id in ids).decode("utf-8", "replace")
-
-    def stream(self):
-        """A decoder for ids that come one by one; see StreamDecoder."""
-        return StreamDecoder(self)
 
     # -- The chat format
 
@@ -372,8 +363,7 @@ class Tokenizer:
         role, content = turn["role"], turn["content"]
         learned = int(role == "assistant")
         pieces = [(self._header(role), 0)]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        for part in parts:
+        for part in as_parts(content):
             kind = part["type"]
             if kind != "text" and role != "assistant":
                 raise UserError(f"a {role} turn has a part of type {kind!r}; only the assistant calls tools")
@@ -469,27 +459,14 @@ class Tokenizer:
             raise UserError(f"{path} is not ours or damaged; copy it again from its origin") from None
 
 
-class StreamDecoder:
-    """Decodes ids one by one. A token may end inside a character, which is held back until it is complete."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, id):
-        """The characters that are complete with this token; often one or more, sometimes none."""
-        return self.decoder.decode(self.tokenizer.token_bytes(id))
-
-    def flush(self):
-        """U+FFFD if the last character is incomplete, else nothing. The next push() begins a new text."""
-        return self.decoder.decode(b"", final=True)
-
-
 def text_of(content):
     """The words of a turn's content, without tool calls and their outputs."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")
+    return "".join(part["text"] for part in as_parts(content) if part["type"] == "text")
+
+
+def as_parts(content):
+    """The content of a turn as a list of parts, also if it is a text."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def checked(messages, training=False):
@@ -506,9 +483,8 @@ def checked(messages, training=False):
             raise UserError(f"message {number} has the role {role!r}, which is none of {', '.join(ROLES)}")
         content = message.get("content")
         kinds = ("text", *CALLS, "output") if role == "assistant" else ("text",)
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         try:
-            parts = [{"type": part["type"], "text": part["text"]} for part in parts]
+            parts = [{"type": part["type"], "text": part["text"]} for part in as_parts(content)]
             sound = all(part["type"] in kinds and isinstance(part["text"], str) for part in parts)
         except (TypeError, KeyError):
             sound = False

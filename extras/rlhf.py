@@ -34,7 +34,7 @@ from sample import load_assistant
 from sft import micro_batches, share
 from tasks.conversations import hosted, turns
 from tasks.problems import problems
-from tokenizer import Tokenizer, text_of
+from tokenizer import Tokenizer, as_parts, text_of
 from train import learning_rate
 
 ROWS = 256  # answers that the reward model reads at once, at most
@@ -101,11 +101,10 @@ def write_manners(flags):
 
 def add_style(solution, rng):
     """A worked solution as one may say it, as parts of a turn: politely, wordily, both or neither."""
-    parts = [{"type": "text", "text": solution}] if isinstance(solution, str) else hosted(solution)
     opening, closing = rng.choice(OPENINGS), rng.choice(CLOSINGS)
-    before = [{"type": "text", "text": opening}] if opening else []
-    after = [{"type": "text", "text": closing}] if closing else []
-    return [*before, *parts, *after]
+    before = as_parts(opening) if opening else []
+    after = as_parts(closing) if closing else []
+    return [*before, *as_parts(hosted(solution)), *after]
 
 
 def questions(flags, split, n):

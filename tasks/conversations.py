@@ -34,8 +34,17 @@ from tasks.factbook import (
     probed,
     texts,
 )
-from tasks.problems import LARGEST, chain_of_events, draw_word, problems, random_words, split_of, sum_key
-from tokenizer import checked, text_of
+from tasks.problems import (
+    LARGEST,
+    called,
+    chain_of_events,
+    draw_word,
+    problems,
+    random_words,
+    split_of,
+    sum_key,
+)
+from tokenizer import as_parts, checked, text_of
 from tools import SEARCH_SYSTEM, calculate, calculator, looked_up
 
 SOURCES = {  # {source: its usual share in percent}
@@ -81,15 +90,6 @@ def turns(*contents, system=None):
     for role, content in zip(itertools.cycle(("user", "assistant")), contents):
         conversation.append({"role": role, "content": content})
     return conversation
-
-
-def called(kind, call, output, answer):
-    """What the assistant says with a tool: its call ("calc" or "search"), the tool's output, the answer."""
-    return [
-        {"type": kind, "text": call},
-        {"type": "output", "text": output},
-        {"type": "text", "text": answer},
-    ]
 
 
 def calculated(call, answer="It is{}."):
@@ -614,9 +614,7 @@ def main(argv=None):
         return write_workbook(flags.workbook, kept)
     for conversation in kept:
         for turn in conversation:
-            parts = turn["content"]
-            if isinstance(parts, str):
-                parts = [{"type": "text", "text": parts}]
+            parts = as_parts(turn["content"])
             shown = [p["text"] if p["type"] == "text" else f"[{p['type']}{p['text']}] " for p in parts]
             print(f"{turn['role']}: {''.join(shown)}")
         print()

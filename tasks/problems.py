@@ -28,6 +28,7 @@ import common
 import data
 from common import UserError
 from tasks.factbook import all_facts, held_out, plain, texts, word_list
+from tokenizer import as_parts
 from tools import calculate
 
 TASKS = {  # {name: levels}, and what a level says
@@ -82,11 +83,10 @@ class Problem:
 
     def answer_first(self):
         """The solution with the answer before the steps: the wrong order, to compare the right one with."""
-        is_text = isinstance(self.solution, str)
-        *calls, last = [{"type": "text", "text": self.solution}] if is_text else self.solution
+        *calls, last = as_parts(self.solution)
         steps, _, answer = last["text"].rpartition("Answer: ")
         text = f"Answer: {answer}\n{steps}".strip()
-        return text if is_text else [{"type": "text", "text": text}, *calls]
+        return [{"type": "text", "text": text}, *calls] if calls else text
 
 
 def problems(name, split="train", level=None, seed=0, phrasings=None):
@@ -421,12 +421,17 @@ def with_call(wording, word, what, operation, text):
     space = "" if '"{where}"' in wording else " "
     call = f'"{space}{word}"{operation}'
     output = calculate(call)
-    solution = [
-        {"type": "calc", "text": call},
-        {"type": "output", "text": output},
-        {"type": "text", "text": text.format(output)},
-    ]
+    solution = called("calc", call, output, text.format(output))
     return word, wording.format(what=what, where=word), solution, output
+
+
+def called(kind, call, output, answer):
+    """What the assistant says with a tool: its call ("calc" or "search"), the tool's output, the answer."""
+    return [
+        {"type": kind, "text": call},
+        {"type": "output", "text": output},
+        {"type": "text", "text": answer},
+    ]
 
 
 def counting(rng, level, wording):
@@ -601,10 +606,9 @@ def main(argv=None):
     stream = problems(flags.name, flags.split, flags.level, flags.seed)
     for problem in itertools.islice(stream, flags.num):
         solution = problem.answer_first() if flags.answer_first else problem.solution
-        if isinstance(solution, list):
-            shown = {"calc": "[{}", "output": " -> {}] ", "text": "{}"}
-            solution = "".join(shown[part["type"]].format(part["text"]) for part in solution)
-        print(f"{problem.prompt}\n{solution}\n")
+        shown = {"calc": "[{}", "output": " -> {}] ", "text": "{}"}
+        text = "".join(shown[part["type"]].format(part["text"]) for part in as_parts(solution))
+        print(f"{problem.prompt}\n{text}\n")
 
 
 if __name__ == "__main__":

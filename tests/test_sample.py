@@ -519,6 +519,14 @@ def test_characters_come_whole():
     assert row.text == "Zürich \ufffd" == BYTES.decode(row.ids)
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 265), min_size=1))
+def test_any_tokens_are_shown_as_they_are_decoded(ids):
+    row = Completion(0, [0], 0, BYTES)
+    shown = [row.append(id, 0.0, 0.0, (), (), len(ids), 10**6) for id in ids]
+    assert "".join(shown) == row.text == BYTES.decode(ids)
+
+
 def test_forced_text_is_shown_and_stops_nothing():
     answer, pieces = "é##\n".encode(), []
 
