@@ -150,7 +150,7 @@ class Completion:
 
     def __init__(self, index, prompt, stream, tokenizer):
         self.index, self.prompt, self.stream, self.tokenizer = index, prompt, stream, tokenizer
-        # A token may end inside a character: the decoder holds its bytes back until the character is complete.
+        # A token may end inside a character: the decoder holds its bytes back until that is complete.
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.ids = []  # the tokens, sampled or forced; a stop token is the last of them
         self.forced = []  # for each token, whether it came from on_token() (the output of a tool)
@@ -513,19 +513,19 @@ def add_flags(flags, num_samples=1):
 
     whole = number(int, low=1)
     add = flags.add_argument_group("how much").add_argument
-    add("--num-samples", metavar="N", type=whole, default=num_samples, help="texts to write")
-    add("--max-tokens", metavar="N", type=whole, default=200, help="the longest that each may be")
+    add("--num-samples", type=whole, default=num_samples, help="texts to write")
+    add("--max-tokens", type=whole, default=200, help="the longest that each may be")
     add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeatable")
 
     add = flags.add_argument_group("sampling").add_argument
     words = "below 1: safer, above 1: wilder, 0: always the most probable token; 0.8, an assistant 0.3"
-    add("--temperature", metavar="X", type=number(float, low=0, high=1e6), help=words)
-    add("--top-k", metavar="N", type=number(int, low=0), default=0, help="only the N most probable; 0: all")
+    add("--temperature", type=number(float, low=0, high=1e6), help=words)
+    add("--top-k", type=number(int, low=0), default=0, help="only the N most probable; 0: all")
     words = "only the most probable tokens that together have probability X"
-    add("--top-p", metavar="X", type=number(float, above=0, high=1), default=1.0, help=words)
+    add("--top-p", type=number(float, above=0, high=1), default=1.0, help=words)
     words = "only tokens at least X times as probable as the most probable one"
-    add("--min-p", metavar="X", type=number(float, low=0, high=1), default=0.0, help=words)
-    add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=SEED, help="same seed, same text")
+    add("--min-p", type=number(float, low=0, high=1), default=0.0, help=words)
+    add("--seed", type=number(int, 0, 2**63 - 1), default=SEED, help="same seed, same text")
 
     group = flags.add_argument_group("output and machine")
     group.add_argument("--json", action="store_true", help="one JSON object, for programs")

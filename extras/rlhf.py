@@ -342,9 +342,9 @@ def parser():
     what = "policy: the reward model"
     group.add_argument("--reward-model", default="runs/rlhf-reward", metavar="RUN", help=what)
     what = "questions to write with their answers, or whose answers are compared"
-    group.add_argument("--questions", type=number(int, low=1), metavar="N", help=what)
+    group.add_argument("--questions", type=number(int, low=1), help=what)
     what = "dpo: the larger, the closer to the first model"
-    group.add_argument("--beta", type=number(float, above=0), default=0.1, metavar="X", help=what)
+    group.add_argument("--beta", type=number(float, above=0), default=0.1, help=what)
     rl.add_flags(flags, task="decimals", level="1-2", steps=None, lr=None, final_lr=1.0, eval_every=10)
     return flags
 

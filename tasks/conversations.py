@@ -599,8 +599,8 @@ def parser():
     add("spec", nargs="?", default=DEFAULT, help=words)
     add("--split", choices=("train", "test"), default="train", help="conversations for training or testing")
     add = flags.add_argument_group("how many").add_argument
-    add("--num", type=number(int, low=1), default=5, metavar="N", help="number of conversations")
-    add("--seed", type=number(int, low=0), default=42, metavar="N", help="seed of the random draw")
+    add("--num", type=number(int, low=1), default=5, help="number of conversations")
+    add("--seed", type=number(int, low=0), default=42, help="seed of the random draw")
     add = flags.add_argument_group("output").add_argument
     words = "write them to a JSONL file instead, as pages of plain text for data.py --train-also"
     add("--workbook", metavar="PATH", help=words)

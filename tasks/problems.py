@@ -587,11 +587,11 @@ def parser():
     add = flags.add_argument_group("task").add_argument
     add("name", nargs="?", help="a task, gsm8k:PATH or reasoning_gym:NAME; if left out, list the tasks")
     add = flags.add_argument_group("which problems").add_argument
-    add("--level", metavar="N", type=whole_number(low=1), help="difficulty; if left out, all levels mixed")
+    add("--level", type=whole_number(low=1), help="difficulty; if left out, all levels mixed")
     add("--split", choices=["train", "test"], default="train", help="problems for training or for testing")
-    add("--seed", metavar="N", type=whole_number(low=0), default=42, help="seed of the random draw")
+    add("--seed", type=whole_number(low=0), default=42, help="seed of the random draw")
     add = flags.add_argument_group("output").add_argument
-    add("--num", metavar="N", type=whole_number(low=1), default=3, help="number of problems")
+    add("--num", type=whole_number(low=1), default=3, help="number of problems")
     add("--answer-first", action="store_true", help="show the answer before the steps")
     return flags
 
