@@ -23,12 +23,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-# What the system says where a file cannot be: forbidden, read-only, below another file or in its place, name
-# too long, too large. Not ENOENT: a script says itself what is missing, and elsewhere that is our bug.
+# Errors of the system where a file cannot be written and another place may help. ENOENT is not among them: a
+# script says itself which file is missing, and anywhere else ENOENT is a bug of ours.
 NO_PLACE = ["EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG", "EFBIG"]
 
-
-# With several ranks a pipe that has one byte in it: whoever reads the byte may say why all of them end.
+# With several ranks the number of a pipe that holds one byte: the rank that reads it may say why all end.
 first_word = None
 
 
@@ -77,7 +76,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the house's manners: defaults in --help, no abbreviations, errors in one line."""
+    """argparse as our scripts want it: defaults in --help, no abbreviations, errors in one line."""
 
     def __init__(self, **settings):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **settings)
@@ -236,7 +235,7 @@ def whole_directory(place):
         for path in (*beside.iterdir(), beside):
             _flush(path)
         if place.exists():
-            os.replace(place, before)  # a moment without, but never with half of one
+            os.replace(place, before)  # for a moment there is no `place`, but never half of one
         os.replace(beside, place)
         _flush(place.parent)
     finally:
@@ -306,20 +305,21 @@ def fetch(package, wanted):
 # ------------------------------------------------------------------------------------------------------------
 # Flags that several scripts have
 
-whole, steps, positive = number(int, low=1), number(int, low=0), number(float, above=0)
 SHARED_FLAGS = {
     "init-from": dict(metavar="DIR", help="begin with the weights of this run or checkpoint"),
     "out": dict(metavar="RUN", help="directory of the run, a new one"),
     "resume": dict(action="store_true", help="go on from the newest checkpoint of RUN, with its flags"),
-    "batch-tokens": dict(type=whole, help="tokens of a micro-batch at most, padding included"),
-    "lr": dict(type=positive, help="highest learning rate"),
-    "warmup-steps": dict(type=steps, help="steps in which it rises to that"),
+    "batch-tokens": dict(type=number(int, low=1), help="tokens of a micro-batch at most, padding included"),
+    "lr": dict(type=number(float, above=0), help="highest learning rate"),
+    "warmup-steps": dict(type=number(int, low=0), help="steps in which it rises to that"),
     "final-lr": dict(type=number(float, 0, 1), default=0.0, help="at the end, as a share of the highest"),
     "weight-decay": dict(type=number(float, low=0), default=0.1, help="on matrices and embeddings"),
-    "grad-clip": dict(type=positive, default=1.0, help="largest norm of the gradient"),
-    "save-every": dict(type=steps, help="steps between checkpoints; there is always one at the end"),
-    "keep": dict(type=whole, default=2, help="checkpoints to keep, the newest"),
-    "ranks": dict(type=whole, help="processes that share a step; one a core for a small model"),
+    "grad-clip": dict(type=number(float, above=0), default=1.0, help="largest norm of the gradient"),
+    "save-every": dict(
+        type=number(int, low=0), help="steps between checkpoints; there is always one at the end"
+    ),
+    "keep": dict(type=number(int, low=1), default=2, help="checkpoints to keep, the newest"),
+    "ranks": dict(type=number(int, low=1), help="processes that share a step; one a core for a small model"),
     "seed": dict(type=number(int, 0, 2**63), default=42, help="of all that is random"),
     "device": dict(
         choices=("auto", "cpu", "cuda", "reference"),
@@ -555,9 +555,21 @@ class Run:
         that runs out of memory must not cost the steps before it.
         """
         due = stop or done == self.n_steps or self.is_due(done, self.flags.save_every)
-        if due and done != self.saved:
-            self.save(done)
-            self.saved = done
+        if not due or done == self.saved:
+            return
+        self.saved = done
+        self.flush()
+        if self.is_first:
+            state = dict(skipped=self.skipped, losses=self.losses, norms=self.norms, flags=vars(self.flags))
+            if self.stage:
+                state["stage"] = self.stage
+            state.update(self.also_saved)
+            models = self.model, self.tokenizer, self.optimizer
+            place = save_checkpoint(self.directory, done, *models, self.flags.keep, **state)
+            self.log("checkpoint", step=done, path=place.name)
+
+    def checkpoint_path(self, done):
+        return self.directory / f"step_{done:06d}"
 
     def is_due(self, done, every):
         """Whether after `done` steps something is due that happens every so many steps and at the end.
@@ -587,6 +599,8 @@ class Run:
         if len(window) < ENOUGH:
             return 0.0, math.inf
         return float(np.mean(window)), max(float(np.std(window)), 1e-6)  # one can divide by it
+
+    # -- what it says --------------------------------------------------------------------------------------
 
     def report(self, step, lr, tokens=0, shown="", updated=True, **values):
         """Show and log a step, as soon as the device has computed it: while the next one is under way.
@@ -655,23 +669,6 @@ class Run:
                     values.append((report.step, value))
                     del values[: -WINDOW - 1]
         return measures
-
-    def save(self, done):
-        """Write a checkpoint after `done` steps, and log it."""
-        self.flush()
-        if self.is_first:
-            state = dict(skipped=self.skipped, losses=self.losses, norms=self.norms, flags=vars(self.flags))
-            if self.stage:
-                state["stage"] = self.stage
-            state.update(self.also_saved)
-            models = self.model, self.tokenizer, self.optimizer
-            place = save_checkpoint(self.directory, done, *models, self.flags.keep, **state)
-            self.log("checkpoint", step=done, path=place.name)
-
-    def checkpoint_path(self, done):
-        return self.directory / f"step_{done:06d}"
-
-    # -- what it says --------------------------------------------------------------------------------------
 
     def log(self, event, step, **values):
         """Append an event to log.jsonl; a number that is not finite becomes null, JSON has no other."""
