@@ -23,7 +23,7 @@ from statistics import fmean as mean
 import common
 import sample
 from common import Parser, UserError, add_shared_flags, number, run, say
-from tasks.conversations import DONT_KNOW, answer_first, arithmetic, turns
+from tasks.conversations import DONT_KNOW, arithmetic, turns
 from tasks.factbook import facts, invented, matches, texts
 from tasks.problems import TASKS, problems, votes
 from tokenizer import text_of
@@ -243,7 +243,7 @@ def worked_problems(answers, task, level, n, seed):
     return dict(
         n=n,
         steps_first=steps_first,
-        answer_first=share(solved(answers, asked, [answer_first(problem)[0] for problem in asked])),
+        answer_first=share(solved(answers, asked, [problem.answer_first().prompt for problem in asked])),
     )
 
 

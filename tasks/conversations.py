@@ -333,19 +333,13 @@ def worked_problems(source, split, seed, rng):
         problem = next(stream)
         if problem.task == "arithmetic" and held_back(split, *re.findall(r"\d+", problem.prompt)):
             continue
-        prompt, solution = problem.prompt, problem.solution
         if source == "answer-first":
-            prompt, solution = answer_first(problem)
+            problem = problem.answer_first()
         may_calculate = source in ("tasks", "stories") and problem.task in ("arithmetic", "word")
         if may_calculate and rng.random() < CALCULATED:
-            yield turns(prompt, with_calculator(problem))
+            yield turns(problem.prompt, with_calculator(problem))
         else:
-            yield turns(prompt, hosted(solution))
-
-
-def answer_first(problem):
-    """A problem that asks for the answer before the steps, and its solution: (prompt, solution)."""
-    return f"{problem.prompt} Answer first.", problem.answer_first()
+            yield turns(problem.prompt, hosted(problem.solution))
 
 
 def with_calculator(problem):
@@ -593,14 +587,13 @@ def parser():
     flags = common.Parser(
         prog="python -m tasks.conversations", description="Print conversations that an assistant learns from."
     )
-    number = common.number
     add = flags.add_argument_group("what").add_argument
     words = "sources with their shares, as in factbook=3,tasks=2,jsonl:PATH=1"
     add("spec", nargs="?", default=DEFAULT, help=words)
     add("--split", choices=("train", "test"), default="train", help="conversations for training or testing")
     add = flags.add_argument_group("how many").add_argument
-    add("--num", type=number(int, low=1), default=5, help="number of conversations")
-    add("--seed", type=number(int, low=0), default=42, help="seed of the random draw")
+    add("--num", type=common.number(int, low=1), default=5, help="number of conversations")
+    add("--seed", type=common.number(int, low=0), default=42, help="seed of the random draw")
     add = flags.add_argument_group("output").add_argument
     words = "write them to a JSONL file instead, as pages of plain text for data.py --train-also"
     add("--workbook", metavar="PATH", help=words)

@@ -20,13 +20,13 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 import common
 import data
-from common import UserError
+from common import UserError, number
 from tasks.factbook import all_facts, held_out, plain, texts, word_list
 from tokenizer import as_parts
 from tools import calculate
@@ -82,11 +82,12 @@ class Problem:
         return float(right)
 
     def answer_first(self):
-        """The solution with the answer before the steps: the wrong order, to compare the right one with."""
+        """The same problem with the answer before the steps: the wrong order, to compare with."""
         *calls, last = as_parts(self.solution)
         steps, _, answer = last["text"].rpartition("Answer: ")
         text = f"Answer: {answer}\n{steps}".strip()
-        return [{"type": "text", "text": text}, *calls] if calls else text
+        solution = [{"type": "text", "text": text}, *calls] if calls else text
+        return replace(self, prompt=f"{self.prompt} Answer first.", solution=solution)
 
 
 def problems(name, split="train", level=None, seed=0, phrasings=None):
@@ -583,15 +584,14 @@ def parser():
     flags = common.Parser(
         prog="python -m tasks.problems", description="Show problems with their worked solutions."
     )
-    whole_number = functools.partial(common.number, int)
     add = flags.add_argument_group("task").add_argument
     add("name", nargs="?", help="a task, gsm8k:PATH or reasoning_gym:NAME; if left out, list the tasks")
     add = flags.add_argument_group("which problems").add_argument
-    add("--level", type=whole_number(low=1), help="difficulty; if left out, all levels mixed")
+    add("--level", type=number(int, low=1), help="difficulty; if left out, all levels mixed")
     add("--split", choices=["train", "test"], default="train", help="problems for training or for testing")
-    add("--seed", type=whole_number(low=0), default=42, help="seed of the random draw")
+    add("--seed", type=number(int, low=0), default=42, help="seed of the random draw")
     add = flags.add_argument_group("output").add_argument
-    add("--num", type=whole_number(low=1), default=3, help="number of problems")
+    add("--num", type=number(int, low=1), default=3, help="number of problems")
     add("--answer-first", action="store_true", help="show the answer before the steps")
     return flags
 
@@ -604,10 +604,11 @@ def main(argv=None):
         print("gsm8k:PATH  a file in the format of GSM8K\nreasoning_gym:NAME  a dataset of that library")
         return
     stream = problems(flags.name, flags.split, flags.level, flags.seed)
+    if flags.answer_first:
+        stream = (problem.answer_first() for problem in stream)
     for problem in itertools.islice(stream, flags.num):
-        solution = problem.answer_first() if flags.answer_first else problem.solution
         shown = {"calc": "[{}", "output": " -> {}] ", "text": "{}"}
-        text = "".join(shown[part["type"]].format(part["text"]) for part in as_parts(solution))
+        text = "".join(shown[part["type"]].format(part["text"]) for part in as_parts(problem.solution))
         print(f"{problem.prompt}\n{text}\n")
 
 
