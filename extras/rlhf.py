@@ -30,7 +30,7 @@ import evaluate
 import gpt2
 import rl
 from common import Run, UserError, add_shared_flags, number
-from sample import load_assistant
+from sample import load_assistant, prefill
 from sft import micro_batches, share
 from tasks.conversations import hosted, turns
 from tasks.problems import problems
@@ -154,12 +154,8 @@ def rewards(model, tokenizer, rollouts):
     results = []
     for start in range(0, len(rollouts), ROWS):
         inputs = [reward_input(tokenizer, rollout) for rollout in rollouts[start : start + ROWS]]
-        lengths = [len(ids) for ids in inputs]
-        tokens = np.zeros((len(inputs), max(lengths)), np.int32)  # (B, T)
-        for row, ids in zip(tokens, inputs):
-            row[: len(ids)] = ids
-        cache = model.new_cache(*tokens.shape)
-        logits = model.ops.to_host(model.decode(tokens, cache, lengths))  # (B, V) after the end
+        _, logits = prefill(model, inputs, max_tokens=1)
+        logits = model.ops.to_host(logits)  # (B, V) after the end
         results.append(logits[:, good] - logits[:, bad])  # (B,)
     return np.concatenate(results)
 

@@ -438,27 +438,24 @@ def conversations(name, split="train", seed=0, unknown=(), skip_bad=False):
 
 def draw_one(kind, rng, split, pool, known):
     """One conversation, or None if what was drawn makes none."""
-    match kind:
-        case "factbook":
-            return remembered(rng, split, known)
-        case "search":
-            return fact_searched(rng, split, pool)
-        case "follow-up":
-            return follow_up(rng, split, pool, known)
-        case "repeat":
-            return repeated(rng, split, pool)
-        case "identity" | "refusal" | "chitchat":
-            return talk(rng, split, kind)
-    makers = {
-        "arithmetic": arithmetic,
-        "comparison": comparison,
-        "what if": what_if,
-        "several": several_talks,
-        "sums": sums,
-        "events": events,
-        "unknown": not_known,
+    makers = {  # the function that draws it, and its arguments after rng and split
+        "factbook": (remembered, known),
+        "identity": (talk, "identity"),
+        "refusal": (talk, "refusal"),
+        "chitchat": (talk, "chitchat"),
+        "arithmetic": (arithmetic,),
+        "comparison": (comparison,),
+        "search": (fact_searched, pool),
+        "sums": (sums,),
+        "events": (events,),
+        "repeat": (repeated, pool),
+        "what if": (what_if,),
+        "follow-up": (follow_up, pool, known),
+        "several": (several_talks,),
+        "unknown": (not_known,),
     }
-    return makers[kind](rng, split)
+    make, *arguments = makers[kind]
+    return make(rng, split, *arguments)
 
 
 def parse(spec):
