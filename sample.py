@@ -7,9 +7,10 @@
     python sample.py RUN --chat                                        a conversation
 
 Sampling alternates two steps: the model reads tokens and returns logits for the next one (all of the prompt
-at once, the prefill; then one token at a time, a decode step), and one token is drawn from their softmax.
+at once, the prefill; then one token at a time, a decode step), and one token is sampled from their softmax.
 Read gpt2.py (the key-value cache) and kernels/sampling.py (temperature, top-k, top-p, min-p) before this
-file, sft.py after it.
+file, sft.py after it. In extras/, choose.py takes one of many samples by a vote or a verifier, constrain.py
+gives a text its form, and serve.py is a web page to talk with a model.
 """
 
 import codecs
@@ -115,8 +116,6 @@ def prefill(model, prompts, max_tokens):
         raise UserError(
             f"the prompt has {longest} tokens and this model reads at most {n_positions}; shorten the prompt"
         )
-    if lengths.min() == 0:
-        raise ValueError("a prompt needs at least one token; documents begin with the end-of-text token")
     tokens = np.zeros((len(distinct), longest), np.int32)  # (D, T)
     for row, prompt in zip(tokens, distinct):
         row[: len(prompt)] = prompt
