@@ -338,14 +338,13 @@ class Tokenizer:
         return tokens + self._header("assistant")
 
     def fit(self, conversation, room):
-        """The conversation, without as many of its oldest turns as must go for the rest to fit `room` tokens.
+        """The conversation, without as many of its oldest turns as must go for prompt() to fit `room` tokens.
 
-        What must fit are the tokens of prompt(), or of render() if the assistant has the last turn. An
-        answer is dropped together with its question. System turns and the last user turn are never dropped:
-        UserError if they do not fit.
+        An answer is dropped together with its question. System turns and the last user turn are never
+        dropped: UserError if they do not fit.
         """
         lengths = [sum(len(ids) for ids, _ in self._pieces(turn)) for turn in conversation]
-        frame = 1 if conversation[-1]["role"] == "assistant" else len(self.prompt([]))
+        frame = len(self.prompt([]))
         questions = [i for i, turn in enumerate(conversation) if turn["role"] == "user"]
         for first in [0, *questions]:
             kept = [i for i, turn in enumerate(conversation) if i >= first or turn["role"] == "system"]
@@ -462,6 +461,19 @@ class Tokenizer:
 def text_of(content):
     """The words of a turn's content, without tool calls and their outputs."""
     return "".join(part["text"] for part in as_parts(content) if part["type"] == "text")
+
+
+def transcript(content):
+    """A turn's content with its calls and outputs, for a person: 'So [calc 3 * 4 -> 12] it is 12.'"""
+    text = ""
+    for part in as_parts(content):
+        if part["type"] == "text":
+            text += part["text"]
+        elif part["type"] == "output":
+            text += f" -> {part['text'].strip()}] "
+        else:
+            text += f"[{part['type']} {part['text'].strip()}"
+    return text
 
 
 def as_parts(content):

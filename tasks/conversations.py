@@ -44,7 +44,7 @@ from tasks.problems import (
     split_of,
     sum_key,
 )
-from tokenizer import as_parts, checked, text_of
+from tokenizer import checked, text_of, transcript
 from tools import SEARCH_SYSTEM, calculate, calculator, looked_up
 
 SOURCES = {  # {source: its usual share in percent}
@@ -604,9 +604,7 @@ def main(argv=None):
         return write_workbook(flags.workbook, kept)
     for conversation in kept:
         for turn in conversation:
-            parts = as_parts(turn["content"])
-            shown = [p["text"] if p["type"] == "text" else f"[{p['type']}{p['text']}] " for p in parts]
-            print(f"{turn['role']}: {''.join(shown)}")
+            print(f"{turn['role']}: {transcript(turn['content'])}")
         print()
     common.say(f"dropped: {', '.join(f'{n} {why}' for why, n in dropped.items()) or 'nothing'}")
 

@@ -28,7 +28,7 @@ import common
 import data
 from common import UserError, number
 from tasks.factbook import all_facts, held_out, plain, texts, word_list
-from tokenizer import as_parts
+from tokenizer import as_parts, transcript
 from tools import calculate
 
 TASKS = {  # {name: levels}, and what a level says
@@ -607,9 +607,7 @@ def main(argv=None):
     if flags.answer_first:
         stream = (problem.answer_first() for problem in stream)
     for problem in itertools.islice(stream, flags.num):
-        shown = {"calc": "[{}", "output": " -> {}] ", "text": "{}"}
-        text = "".join(shown[part["type"]].format(part["text"]) for part in as_parts(problem.solution))
-        print(f"{problem.prompt}\n{text}\n")
+        print(f"{problem.prompt}\n{transcript(problem.solution)}\n")
 
 
 if __name__ == "__main__":
