@@ -238,23 +238,20 @@ class Search:
         best = best[np.argsort(-scores[best], kind="stable")]
         return [self.passages[i] for i in best[:n]]
 
-    def lookup(self, query, encode=str.split, budget=64):
-        """The beginning of the best passage, in at most `budget` tokens of encode(), by default words.
-
-        It ends with a whole sentence if one fits, else with a whole word.
-        """
+    def lookup(self, query, budget=64):
+        """The beginning of the best passage in at most `budget` words, whole sentences if one fits."""
         for _, text in self.find(query):
             for end in (SENTENCE_END, WORD_END):
-                beginning = within(budget, text, end, encode)
+                beginning = within(budget, text, end)
                 if beginning:
                     return beginning.rstrip(" ,;:(")
         return "nothing found"
 
 
-def within(budget, text, end, encode):
-    """The longest beginning of a text that stops at the pattern `end` and has at most `budget` tokens."""
+def within(budget, text, end):
+    """The longest beginning of a text that stops at the pattern `end` and has at most `budget` words."""
     ends = [0, *(match.end() for match in re.finditer(end, text))]  # 0 fits every budget
-    n = bisect.bisect(ends, budget, key=lambda end: len(encode(text[:end])))
+    n = bisect.bisect(ends, budget, key=lambda end: len(text[:end].split()))
     return text[: ends[n - 1]]
 
 
