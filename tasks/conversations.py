@@ -8,8 +8,8 @@ lists of {"role": ..., "content": ...}; the same seed draws the same ones. None 
 another, and none that trains asks a question of the evaluation.
 
 A small model learns what is short, regular and can be copied. So a call of a tool repeats the tokens of the
-question, and the answer repeats those of the tool's output. Sentences stand in texts.jsonl. Read
-tasks/factbook.py, tools.py, tasks/problems.py and sample.py before this file, and sft.py after it.
+question, and the answer repeats those of the tool's output. The sentences are in texts.jsonl. Read
+tasks/factbook.py, tools.py and tasks/problems.py before this file, and sft.py after it.
 """
 
 import itertools
