@@ -187,11 +187,14 @@ class Progress:
     def add(self, n):
         self.done_so_far += n
         rate = self.done_so_far / max(time.monotonic() - self.start, 1e-9)
-        text = f"{self.form(rate)}{self.unit}/s"
+        text = f"{self.what}: {self.form(self.done_so_far)}"
+        if self.total:
+            text += f" of {self.form(self.total)}"
+        text += f", {self.form(rate)}{self.unit}/s"
         if self.total:
             seconds_left = max(self.total - self.done_so_far, 0) / max(rate, 1e-9)
-            text = f"of {self.form(self.total)}, {text}, {duration(seconds_left)} left"
-        self.line.show(f"{self.what}: {self.form(self.done_so_far)} {text}")
+            text += f", {duration(seconds_left)} left"
+        self.line.show(text)
 
     def done(self):
         seconds = time.monotonic() - self.start
@@ -238,8 +241,8 @@ def whole_directory(place):
             os.replace(place, before)  # for a moment there is no `place`, but never half of one
         os.replace(beside, place)
         _flush(place.parent)
-    finally:
         shutil.rmtree(before, ignore_errors=True)
+    finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
