@@ -6,7 +6,7 @@
 A model writes the input of both, so they are harmless by construction. calculate() never runs the
 expression: it parses it and computes numbers, comparisons, and four things about texts: their length, how
 often they contain another, a letter, a slice. Time, memory and the size of numbers are bounded. Search only
-counts words. Read data.py before this file and sample.py after it.
+counts words. TOOLS has both for an assistant. Read data.py before this file and sample.py after it.
 """
 
 import ast
@@ -264,15 +264,17 @@ PASSAGE = 16  # words of what a search finds
 
 
 def calculator(call):
+    """The output of a call of the calculator: " 81"."""
     return f" {calculate(call)}"
 
 
 @functools.lru_cache(1 << 15)
 def looked_up(query):
+    """The output of a search of the Factbook: " Capital of France: Paris."."""
     return f" {Search.factbook().lookup(query, budget=PASSAGE)}"
 
 
-TOOLS = {"calc": calculator, "search": looked_up}  # the same functions as in the training conversations
+TOOLS = {"calc": calculator, "search": looked_up}  # the training conversations have their outputs, too
 
 
 # ------------------------------------------------------------------------------------------------------------
