@@ -315,7 +315,7 @@ SHARED_FLAGS = {
     "batch-tokens": dict(type=number(int, low=1), help="tokens of a micro-batch at most, padding included"),
     "lr": dict(type=number(float, above=0), help="highest learning rate"),
     "warmup-steps": dict(type=number(int, low=0), help="steps in which it rises to that"),
-    "final-lr": dict(type=number(float, 0, 1), default=0.0, help="rate at the end, as a share of --lr"),
+    "final-lr": dict(type=number(float, 0, 1), default=0.0, help="rate at the end, as a share of that"),
     "weight-decay": dict(type=number(float, low=0), default=0.1, help="on matrices and embeddings"),
     "grad-clip": dict(type=number(float, above=0), default=1.0, help="largest norm of the gradient"),
     "save-every": dict(
