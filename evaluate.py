@@ -18,14 +18,16 @@ import re
 import shutil
 import textwrap
 from pathlib import Path
+from statistics import fmean as mean
 
 import common
 import sample
-from common import Parser, UserError, add_shared_flags, mean, number, run, say
-from tasks.conversations import DONT_KNOW, SEARCH_SYSTEM, answer_first, arithmetic, turns
+from common import Parser, UserError, add_shared_flags, number, run, say
+from tasks.conversations import DONT_KNOW, arithmetic, turns
 from tasks.factbook import facts, invented, matches, texts
 from tasks.problems import TASKS, problems, votes
 from tokenizer import text_of
+from tools import SEARCH_SYSTEM, TOOLS
 
 BARS = {  # what an assistant should reach: {skill: {measure: (at least, at most)}}
     "identity": {"named": (0.95, 1)},
@@ -148,7 +150,7 @@ def evaluate(model, tokenizer, known=None, n=100, seed=0, world=None):
 
     def answers(questions, max_tokens=96, system=None):
         conversations = [user(question, system) for question in questions]
-        return ask(model, tokenizer, conversations, sample.TOOLS, max_tokens, world=world)
+        return ask(model, tokenizer, conversations, TOOLS, max_tokens, world=world)
 
     rng, results = random.Random(seed), {}
     for split, skill in (("train", "known facts"), ("test", "known facts, held out")):
@@ -241,7 +243,7 @@ def worked_problems(answers, task, level, n, seed):
     return dict(
         n=n,
         steps_first=steps_first,
-        answer_first=share(solved(answers, asked, [answer_first(problem)[0] for problem in asked])),
+        answer_first=share(solved(answers, asked, [problem.answer_first().prompt for problem in asked])),
     )
 
 
@@ -312,9 +314,9 @@ def evaluate_problems(model, tokenizer, mix, n, k, max_tokens, seed, score=None,
             status.show(f"evaluating {task}, level {level}")
         asked = distinct_problems(model, tokenizer, task, level, n, seed)
         prompts = [prompt_of(tokenizer, problem) for problem in asked]
-        greedy = reply_to(model, tokenizer, prompts, sample.TOOLS, max_tokens, 0.0, seed, world=world)
+        greedy = reply_to(model, tokenizer, prompts, TOOLS, max_tokens, 0.0, seed, world=world)
         prompts = [prompt for prompt in prompts for _ in range(k)]
-        samples = reply_to(model, tokenizer, prompts, sample.TOOLS, max_tokens, 1.0, seed, world=world)
+        samples = reply_to(model, tokenizer, prompts, TOOLS, max_tokens, 1.0, seed, world=world)
         groups = [samples[i : i + k] for i in range(0, len(samples), k)]  # of each problem
         n_right = [sum(is_right(p, reply) for reply in group) for p, group in zip(asked, groups)]
 

@@ -20,6 +20,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean as mean
 
 import numpy as np
 
@@ -27,12 +28,13 @@ import common
 import distributed
 import evaluate
 import gpt2
-from common import Run, UserError, add_shared_flags, mean, number, write_whole
-from sample import TOOLS, Host, generate, load_assistant
+from common import Run, UserError, add_shared_flags, number, write_whole
+from sample import Host, generate, load_assistant
 from sft import micro_batches, share
 from tasks.conversations import turns
 from tasks.problems import Problem, problems
-from tokenizer import text_of, visible
+from tokenizer import text_of, transcript, visible
+from tools import TOOLS
 from train import learning_rate
 
 SAMPLED_AT_ONCE = 256  # rollouts in a batch, at most
@@ -422,16 +424,8 @@ def show(tokenizer, group):
 
 def text_of_rollout(tokenizer, rollout):
     """The reply with its calls and outputs, "[calc 3 * 4 -> 12] Answer: 12<|im_end|>", on one line."""
-    text = ""
-    for part in rollout.parts:
-        if part["type"] == "text":
-            text += part["text"]
-        elif part["type"] == "output":
-            text += f" -> {part['text'].strip()}] "
-        else:
-            text += f"[{part['type']} {part['text'].strip()}"
     end = tokenizer.decode(rollout.tokens[-1:].tolist()) if rollout.finished else ""
-    return visible((text + end).encode())
+    return visible((transcript(rollout.parts) + end).encode())
 
 
 def export(path, groups, run, step):

@@ -5,7 +5,8 @@ r"""Constrained sampling: the text has the form you ask for, such as yes or no, 
 
 Before a token is sampled, all tokens that would break the form are masked: sample.generate(allowed=guide). An
 automaton reads the text byte by byte. A token is allowed if the automaton survives its bytes, and if what is
-then missing to a match fits into the tokens that are left. So every text ends as a match, at the limit too.
+then missing to a match fits into the tokens that are left. So every text ends as a match, at the limit too,
+unless --stop ends it earlier.
 
 An expression may have literals, escapes (\d \w \s \. \n \x41 \u00e9), the dot, classes ([a-z], [^"]), groups
 ( ) and (?: ), alternatives a|b, and repeats * + ? {3} {1,3} {2,}, which mean what they mean in Python's `re`.
@@ -19,8 +20,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from common import Parser, UserError, add_shared_flags, number, run
-from sample import SEED, complete, default_temperature, end_token, is_assistant, load, prompt_ids
+import sample
+from common import Parser, UserError, run
 
 LIMIT = 50_000  # states of an automaton, 1 kB each; usual are some hundreds
 LONGEST = 10_000  # bytes of a shortest match
@@ -241,9 +242,7 @@ class Guide:
                 state = self.automaton.row(state)[byte]
         ends = self.ends(state)  # (V,) states
         left = self.max_tokens - len(completion.ids) - 1  # tokens, after the next one
-        fits = (
-            missing[: len(self.automaton.sets)] <= left
-        )  # (states,); certain where true: every byte is a token
+        fits = missing[: len(self.automaton.sets)] <= left  # (states,); certain if true: a byte is a token
         for close in np.flatnonzero(np.bincount(ends, minlength=len(fits)) * ~fits):
             fits[close] = self.tokens_left(close) <= left
         mask = fits[ends]  # (V,)
@@ -285,49 +284,36 @@ class Guide:
 # The command line
 
 
-def parser():
-    flags = Parser(prog="python -m extras.constrain", description="Text of a given form: masked sampling.")
-    flags.add_argument("directory", metavar="RUN", help="a run (its newest checkpoint) or a checkpoint")
-    add = flags.add_argument_group("form").add_mutually_exclusive_group(required=True).add_argument
-    add("--only", metavar="A,B,C", help="the text is one of these")
-    add("--regex", metavar="R", help="the text matches this regular expression")
-    whole = number(int, low=1)
-    add = flags.add_argument_group("text").add_argument
-    add("--prompt", metavar="TEXT", default="", help="text to continue, or question; none: a new document")
-    add("--num-samples", metavar="N", type=whole, default=1, help="texts to write")
-    add("--max-tokens", metavar="N", type=whole, default=200, help="the longest that each may be")
-    words = "0: always the most probable token; higher: wilder; 0.8, an assistant 0.3"
-    add("--temperature", metavar="X", type=number(float, low=0, high=1e6), help=words)
-    add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=SEED, help="same seed, same text")
-    add("--json", action="store_true", help="one JSON object, for programs")
-    add_shared_flags(flags.add_argument_group("machine"), "device", "dtype")
-    return flags
-
-
 def main(argv=None):
     flags = parser().parse_args(argv)
     automaton = choices(flags.only.split(",")) if flags.only is not None else regex(flags.regex)
-    model, tokenizer, checkpoint = load(flags.directory, flags)
-    assistant, guide = is_assistant(checkpoint), None
-    room = model.config.n_positions + 1 - len(prompt_ids(tokenizer, flags.prompt, assistant))
+    prompt = sample.read_prompt(flags)
+    model, tokenizer, checkpoint = sample.load(flags.directory, flags)
+    assistant, guide = sample.is_assistant(checkpoint) and not flags.raw, None
+    settings = sample.settings_of(flags, assistant)
+    room = model.config.n_positions + 1 - len(sample.prompt_ids(tokenizer, prompt, assistant))
     if room > 0:  # else generate() says that the prompt is too long
         room = min(room, flags.max_tokens)
-        guide = Guide(tokenizer, automaton, end_token(tokenizer, assistant), room)
-    if flags.temperature is None:
-        flags.temperature = default_temperature(assistant, flags.num_samples)
-    completions = complete(
-        model, tokenizer, [flags.prompt] * flags.num_samples, assistant, max_tokens=flags.max_tokens,
-        temperature=flags.temperature, seed=flags.seed, allowed=guide,
+        guide = Guide(tokenizer, automaton, sample.end_token(tokenizer, assistant), room)
+    completions = sample.complete(
+        model, tokenizer, [prompt] * flags.num_samples, assistant, stop_texts=flags.stop, allowed=guide,
+        **settings,
     )  # fmt: skip
     if flags.json:
-        names = ("text", "finish", "ids", "logprobs", "full_logprobs", "mean_logprob")
-        samples = [{name: getattr(completion, name) for name in names} for completion in completions]
-        settings = {name: value for name, value in vars(flags).items() if name not in ("directory", "json")}
-        answer = dict(checkpoint=str(checkpoint), settings=settings, samples=samples)
-        print(json.dumps(answer, ensure_ascii=False))
+        report = sample.json_report(flags, settings, checkpoint, prompt, completions)
+        print(json.dumps(report | {"only": flags.only, "regex": flags.regex}, ensure_ascii=False))
     else:
         for completion in completions:
             print(completion.text)
+
+
+def parser():
+    flags = Parser(prog="python -m extras.constrain", description="Text of a given form: masked sampling.")
+    add = flags.add_argument_group("form").add_mutually_exclusive_group(required=True).add_argument
+    add("--only", metavar="A,B,C", help="the text is one of these")
+    add("--regex", metavar="R", help="the text matches this regular expression")
+    sample.add_flags(flags)
+    return flags
 
 
 if __name__ == "__main__":

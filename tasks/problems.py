@@ -20,14 +20,15 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 import common
 import data
-from common import UserError
+from common import UserError, number
 from tasks.factbook import all_facts, held_out, plain, texts, word_list
+from tokenizer import as_parts, transcript
 from tools import calculate
 
 TASKS = {  # {name: levels}, and what a level says
@@ -39,7 +40,7 @@ TASKS = {  # {name: levels}, and what a level says
     "decimals": (1, 2, 3, 4),  # digits after the point; 4: whole parts up to 99
     "factbook": (1, 2, 3),  # short names, longer names, numbers
 }
-# {task: ["What is {expression}? Show the steps.", ...]}; Problem.phrasing is an index into the list.
+# {task: ["What is {expression}? Show the steps.", ...]}
 WORDINGS = {row["task"]: row["wordings"] for row in texts("task")}
 # The keys of the lecture's own examples, which are always for testing.
 LECTURE = {
@@ -58,7 +59,6 @@ class Problem:
     solution: str | list  # a text, or parts as in tokenizer.py; it ends with "Answer: " and the answer
     answer: str
     level: int = 1
-    phrasing: int = 0
     key: str = ""  # the content without its wording; it decides whether the problem trains or tests
     score: Callable | None = None  # a library's own judgement of the text after "Answer:"
 
@@ -81,19 +81,19 @@ class Problem:
         return float(right)
 
     def answer_first(self):
-        """The solution with the answer before the steps: the wrong order, to compare the right one with."""
-        is_text = isinstance(self.solution, str)
-        *calls, last = [{"type": "text", "text": self.solution}] if is_text else self.solution
+        """The same problem with the answer before the steps: the wrong order, to compare with."""
+        *calls, last = as_parts(self.solution)
         steps, _, answer = last["text"].rpartition("Answer: ")
         text = f"Answer: {answer}\n{steps}".strip()
-        return text if is_text else [{"type": "text", "text": text}, *calls]
+        solution = [{"type": "text", "text": text}, *calls] if calls else text
+        return replace(self, prompt=f"{self.prompt} Answer first.", solution=solution)
 
 
-def problems(name, split="train", level=None, seed=0, phrasings=None):
-    """Problems of a task without end: of one level or of all, in all wordings or in those with these indices.
+def problems(name, split="train", level=None, seed=0):
+    """Problems of a task without end: of one level or of all, in all wordings.
 
     `name` is a task, gsm8k:PATH or reasoning_gym:NAME. The problems of a GSM8K file come once for "test" and
-    again and again for "train". An unknown name, level or phrasing and a bad file are a UserError at once.
+    again and again for "train". An unknown name or level and a bad file are a UserError at once.
     """
     kind, _, rest = name.partition(":")
     if rest and kind == "reasoning_gym" and level is not None:
@@ -106,14 +106,10 @@ def problems(name, split="train", level=None, seed=0, phrasings=None):
         raise UserError(f"there is no task {name!r}; choose from {known}")
     if level is not None and level not in TASKS[name]:
         raise UserError(f"{name} has no level {level}; choose from {', '.join(map(str, TASKS[name]))}")
-    count = len(WORDINGS[name])
-    phrasings = list(range(count)) if phrasings is None else sorted(phrasings)
-    if not phrasings or not set(phrasings) <= set(range(count)):
-        raise UserError(f"{name} has no phrasings {phrasings}; choose from 0 to {count - 1}")
-    return generate(name, split, TASKS[name] if level is None else [level], seed, phrasings)
+    return generate(name, split, TASKS[name] if level is None else [level], seed)
 
 
-def generate(name, split, levels, seed, phrasings):
+def generate(name, split, levels, seed):
     make = {
         "arithmetic": arithmetic,
         "word": word_problem,
@@ -125,11 +121,11 @@ def generate(name, split, levels, seed, phrasings):
     }[name]
     rng = random.Random(f"{name} {split} {seed}")
     while True:
-        level, phrasing = rng.choice(levels), rng.choice(phrasings)
-        key, prompt, solution, answer = make(rng, level, WORDINGS[name][phrasing])
+        level, wording = rng.choice(levels), rng.choice(WORDINGS[name])
+        key, prompt, solution, answer = make(rng, level, wording)
         if split_of(key) == split:
             prompt = re.sub(r"(^|[.?] )[a-z]", lambda start: start[0].upper(), prompt)  # begins of sentences
-            yield Problem(name, prompt, solution, answer, level, phrasing, key)
+            yield Problem(name, prompt, solution, answer, level, key)
 
 
 def split_of(key):
@@ -421,12 +417,17 @@ def with_call(wording, word, what, operation, text):
     space = "" if '"{where}"' in wording else " "
     call = f'"{space}{word}"{operation}'
     output = calculate(call)
-    solution = [
-        {"type": "calc", "text": call},
-        {"type": "output", "text": output},
-        {"type": "text", "text": text.format(output)},
-    ]
+    solution = called("calc", call, output, text.format(output))
     return word, wording.format(what=what, where=word), solution, output
+
+
+def called(kind, call, output, answer):
+    """What the assistant says with a tool: its call ("calc" or "search"), the tool's output, the answer."""
+    return [
+        {"type": kind, "text": call},
+        {"type": "output", "text": output},
+        {"type": "text", "text": answer},
+    ]
 
 
 def counting(rng, level, wording):
@@ -578,15 +579,14 @@ def parser():
     flags = common.Parser(
         prog="python -m tasks.problems", description="Show problems with their worked solutions."
     )
-    whole_number = functools.partial(common.number, int)
     add = flags.add_argument_group("task").add_argument
     add("name", nargs="?", help="a task, gsm8k:PATH or reasoning_gym:NAME; if left out, list the tasks")
     add = flags.add_argument_group("which problems").add_argument
-    add("--level", metavar="N", type=whole_number(low=1), help="difficulty; if left out, all levels mixed")
+    add("--level", type=number(int, low=1), help="difficulty; if left out, all levels mixed")
     add("--split", choices=["train", "test"], default="train", help="problems for training or for testing")
-    add("--seed", metavar="N", type=whole_number(low=0), default=42, help="seed of the random draw")
+    add("--seed", type=number(int, low=0), default=42, help="seed of the random draw")
     add = flags.add_argument_group("output").add_argument
-    add("--num", metavar="N", type=whole_number(low=1), default=3, help="number of problems")
+    add("--num", type=number(int, low=1), default=3, help="number of problems")
     add("--answer-first", action="store_true", help="show the answer before the steps")
     return flags
 
@@ -599,12 +599,10 @@ def main(argv=None):
         print("gsm8k:PATH  a file in the format of GSM8K\nreasoning_gym:NAME  a dataset of that library")
         return
     stream = problems(flags.name, flags.split, flags.level, flags.seed)
+    if flags.answer_first:
+        stream = (problem.answer_first() for problem in stream)
     for problem in itertools.islice(stream, flags.num):
-        solution = problem.answer_first() if flags.answer_first else problem.solution
-        if isinstance(solution, list):
-            shown = {"calc": "[{}", "output": " -> {}] ", "text": "{}"}
-            solution = "".join(shown[part["type"]].format(part["text"]) for part in solution)
-        print(f"{problem.prompt}\n{solution}\n")
+        print(f"{problem.prompt}\n{transcript(problem.solution)}\n")
 
 
 if __name__ == "__main__":
