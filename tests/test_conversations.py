@@ -470,9 +470,9 @@ def test_a_conversation_may_have_just_the_longest_length():
 def test_a_source_ends_after_too_many_in_a_row_are_dropped():
     old, new, newer = (mixture.turns(f"What is {n}?", f"A number, {n}.") for n in range(3))
     for repeats, kept in ((mixture.PATIENCE - 1, [old, new, newer]), (mixture.PATIENCE, [old])):
-        sieve = mixture.Sieve("train")
+        sieve = mixture.Sieve("train", Counter())
         stream = iter([old, *[old] * repeats, new, *[old] * repeats, newer])
-        assert sieve.take(stream, 3) == kept
+        assert list(sieve.take(stream, 3)) == kept
     assert sieve.dropped == {"duplicates": mixture.PATIENCE}
 
 
