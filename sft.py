@@ -104,17 +104,18 @@ def prepare(tokenizer, conversations, longest):
     conversation is left out.
     """
     rows, counts = [], {"shortened": 0, "left out": 0}
+    end_of_turn = tokenizer.encode_special("<|im_end|>")
+    dtype = np.min_scalar_type(tokenizer.vocab_size)  # uint16 as a rule: a set may have 400M tokens
     for conversation in conversations:
-        n_turns = len(conversation)
         tokens, mask = tokenizer.render(conversation)
-        while len(tokens) > longest and n_turns > 1:
-            n_turns -= 1
-            tokens, mask = tokenizer.render(conversation[:n_turns])
-        if len(tokens) > longest or not any(mask):
+        tokens, mask = np.array(tokens, dtype), np.array(mask, bool)  # (T,) each
+        ends = np.flatnonzero(tokens == end_of_turn) + 1  # (turns,)
+        n = int(ends[ends <= longest].max(initial=0))
+        if not mask[:n].any():
             counts["left out"] += 1
             continue
-        counts["shortened"] += n_turns < len(conversation)
-        rows.append((np.array(tokens, np.int32), np.array(mask, bool)))  # (T,) each
+        counts["shortened"] += n < len(tokens)
+        rows.append((tokens[:n].copy(), mask[:n].copy()))  # a slice would keep the rest in memory
     return rows, counts
 
 
