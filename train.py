@@ -11,6 +11,7 @@ made the shards. Run in common.py writes log and checkpoints, and ends the loop 
 
 import functools
 import math
+import textwrap
 import time
 
 import numpy as np
@@ -366,13 +367,21 @@ RECIPES = {  # defaults of the flags by --model: tiny was tried out here, the ot
 }
 
 
-def describe_recipes():
-    """A line for each of RECIPES, for --help."""
-    lines = []
-    for model, recipe in RECIPES.items():
+def describe_recipes(recipes):
+    """A paragraph for each of some recipes, {model: {flag: default}}, for --help."""
+    paragraphs = []
+    for model, recipe in recipes.items():
         settings = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in recipe.items())
-        lines.append(f"{model:5} {settings}")
-    return "\n".join(lines)
+        text = f"{model:5} {settings}"
+        paragraphs.append(textwrap.fill(text, 100, subsequent_indent=" " * 6, break_on_hyphens=False))
+    return "\n".join(paragraphs)
+
+
+def use_recipe(flags, recipe):
+    """Give the flags that are None the values of a recipe, {flag: default}."""
+    for name, value in recipe.items():
+        if getattr(flags, name) is None:
+            setattr(flags, name, value)
 
 
 def parser():
@@ -388,7 +397,7 @@ def parser():
         group.add_argument(f"--n-{name}", type=whole, metavar="N", help=f"{what}, instead of the preset's")
     group.add_argument("--n-positions", type=whole, metavar="N", help="context; 1024, or --seq-len for tiny")
 
-    group = flags.add_argument_group("optimisation; by default", describe_recipes())
+    group = flags.add_argument_group("optimisation; by default", describe_recipes(RECIPES))
     group.add_argument("--steps", type=whole, metavar="N", help="updates")
     what = "rows of a micro-batch; as many as memory allows"
     group.add_argument("--batch-size", type=whole, metavar="B", help=what)
@@ -438,9 +447,7 @@ def parse(argv):
     recipe = dict(RECIPES[flags.model])
     if flags.seq_len:  # one length for all rows, unless the short ones are asked for
         recipe.update(short_len=flags.seq_len, short_steps=0)
-    for name, value in recipe.items():
-        if getattr(flags, name) is None:
-            setattr(flags, name, value)
+    use_recipe(flags, recipe)
     if flags.overfit_batch:  # the one batch has long rows, and its loss is meant to be far from usual
         flags.short_steps, flags.outlier_z = 0, 0.0
     if flags.total_batch_tokens % flags.seq_len:
