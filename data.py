@@ -14,6 +14,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import sys
@@ -232,7 +233,8 @@ def parquet_rows(paths, columns, rng=None):
                     rng.shuffle(rows)
                 yield from rows
     except (OSError, pyarrow.ArrowException) as error:
-        reason = getattr(error, "strerror", None) or "damaged, or no parquet"
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if number else "damaged, or no parquet"
         raise UserError(f"{path}: {reason}; give the path of a parquet file") from None
 
 

@@ -373,7 +373,8 @@ def describe_recipes(recipes):
     for model, recipe in recipes.items():
         settings = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in recipe.items())
         text = f"{model:5} {settings}"
-        paragraphs.append(textwrap.fill(text, 100, subsequent_indent=" " * 6, break_on_hyphens=False))
+        lines = textwrap.wrap(text, 100, break_on_hyphens=False, break_long_words=False)
+        paragraphs.append("\n      ".join(lines))
     return "\n".join(paragraphs)
 
 
