@@ -6,8 +6,8 @@
     python evaluate.py RUN --task word --level 1-3      problems: pass@1, pass@k and the majority vote
     python evaluate.py BASE SFT RL --compare            what several models say to the same prompts
 
-All questions are held out: phrasings, numbers, words and names that do not occur in training. Read sample.py
-and tasks/conversations.py, which has the questions, before this file, sft.py and rl.py after it.
+All our questions are held out: phrasings, numbers, words and names that do not occur in training. Read
+sample.py and tasks/conversations.py, which has the questions, before this file, sft.py and rl.py after it.
 """
 
 import itertools
@@ -17,13 +17,13 @@ import random
 import re
 import shutil
 import textwrap
-from pathlib import Path
 
 import common
+import distributed
 import sample
 from common import Parser, UserError, add_shared_flags, mean, number, run, say
 from tasks.conversations import DONT_KNOW, SEARCH_SYSTEM, answer_first, arithmetic, turns
-from tasks.factbook import facts, invented, matches, texts
+from tasks.factbook import facts, invented, matches, read_probe, texts
 from tasks.problems import TASKS, problems, votes
 from tokenizer import text_of
 
@@ -38,6 +38,7 @@ BARS = {  # what an assistant should reach: {skill: {measure: (at least, at most
 }
 NAME = "Handmade"  # what the assistant should call itself
 ROWS = 64  # prompts in a batch
+ALONE = distributed.World(0, 1)  # a world of one rank
 
 # ------------------------------------------------------------------------------------------------------------
 # Asking
@@ -45,7 +46,7 @@ ROWS = 64  # prompts in a batch
 
 def ask(
     model, tokenizer, conversations, tools=None, max_tokens=96, temperature=0.0, seed=0, streams=None,
-    world=None,
+    world=ALONE,
 ):  # fmt: skip
     """The assistant's next turn in every conversation, as a list of parts; `tools` are those of sample.Host.
 
@@ -57,12 +58,11 @@ def ask(
     return [reply["parts"] for reply in replies]
 
 
-def reply_to(model, tokenizer, prompts, tools, max_tokens, temperature, seed, streams=None, world=None):
+def reply_to(model, tokenizer, prompts, tools, max_tokens, temperature, seed, streams=None, world=ALONE):
     """For every prompt (a list of ids) {"parts": the reply, "length": tokens, "finished": not cut off}."""
     host = sample.Host(tokenizer, tools or {})
     stop_tokens = {tokenizer.eot, tokenizer.encode_special("<|im_end|>")}
-    rank, size = (0, 1) if world is None else (world.rank, world.size)
-    mine = range(rank, len(prompts), size)
+    mine = range(world.rank, len(prompts), world.size)
     order = sorted(mine, key=lambda i: len(prompts[i]))  # similar lengths in one batch: little padding
     replies, progress = [None] * len(prompts), common.Progress("asking", total=len(order))
 
@@ -76,24 +76,12 @@ def reply_to(model, tokenizer, prompts, tools, max_tokens, temperature, seed, st
         for i, completion in zip(batch, completions):
             parts, finished = tokenizer.parts(completion.ids), completion.finish == "stop"
             replies[i] = {"parts": parts, "length": len(completion.ids), "finished": finished}
-        if rank == 0:
+        if world.rank == 0:
             progress.add(len(batch))
     progress.line.clear()
-    if world is not None:
-        for other, its_replies in enumerate(world.gather([replies[i] for i in mine])):
-            replies[other::size] = its_replies
+    for rank, replies_of_rank in enumerate(world.gather([replies[i] for i in mine])):
+        replies[rank :: world.size] = replies_of_rank
     return replies
-
-
-def user(question, system=None):
-    """A conversation of one question."""
-    return turns(question, system=system)
-
-
-def share(verdicts):
-    """The share of true ones, None if there are no verdicts."""
-    verdicts = list(verdicts)
-    return round(sum(verdicts) / len(verdicts), 4) if verdicts else None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -108,7 +96,7 @@ def probe(model, tokenizer, k, seed, path=None):
     guess is right now and then.
     """
     asked = [(split, fact) for split in ("train", "test") for fact in facts(split)]
-    conversations = [user(fact.questions[0]) for _, fact in asked for _ in range(k)]
+    conversations = [turns(fact.questions[0]) for _, fact in asked for _ in range(k)]
     replies = ask(model, tokenizer, conversations, max_tokens=40, temperature=1.0, seed=seed)
     lines = []
     for i, (split, fact) in enumerate(asked):
@@ -124,30 +112,19 @@ def probe(model, tokenizer, k, seed, path=None):
     return lines
 
 
-def read_probe(path):
-    """The lines that probe() wrote."""
-    try:
-        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        if not all({"country", "field", "question", "split", "rate"} <= set(line) for line in lines):
-            raise ValueError
-        return lines
-    except (OSError, ValueError):
-        raise UserError(f"{path} is not what evaluate.py --probe writes; let it write one") from None
-
-
 # ------------------------------------------------------------------------------------------------------------
 # An assistant's skills. Each function asks one kind of question and returns {"n": asked, measure: share}. The
 # first argument is a function from questions to replies, the second a random.Random that draws the questions.
 
 
-def evaluate(model, tokenizer, known=None, n=100, seed=0, world=None):
+def evaluate(model, tokenizer, known=None, n=100, seed=0, world=ALONE):
     """{skill: {"n": asked, measure: share}}, with n questions or problems of most kinds.
 
     `known` has the lines of probe(); without it known facts are not asked for.
     """
 
     def answers(questions, max_tokens=96, system=None):
-        conversations = [user(question, system) for question in questions]
+        conversations = [turns(question, system=system) for question in questions]
         return ask(model, tokenizer, conversations, sample.TOOLS, max_tokens, world=world)
 
     rng, results = random.Random(seed), {}
@@ -161,7 +138,7 @@ def evaluate(model, tokenizer, known=None, n=100, seed=0, world=None):
     results["calculator"] = calculator(answers, rng, n)
     for task in ("counting", "spelling"):
         asked = list(itertools.islice(problems(task, split="test", seed=seed), n))
-        results[task] = dict(n=n, right=share(solved(answers, asked, [p.prompt for p in asked])))
+        results[task] = dict(n=n, right=mean(solved(answers, asked, [p.prompt for p in asked])))
     for task in ("arithmetic", "word"):
         for level in TASKS[task]:
             results[f"{task}, level {level}"] = worked_problems(answers, task, level, n, seed)
@@ -178,8 +155,8 @@ def known_facts(answers, rng, lines):
     fact_of = {(fact.country, fact.field): fact for fact in facts()}
     asked = [fact_of[line["country"], line["field"]] for line in lines]
     replies = answers([fact.ask(rng, "test") for fact in asked], max_tokens=40)
-    right = share(matches(fact, text_of(reply)) for fact, reply in zip(asked, replies))
-    return dict(n=len(asked), right=right, refused=share(is_refusal(reply) for reply in replies))
+    right = mean(matches(fact, text_of(reply)) for fact, reply in zip(asked, replies))
+    return dict(n=len(asked), right=right, refused=mean(is_refusal(reply) for reply in replies))
 
 
 def identity(answers, rng, n):
@@ -188,14 +165,14 @@ def identity(answers, rng, n):
     if n < 100:
         asked = rng.sample(asked, n)
     replies = answers(asked, max_tokens=40)
-    return dict(n=len(replies), named=share(NAME in text_of(reply) for reply in replies))
+    return dict(n=len(replies), named=mean(NAME in text_of(reply) for reply in replies))
 
 
 def invented_names(answers, n, seed):
     """People and countries that do not exist."""
     asked = [question for question, _ in invented("test", n, seed)]
     replies = answers(asked, max_tokens=40)
-    return dict(n=n, refused=share(is_refusal(reply) for reply in replies))
+    return dict(n=n, refused=mean(is_refusal(reply) for reply in replies))
 
 
 def search(answers, rng, n):
@@ -205,8 +182,8 @@ def search(answers, rng, n):
         asked = rng.sample(asked, n)
     questions = [fact.ask(rng, "test") for fact in asked]
     replies = answers(questions, max_tokens=160, system=SEARCH_SYSTEM)  # a passage counts as tokens, too
-    searched = share(any(part["type"] == "search" for part in reply) for reply in replies)
-    right = share(matches(fact, text_of(reply)) for fact, reply in zip(asked, replies))
+    searched = mean(any(part["type"] == "search" for part in reply) for reply in replies)
+    right = mean(matches(fact, text_of(reply)) for fact, reply in zip(asked, replies))
     return dict(n=len(asked), searched=searched, right=right)
 
 
@@ -237,12 +214,9 @@ def calculator(answers, rng, n):
 def worked_problems(answers, task, level, n, seed):
     """The same problems with the steps before the answer, and with the answer before the steps."""
     asked = list(itertools.islice(problems(task, split="test", level=level, seed=seed), n))
-    steps_first = share(solved(answers, asked, [problem.prompt for problem in asked]))
-    return dict(
-        n=n,
-        steps_first=steps_first,
-        answer_first=share(solved(answers, asked, [answer_first(problem)[0] for problem in asked])),
-    )
+    steps_first = solved(answers, asked, [problem.prompt for problem in asked])
+    other_order = solved(answers, asked, [answer_first(problem)[0] for problem in asked])
+    return dict(n=n, steps_first=mean(steps_first), answer_first=mean(other_order))
 
 
 def solved(answers, asked, prompts):
@@ -256,7 +230,7 @@ def table(results):
     for skill, measures in results.items():
         cells = []
         for measure, value in measures.items():
-            if measure == "n" or value is None:
+            if measure == "n":
                 continue
             low, high = BARS.get(skill, {}).get(measure, (0, 1))
             bar = f" (>= {low:.0%})" if low else f" (<= {high:.0%})" if high < 1 else ""
@@ -269,9 +243,8 @@ def line(results):
     """The first measure of every skill, in one line."""
     cells = []
     for skill, measures in results.items():
-        first = next((value for measure, value in measures.items() if measure != "n"), None)
-        if first is not None:
-            cells.append(f"{skill} {first:.0%}")
+        first = next(value for measure, value in measures.items() if measure != "n")
+        cells.append(f"{skill} {first:.0%}")
     return "evaluation: " + ", ".join(cells)
 
 
@@ -298,7 +271,7 @@ def parse_tasks(spec, level):
     return shares
 
 
-def evaluate_problems(model, tokenizer, mix, n, k, max_tokens, seed, score=None, world=None):
+def evaluate_problems(model, tokenizer, mix, n, k, max_tokens, seed, score=None, world=ALONE):
     """A dict of measures for every (task, level) of `mix`, on up to n test problems of each.
 
     pass@1 is of greedy replies, everything else of k samples at temperature 1: "sampled" is the share of
@@ -308,7 +281,7 @@ def evaluate_problems(model, tokenizer, mix, n, k, max_tokens, seed, score=None,
     """
     results, status = [], common.Line()
     for task, level in mix:
-        if world is None or world.rank == 0:
+        if world.rank == 0:
             status.show(f"evaluating {task}, level {level}")
         asked = distinct_problems(model, tokenizer, task, level, n, seed)
         prompts = [prompt_of(tokenizer, problem) for problem in asked]
@@ -337,7 +310,7 @@ def evaluate_problems(model, tokenizer, mix, n, k, max_tokens, seed, score=None,
 
 def prompt_of(tokenizer, problem):
     """The ids of a problem's prompt, after which the assistant speaks."""
-    return tokenizer.prompt(user(problem.prompt))
+    return tokenizer.prompt(turns(problem.prompt))
 
 
 def fitting(model, tokenizer, stream):

@@ -19,6 +19,7 @@ import tasks.conversations as mixture
 import tasks.factbook as facts
 import tools
 from common import UserError
+from tasks.conversations import turns
 from tasks.problems import Problem
 from tokenizer import Tokenizer, text_of
 
@@ -117,7 +118,7 @@ def test_the_calculator_must_be_called_asked_the_question_and_copied(sit):
     assert sit(wrong)["calculator"] == dict(n=12, called=1, copied=0, right=0)
     turn = itertools.count()
     cut_off = lambda c: calculated(c)[: (3, 1, 0)[next(turn) % 3]]  # every third reply is complete
-    answers = lambda questions: [cut_off(evaluate.user(question)) for question in questions]
+    answers = lambda questions: [cut_off(turns(question)) for question in questions]
     third = dict(n=12, called=1 / 3, copied=1, right=1 / 3)  # copied is a share of the calls
     assert evaluate.calculator(answers, random.Random(0), 12) == third
     malformed = lambda _: mixture.called("calc", " 1 +", f" {tools.calculate('1 +')}", "It is 2.")
@@ -177,12 +178,12 @@ def test_a_fact_that_is_right_in_half_of_the_replies_is_not_known(sit):
 
 
 def test_the_table_shows_measures_and_bars():
-    results = {"search": dict(n=470, searched=1.0, right=0.7), "word, level 1": dict(n=9, steps_first=None)}
+    results = {"search": dict(n=470, searched=1.0, right=0.7), "word, level 1": dict(n=9, steps_first=0)}
     results["known facts"] = dict(n=3, right=0.8, refused=0.1)
     table = evaluate.table(results)
     assert "search                       470  searched 100%, right 70% (>= 70%)" in table
     assert "known facts                    3  right 80% (>= 80%), refused 10% (<= 15%)" in table
-    assert evaluate.line(results) == "evaluation: search 100%, known facts 80%"
+    assert evaluate.line(results) == "evaluation: search 100%, word, level 1 0%, known facts 80%"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -194,7 +195,7 @@ def test_asked_in_batches_the_replies_come_in_order(monkeypatch):
     monkeypatch.setattr(evaluate, "ROWS", 3)
     tokenizer = Tokenizer.bytes()
     model = gpt2.GPT2(gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=99, vocab_size=266), seed=3)
-    asked = [evaluate.user("?" * n) for n in (7, 1, 5, 3, 9, 2, 8)]
+    asked = [turns("?" * n) for n in (7, 1, 5, 3, 9, 2, 8)]
     settings = dict(max_tokens=6, temperature=1.0, seed=5)
     together = evaluate.ask(model, tokenizer, asked, **settings)
     alone = [evaluate.ask(model, tokenizer, [one], streams=[i], **settings)[0] for i, one in enumerate(asked)]
@@ -227,7 +228,7 @@ class Ranks:
 @pytest.mark.parametrize("size", [1, 2, 3, 9])
 def test_the_number_of_ranks_changes_no_reply(size):
     config = gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=99, vocab_size=266)
-    model, asked = gpt2.GPT2(config, seed=3), [evaluate.user("?" * n) for n in (7, 1, 5, 3, 9)]
+    model, asked = gpt2.GPT2(config, seed=3), [turns("?" * n) for n in (7, 1, 5, 3, 9)]
     settings = dict(max_tokens=6, temperature=1.0, seed=5)
     on_rank = lambda world: evaluate.ask(model, BYTES, asked, world=world, **settings)
     alone = evaluate.ask(model, BYTES, asked, **settings)
@@ -237,9 +238,9 @@ def test_the_number_of_ranks_changes_no_reply(size):
 
 def test_tools_answer_and_a_reply_that_is_cut_off_says_so():
     ids = spell("calc_start", "3*17", "calc_end", "output_start", " 51", "output_end", " 51.", "im_end")
-    prompt = BYTES.prompt(evaluate.user("3*17?"))
+    prompt = BYTES.prompt(turns("3*17?"))
     model = Fake(reciting(ids, len(prompt)))
-    [reply] = evaluate.ask(model, BYTES, [evaluate.user("3*17?")], sample.TOOLS)
+    [reply] = evaluate.ask(model, BYTES, [turns("3*17?")], sample.TOOLS)
     assert [part["text"] for part in reply] == ["3*17", " 51", " 51."]
     whole, cut_off = (
         evaluate.reply_to(model, BYTES, [prompt], sample.TOOLS, max_tokens, 0.0, 0)[0]
@@ -247,7 +248,7 @@ def test_tools_answer_and_a_reply_that_is_cut_off_says_so():
     )
     assert (whole["finished"], whole["length"]) == (True, len(ids))
     assert (cut_off["finished"], cut_off["length"]) == (False, len(ids) - 1)
-    [reply] = evaluate.ask(model, BYTES, [evaluate.user("3*17?")])
+    [reply] = evaluate.ask(model, BYTES, [turns("3*17?")])
     assert "no calc here" in reply[1]["text"]
 
 
@@ -345,7 +346,7 @@ def test_measures_of_problems_by_hand(monkeypatch):
 @pytest.mark.usefixtures("sums")
 def test_problems_are_sampled_from_the_model():
     """It says 2 with probability 0.6, else 3; greedily always 2."""
-    prompt = BYTES.prompt(evaluate.user("1+1?"))
+    prompt = BYTES.prompt(turns("1+1?"))
     words = [*b"Answer: ", None, BYTES.encode_special("<|im_end|>")]
 
     def logits(text):
@@ -365,7 +366,7 @@ def test_problems_are_sampled_from_the_model():
 
 @pytest.mark.usefixtures("sums")
 def test_problems_that_leave_no_room_for_a_reply():
-    model = SimpleNamespace(config=SimpleNamespace(n_positions=len(BYTES.prompt(evaluate.user("1+1?")))))
+    model = SimpleNamespace(config=SimpleNamespace(n_positions=len(BYTES.prompt(turns("1+1?")))))
     with pytest.raises(UserError, match=r"prompts of sum fill the model's context of .*lower --level"):
         evaluate.distinct_problems(model, BYTES, "sum", 1, 5, 0)
     model.config.n_positions += 1
@@ -384,7 +385,7 @@ def runs(monkeypatch):
     answers["long"] = [*b"x" * 400]
 
     def load(directory, flags):
-        prompt = BYTES.prompt(evaluate.user("_")) if directory == "sft" else [BYTES.eot, ord("_")]
+        prompt = BYTES.prompt(turns("_")) if directory == "sft" else [BYTES.eot, ord("_")]
         return Fake(reciting(answers[directory], len(prompt)), n_positions=500), BYTES, directory
 
     monkeypatch.setattr(sample, "load", load)

@@ -20,6 +20,7 @@ import common
 import evaluate
 import gpt2
 import sft
+from tasks.conversations import turns
 from tokenizer import Tokenizer, text_of
 
 CONFIG = gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64, vocab_size=266)
@@ -294,9 +295,7 @@ def test_it_learns_the_conversations(place):
     checkpoint = common.newest_checkpoint(place / "run")
     assert common.read_state(checkpoint)["stage"] == "sft"
     model, tokenizer = gpt2.GPT2.from_pretrained(checkpoint), Tokenizer.load(checkpoint)
-    replies = evaluate.ask(
-        model, tokenizer, [evaluate.user(f"{a}, {b}?") for a in range(6) for b in range(6)]
-    )
+    replies = evaluate.ask(model, tokenizer, [turns(f"{a}, {b}?") for a in range(6) for b in range(6)])
     assert all(re.fullmatch("[0-5][.]", text_of(reply)) for reply in replies)
     evals = [event for event in common.read_log(place / "run") if event["event"] == "eval"]
     assert [event["step"] for event in evals] == [50, 90]
