@@ -4,6 +4,7 @@
     python evaluate.py RUN --known known.jsonl          the same, with the facts that a probe found known
     python evaluate.py RUN --probe known.jsonl          ask every factual question, write what it knows
     python evaluate.py RUN --task word --level 1-3      problems: pass@1, pass@k and the majority vote
+    python evaluate.py RUN --hellaswag hub              HellaSwag's accuracy, of a base model too
     python evaluate.py BASE SFT RL --compare            what several models say to the same prompts
 
 All our questions are held out: phrasings, numbers, words and names that do not occur in training. Read
@@ -18,7 +19,10 @@ import re
 import shutil
 import textwrap
 
+import numpy as np
+
 import common
+import data
 import distributed
 import sample
 from common import Parser, UserError, add_shared_flags, mean, number, run, say
@@ -372,6 +376,86 @@ def problem_table(results):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# HellaSwag: which of four endings does a text have (Zellers et al. 2019)? A base model can be asked, too.
+
+
+def read_hellaswag(path, tokenizer, n_positions):
+    """[(context, four endings, label)] of a HellaSwag file, parquet or JSON lines; path "hub" downloads it.
+
+    Context and endings are lists of ids; the label is the index of the right ending. The context and " " with
+    an ending are encoded separately. UserError names a row that has no label or not four endings, or that is
+    too long for a model of n_positions.
+    """
+    if path == "hub":
+        [path], _ = data.table_files("hellaswag", path, "test")
+    items = []
+    for where, row in data.read_table(path, ("ctx", "endings", "label")):
+        context, endings, label = row["ctx"], row["endings"], row["label"]
+        if not isinstance(context, str) or not context:
+            raise UserError(f"{where} has no text as its ctx; correct or delete it")
+        if str(label) not in ("0", "1", "2", "3"):
+            raise UserError(f"{where} has the label {label!r}, not 0 to 3; give a split with labels")
+        if not isinstance(endings, list) or [type(ending) for ending in endings] != [str] * 4:
+            raise UserError(f"{where} has not four texts as its endings; correct or delete it")
+        context = tokenizer.encode(context)
+        endings = [tokenizer.encode(f" {ending}") for ending in endings]
+        length = len(context) + max(map(len, endings))
+        if length > n_positions + 1:  # the last token is a target and no input
+            what = f"{where} has {length} tokens, and the model has a context of {n_positions}"
+            raise UserError(f"{what}; delete the row, or take a model with more --n-positions")
+        items.append((context, endings, int(label)))
+    return items
+
+
+def hellaswag(model, items, world=ALONE):
+    """{"acc", "acc_norm", "acc_stderr", "acc_norm_stderr", "n"} of items that read_hellaswag() returned.
+
+    acc is the share of items whose right ending has the lowest loss, summed over its tokens, acc_norm that
+    with the lowest mean: long endings are no longer at a disadvantage. So build-nanogpt and llm.c do it, and
+    OpenAI's models have 0.2859 and 0.2955 (124M), 0.3842 and 0.4893 (1.5B); guessing has 0.25. The ranks
+    share the items.
+    """
+    mine = items[world.rank :: world.size]
+    losses = ending_losses(model, mine)  # (n, 4)
+    lengths = np.array([[len(ending) for ending in endings] for _, endings, _ in mine]).reshape(-1, 4)
+    labels = np.array([label for _, _, label in mine])
+    n_right = [int((scores.argmin(1) == labels).sum()) for scores in (losses, losses / lengths)]
+    results = {"n": len(items)}
+    for name, n_right_of_ranks in zip(("acc", "acc_norm"), zip(*world.gather(n_right))):
+        results[name] = p = sum(n_right_of_ranks) / len(items)
+        results[f"{name}_stderr"] = math.sqrt(p * (1 - p) / len(items))
+    return results
+
+
+def ending_losses(model, items):
+    """(n, 4): the loss of each ending after its context, in nats, summed over the tokens of the ending."""
+    rows = []  # (item, ending, ids of both texts, tokens of the ending)
+    for i, (context, endings, _) in enumerate(items):
+        rows += [(i, k, context + ending, len(ending)) for k, ending in enumerate(endings)]
+    rows.sort(key=lambda row: -len(row[2]))  # similar lengths in one batch: little padding
+    pending = []
+    for start in range(0, len(rows), ROWS):
+        batch = rows[start : start + ROWS]
+        T = min(-(-(len(batch[0][2]) - 1) // 8) * 8, model.config.n_positions)  # a multiple of 8
+        tokens, targets = np.zeros((2, len(batch), T), np.int32)  # (B, T) each, with padding on the right
+        for b, (_, _, ids, _) in enumerate(batch):
+            tokens[b, : len(ids) - 1], targets[b, : len(ids) - 1] = ids[:-1], ids[1:]
+        pending.append((batch, model.ops.read_later(model.losses(tokens, targets))))  # (B, T)
+    sums = np.zeros((len(items), 4))
+    for batch, read_losses in pending:
+        for (i, k, ids, n), losses in zip(batch, read_losses()):
+            end = len(ids) - 1
+            sums[i, k] = losses[end - n : end].sum(dtype=np.float64)
+    return sums
+
+
+def hellaswag_text(results):
+    """What hellaswag() returned, in one line."""
+    cells = [f"{name} {results[name]:.4f} ± {results[f'{name}_stderr']:.4f}" for name in ("acc_norm", "acc")]
+    return f"HellaSwag: {', '.join(cells)}, of {results['n']} items"
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Several models beside each other
 
 PROMPTS = (  # each stage of training changes what a model says to some of these
@@ -434,6 +518,8 @@ def parser():
     add = group.add_mutually_exclusive_group().add_argument
     add("--probe", metavar="PATH", help="ask every factual question, and write which ones it knows")
     add("--task", metavar="SPEC", help="solve problems of a task, or of several: word,arithmetic")
+    words = "HellaSwag's accuracy, of a base model too: parquet or JSON lines with labels, or hub to download"
+    add("--hellaswag", metavar="FILE", help=words)
     add("--compare", action="store_true", help="what each RUN says to the same prompts")
     add = flags.add_argument_group("problems").add_argument
     add("--level", metavar="N", help="how difficult: 2, or a range such as 1-3; none: all levels")
@@ -466,6 +552,11 @@ def main(argv=None):
     [directory] = flags.directories
     mix = parse_tasks(flags.task, flags.level) if flags.task is not None else None
     known = read_probe(flags.known) if flags.known else None
+    if flags.hellaswag:
+        model, tokenizer, _ = sample.load(directory, flags)
+        results = hellaswag(model, read_hellaswag(flags.hellaswag, tokenizer, model.config.n_positions))
+        print(json.dumps({"run": directory, **results}) if flags.json else hellaswag_text(results))
+        return
     model, tokenizer = sample.load_assistant(directory, flags)
 
     if mix:

@@ -2,11 +2,15 @@
 
 import itertools
 import json
+import math
 import random
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import script
 from test_sample import BYTES, Fake, reciting, spell
@@ -372,6 +376,88 @@ def test_problems_that_leave_no_room_for_a_reply():
     model.config.n_positions += 1
     assert [p.prompt for p in evaluate.distinct_problems(model, BYTES, "sum", 1, 5, 0)] == ["1+1?", "2+2?"]
     assert [p.prompt for p in evaluate.distinct_problems(model, BYTES, "sum", 1, 1, 0)] == ["1+1?"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# HellaSwag (its losses are compared with those of transformers in test_golden.py)
+
+ITEM = dict(ctx="A cat sits. It", endings=["purrs.", "barks and barks.", "flies.", "is"], label="0")
+
+
+def write_items(path, *rows):
+    """The rows as JSON lines, or as parquet if the name says so."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(list(rows)), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("name", ["items.jsonl", "items.parquet"])
+def test_hellaswag_is_read_from_both_formats(tmp_path, name):
+    path = write_items(tmp_path / name, {**ITEM, "ind": 4}, {**ITEM, "label": "3"})
+    items = evaluate.read_hellaswag(path, BYTES, 99)
+    assert [label for _, _, label in items] == [0, 3]
+    assert BYTES.decode(items[0][0]) == "A cat sits. It"
+    assert [BYTES.decode(ending) for ending in items[0][1]] == [
+        " purrs.",
+        " barks and barks.",
+        " flies.",
+        " is",
+    ]
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        (dict(label=""), "row 3 has the label ''"),
+        (dict(label="4"), "row 3 has the label '4'"),
+        (dict(endings=["a", "b", "c"]), "row 3 has not four texts"),
+        (dict(endings=None), "row 3 has not four texts"),
+        (dict(ctx=None), "row 3 has no text as its ctx"),
+        (dict(ctx="x" * 90), "row 3 has 107 tokens, and the model has a context of 99"),
+    ],
+)
+def test_a_bad_row_of_hellaswag_is_named(tmp_path, bad, words):
+    path = write_items(tmp_path / "items.parquet", ITEM, ITEM, {**ITEM, **bad})
+    with pytest.raises(UserError, match=words):
+        evaluate.read_hellaswag(path, BYTES, 99)
+    just_fits = {**ITEM, "ctx": "x" * 83}  # 100 tokens: the last one is no input
+    path = write_items(tmp_path / "items.parquet", just_fits)
+    [item] = evaluate.read_hellaswag(path, BYTES, 99)
+    model = gpt2.GPT2(gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=99, vocab_size=266), seed=3)
+    assert evaluate.hellaswag(model, [item])["n"] == 1
+
+
+def test_the_number_of_ranks_and_the_company_of_a_row_change_nothing(tmp_path, monkeypatch):
+    golden = Path(__file__).parent / "golden" / "hellaswag.jsonl"
+    items = evaluate.read_hellaswag(golden, BYTES, 200)
+    config = gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=200, vocab_size=266)
+    model = gpt2.GPT2(config, dtype="float64", seed=3)
+    losses, results = evaluate.ending_losses(model, items), evaluate.hellaswag(model, items)
+    p = results["acc"]
+    assert results["acc_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 10)) and results["n"] == 10
+    for size in (3, 11):  # one rank has nothing to do
+        counts = []
+        world = lambda rank, size=size: SimpleNamespace(rank=rank, size=size, gather=lambda n: [n])
+        for rank in range(size):
+            counts.append(evaluate.hellaswag(model, items, world(rank)))
+        for name in ("acc", "acc_norm"):
+            assert sum(one[name] for one in counts) == pytest.approx(results[name])
+    monkeypatch.setattr(evaluate, "ROWS", 1)
+    np.testing.assert_allclose(evaluate.ending_losses(model, items), losses, rtol=1e-12)
+
+
+def test_hellaswag_by_the_command(tmp_path):
+    path = write_items(tmp_path / "items.jsonl", ITEM, ITEM)
+    model = gpt2.GPT2(gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=99, vocab_size=266), seed=3)
+    model.save_pretrained(tmp_path / "model")
+    BYTES.save(tmp_path / "model")
+    found = json.loads(run(tmp_path / "model", "--hellaswag", path, "--json"))
+    assert found["n"] == 2 and found["acc"] in (0, 1) and found["acc_stderr"] == 0
+    shown = run(tmp_path / "model", "--hellaswag", path)
+    assert shown.startswith(f"HellaSwag: acc_norm {found['acc_norm']:.4f} ± 0.0000") and "of 2 items" in shown
+    assert script.refused(script.run(evaluate.main, tmp_path / "model", "--hellaswag", "none"), "none", "ctx")
 
 
 # ------------------------------------------------------------------------------------------------------------
