@@ -10,6 +10,7 @@ tokenize. The last section, which cleans the Factbook's HTML, can be skipped. Re
 file and train.py after it.
 """
 
+import fcntl
 import hashlib
 import io
 import itertools
@@ -166,8 +167,7 @@ def table_files(name, path, split):
     """
     path = Path(path)
     if str(path) == "hub":
-        repository, files = HUB_TABLES[name]
-        return hub_files(repository, files[split]), True
+        return fetch_table(name, split), True
     if not path.is_dir():
         return [path], False
     files = sorted(file for file in path.iterdir() if file.suffix in (".parquet", ".jsonl"))
@@ -177,6 +177,26 @@ def table_files(name, path, split):
     if not files:
         raise UserError(f"{path} has no .parquet and no .jsonl, such as train.jsonl; give another directory")
     return files, False
+
+
+def fetch_table(name, split):
+    """The paths of the files of one of HUB_TABLES for a split, fetched once."""
+    repository, files = HUB_TABLES[name]
+    place = common.cache() / repository
+    if not is_fetched(name, split):
+        place.mkdir(parents=True, exist_ok=True)
+        with open(place / "lock", "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks wait here, and find the files complete
+            commit, there = common.hub_files(repository, "dataset")
+            wanted = {file: there[file] for file in files[split]}
+            common.hub_download(repository, "dataset", commit, wanted, place)
+    return [place / file for file in files[split]]
+
+
+def is_fetched(name, split):
+    """Whether the files of one of HUB_TABLES for a split are here."""
+    repository, files = HUB_TABLES[name]
+    return all((common.cache() / repository / file).exists() for file in files[split])
 
 
 def read_table(path, columns):
@@ -236,16 +256,6 @@ def parquet_rows(paths, columns, rng=None):
         number = getattr(error, "errno", None)
         reason = os.strerror(number) if number else "damaged, or no parquet"
         raise UserError(f"{path}: {reason}; give the path of a parquet file") from None
-
-
-def hub_files(repository, names):
-    """The paths of files of a data set on the Hugging Face hub, downloaded where they are not there yet."""
-    try:
-        from huggingface_hub import hf_hub_download  # noqa: PLC0415 -- an extra
-    except ImportError:
-        remedy = "python -m pip install -r requirements-hub.txt"
-        raise UserError(f"{repository} is downloaded by huggingface_hub; install it: {remedy}") from None
-    return [Path(hf_hub_download(repository, name, repo_type="dataset")) for name in names]
 
 
 # ------------------------------------------------------------------------------------------------------------
