@@ -22,6 +22,7 @@ import distributed
 import gpt2
 import kernels
 from common import Run, UserError, add_shared_flags, count, duration, number, size
+from evaluate import hellaswag, hellaswag_text, read_hellaswag
 from tokenizer import Tokenizer
 
 
@@ -43,6 +44,7 @@ def main(argv=None):
     flags.ranks = distributed.choose_ranks(flags.ranks, config.n_params(), device, rows)
     world = distributed.start(flags.ranks, __file__, argv)
     memory = choose_batch_size(flags, config, kernels.load(device), world)
+    hellaswag_items = load_hellaswag(flags, device, tokenizer, config.n_positions)
     validation = {T: validation_batches(val_shards, T, flags) for T in (flags.short_len, flags.seq_len)}
     model = make_model(source, config, device, flags)
     model.share(world)
@@ -69,6 +71,10 @@ def main(argv=None):
             loss, bits_per_byte = evaluate(model, batches, tokenizer.token_lengths, world)
             run.say(f"step {done}: validation loss {loss:.4f}, {bits_per_byte:.4f} bits per byte")
             run.log("eval", step=done, loss=loss, bits_per_byte=bits_per_byte)
+        if run.is_due(done, flags.hellaswag_every):
+            results = hellaswag(model, hellaswag_items, world)
+            run.say(f"step {done}: {hellaswag_text(results)}")
+            run.log("hellaswag", step=done, **results)
         if run.is_due(done, flags.sample_every) and world.rank == 0:
             text = continuation(model, tokenizer, flags.sample_tokens, seed=done)
             run.say(f"step {done}, a sample:\n{text}\n")
@@ -185,6 +191,18 @@ def evaluate(model, batches, token_lengths, world):
     nats = sum(float(read().sum(dtype=np.float64)) for read in losses)
     nats, n_tokens, n_bytes = map(sum, zip(*world.gather([nats, n_tokens, n_bytes])))
     return nats / n_tokens, nats / math.log(2) / max(n_bytes, 1)
+
+
+def load_hellaswag(flags, device, tokenizer, n_positions):
+    """The items of HellaSwag, None if they are not evaluated. Sets --hellaswag-every where it is not given.
+
+    It is on for d12 and larger models on a GPU, if `evaluate.py --hellaswag hub` or the Makefile has fetched
+    HellaSwag before.
+    """
+    if flags.hellaswag_every is None:
+        is_wanted = device == "cuda" and flags.model != "tiny" and data.is_fetched("hellaswag", "test")
+        flags.hellaswag_every = 250 if is_wanted else 0
+    return read_hellaswag("hub", tokenizer, n_positions) if flags.hellaswag_every else None
 
 
 def continuation(model, tokenizer, n, seed, temperature=0.7):
@@ -422,6 +440,8 @@ def parser():
     group.add_argument("--eval-tokens", type=whole, default=65536, metavar="N", help=what)
     what = "steps between samples; there is one at the end"
     group.add_argument("--sample-every", type=steps, default=200, metavar="N", help=what)
+    what = "steps between evaluations on HellaSwag; 250 for d12 and larger on a GPU, if it has been fetched"
+    group.add_argument("--hellaswag-every", type=steps, metavar="N", help=what)
     group.add_argument("--sample-tokens", type=whole, default=100, metavar="N", help="length of a sample")
     add_shared_flags(group, "save-every", "keep", save_every=200)
 
