@@ -64,28 +64,45 @@ def ask(
 
 def reply_to(model, tokenizer, prompts, tools, max_tokens, temperature, seed, streams=None, world=ALONE):
     """For every prompt (a list of ids) {"parts": the reply, "length": tokens, "finished": not cut off}."""
+    streams = range(len(prompts)) if streams is None else streams
+    progress = common.Progress("asking", total=len(prompts[world.rank :: world.size]))
+    results = sample_replies(
+        model, tokenizer, prompts, tools, max_tokens, temperature, seed, streams, world, ROWS, progress
+    )
+    replies = []
+    for ids, _, _, finished in results:
+        replies.append({"parts": tokenizer.parts(ids), "length": len(ids), "finished": finished})
+    return replies
+
+
+def sample_replies(
+    model, tokenizer, prompts, tools, max_tokens, temperature, seed, streams, world, rows, progress=None
+):
+    """For every prompt [ids, forced, logprobs, finished], as sample.Completion has them, on every rank.
+
+    Each rank samples prompts[rank::size], `rows` of them at once; streams are the prompts' random streams.
+    """
     host = sample.Host(tokenizer, tools or {})
     stop_tokens = {tokenizer.eot, tokenizer.encode_special("<|im_end|>")}
     mine = range(world.rank, len(prompts), world.size)
     order = sorted(mine, key=lambda i: len(prompts[i]))  # similar lengths in one batch: little padding
-    replies, progress = [None] * len(prompts), common.Progress("asking", total=len(order))
-
-    for start in range(0, len(order), ROWS):
-        batch = order[start : start + ROWS]
+    results = [None] * len(prompts)
+    for start in range(0, len(order), rows):
+        batch = order[start : start + rows]
         completions = sample.generate(
             model, [prompts[i] for i in batch], max_tokens, temperature, seed=seed, stop_tokens=stop_tokens,
-            streams=[i if streams is None else streams[i] for i in batch],
+            streams=[streams[i] for i in batch],
             on_token=lambda completion, shown, logits: host.reply(completion),
         )  # fmt: skip
-        for i, completion in zip(batch, completions):
-            parts, finished = tokenizer.parts(completion.ids), completion.finish == "stop"
-            replies[i] = {"parts": parts, "length": len(completion.ids), "finished": finished}
-        if world.rank == 0:
+        for i, one in zip(batch, completions):
+            results[i] = [one.ids, one.forced, one.logprobs, one.finish == "stop"]
+        if progress and world.rank == 0:
             progress.add(len(batch))
-    progress.line.clear()
-    for rank, replies_of_rank in enumerate(world.gather([replies[i] for i in mine])):
-        replies[rank :: world.size] = replies_of_rank
-    return replies
+    if progress:
+        progress.line.clear()
+    for rank, results_of_rank in enumerate(world.gather([results[i] for i in mine])):
+        results[rank :: world.size] = results_of_rank
+    return results
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import distributed
 import evaluate
 import gpt2
 from common import Run, UserError, add_shared_flags, mean, number, write_whole
-from sample import TOOLS, Host, generate, load_assistant
+from sample import TOOLS, load_assistant
 from sft import micro_batches, share
 from tasks.conversations import turns
 from tasks.problems import Problem, problems
@@ -133,32 +133,19 @@ def train(flags, checkpoint, argv, reward=verified, score=None, script=__file__,
 def sample_rollouts(model, tokenizer, some_problems, flags, first_stream, world):
     """A group of --attempts rollouts of every problem, [[Rollout, ...], ...], on every rank all of them.
 
-    Each rank samples its part of the problems. Tokens are sampled from exactly the distribution that training
-    scores: temperature 1, no filter. Their random numbers depend on the seed and on the number of the
-    rollout, counted from first_stream, so the number of ranks changes nothing.
+    Each rank samples its part. Tokens are sampled from exactly the distribution that training scores:
+    temperature 1, no filter. Their random numbers depend on the seed and on the number of the rollout,
+    counted from first_stream, so the number of ranks changes nothing.
     """
-    host, G = Host(tokenizer, TOOLS), flags.attempts
-    stop_tokens = {tokenizer.eot, tokenizer.encode_special("<|im_end|>")}
-    prompts = [evaluate.prompt_of(tokenizer, problem) for problem in some_problems]
-
-    def rollouts_of(rank):
-        """The numbers of the rollouts that a rank samples; rollout i is one of problem i // G."""
-        return [n * G + attempt for n in range(rank, len(prompts), world.size) for attempt in range(G)]
-
-    mine, completions = rollouts_of(world.rank), []
-    for start in range(0, len(mine), SAMPLED_AT_ONCE):
-        block = mine[start : start + SAMPLED_AT_ONCE]
-        completions += generate(
-            model, [prompts[i // G] for i in block], flags.max_tokens, temperature=1.0,
-            seed=flags.seed, streams=[first_stream + i for i in block], stop_tokens=stop_tokens,
-            on_token=lambda completion, shown, logits: host.reply(completion),
-        )  # fmt: skip
-
-    results = [[one.ids, one.forced, one.logprobs, one.finish == "stop"] for one in completions]
-    rollouts = [None] * (len(prompts) * G)
-    for rank, results_of_rank in enumerate(world.gather(results)):
-        for i, result in zip(rollouts_of(rank), results_of_rank):
-            rollouts[i] = make_rollout(tokenizer, some_problems[i // G], prompts[i // G], *result)
+    G = flags.attempts
+    asked = [problem for problem in some_problems for _ in range(G)]
+    prompts = [evaluate.prompt_of(tokenizer, problem) for problem in asked]
+    streams = range(first_stream, first_stream + len(asked))
+    results = evaluate.sample_replies(
+        model, tokenizer, prompts, TOOLS, flags.max_tokens, 1.0, flags.seed, streams, world, SAMPLED_AT_ONCE
+    )
+    triples = zip(asked, prompts, results)
+    rollouts = [make_rollout(tokenizer, problem, prompt, *result) for problem, prompt, result in triples]
     return [rollouts[start : start + G] for start in range(0, len(rollouts), G)]
 
 

@@ -225,7 +225,7 @@ class Ranks:
     def gather(self, rank, mine, n):
         self.board[rank] = json.loads(json.dumps(mine))  # only JSON travels
         assert len(mine) == len(range(rank, n, self.size)), "each rank asks its own"
-        blank = [[{"parts": None}] * len(range(r, n, self.size)) for r in range(self.size)]
+        blank = [[[[], [], [], False]] * len(range(r, n, self.size)) for r in range(self.size)]
         return [self.board.get(other, blank[other]) for other in range(self.size)]
 
 
