@@ -32,9 +32,9 @@ PASS_COST = 128  # what forward and backward cost besides their tokens, in token
 
 # What a larger model learns from: smol-smoltalk, and what our assistant has besides: a name, tools, refusals.
 CHAT = "smoltalk:hub=85,gsm8k:hub=2,tools=4,spelling=2,counting=1,multi-turn=1,identity=2,refusal=1,unknown=2"
-# Defaults of the flags by the size of --init-from. tiny was tried out here, d12 was not. It has the batch, the
-# epochs and the warm-up (a tenth of the steps) with which SmolLM2-135M learned from smol-smoltalk, and half of
-# pretraining's learning rate (theirs was 1e-3).
+# Defaults of the flags by the size of --init-from. tiny was tried out here, d12 was not: it has the batch,
+# the epochs and the warm-up (a tenth of the steps) with which SmolLM2-135M learned from smol-smoltalk, and
+# half of pretraining's learning rate (theirs was 1e-3).
 RECIPES = {
     "tiny": dict(
         data=DEFAULT, examples=40000, epochs=1, batch_size=16, batch_tokens=8192, lr=3e-3, warmup_steps=50

@@ -345,7 +345,9 @@ def parser():
     group.add_argument("--questions", type=number(int, low=1), metavar="N", help=what)
     what = "dpo: the larger, the closer to the first model"
     group.add_argument("--beta", type=number(float, above=0), default=0.1, metavar="X", help=what)
-    rl.add_flags(flags, task="decimals", level="1-2", steps=None, lr=None, final_lr=1.0, eval_every=10)
+    rl.add_flags(flags)
+    flags.set_defaults(**rl.RECIPES["tiny"])
+    flags.set_defaults(task="decimals", level="1-2", steps=None, lr=None, final_lr=1.0, eval_every=10)
     return flags
 
 
