@@ -27,6 +27,7 @@ import common
 import distributed
 import evaluate
 import gpt2
+import kernels
 import rl
 from common import Run, UserError, add_shared_flags, mean, number
 from sample import load_assistant
@@ -249,14 +250,14 @@ class DirectPreference:
 def train(flags, checkpoint, argv):
     """The loop of `reward` and `dpo`: orderings of the assistant's own answers, and an update."""
     run = Run(f"-m extras.rlhf {flags.what}", flags, checkpoint, stage=flags.what)
-    model, tokenizer = load_assistant(checkpoint or flags.init_from, flags)
-    reference_model, _ = load_assistant(flags.init_from, flags)
+    config, n_rows = rl.config_of(flags, checkpoint), flags.prompts * flags.attempts
+    device, flags.dtype = kernels.choose(flags.device, flags.dtype)
+    flags.ranks = distributed.choose_ranks(flags.ranks, config.n_params(), device, n_rows)
+    world = distributed.start(flags.ranks, __file__, argv)
 
     # The model, the same on every rank
-    n_params, n_positions = model.config.n_params(), model.config.n_positions
-    n_rows = flags.prompts * flags.attempts
-    flags.ranks = distributed.choose_ranks(flags.ranks, n_params, model.device, n_rows)
-    world = distributed.start(flags.ranks, __file__, argv)
+    model, tokenizer = load_assistant(checkpoint or flags.init_from, flags)
+    reference_model, _ = load_assistant(flags.init_from, flags)
     model.share(world)
     optimizer = gpt2.AdamW(model, weight_decay=0.0, world=world)
 
@@ -287,7 +288,7 @@ def train(flags, checkpoint, argv):
         rollouts = rl.flat(chosen)
         loss, pull, accuracy = preference_loss(objective.values(rollouts), orderings(chosen))
         rows = share(objective.rows(rollouts, pull), world)
-        for tokens, targets, weights in micro_batches(rows, flags.batch_tokens, n_positions):
+        for tokens, targets, weights in micro_batches(rows, flags.batch_tokens, config.n_positions):
             model.forward(tokens, targets, weights)  # (B, T) each
             model.backward()
         world.all_reduce(model.sums)

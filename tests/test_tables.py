@@ -168,17 +168,17 @@ def test_where_smoltalk_contradicts_ours_ours_is_right(tmp_path):
 
 
 def test_a_large_set_is_never_in_memory(tmp_path):
-    """12 MB of conversations: read and sieved within 4 MB, the texts of one batch and the digests of all."""
+    """6 MB of conversations: read and sieved within 3 MB, the texts of one batch and the digests of all."""
     with pq.ParquetWriter(tmp_path / "t.parquet", pa.schema([("messages", MESSAGES)])) as writer:
-        for start in range(0, 2500, 125):
-            talks = [talk(f"{i}?", f"{i} is a number. " * 250) for i in range(start, start + 125)]
+        for start in range(0, 1200, 60):
+            talks = [talk(f"{i}?", f"{i} is a number. " * 250) for i in range(start, start + 60)]
             writer.write_table(pa.table({"messages": pa.array(talks, MESSAGES)}))
     mixture.examined()  # is kept in memory
     tracemalloc.start()
-    n_read = sum(1 for _ in mixture.draw_each(f"smoltalk:{tmp_path / 't.parquet'}", 2500, mixture.Counter()))
+    n_read = sum(1 for _ in mixture.draw_each(f"smoltalk:{tmp_path / 't.parquet'}", 1200, mixture.Counter()))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert n_read > 2000 and peak < 4e6, f"{peak} bytes"
+    assert n_read > 1000 and peak < 3e6, f"{peak} bytes"
 
 
 # ------------------------------------------------------------------------------------------------------------
