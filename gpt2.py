@@ -31,7 +31,7 @@ import safetensors
 import safetensors.numpy
 
 import kernels
-from common import UserError, write_whole
+from common import UserError, from_hub, write_whole
 
 
 @dataclasses.dataclass
@@ -454,18 +454,26 @@ class GPT2:
         write_whole(directory / "config.json", json.dumps(config, indent=2).encode())
 
     @classmethod
-    def from_pretrained(cls, directory, device="cpu", dtype="float32", recompute=False, vocab_size=None):
-        """Load a directory in Hugging Face's format: ours, OpenAI's GPT-2, one file or several.
+    def from_pretrained(
+        cls, directory, device="cpu", dtype="float32", recompute=False, own_tokens=None, vocab_size=None
+    ):
+        """Load a directory in Hugging Face's format: ours, OpenAI's GPT-2, one file or several; or a model of
+        the hub by its name, as openai-community/gpt2.
 
-        Names may begin with "transformer."; a lm_head.weight must be wte, as GPT-2's is. A larger vocab_size
-        than the stored one adds tokens, each the mean of all (Hewitt 2021: their logits are then in range).
-        UserError names what is missing, superfluous or of the wrong shape.
+        Names may begin with "transformer."; a lm_head.weight must be wte, as GPT-2's is. own_tokens is how
+        many tokens the checkpoint's tokenizer has: up to 127 rows of wte behind them are padding, as nanoGPT
+        writes it, or a [PAD], and left out. A larger vocab_size adds tokens, each the mean of all (Hewitt
+        2021: their logits are then in range). UserError names what is missing, superfluous or of the wrong
+        shape.
         """
-        directory = Path(directory)
+        directory = from_hub(directory)
         config = read_config(directory)
-        new = max(0, (vocab_size or 0) - config.vocab_size)
-        grown = dataclasses.replace(config, vocab_size=config.vocab_size + new)
-        model = cls(grown, device, dtype, seed=None, recompute=recompute)
+        own = config.vocab_size
+        if own_tokens and 0 < own - own_tokens < 128:
+            own = own_tokens
+        new = max(0, (vocab_size or 0) - own)
+        resized = dataclasses.replace(config, vocab_size=own + new)
+        model = cls(resized, device, dtype, seed=None, recompute=recompute)
         missing = set(config.shapes())
         for name, value in read_tensors(directory):
             if name.endswith((".attn.bias", ".attn.masked_bias")):  # OpenAI's files hold the causal mask
@@ -476,6 +484,8 @@ class GPT2:
             shape = config.shapes()[target]
             if value.shape != shape:
                 raise UserError(f"{directory}: {name} has shape {value.shape}; config.json asks for {shape}")
+            if target == "wte.weight":
+                value = value[:own]  # noqa: PLW2901
             if new and target == "wte.weight":
                 added = np.tile(value.mean(axis=0, keepdims=True), (new, 1))
                 value = np.concatenate([value, added])  # noqa: PLW2901

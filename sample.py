@@ -431,7 +431,8 @@ def load(directory, flags):
     """
     checkpoint = common.newest_checkpoint(directory)
     tokenizer = Tokenizer.load(checkpoint)
-    model = gpt2.GPT2.from_pretrained(checkpoint, *kernels.choose(flags.device, flags.dtype))
+    where = kernels.choose(flags.device, flags.dtype)
+    model = gpt2.GPT2.from_pretrained(checkpoint, *where, own_tokens=tokenizer.vocab_size)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
             f"{checkpoint}: tokenizer.json has {tokenizer.vocab_size} tokens and the model "
@@ -462,7 +463,7 @@ def load_assistant(directory, flags):
 
 def parser():
     flags = Parser(prog="sample.py", description="Continue a text with a model, or ask an assistant.")
-    flags.add_argument("directory", metavar="RUN", help="a run (its newest checkpoint) or a checkpoint")
+    flags.add_argument("directory", metavar="RUN", help="a run, a checkpoint, or openai-community/gpt2")
     whole = number(int, low=1)
 
     group = flags.add_argument_group("prompt")

@@ -66,12 +66,14 @@ def main(argv=None):
     world = distributed.start(flags.ranks, __file__, argv)
 
     # The conversations, as tokens and masks
-    tokenizer = Tokenizer.load(source).with_chat_tokens()
+    base_tokenizer = Tokenizer.load(source)
+    tokenizer = base_tokenizer.with_chat_tokens()
     rows, held_out, left_out = load_conversations(flags, tokenizer, config.n_positions)
     loader = DataLoader(rows, flags, config.n_positions)
 
     # The model, the same on every rank
-    model = gpt2.GPT2.from_pretrained(source, device, flags.dtype, vocab_size=tokenizer.vocab_size)
+    sizes = dict(own_tokens=base_tokenizer.vocab_size, vocab_size=tokenizer.vocab_size)
+    model = gpt2.GPT2.from_pretrained(source, device, flags.dtype, **sizes)
     model.share(world)
     optimizer = gpt2.AdamW(model, weight_decay=flags.weight_decay, world=world)
     run.begin(world, model, optimizer, tokenizer, loader.n_steps, conversations=len(rows), left_out=left_out)

@@ -117,7 +117,11 @@ class DataLoader:
         mine = range(first + world.rank, first + rows, world.size)
         B = flags.batch_size * flags.seq_len // T  # as many tokens in a micro-batch, however long the rows
         for start in range(0, len(mine), B):
-            block = np.stack([windows[i] for i in mine[start : start + B]]).astype(np.int32)  # (B, T + 1)
+            places = [windows.locate(i) for i in mine[start : start + B]]
+            for shard, _ in places:
+                if isinstance(shard, data.LateShard):
+                    shard.wait(world)
+            block = np.stack([shard[i : i + T + 1] for shard, i in places]).astype(np.int32)  # (B, T + 1)
             weights = np.full((len(block), T), 1 / flags.total_batch_tokens)
             yield block[:, :-1], block[:, 1:], weights
 
@@ -135,27 +139,31 @@ class Windows:
         self.counts = [max(1, len(shard) // T - 1) for shard in self.shards]  # with room for the offset
         self.n_windows = sum(self.counts)
         self._window_order = functools.lru_cache(maxsize=2)(self._make_window_order)
+        self._shard_order = functools.lru_cache(maxsize=2)(self._make_shard_order)
 
-    def _shard_order(self, epoch):
-        """The order of the shards in an epoch."""
-        n = len(self.shards)
-        return np.random.default_rng([self.seed, epoch, n]).permutation(n)
+    def _make_shard_order(self, epoch):
+        """The order of the shards in an epoch, which downloads follow: a list."""
+        return data.shard_order(self.seed, epoch, len(self.shards)).tolist()
 
     def _make_window_order(self, epoch, k):
         """Offset and order of the windows of shard k in an epoch."""
         rng = np.random.default_rng([self.seed, epoch, k])
-        offset = rng.integers(len(self.shards[k]) - self.counts[k] * self.T)
+        offset = int(rng.integers(len(self.shards[k]) - self.counts[k] * self.T))
         return offset, rng.permutation(self.counts[k])
 
-    def __getitem__(self, i):
+    def locate(self, i):
+        """The shard that window i is in, and where it begins there."""
         epoch, i = divmod(i, self.n_windows)
         for k in self._shard_order(epoch):
             if i < self.counts[k]:
                 offset, order = self._window_order(epoch, k)
-                start = offset + order[i] * self.T
-                return self.shards[k][start : start + self.T + 1]
+                return self.shards[k], offset + int(order[i]) * self.T
             i -= self.counts[k]
         raise IndexError(i)
+
+    def __getitem__(self, i):
+        shard, start = self.locate(i)
+        return shard[start : start + self.T + 1]
 
 
 def learning_rate(step, steps, lr, warmup_steps, final):
@@ -257,6 +265,8 @@ def make_model(source, config, device, flags):
 def check_tokens(shards, vocab_size, at_most=1 << 28):
     """Refuse text of another tokenizer before the run; of very large data only the beginning is read."""
     for shard in shards:
+        if isinstance(shard, data.LateShard):
+            continue  # it was compared with its checksum when it came
         if at_most > 0 and shard.max() >= vocab_size:
             raise UserError(
                 f"{shard.filename} has token {shard.max()}, but the vocabulary ends at {vocab_size - 1}"

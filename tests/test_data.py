@@ -494,7 +494,7 @@ def test_damaged_meta(here):
         ("text two.jsonl --shard-tokens 0", "--shard-tokens"),
         ("text two.jsonl --name a/b", "--name"),
         ("text two.jsonl --nonsense", "--nonsense"),
-        ("fineweb", "invalid choice"),
+        ("wikipedia", "invalid choice"),
     ],
 )
 def test_user_errors(here, arguments, words):
