@@ -193,6 +193,9 @@ def fetch_table(name, split):
         with open(place / "lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks wait here, and find the files complete
             commit, there = common.hub_files(repository, "dataset")
+            absent = [file for file in files[split] if file not in there]
+            if absent:
+                raise UserError(f"{repository} has no {absent[0]}; give the path of a copy instead of hub")
             wanted = {file: there[file] for file in files[split]}
             common.hub_download(repository, "dataset", commit, wanted, place)
     return [place / file for file in files[split]]

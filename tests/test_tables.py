@@ -8,6 +8,7 @@ import json
 import sys
 import tracemalloc
 
+import fake_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -92,7 +93,7 @@ def test_what_is_wrong_with_a_table_is_one_line(tmp_path, monkeypatch):
         list(data.read_table(tmp_path / "t.parquet", ("a",)))
 
 
-def test_the_files_of_a_split(tmp_path, monkeypatch):
+def test_the_files_of_a_split(tmp_path):
     for name in ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "README.md"):
         (tmp_path / name).touch()
     names = lambda split: [file.name for file in data.table_files("smoltalk", tmp_path, split)[0]]
@@ -101,22 +102,20 @@ def test_the_files_of_a_split(tmp_path, monkeypatch):
     assert names("test") == ["test-00000-of-00001.parquet"] and len(names("train")) == 2
     assert data.table_files("smoltalk", tmp_path / "x.parquet", "test") == ([tmp_path / "x.parquet"], False)
 
+
+def test_a_table_of_the_hub_is_fetched_once(tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub", reason="requirements-hub.txt is not installed")
     monkeypatch.setenv("HANDMADE_CACHE", str(tmp_path / "cache"))
-    calls = []
-    there = {f"main/{split}-00000-of-00001.parquet": split for split in ("train", "test")}
-
-    def download(repository, kind, commit, wanted, directory):
-        calls.append((repository, kind, commit, wanted))
-        write_gsm8k(directory / "main" / "test-00000-of-00001.parquet", [NATALIA])
-
-    monkeypatch.setattr(common, "hub_files", lambda *_: ("abc", there), raising=False)
-    monkeypatch.setattr(common, "hub_download", download, raising=False)
-    assert not data.is_fetched("gsm8k", "test")
-    for _ in range(2):  # the second time it is there
+    content = write_gsm8k(tmp_path / "test.parquet", [NATALIA]).read_bytes()
+    with fake_hub.FakeHub() as hub:
+        hub.repositories["datasets/openai/gsm8k"] = {"main/test-00000-of-00001.parquet": content}
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        assert not data.is_fetched("gsm8k", "test")
         assert [problem.answer for problem in problems("gsm8k:hub", "test")] == ["72"]
-    wanted = {"main/test-00000-of-00001.parquet": "test"}
-    assert calls == [("openai/gsm8k", "dataset", "abc", wanted)]
+        with pytest.raises(UserError, match=r"openai/gsm8k has no main/train-00000-of-00001\.parquet"):
+            problems("gsm8k:hub", "train")
     assert data.is_fetched("gsm8k", "test") and not data.is_fetched("gsm8k", "train")
+    assert [problem.answer for problem in problems("gsm8k:hub", "test")] == ["72"]  # the hub is gone
 
 
 # ------------------------------------------------------------------------------------------------------------
