@@ -25,12 +25,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-# What the system says where a file cannot be: forbidden, read-only, below another file or in its place, name
-# too long, too large. Not ENOENT: a script says itself what is missing, and elsewhere that is our bug.
+# Errors of the system where a file cannot be written and another place may help. ENOENT is not among them: a
+# script says itself which file is missing, and anywhere else ENOENT is a bug of ours.
 NO_PLACE = ["EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG", "EFBIG"]
 
-
-# With several ranks a pipe that has one byte in it: whoever reads the byte may say why all of them end.
+# With several ranks the number of a pipe that holds one byte: the rank that reads it may say why all end.
 first_word = None
 
 
@@ -76,7 +75,10 @@ def say_why(text):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults that say something."""
+    """Shows the defaults that say something, and N and X for numbers."""
+
+    def _get_default_metavar_for_optional(self, action):
+        return getattr(action.type, "metavar", super()._get_default_metavar_for_optional(action))
 
     def _get_help_string(self, action):
         silent = action.default is False or action.default in (None, "", argparse.SUPPRESS, [])
@@ -84,7 +86,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the house's manners: defaults in --help, no abbreviations, errors in one line."""
+    """argparse as our scripts want it: defaults in --help, no abbreviations, errors in one line."""
 
     def __init__(self, **settings):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **settings)
@@ -114,6 +116,7 @@ def number(kind, low=None, high=None, above=None):
             raise argparse.ArgumentTypeError(f"{text} must be greater than {above}")
         return value
 
+    parse.metavar = "N" if kind is int else "X"  # in --help
     return parse
 
 
@@ -128,59 +131,58 @@ def colour():
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
-def count(n):
+def count(n, units=("T", "B", "M", "k", "")):
     """1234567 -> '1.23M'."""
-    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= size:
-            return f"{n / size:.3g}{suffix}" if abs(n) < 999.5 * size else f"{n / size:.0f}{suffix}"
-    return f"{n:.3g}" if isinstance(n, float) else str(n)
+    for scale, unit in zip((1e12, 1e9, 1e6, 1e3), units):
+        if abs(n) >= scale:
+            return f"{n / scale:.3g}{unit}" if abs(n) < 999.5 * scale else f"{n / scale:.0f}{unit}"
+    return f"{n:.3g}{units[-1]}" if isinstance(n, float) else f"{n}{units[-1]}"
 
 
 def size(n_bytes):
     """Bytes as a person reads them: '4.9 MB', powers of ten."""
-    for unit, suffix in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if n_bytes >= unit:
-            return f"{n_bytes / unit:.3g} {suffix}"
-    return f"{n_bytes} B"
+    return count(n_bytes, (" TB", " GB", " MB", " kB", " B"))
 
 
 def duration(seconds):
     """Seconds as a person reads them: '8.2s', '4m05s', '2h03m', '9d04h'."""
     if seconds < 60:
         return f"{seconds:.1f}s" if seconds < 10 else f"{seconds:.0f}s"
-    for unit, minor, names in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
-        if seconds >= unit:
-            return f"{int(seconds // unit)}{names[0]}{int(seconds % unit // minor):02d}{names[1]}"
-    return ""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02d}h"
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
 class Line:
     """A status line: redrawn in place on a terminal, one plain line every `every` seconds elsewhere."""
 
-    def __init__(self, stream=None, every=5.0):
-        self.stream = stream or sys.stderr
-        self.redraw = self.stream.isatty()
-        self.every = every
+    def __init__(self, every=5.0):
+        self.redraw = sys.stderr.isatty()
+        self.every = 0.1 if self.redraw else every
         self.shown = -1e9  # when something was last written, seconds
 
     def show(self, text):
         now = time.monotonic()
-        if now - self.shown < (0.1 if self.redraw else self.every):
+        if now - self.shown < self.every:
             return
         self.shown = now
         if self.redraw:  # a line that wraps could not be drawn over
-            width = os.get_terminal_size(self.stream.fileno()).columns or 80
-            text = f"\r\033[K{text[: width - 1]}"
-        self.stream.write(text if self.redraw else text + "\n")
-        self.stream.flush()
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            sys.stderr.write(f"\r\033[K{text[: width - 1]}")
+        else:
+            sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
     def clear(self, text=None):
         """Erase the line, and leave `text` in its place if there is one."""
         if self.redraw:
-            self.stream.write("\r\033[K")
+            sys.stderr.write("\r\033[K")
         if text is not None:
-            self.stream.write(text + "\n")
-        self.stream.flush()
+            sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
 
 class Progress:
@@ -194,18 +196,16 @@ class Progress:
 
     def add(self, n):
         self.done_so_far += n
-        seconds = max(time.monotonic() - self.start, 1e-9)
-        rate = self.done_so_far / seconds
-        total = f" of {self.form(self.total)}" if self.total else ""
-        text = f"{self.what}: {self.form(self.done_so_far)}{total}, {self.form(rate)}{self.unit}/s"
+        rate = self.done_so_far / max(time.monotonic() - self.start, 1e-9)
+        text = f"{self.form(rate)}{self.unit}/s"
         if self.total:
             seconds_left = max(self.total - self.done_so_far, 0) / max(rate, 1e-9)
-            text += f", {duration(seconds_left)} left"
-        self.line.show(text)
+            text = f"of {self.form(self.total)}, {text}, {duration(seconds_left)} left"
+        self.line.show(f"{self.what}: {self.form(self.done_so_far)} {text}")
 
-    def done(self, text=None):
+    def done(self):
         seconds = time.monotonic() - self.start
-        self.line.clear(text or f"{self.what}: {self.form(self.done_so_far)} in {duration(seconds)}")
+        self.line.clear(f"{self.what}: {self.form(self.done_so_far)} in {duration(seconds)}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -235,23 +235,21 @@ def whole_directory(place):
     """
     place = Path(place)
     beside = place.with_name(f".{place.name}.{os.getpid()}.part")
+    before = place.with_name(f".{place.name}.before.{os.getpid()}.part")
     for left_over in place.parent.glob(f".{glob.escape(place.name)}.*.part"):
-        if not _alive(left_over.name.removeprefix(f".{place.name}.").partition(".")[0]):
+        if not _alive(left_over.name.split(".")[-2]):
             shutil.rmtree(left_over, ignore_errors=True)  # its process was killed
     beside.mkdir(parents=True)
     try:
         yield beside
-        for path in beside.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        _sync(beside)
-        before = beside.with_suffix(".before.part")
+        for path in (*beside.iterdir(), beside):
+            _flush(path)
         if place.exists():
-            os.replace(place, before)  # a moment without, but never with half of one
+            os.replace(place, before)  # for a moment there is no `place`, but never half of one
         os.replace(beside, place)
-        _sync(place.parent)
-        shutil.rmtree(before, ignore_errors=True)
+        _flush(place.parent)
     finally:
+        shutil.rmtree(before, ignore_errors=True)
         shutil.rmtree(beside, ignore_errors=True)
 
 
@@ -266,12 +264,11 @@ def _alive(pid):
     return int(pid) != os.getpid()
 
 
-def _sync(directory):
-    """Flush a directory's entries to disk, where the system knows how to."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(directory, os.O_DIRECTORY)
-        os.fsync(handle)
-        os.close(handle)
+def _flush(path):
+    """Flush a file, or the entries of a directory, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def cache():
@@ -525,40 +522,34 @@ SHARED_FLAGS = {
     "init-from": dict(metavar="DIR", help="begin with the weights of this run, checkpoint or hub model"),
     "out": dict(metavar="RUN", help="directory of the run, a new one"),
     "resume": dict(action="store_true", help="go on from the newest checkpoint of RUN, with its flags"),
-    "batch-tokens": dict(
-        type=number(int, low=1), metavar="N", help="tokens of a micro-batch at most, padding included"
-    ),
-    "lr": dict(type=number(float, above=0), metavar="X", help="highest learning rate"),
-    "warmup-steps": dict(type=number(int, low=0), metavar="N", help="steps in which it rises to that"),
-    "final-lr": dict(
-        type=number(float, 0, 1), metavar="X", help="learning rate at the end, as a part of the highest"
-    ),
-    "weight-decay": dict(type=number(float, low=0), metavar="X", help="on matrices and embeddings"),
-    "grad-clip": dict(type=number(float, above=0), metavar="X", help="largest norm of the gradient"),
+    "batch-tokens": dict(type=number(int, low=1), help="tokens of a micro-batch at most, padding included"),
+    "lr": dict(type=number(float, above=0), help="highest learning rate"),
+    "warmup-steps": dict(type=number(int, low=0), help="steps in which it rises to that"),
+    "final-lr": dict(type=number(float, 0, 1), default=0.0, help="at the end, as a share of the highest"),
+    "weight-decay": dict(type=number(float, low=0), default=0.1, help="on matrices and embeddings"),
+    "grad-clip": dict(type=number(float, above=0), default=1.0, help="largest norm of the gradient"),
     "save-every": dict(
-        type=number(int, low=0), metavar="N", help="steps between checkpoints; there is always one at the end"
+        type=number(int, low=0), help="steps between checkpoints; there is always one at the end"
     ),
-    "keep": dict(type=number(int, low=1), metavar="N", help="checkpoints to keep, the newest"),
-    "ranks": dict(
-        type=number(int, low=1), metavar="N", help="processes that share a step; one a core for a small model"
+    "keep": dict(type=number(int, low=1), default=2, help="checkpoints to keep, the newest"),
+    "ranks": dict(type=number(int, low=1), help="processes that share a step; one a core for a small model"),
+    "seed": dict(type=number(int, 0, 2**63), default=42, help="of all that is random"),
+    "device": dict(
+        choices=("auto", "cpu", "cuda", "reference"),
+        default="auto",
+        help="where to compute; auto: a GPU if any",
     ),
-    "seed": dict(type=number(int, 0, 2**63), metavar="N", help="of all that is random"),
-    "device": dict(choices=("auto", "cpu", "cuda", "reference"), help="where to compute; auto: a GPU if any"),
-    "dtype": dict(choices=("auto", "float32", "float64", "bfloat16"), help="type of the weights"),
+    "dtype": dict(
+        choices=("auto", "float32", "float64", "bfloat16"), default="auto", help="type of the weights"
+    ),
 }
-USUAL = dict(
-    final_lr=0.0, keep=2, ranks=None, seed=42, device="auto", dtype="auto", grad_clip=1.0, weight_decay=0.1
-)
 
 
 def add_shared_flags(group, *names, **defaults):
-    """Add flags of SHARED_FLAGS to a group of a parser, with these defaults or the usual ones."""
+    """Add flags of SHARED_FLAGS to a group of a parser, with these defaults or those of the table."""
     for name in names:
-        dest = name.replace("-", "_")
-        settings = SHARED_FLAGS[name]
-        if "action" not in settings:
-            settings = {**settings, "default": defaults.get(dest, USUAL.get(dest))}
-        group.add_argument(f"--{name}", **settings)
+        group.add_argument(f"--{name}", **SHARED_FLAGS[name])
+    group.set_defaults(**defaults)
 
 
 def parse_run(parser, argv):
@@ -593,21 +584,15 @@ def read_log(run):
         raise UserError(f"{run} has no log.jsonl; name a run's directory") from None
     events = []
     for line in lines:
-        try:
+        with contextlib.suppress(ValueError):
             events.append(json.loads(line))
-        except ValueError:
-            continue
     return events
 
 
 def checkpoints(run):
     """The checkpoints of a run, oldest first."""
     found = [d for d in Path(run).glob("step_*") if d.name[5:].isdecimal() and (d / "config.json").is_file()]
-    return sorted(found, key=checkpoint_step)
-
-
-def checkpoint_step(checkpoint):
-    return int(checkpoint.name[5:])
+    return sorted(found, key=lambda place: int(place.name[5:]))
 
 
 def newest_checkpoint(directory):
@@ -700,7 +685,7 @@ class Run:
         self.script, self.flags, self.stage, self.directory = script, flags, stage, Path(flags.out)
         self.checkpoint = checkpoint
         self.is_first = is_first_rank()
-        self.lock = self.file = None
+        self.lock = None
         if self.is_first and checkpoint:
             self.lock = lock(self.directory)  # before anything is read that another process may change
         elif self.is_first:
@@ -786,9 +771,21 @@ class Run:
         that runs out of memory must not cost the steps before it.
         """
         due = stop or done == self.n_steps or self.is_due(done, self.flags.save_every)
-        if due and done != self.saved:
-            self.save(done)
-            self.saved = done
+        if not due or done == self.saved:
+            return
+        self.saved = done
+        self.flush()
+        if self.is_first:
+            state = dict(skipped=self.skipped, losses=self.losses, norms=self.norms, flags=vars(self.flags))
+            if self.stage:
+                state["stage"] = self.stage
+            state.update(self.also_saved)
+            models = self.model, self.tokenizer, self.optimizer
+            place = save_checkpoint(self.directory, done, *models, self.flags.keep, **state)
+            self.log("checkpoint", step=done, path=place.name)
+
+    def checkpoint_path(self, done):
+        return self.directory / f"step_{done:06d}"
 
     def is_due(self, done, every):
         """Whether after `done` steps something is due that happens every so many steps and at the end.
@@ -800,19 +797,26 @@ class Run:
     def limits(self, step, since=0):
         """The norm and the loss above which a step is left out.
 
-        That is --outlier-z standard deviations above the mean of the steps before, from step `since` on. The
-        last step does not count: its loss is not read yet.
+        That is --outlier-z standard deviations above the mean of the steps before, from step `since` on.
         """
         self.since = since
-        limits = [math.inf, math.inf]
-        for i, values in enumerate((self.norms, self.losses)):
-            window = self._window(values, step)
-            if self.z and len(window) >= ENOUGH:
-                limits[i] = mean(window) + self.z * standard_deviation(window)
+        if not self.z:
+            return [math.inf, math.inf]
+        before = self._before(self.norms, step), self._before(self.losses, step)
+        limits = [mean + self.z * deviation for mean, deviation in before]
         return np.array(limits, self.model.exact).tolist()  # rounded as the device rounds them
 
-    def _window(self, values, step):
-        return [value for at, value in values if self.since <= at <= step - 2][-WINDOW:]
+    def _before(self, values, step):
+        """Mean and standard deviation of the values of the steps before; 0 and infinity if they are too few.
+
+        The last step does not count: its loss is not read yet.
+        """
+        window = [value for at, value in values if self.since <= at <= step - 2][-WINDOW:]
+        if len(window) < ENOUGH:
+            return 0.0, math.inf
+        return float(np.mean(window)), max(float(np.std(window)), 1e-6)  # one can divide by it
+
+    # -- what it says --------------------------------------------------------------------------------------
 
     def report(self, step, lr, tokens=0, shown="", updated=True, **values):
         """Show and log a step, as soon as the device has computed it: while the next one is under way.
@@ -866,40 +870,21 @@ class Run:
             )
 
     def _compare(self, report, norm, loss):
-        """What the log says of a step's norm and loss. Those of a step that was taken are kept, for later
-        ones to be compared with."""
+        """What the log says of a step's norm and loss. If the step was taken, later ones are compared with
+        them."""
         limits = zip((norm, loss), report.limits)
         taken = all(math.isfinite(value) and value <= limit for value, limit in limits)  # as the device did
         self.skipped += not taken
         self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
         measures = dict(loss=loss, norm=norm, skipped=not taken)
-        if not self.z:
-            return measures
-        for name, value, past in (("loss", loss, self.losses), ("norm", norm, self.norms)):
-            window = self._window(past, report.step)
-            enough = len(window) >= ENOUGH
-            measures[name + "_z"] = (value - mean(window)) / standard_deviation(window) if enough else 0.0
-            if taken:
-                past.append((report.step, value))
-                del past[: -WINDOW - 1]
+        if self.z:
+            for name, value, values in (("loss", loss, self.losses), ("norm", norm, self.norms)):
+                mean, deviation = self._before(values, report.step)
+                measures[name + "_z"] = (value - mean) / deviation
+                if taken:
+                    values.append((report.step, value))
+                    del values[: -WINDOW - 1]
         return measures
-
-    def save(self, done):
-        """Write a checkpoint after `done` steps, and log it."""
-        self.flush()
-        if self.is_first:
-            state = dict(skipped=self.skipped, losses=self.losses, norms=self.norms, flags=vars(self.flags))
-            if self.stage:
-                state["stage"] = self.stage
-            state.update(self.also_saved)
-            models = self.model, self.tokenizer, self.optimizer
-            place = save_checkpoint(self.directory, done, *models, self.flags.keep, **state)
-            self.log("checkpoint", step=done, path=place.name)
-
-    def checkpoint_path(self, done):
-        return self.directory / f"step_{done:06d}"
-
-    # -- what it says --------------------------------------------------------------------------------------
 
     def log(self, event, step, **values):
         """Append an event to log.jsonl; a number that is not finite becomes null, JSON has no other."""
@@ -915,14 +900,3 @@ class Run:
         self.flush()
         if self.is_first:
             self.line.clear(text)
-
-
-def mean(values):
-    values = list(values)
-    return float(sum(values)) / len(values)
-
-
-def standard_deviation(values):
-    """Of all of them, not of a sample; never 0, so that one can divide by it."""
-    center = mean(values)
-    return max(math.sqrt(mean([(value - center) ** 2 for value in values])), 1e-6)

@@ -18,6 +18,7 @@ import random
 import re
 import shutil
 import textwrap
+from statistics import fmean as mean
 
 import numpy as np
 
@@ -25,11 +26,12 @@ import common
 import data
 import distributed
 import sample
-from common import Parser, UserError, add_shared_flags, mean, number, run, say
-from tasks.conversations import DONT_KNOW, SEARCH_SYSTEM, answer_first, arithmetic, turns
+from common import Parser, UserError, add_shared_flags, number, run, say
+from tasks.conversations import DONT_KNOW, arithmetic, turns
 from tasks.factbook import facts, invented, matches, read_probe, texts
 from tasks.problems import TASKS, problems, votes
 from tokenizer import text_of
+from tools import SEARCH_SYSTEM, TOOLS
 
 BARS = {  # what an assistant should reach: {skill: {measure: (at least, at most)}}
     "identity": {"named": (0.95, 1)},
@@ -146,7 +148,7 @@ def evaluate(model, tokenizer, known=None, n=100, seed=0, world=ALONE):
 
     def answers(questions, max_tokens=96, system=None):
         conversations = [turns(question, system=system) for question in questions]
-        return ask(model, tokenizer, conversations, sample.TOOLS, max_tokens, world=world)
+        return ask(model, tokenizer, conversations, TOOLS, max_tokens, world=world)
 
     rng, results = random.Random(seed), {}
     for split, skill in (("train", "known facts"), ("test", "known facts, held out")):
@@ -236,7 +238,7 @@ def worked_problems(answers, task, level, n, seed):
     """The same problems with the steps before the answer, and with the answer before the steps."""
     asked = list(itertools.islice(problems(task, split="test", level=level, seed=seed), n))
     steps_first = solved(answers, asked, [problem.prompt for problem in asked])
-    other_order = solved(answers, asked, [answer_first(problem)[0] for problem in asked])
+    other_order = solved(answers, asked, [problem.answer_first().prompt for problem in asked])
     return dict(n=n, steps_first=mean(steps_first), answer_first=mean(other_order))
 
 
@@ -306,9 +308,9 @@ def evaluate_problems(model, tokenizer, mix, n, k, max_tokens, seed, score=None,
             status.show(f"evaluating {task}, level {level}")
         asked = distinct_problems(model, tokenizer, task, level, n, seed)
         prompts = [prompt_of(tokenizer, problem) for problem in asked]
-        greedy = reply_to(model, tokenizer, prompts, sample.TOOLS, max_tokens, 0.0, seed, world=world)
+        greedy = reply_to(model, tokenizer, prompts, TOOLS, max_tokens, 0.0, seed, world=world)
         prompts = [prompt for prompt in prompts for _ in range(k)]
-        samples = reply_to(model, tokenizer, prompts, sample.TOOLS, max_tokens, 1.0, seed, world=world)
+        samples = reply_to(model, tokenizer, prompts, TOOLS, max_tokens, 1.0, seed, world=world)
         groups = [samples[i : i + k] for i in range(0, len(samples), k)]  # of each problem
         n_right = [sum(is_right(p, reply) for reply in group) for p, group in zip(asked, groups)]
 
@@ -540,15 +542,15 @@ def parser():
     add("--compare", action="store_true", help="what each RUN says to the same prompts")
     add = flags.add_argument_group("problems").add_argument
     add("--level", metavar="N", help="how difficult: 2, or a range such as 1-3; none: all levels")
-    add("--problems", metavar="N", type=whole, default=64, help="test problems of each task and level")
-    add("--k", metavar="N", type=whole, help="replies to each problem, 8; of a probe to each question, 3")
+    add("--problems", type=whole, default=64, help="test problems of each task and level")
+    add("--k", type=whole, help="replies to each problem, 8; of a probe to each question, 3")
     add = flags.add_argument_group("comparison").add_argument
     add("--prompt", metavar="TEXT", action="append", default=[], help="repeatable; none: some of our own")
-    add("--temperature", metavar="X", type=number(float, low=0, high=1e6), help="0.8, of an assistant 0.3")
+    add("--temperature", type=number(float, low=0, high=1e6), help="0.8, of an assistant 0.3")
     add = flags.add_argument_group("texts and output").add_argument
-    add("--max-tokens", metavar="N", type=whole, help="the longest text; of problems 96, else 200")
+    add("--max-tokens", type=whole, help="the longest text; of problems 96, else 200")
     words = "of sampled replies, and of the problems; the questions of the skills are always the same"
-    add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=sample.SEED, help=words)
+    add("--seed", type=number(int, 0, 2**63 - 1), default=sample.SEED, help=words)
     add("--json", action="store_true", help="one JSON object, for programs")
     add_shared_flags(flags.add_argument_group("machine"), "device", "dtype")
     return flags

@@ -20,6 +20,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean as mean
 
 import numpy as np
 
@@ -28,12 +29,13 @@ import distributed
 import evaluate
 import gpt2
 import kernels
-from common import Run, UserError, add_shared_flags, mean, number, write_whole
-from sample import TOOLS, load_assistant
+from common import Run, UserError, add_shared_flags, number, write_whole
+from sample import load_assistant
 from sft import ON_GPU, micro_batches, share, size_of
 from tasks.conversations import turns
 from tasks.problems import Problem, problems
-from tokenizer import text_of, visible
+from tokenizer import text_of, transcript, visible
+from tools import TOOLS
 from train import describe_recipes, learning_rate, use_recipe
 
 SAMPLED_AT_ONCE = 256  # rollouts in a batch, at most
@@ -431,16 +433,8 @@ def show(tokenizer, group):
 
 def text_of_rollout(tokenizer, rollout):
     """The reply with its calls and outputs, "[calc 3 * 4 -> 12] Answer: 12<|im_end|>", on one line."""
-    text = ""
-    for part in rollout.parts:
-        if part["type"] == "text":
-            text += part["text"]
-        elif part["type"] == "output":
-            text += f" -> {part['text'].strip()}] "
-        else:
-            text += f"[{part['type']} {part['text'].strip()}"
     end = tokenizer.decode(rollout.tokens[-1:].tolist()) if rollout.finished else ""
-    return visible((text + end).encode())
+    return visible((transcript(rollout.parts) + end).encode())
 
 
 def export(path, groups, run, step):
@@ -487,31 +481,31 @@ def add_flags(flags, about_defaults=None):
     what = "a task, or several with shares: word=2,arithmetic=1; also gsm8k:PATH"
     add("--task", metavar="SPEC", help=what)
     add("--level", metavar="N", help="how difficult: 2, or a range: 1-3; none: all levels")
-    add("--prompts", type=whole, metavar="P", help="problems in a step")
-    add("--attempts", type=whole, metavar="G", help="rollouts of each, its group")
-    add("--max-tokens", type=whole, metavar="N", help="the longest that a rollout may be")
-    add("--fill", type=every, default=0, metavar="N", help="replace groups without signal, up to N times")
+    add("--prompts", type=whole, help="problems in a step")
+    add("--attempts", type=whole, help="rollouts of each, its group")
+    add("--max-tokens", type=whole, help="the longest that a rollout may be")
+    add("--fill", type=every, default=0, help="replace groups without signal, up to N times")
     add("--export", metavar="PATH", help="append the right rollouts there, as conversations for sft.py")
     group = flags.add_argument_group("method and optimisation")
     add = group.add_argument
     add("--method", choices=("grpo", "best-of"), default="grpo", help="best-of imitates one right rollout")
     add("--std", action="store_true", help="advantages in standard deviations of the group")
-    add("--epochs", type=whole, default=1, metavar="N", help="updates with the same rollouts")
+    add("--epochs", type=whole, default=1, help="updates with the same rollouts")
     what = "PPO's clipping of the probability ratio, after the first epoch"
-    add("--clip", type=number(float, above=0), default=0.2, metavar="X", help=what)
+    add("--clip", type=number(float, above=0), default=0.2, help=what)
     what = "how strongly the KL divergence from the first model is held down"
     add("--kl", type=number(float, low=0), default=0.0, metavar="BETA", help=what)
-    add("--steps", type=whole, metavar="N", help="rounds of rollouts and an update")
+    add("--steps", type=whole, help="rounds of rollouts and an update")
     names = "lr", "warmup-steps", "final-lr", "grad-clip", "batch-tokens"
     add_shared_flags(group, *names, warmup_steps=5, final_lr=None)
     group = flags.add_argument_group("evaluation and checkpoints (in steps; 0: never)")
     add = group.add_argument
-    add("--show-every", type=every, default=50, metavar="N", help="steps between rollouts that are shown")
+    add("--show-every", type=every, default=50, help="steps between rollouts that are shown")
     what = "steps between evaluations; there is one before and one after all steps"
-    add("--eval-every", type=every, metavar="N", help=what)
+    add("--eval-every", type=every, help=what)
     add("--eval-level", metavar="N", help="levels for that; --level's if not given")
-    add("--eval-problems", type=whole, metavar="N", help="test problems of each level")
-    add("--k", type=whole, default=8, metavar="N", help="samples of each, for pass@k and the majority vote")
+    add("--eval-problems", type=whole, help="test problems of each level")
+    add("--k", type=whole, default=8, help="samples of each, for pass@k and the majority vote")
     add_shared_flags(group, "save-every", "keep", save_every=50)
     add_shared_flags(flags.add_argument_group("machine"), "ranks", "seed", "device", "dtype")
 

@@ -7,11 +7,13 @@
     python sample.py RUN --chat                                        a conversation
 
 Sampling alternates two steps: the model reads tokens and returns logits for the next one (all of the prompt
-at once, the prefill; then one token at a time, a decode step), and one token is drawn from their softmax.
+at once, the prefill; then one token at a time, a decode step), and one token is sampled from their softmax.
 Read gpt2.py (the key-value cache) and kernels/sampling.py (temperature, top-k, top-p, min-p) before this
-file, sft.py after it.
+file, sft.py after it. In extras/, choose.py takes one of many samples by a vote or a verifier, constrain.py
+gives a text its form, and serve.py is a web page to talk with a model.
 """
 
+import codecs
 import contextlib
 import json
 import os
@@ -26,9 +28,8 @@ import gpt2
 import kernels
 from common import Parser, UserError, add_shared_flags, number, run, say
 from kernels.sampling import filtered_probabilities
-from tasks.conversations import SEARCH_SYSTEM, calculator, checked, looked_up
-from tasks.problems import TASKS, Problem, marked, votes
-from tokenizer import CALLS, Tokenizer, text_of
+from tokenizer import CALLS, Tokenizer, checked, visible
+from tools import SEARCH_SYSTEM, TOOLS
 
 SEED = 42  # the default of every function and flag here: the same command prints the same text
 
@@ -53,14 +54,12 @@ def generate(
     UserError if a prompt is longer than the model's context, or if the logits are not finite.
     """
     ops, n_positions = model.ops, model.config.n_positions
-    check_prompts(prompts, n_positions)
     if stop_texts and tokenizer is None:
         raise ValueError("stop_texts need a tokenizer")
     rows = []
     for index, prompt in enumerate(prompts):
         stream = index if streams is None else streams[index]
-        decoder = None if tokenizer is None else tokenizer.stream()
-        rows.append(Completion(index, list(prompt), stream, decoder))
+        rows.append(Completion(index, list(prompt), stream, tokenizer))
 
     active = rows  # the rows of the batch that are not finished
     cache, logits = prefill(model, prompts, max_tokens)  # logits (B, V)
@@ -104,17 +103,6 @@ def sample_tokens(ops, logits, rows, seed, *filters):
     return tokens, logprobs
 
 
-def check_prompts(prompts, n_positions):
-    """Refuse a prompt without a token, and one that is longer than the model's context."""
-    longest = max(len(prompt) for prompt in prompts)
-    if longest > n_positions:
-        raise UserError(
-            f"the prompt has {longest} tokens and this model reads at most {n_positions}; shorten the prompt"
-        )
-    if min(len(prompt) for prompt in prompts) == 0:
-        raise ValueError("a prompt needs at least one token; documents begin with the end-of-text token")
-
-
 def prefill(model, prompts, max_tokens):
     """Read the prompts in one forward pass; return the cache of all B rows and the logits (B, V).
 
@@ -123,10 +111,15 @@ def prefill(model, prompts, max_tokens):
     """
     distinct = list(dict.fromkeys(tuple(prompt) for prompt in prompts))  # D prompts, in order
     lengths = np.array([len(prompt) for prompt in distinct], np.int32)  # (D,)
-    tokens = np.zeros((len(distinct), lengths.max()), np.int32)  # (D, T)
+    longest, n_positions = int(lengths.max()), model.config.n_positions
+    if longest > n_positions:
+        raise UserError(
+            f"the prompt has {longest} tokens and this model reads at most {n_positions}; shorten the prompt"
+        )
+    tokens = np.zeros((len(distinct), longest), np.int32)  # (D, T)
     for row, prompt in zip(tokens, distinct):
         row[: len(prompt)] = prompt
-    capacity = min(lengths.max() + max_tokens - 1, model.config.n_positions)  # the last token is never read
+    capacity = min(longest + max_tokens - 1, n_positions)  # the last token is never read
     cache = model.new_cache(len(distinct), capacity)
     logits = model.decode(tokens, cache, lengths)  # (D, V)
     if len(distinct) == len(prompts):
@@ -154,9 +147,10 @@ def apply_masks(ops, logits, masks):
 class Completion:
     """A prompt and the tokens that follow it: a row of the batch while it grows, then the result."""
 
-    def __init__(self, index, prompt, stream, decoder):
-        self.index, self.prompt, self.stream = index, prompt, stream
-        self.decoder = decoder  # the tokenizer's incremental decoder, which returns whole characters only
+    def __init__(self, index, prompt, stream, tokenizer):
+        self.index, self.prompt, self.stream, self.tokenizer = index, prompt, stream, tokenizer
+        # A token may end inside a character: the decoder holds its bytes back until that is complete.
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.ids = []  # the tokens, sampled or forced; a stop token is the last of them
         self.forced = []  # for each token, whether it came from on_token() (the output of a tool)
         self.pending = []  # tokens from on_token() that are still to be appended
@@ -192,13 +186,13 @@ class Completion:
             self.finish = "length"
         elif self.position > n_positions:  # this token no longer fits the context, so nothing can follow it
             self.finish = "context"
-        if self.decoder is None:
+        if self.tokenizer is None:
             return ""
 
         if token not in stop_tokens:
-            self.held += self.decoder.push(token)
+            self.held += self.decoder.decode(self.tokenizer.token_bytes(token))
         if self.finish:
-            self.held += self.decoder.flush()
+            self.held += self.decoder.decode(b"", final=True)
         shown, self.held, stopped = release(self.held, stop_texts, last=self.finish is not None)
         if stopped:
             self.finish = "stop"
@@ -229,7 +223,6 @@ def release(text, stop_texts, last):
 # ------------------------------------------------------------------------------------------------------------
 # Tools, and an assistant
 
-TOOLS = {"calc": calculator, "search": looked_up}  # the same functions as in the training conversations
 NOTES = {"length": "cut off at --max-tokens", "context": "cut off: the model's context is full"}
 
 
@@ -241,10 +234,8 @@ class Host:
 
     def __init__(self, tokenizer, tools):
         self.tokenizer, self.tools = tokenizer, tools
-        self.kinds = {}  # the id of a token that ends a call -> "calc" or "search"
-        for kind in CALLS:
-            if f"<|{kind}_end|>" in tokenizer.special_tokens:
-                self.kinds[tokenizer.special_tokens[f"<|{kind}_end|>"]] = kind
+        # {id of the token that ends a call: "calc" or "search"}; a base model has no such tokens
+        self.kinds = {tokenizer.special_tokens.get(f"<|{kind}_end|>"): kind for kind in CALLS}
 
     def reply(self, completion):
         """The ids of the tool's output if the completion's last token ends a call, else None."""
@@ -266,9 +257,8 @@ class Assistant:
     """A model that answers conversations, its tools and its sampling: temperature, top_k, top_p, min_p."""
 
     def __init__(self, model, tokenizer, tools=TOOLS, max_tokens=256, seed=SEED, **sampling):
+        tokenizer.prompt([])  # raises if there are no chat tokens
         special = tokenizer.special_tokens
-        if "<|im_start|>" not in special:
-            raise UserError("a base model has no chat tokens and cannot talk; make an assistant: make sft")
         self.model, self.tokenizer, self.max_tokens, self.sampling = model, tokenizer, max_tokens, sampling
         self.host = Host(tokenizer, tools)
         self.seed = seed
@@ -461,115 +451,110 @@ def load_assistant(directory, flags):
 # The command line
 
 
+def main(argv=None):
+    flags = parser().parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal's encoding lacks becomes "?"
+    prompt = read_prompt(flags)
+    model, tokenizer, checkpoint = load(flags.directory, flags)
+    assistant = is_assistant(checkpoint) and not flags.raw
+    settings = settings_of(flags, assistant)
+    if flags.chat:
+        return chat(model, tokenizer, **settings)
+
+    streaming = flags.num_samples == 1 and not (flags.json or flags.show_probs)
+    heading = f"{prompt}\n" if assistant and prompt else prompt
+    candidates = [[] for _ in range(flags.num_samples)]  # of each completion, for each token: most_probable()
+
+    def on_token(completion, shown, logits):
+        if streaming:
+            print(shown, end="", flush=True)
+        if flags.show_probs:
+            candidates[completion.index].append(most_probable(model, logits, settings))
+
+    if streaming:
+        print(heading, end="", flush=True)
+    prompts = [prompt] * flags.num_samples
+    completions = complete(model, tokenizer, prompts, assistant, on_token, stop_texts=flags.stop, **settings)
+    if flags.json:
+        report = json_report(flags, settings, checkpoint, prompt, completions)
+        if flags.show_probs:
+            for sample, steps in zip(report["samples"], candidates):
+                sample["candidates"] = steps
+        print(json.dumps(report, ensure_ascii=False))
+    elif streaming:
+        print()
+    else:
+        for i, completion in enumerate(completions):
+            print("" if i == 0 else f"\n{'-' * 40}\n", heading, completion.text, sep="")
+            if flags.show_probs:
+                print_candidates(completion, candidates[i], tokenizer)
+    if any(completion.finish == "context" for completion in completions):
+        full = f"the model's context of {model.config.n_positions} tokens is full"
+        say(f"note: the text ends here because {full}; a shorter prompt leaves more room")
+
+
 def parser():
     flags = Parser(prog="sample.py", description="Continue a text with a model, or ask an assistant.")
-    flags.add_argument("directory", metavar="RUN", help="a run, a checkpoint, or openai-community/gpt2")
-    whole = number(int, low=1)
+    add_flags(flags)
+    add = flags.add_argument_group("instead of a text").add_argument
+    add("--chat", action="store_true", help="talk with an assistant")
+    add("--show-probs", action="store_true", help="the candidates at every step, as a table")
+    return flags
 
+
+def add_flags(flags, num_samples=1):
+    """The flags of every command that writes texts: this one, extras/choose.py and extras/constrain.py."""
+    flags.add_argument("directory", metavar="RUN", help="a run, a checkpoint, or openai-community/gpt2")
     group = flags.add_argument_group("prompt")
     add = group.add_mutually_exclusive_group().add_argument
     add("--prompt", metavar="TEXT", default="", help="text to continue, or question; none: a new document")
     add("--prompt-file", metavar="PATH", help="a file with it, - is standard input; no final newline")
     group.add_argument("--raw", action="store_true", help="continue the text, even with an assistant")
 
-    add = flags.add_argument_group("instead of one text").add_mutually_exclusive_group().add_argument
-    add("--chat", action="store_true", help="talk with an assistant")
-    add("--vote", metavar="N", type=whole, help="write N, and show the answer that most of them give")
-    add("--best-of", metavar="N", type=whole, default=1, help="write N for each, show the most probable")
-    add = flags.add_argument_group("with --best-of: prefer a correct text").add_argument
-    tasks = [name for name in (*TASKS, "gsm8k") if name != "countdown"]  # its answer lists the numbers to use
-    add("--verify", metavar="TASK", choices=tasks, help="the task of tasks/problems.py that checks answers")
-    add("--answer", metavar="TEXT", help="the correct answer")
-
+    whole = number(int, low=1)
     add = flags.add_argument_group("how much").add_argument
-    add("--num-samples", metavar="N", type=whole, default=1, help="texts to write")
-    add("--max-tokens", metavar="N", type=whole, default=200, help="the longest that each may be")
+    add("--num-samples", type=whole, default=num_samples, help="texts to write")
+    add("--max-tokens", type=whole, default=200, help="the longest that each may be")
     add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeatable")
 
     add = flags.add_argument_group("sampling").add_argument
     words = "below 1: safer, above 1: wilder, 0: always the most probable token; 0.8, an assistant 0.3"
-    add("--temperature", metavar="X", type=number(float, low=0, high=1e6), help=words)
-    add("--top-k", metavar="N", type=number(int, low=0), default=0, help="only the N most probable; 0: all")
+    add("--temperature", type=number(float, low=0, high=1e6), help=words)
+    add("--top-k", type=number(int, low=0), default=0, help="only the N most probable; 0: all")
     words = "only the most probable tokens that together have probability X"
-    add("--top-p", metavar="X", type=number(float, above=0, high=1), default=1.0, help=words)
+    add("--top-p", type=number(float, above=0, high=1), default=1.0, help=words)
     words = "only tokens at least X times as probable as the most probable one"
-    add("--min-p", metavar="X", type=number(float, low=0, high=1), default=0.0, help=words)
-    add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=SEED, help="same seed, same text")
+    add("--min-p", type=number(float, low=0, high=1), default=0.0, help=words)
+    add("--seed", type=number(int, 0, 2**63 - 1), default=SEED, help="same seed, same text")
 
-    add = flags.add_argument_group("output").add_argument
-    add("--show-probs", action="store_true", help="the candidates at every step, as a table")
-    add("--json", action="store_true", help="one JSON object, for programs")
-
-    add_shared_flags(flags.add_argument_group("machine"), "device", "dtype")
-    return flags
+    group = flags.add_argument_group("output and machine")
+    group.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    add_shared_flags(group, "device", "dtype")
 
 
-def main(argv=None):
-    flags = parser().parse_args(argv)
-    if "" in flags.stop:
-        raise UserError("--stop needs a text that is not empty")
-    if bool(flags.verify) != bool(flags.answer) or (flags.verify and flags.best_of == 1):
-        raise UserError("--verify, --answer and --best-of (above 1) belong together; give all three")
-    sys.stdout.reconfigure(errors="replace")  # a character that the terminal's encoding lacks becomes "?"
-    prompt = flags.prompt if flags.prompt_file is None else read_prompt(flags.prompt_file)
-    model, tokenizer, checkpoint = load(flags.directory, flags)
-    assistant = is_assistant(checkpoint) and not flags.raw
-    n = flags.vote or flags.num_samples * flags.best_of
-    if flags.temperature is None:
-        flags.temperature = default_temperature(assistant, n)
-    sampling = dict(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, min_p=flags.min_p)
-    if flags.chat:
-        return chat(model, tokenizer, max_tokens=flags.max_tokens, seed=flags.seed, **sampling)
-
-    streaming = n == 1 and not (flags.vote or flags.json or flags.show_probs)
-    heading = f"{prompt}\n" if assistant and prompt else prompt
-    candidates = [[] for _ in range(n)]  # of each completion, for each token: most_probable()
-
-    def on_token(completion, shown, logits):
-        if streaming:
-            print(shown, end="", flush=True)
-        if flags.show_probs:
-            candidates[completion.index].append(most_probable(model, logits, sampling))
-
-    if streaming:
-        print(heading, end="", flush=True)
-    completions = complete(
-        model, tokenizer, [prompt] * n, assistant, on_token, max_tokens=flags.max_tokens, seed=flags.seed,
-        stop_texts=flags.stop, **sampling,
-    )  # fmt: skip
-    texts = [text_of(tokenizer.parts(completion.ids)) for completion in completions]  # without tool calls
-    best, correct = choose_best(completions, texts, prompt, flags)
-    answers = [(marked(texts[indices[0]]), len(indices)) for indices in votes(texts, prompt)]
-    if flags.json:
-        report = json_report(flags, sampling, checkpoint, prompt, best, candidates, answers)
-        print(json.dumps(report, ensure_ascii=False))
-    elif flags.vote:
-        print_votes(answers, n)
-    elif streaming:
-        print()
-    else:
-        for i, completion in enumerate(best):
-            print("" if i == 0 else f"\n{'-' * 40}\n", heading, completion.text, sep="")
-            if flags.best_of > 1:
-                verdict = (", which is right" if correct[i] else ", none right") if flags.verify else ""
-                mean = f"mean log-probability {completion.mean_logprob:.3f}"
-                print(f"[{mean}, the best of {flags.best_of}{verdict}]")
-            if flags.show_probs:
-                print_candidates(completion, candidates[completion.index], tokenizer)
-    if any(completion.finish == "context" for completion in best):
-        full = f"the model's context of {model.config.n_positions} tokens is full"
-        say(f"note: the text ends here because {full}; a shorter prompt leaves more room")
-
-
-def read_prompt(path):
-    """The text of a file or of standard input (-), without its final newline."""
+def read_prompt(flags):
+    """The text of --prompt, or of --prompt-file without its final newline."""
+    path = flags.prompt_file
     try:
+        if path is None:
+            return flags.prompt
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         return data.decode().removesuffix("\n").removesuffix("\r")
     except OSError as error:
         raise UserError(f"--prompt-file {path}: {error.strerror}; give the path of a text file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"--prompt-file {path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
+
+
+def settings_of(flags, assistant):
+    """The keyword arguments of generate() that the flags name, except for --stop."""
+    if "" in flags.stop:
+        raise UserError("--stop needs a text that is not empty")
+    temperature = flags.temperature
+    if temperature is None:
+        temperature = default_temperature(assistant, flags.num_samples)
+    names = ("max_tokens", "top_k", "top_p", "min_p", "seed")
+    return {"temperature": temperature} | {name: getattr(flags, name) for name in names}
 
 
 def default_temperature(assistant, n):
@@ -605,38 +590,14 @@ def end_token(tokenizer, assistant):
     return tokenizer.encode_special("<|im_end|>") if assistant else tokenizer.eot
 
 
-def choose_best(completions, texts, prompt, flags):
-    """Of each --best-of completions the correct one (with --verify) of the highest mean log-probability.
-
-    Returns them, and of each whether it is correct.
-    """
-    scores = [(False, completion.mean_logprob) for completion in completions]
-    if flags.verify:
-        problem = Problem(flags.verify, prompt, "", flags.answer, 0)
-        scores = [(problem.verify(text) > 0, score[1]) for text, score in zip(texts, scores)]
-    best = []  # indices
-    for start in range(0, len(completions), flags.best_of):
-        best.append(max(range(start, start + flags.best_of), key=lambda i: scores[i]))
-    return [completions[i] for i in best], [scores[i][0] for i in best]
-
-
-def print_votes(answers, n):
-    """Print the answer most of n texts give, and [(answer, how many texts give it), ...] below it."""
-    print(answers[0][0] if answers else "")
-    counts = [f"{answer}: {count}" for answer, count in answers]
-    without = n - sum(count for _, count in answers)
-    if without:
-        counts.append(f"without an answer: {without}")
-    print(f"[of {n} texts, {', '.join(counts)}]")
-
-
-def most_probable(model, logits, sampling, n=5):
+def most_probable(model, logits, settings, n=5):
     """The n most probable tokens of the distribution that is sampled: [(token, probability), ...].
 
     At temperature 0 that distribution has one token, so there it is the model's own.
     """
+    names = ("temperature", "top_k", "top_p", "min_p")
+    filters = {name: settings[name] for name in names} if settings["temperature"] > 0 else {}
     logits = model.ops.to_host(logits)[None]  # (1, V)
-    filters = sampling if sampling["temperature"] > 0 else {}
     probabilities = filtered_probabilities(logits, **filters)[0]  # (V,)
     order = np.argsort(-probabilities, kind="stable")[:n]  # (n,)
     return [(int(token), float(probabilities[token])) for token in order if probabilities[token] > 0]
@@ -644,41 +605,30 @@ def most_probable(model, logits, sampling, n=5):
 
 def print_candidates(completion, steps, tokenizer):
     """Print the candidates of every step; * marks the token that was sampled, = one from a tool."""
-    print("\nstep  the most probable tokens; * was drawn, and stands last if it is none of them")
+    print("\nstep  the most probable tokens; * was sampled, and stands last if it is none of them")
     for i, candidates in enumerate(steps):
         token, cells = completion.ids[i], []
         if token not in dict(candidates):
             candidates.append((token, np.exp(completion.logprobs[i])))
         for other, p in candidates:
             mark = "*" if other == token else " "
-            cells.append(f"{mark}{quoted(tokenizer.token_bytes(other)):<14} {p:5.3f}")
+            cells.append(f"{mark}{quoted(tokenizer, other):<14} {p:5.3f}")
         if completion.forced[i]:
-            cells = [f"={quoted(tokenizer.token_bytes(token))}"]
+            cells = [f"={quoted(tokenizer, token)}"]
         print(f"{i + 1:4}  {'  '.join(cells)}")
 
 
-def quoted(token):
-    """A token's bytes in quotes, so that spaces, newlines and parts of characters can be seen."""
-    try:
-        return json.dumps(token.decode(), ensure_ascii=False)
-    except UnicodeDecodeError:
-        return str(token)[1:]
+def quoted(tokenizer, token):
+    """A token in quotes, so that spaces can be seen."""
+    return f'"{visible(tokenizer.token_bytes(token))}"'
 
 
-def json_report(flags, sampling, checkpoint, prompt, completions, candidates, answers):
-    """What --json prints."""
-    names = ("num_samples", "best_of", "vote", "max_tokens", "stop", "seed")
-    settings = {name: getattr(flags, name) for name in names}
-    settings.update(sampling)
+def json_report(flags, settings, checkpoint, prompt, completions):
+    """What --json prints, as a dict."""
     names = ("text", "finish", "ids", "forced", "logprobs", "full_logprobs", "mean_logprob")
     samples = [{name: getattr(completion, name) for name in names} for completion in completions]
-    for sample, completion in zip(samples, completions):
-        if flags.show_probs:
-            sample["candidates"] = candidates[completion.index]
-    report = dict(checkpoint=str(checkpoint), prompt=prompt, settings=settings, samples=samples)
-    if flags.vote:
-        report["votes"] = answers
-    return report
+    settings = {"num_samples": flags.num_samples, "stop": flags.stop, **settings}
+    return dict(checkpoint=str(checkpoint), prompt=prompt, settings=settings, samples=samples)
 
 
 if __name__ == "__main__":

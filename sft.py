@@ -303,21 +303,21 @@ def parser():
     what = "leave out the bad lines of jsonl:PATH and the bad rows of smoltalk:PATH, and count them"
     add("--skip-bad", action="store_true", help=what)
     what = "instead of training, print N conversations as the model reads them"
-    add("--show", type=whole, metavar="N", help=what)
+    add("--show", type=whole, help=what)
 
     what = "optimisation; by default, for a model of up to 17M parameters and for a larger one"
     group = flags.add_argument_group(what, describe_recipes(RECIPES))
-    group.add_argument("--examples", type=whole, metavar="N", help="conversations to draw")
-    group.add_argument("--epochs", type=whole, metavar="N", help="how often each is seen")
-    group.add_argument("--batch-size", type=whole, metavar="N", help="conversations in an update")
+    group.add_argument("--examples", type=whole, help="conversations to draw")
+    group.add_argument("--epochs", type=whole, help="how often each is seen")
+    group.add_argument("--batch-size", type=whole, help="conversations in an update")
     names = "batch-tokens", "lr", "warmup-steps", "final-lr", "weight-decay", "grad-clip"
     add_shared_flags(group, *names)
 
     group = flags.add_argument_group("evaluation and checkpoints (in steps; 0: never)")
     what = "steps between losses on held-out conversations"
-    group.add_argument("--eval-every", type=steps, default=500, metavar="N", help=what)
+    group.add_argument("--eval-every", type=steps, default=500, help=what)
     what = "steps between short evaluations of what it can do"
-    group.add_argument("--exam-every", type=steps, default=1000, metavar="N", help=what)
+    group.add_argument("--exam-every", type=steps, default=1000, help=what)
     add_shared_flags(group, "save-every", "keep", save_every=500)
 
     add_shared_flags(flags.add_argument_group("machine"), "ranks", "seed", "device", "dtype")

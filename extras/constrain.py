@@ -19,8 +19,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from common import Parser, UserError, add_shared_flags, number, run
-from sample import SEED, complete, default_temperature, end_token, is_assistant, load, prompt_ids
+import sample
+from common import Parser, UserError, run
 
 LIMIT = 50_000  # states of an automaton, 1 kB each; usual are some hundreds
 LONGEST = 10_000  # bytes of a shortest match
@@ -285,49 +285,36 @@ class Guide:
 # The command line
 
 
-def parser():
-    flags = Parser(prog="python -m extras.constrain", description="Text of a given form: masked sampling.")
-    flags.add_argument("directory", metavar="RUN", help="a run (its newest checkpoint) or a checkpoint")
-    add = flags.add_argument_group("form").add_mutually_exclusive_group(required=True).add_argument
-    add("--only", metavar="A,B,C", help="the text is one of these")
-    add("--regex", metavar="R", help="the text matches this regular expression")
-    whole = number(int, low=1)
-    add = flags.add_argument_group("text").add_argument
-    add("--prompt", metavar="TEXT", default="", help="text to continue, or question; none: a new document")
-    add("--num-samples", metavar="N", type=whole, default=1, help="texts to write")
-    add("--max-tokens", metavar="N", type=whole, default=200, help="the longest that each may be")
-    words = "0: always the most probable token; higher: wilder; 0.8, an assistant 0.3"
-    add("--temperature", metavar="X", type=number(float, low=0, high=1e6), help=words)
-    add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=SEED, help="same seed, same text")
-    add("--json", action="store_true", help="one JSON object, for programs")
-    add_shared_flags(flags.add_argument_group("machine"), "device", "dtype")
-    return flags
-
-
 def main(argv=None):
     flags = parser().parse_args(argv)
     automaton = choices(flags.only.split(",")) if flags.only is not None else regex(flags.regex)
-    model, tokenizer, checkpoint = load(flags.directory, flags)
-    assistant, guide = is_assistant(checkpoint), None
-    room = model.config.n_positions + 1 - len(prompt_ids(tokenizer, flags.prompt, assistant))
+    prompt = sample.read_prompt(flags)
+    model, tokenizer, checkpoint = sample.load(flags.directory, flags)
+    assistant, guide = sample.is_assistant(checkpoint) and not flags.raw, None
+    settings = sample.settings_of(flags, assistant)
+    room = model.config.n_positions + 1 - len(sample.prompt_ids(tokenizer, prompt, assistant))
     if room > 0:  # else generate() says that the prompt is too long
         room = min(room, flags.max_tokens)
-        guide = Guide(tokenizer, automaton, end_token(tokenizer, assistant), room)
-    if flags.temperature is None:
-        flags.temperature = default_temperature(assistant, flags.num_samples)
-    completions = complete(
-        model, tokenizer, [flags.prompt] * flags.num_samples, assistant, max_tokens=flags.max_tokens,
-        temperature=flags.temperature, seed=flags.seed, allowed=guide,
+        guide = Guide(tokenizer, automaton, sample.end_token(tokenizer, assistant), room)
+    completions = sample.complete(
+        model, tokenizer, [prompt] * flags.num_samples, assistant, stop_texts=flags.stop, allowed=guide,
+        **settings,
     )  # fmt: skip
     if flags.json:
-        names = ("text", "finish", "ids", "logprobs", "full_logprobs", "mean_logprob")
-        samples = [{name: getattr(completion, name) for name in names} for completion in completions]
-        settings = {name: value for name, value in vars(flags).items() if name not in ("directory", "json")}
-        answer = dict(checkpoint=str(checkpoint), settings=settings, samples=samples)
-        print(json.dumps(answer, ensure_ascii=False))
+        report = sample.json_report(flags, settings, checkpoint, prompt, completions)
+        print(json.dumps(report | {"only": flags.only, "regex": flags.regex}, ensure_ascii=False))
     else:
         for completion in completions:
             print(completion.text)
+
+
+def parser():
+    flags = Parser(prog="python -m extras.constrain", description="Text of a given form: masked sampling.")
+    add = flags.add_argument_group("form").add_mutually_exclusive_group(required=True).add_argument
+    add("--only", metavar="A,B,C", help="the text is one of these")
+    add("--regex", metavar="R", help="the text matches this regular expression")
+    sample.add_flags(flags)
+    return flags
 
 
 if __name__ == "__main__":

@@ -232,28 +232,19 @@ def draw_matmul(out):
 
 def draw_step(out):
     """Where a training step's time goes on the H200, beside the least that each operation could take."""
-    kinds = {
-        "matrix products": 0.0,
-        "attention": 0.0,
-        "loss (classifier)": 0.0,
-        "layernorm": 0.0,
-        "other": 0.0,
-    }
-    floors = dict(kinds)
-    for name, _, milliseconds, _, floor, _ in table("Steps"):
-        if name.startswith(("·", "not accounted", "the step")):
+    names = {"matmul": "matrix products", "attention": "attention", "classifier": "loss (classifier)"}
+    names |= {"layernorm": "layernorm", "": "other"}
+    measured, floors = dict.fromkeys(names.values(), 0.0), dict.fromkeys(names.values(), 0.0)
+    for row, _, milliseconds, _, floor, _ in table("Steps"):
+        if row.startswith(("·", "not accounted", "the step")):
             continue
-        kind = "other"
-        for start, of in (("matmul", "matrix products"), ("attention", "attention"),
-                          ("classifier", "loss (classifier)"), ("layernorm", "layernorm")):  # fmt: skip
-            if name.startswith(start):
-                kind = of
-        kinds[kind] += float(milliseconds)
+        kind = next(name for beginning, name in names.items() if row.startswith(beginning))
+        measured[kind] += float(milliseconds)
         floors[kind] += float(floor or 0)
     figure, axes = plt.subplots(figsize=(9, 2.8))
-    bars = axes.barh(list(kinds), list(kinds.values()), color="C0", label="measured")
+    bars = axes.barh(list(measured), list(measured.values()), color="C0", label="measured")
     axes.barh(list(floors), list(floors.values()), color="C1", height=0.3, label="floor: FLOP or bytes")
-    axes.bar_label(bars, [f"{value:.1f} ms" for value in kinds.values()], padding=3)
+    axes.bar_label(bars, [f"{value:.1f} ms" for value in measured.values()], padding=3)
     axes.margins(x=0.1)
     axes.invert_yaxis()
     axes.set_xlabel("ms of a step, GPT-2 124M, 64 x 1,024 tokens, bf16, one H200")

@@ -20,6 +20,7 @@ import itertools
 import json
 import random
 import re
+from statistics import fmean as mean
 
 import numpy as np
 
@@ -29,12 +30,12 @@ import evaluate
 import gpt2
 import kernels
 import rl
-from common import Run, UserError, add_shared_flags, mean, number
-from sample import load_assistant
+from common import Run, UserError, add_shared_flags, number
+from sample import load_assistant, prefill
 from sft import micro_batches, share
 from tasks.conversations import hosted, turns
 from tasks.problems import problems
-from tokenizer import Tokenizer, text_of
+from tokenizer import Tokenizer, as_parts, text_of
 from train import learning_rate
 
 ROWS = 256  # answers that the reward model reads at once, at most
@@ -101,11 +102,10 @@ def write_manners(flags):
 
 def add_style(solution, rng):
     """A worked solution as one may say it, as parts of a turn: politely, wordily, both or neither."""
-    parts = [{"type": "text", "text": solution}] if isinstance(solution, str) else hosted(solution)
     opening, closing = rng.choice(OPENINGS), rng.choice(CLOSINGS)
-    before = [{"type": "text", "text": opening}] if opening else []
-    after = [{"type": "text", "text": closing}] if closing else []
-    return [*before, *parts, *after]
+    before = as_parts(opening) if opening else []
+    after = as_parts(closing) if closing else []
+    return [*before, *as_parts(hosted(solution)), *after]
 
 
 def questions(flags, split, n):
@@ -155,12 +155,8 @@ def rewards(model, tokenizer, rollouts):
     results = []
     for start in range(0, len(rollouts), ROWS):
         inputs = [reward_input(tokenizer, rollout) for rollout in rollouts[start : start + ROWS]]
-        lengths = [len(ids) for ids in inputs]
-        tokens = np.zeros((len(inputs), max(lengths)), np.int32)  # (B, T)
-        for row, ids in zip(tokens, inputs):
-            row[: len(ids)] = ids
-        cache = model.new_cache(*tokens.shape)
-        logits = model.ops.to_host(model.decode(tokens, cache, lengths))  # (B, V) after the end
+        _, logits = prefill(model, inputs, max_tokens=1)
+        logits = model.ops.to_host(logits)  # (B, V) after the end
         results.append(logits[:, good] - logits[:, bad])  # (B,)
     return np.concatenate(results)
 
@@ -343,9 +339,9 @@ def parser():
     what = "policy: the reward model"
     group.add_argument("--reward-model", default="runs/rlhf-reward", metavar="RUN", help=what)
     what = "questions to write with their answers, or whose answers are compared"
-    group.add_argument("--questions", type=number(int, low=1), metavar="N", help=what)
+    group.add_argument("--questions", type=number(int, low=1), help=what)
     what = "dpo: the larger, the closer to the first model"
-    group.add_argument("--beta", type=number(float, above=0), default=0.1, metavar="X", help=what)
+    group.add_argument("--beta", type=number(float, above=0), default=0.1, help=what)
     rl.add_flags(flags)
     flags.set_defaults(**rl.RECIPES["tiny"])
     flags.set_defaults(task="decimals", level="1-2", steps=None, lr=None, final_lr=1.0, eval_every=10)

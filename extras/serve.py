@@ -22,9 +22,9 @@ import threading
 from pathlib import Path
 
 from common import Parser, UserError, add_shared_flags, number, run, say
-from sample import TOOLS, Assistant, is_assistant, load
-from tasks.conversations import checked
-from tokenizer import visible
+from sample import Assistant, is_assistant, load
+from tokenizer import checked, visible
+from tools import TOOLS
 
 LONGEST = 1 << 18  # bytes of a request, a hundred contexts of GPT-2
 QUEUE = 16  # questions taken at a time: one is answered, the others wait
@@ -203,11 +203,11 @@ def parser():
     )
     flags.add_argument("directory", metavar="RUN", help="a run (its newest checkpoint) or a checkpoint")
     add = flags.add_argument_group("page").add_argument
-    add("--port", metavar="N", type=number(int, 0, 65535), default=8000, help="to listen on; 0: any free one")
+    add("--port", type=number(int, 0, 65535), default=8000, help="to listen on; 0: any free one")
     add = flags.add_argument_group("answers").add_argument
     words = "0: always the most probable token; higher: wilder"
-    add("--temperature", metavar="X", type=number(float, low=0, high=1e6), default=0.3, help=words)
-    add("--max-tokens", metavar="N", type=number(int, low=1), default=256, help="the longest answer")
+    add("--temperature", type=number(float, low=0, high=1e6), default=0.3, help=words)
+    add("--max-tokens", type=number(int, low=1), default=256, help="the longest answer")
     add("--no-search", action="store_true", help="no search, which would fetch the Factbook")
     add_shared_flags(flags.add_argument_group("machine"), "device")
     flags.set_defaults(dtype="float32")

@@ -12,7 +12,6 @@ question, and the answer repeats those of the tool's output. Sentences stand in 
 tasks/factbook.py, tools.py, tasks/problems.py and sample.py before this file, and sft.py after it.
 """
 
-import functools
 import itertools
 import json
 import random
@@ -38,6 +37,7 @@ from tasks.factbook import (
 )
 from tasks.problems import (
     LARGEST,
+    called,
     chain_of_events,
     draw_word,
     gsm8k_rows,
@@ -47,8 +47,8 @@ from tasks.problems import (
     split_of,
     sum_key,
 )
-from tokenizer import CALLS, ROLES, text_of
-from tools import Search, calculate
+from tokenizer import checked, text_of, transcript
+from tools import SEARCH_SYSTEM, calculate, calculator, looked_up
 
 SOURCES = {  # {source: its usual share in percent}
     "factbook": 17,  # facts from memory
@@ -81,26 +81,14 @@ PROBLEMS = {  # {source: (tasks, levels)} of tasks/problems.py; rl.py practises 
     "spelling": (("spelling",), (None,)),  # None: all levels
     "counting": (("counting",), (None,)),
 }
-SEARCH_SYSTEM = "You can search."  # with this system message the assistant searches, without it it remembers
 DONT_KNOW = "I'm sorry, I don't know"  # so begins every answer to what it cannot know
 CALCULATED = 0.2  # share of the problems in "tasks" and "stories" that the calculator solves
 LONGEST = 5000  # characters of a conversation as JSON; sft.py shortens what its model has no room for
 PATIENCE = 300  # conversations dropped in a row after which a source has nothing new to give
 PAGE = 60  # conversations on a page of a workbook
-PASSAGE = 16  # words of what a search finds
 
 # ------------------------------------------------------------------------------------------------------------
-# Turns and calls of tools. A tool's output begins with a space: then its words are the same tokens as in the
-# middle of a sentence, and the answer can copy them. For the same reason calls do: " 23 * 47".
-
-
-def calculator(call):
-    return f" {calculate(call)}"
-
-
-@functools.lru_cache(1 << 15)
-def looked_up(query):
-    return f" {Search.factbook().lookup(query, budget=PASSAGE)}"
+# Turns and calls of tools
 
 
 def turns(*contents, system=None):
@@ -109,15 +97,6 @@ def turns(*contents, system=None):
     for role, content in zip(itertools.cycle(("user", "assistant")), contents):
         conversation.append({"role": role, "content": content})
     return conversation
-
-
-def called(kind, call, output, answer):
-    """What the assistant says with a tool: its call ("calc" or "search"), the tool's output, the answer."""
-    return [
-        {"type": kind, "text": call},
-        {"type": "output", "text": output},
-        {"type": "text", "text": answer},
-    ]
 
 
 def calculated(call, answer="It is{}."):
@@ -361,19 +340,13 @@ def worked_problems(source, split, seed, rng):
         problem = next(stream)
         if problem.task == "arithmetic" and held_back(split, *re.findall(r"\d+", problem.prompt)):
             continue
-        prompt, solution = problem.prompt, problem.solution
         if source == "answer-first":
-            prompt, solution = answer_first(problem)
+            problem = problem.answer_first()
         may_calculate = source in ("tasks", "stories") and problem.task in ("arithmetic", "word")
         if may_calculate and rng.random() < CALCULATED:
-            yield turns(prompt, with_calculator(problem))
+            yield turns(problem.prompt, with_calculator(problem))
         else:
-            yield turns(prompt, hosted(solution))
-
-
-def answer_first(problem):
-    """A problem that asks for the answer before the steps, and its solution: (prompt, solution)."""
-    return f"{problem.prompt} Answer first.", problem.answer_first()
+            yield turns(problem.prompt, hosted(problem.solution))
 
 
 def with_calculator(problem):
@@ -454,38 +427,6 @@ def read(path, skip_bad=False):
     if not conversations:
         raise UserError(f'{path} has no conversation; every line should be {{"messages": [...]}}')
     return conversations, skipped
-
-
-def checked(messages, training=False):
-    """Messages from outside as a conversation that has nothing else in it. UserError says what is wrong.
-
-    Empty messages are left out. For training only the system's may be empty, and the assistant must speak.
-    """
-    if not isinstance(messages, list):
-        raise UserError('there is no list of "messages"')
-    conversation = []
-    for number, message in enumerate(messages, 1):
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
-            raise UserError(f"message {number} has the role {role!r}, which is none of {', '.join(ROLES)}")
-        content = message.get("content")
-        kinds = ("text", *CALLS, "output") if role == "assistant" else ("text",)
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        try:
-            parts = [{"type": part["type"], "text": part["text"]} for part in parts]
-            sound = all(part["type"] in kinds and isinstance(part["text"], str) for part in parts)
-        except (TypeError, KeyError):
-            sound = False
-        if not sound:
-            wanted = f"a text or a list of parts, each with a text and a type: {' or '.join(kinds)}"
-            raise UserError(f"the content of message {number} ({role}) is not {wanted}")
-        if any(part["text"].strip() for part in parts):
-            conversation.append({"role": role, "content": content if isinstance(content, str) else parts})
-        elif training and role != "system":
-            raise UserError(f"message {number} ({role}) is empty")
-    if training and "assistant" not in [turn["role"] for turn in conversation]:
-        raise UserError("the assistant never speaks")
-    return conversation
 
 
 def is_of_tenth(conversation, split):
@@ -571,27 +512,24 @@ def conversations(name, split="train", seed=0, unknown=(), skip_bad=False, dropp
 
 def draw_one(kind, rng, split, pool, known):
     """One conversation, or None if what was drawn makes none."""
-    match kind:
-        case "factbook":
-            return remembered(rng, split, known)
-        case "search":
-            return fact_searched(rng, split, pool)
-        case "follow-up":
-            return follow_up(rng, split, pool, known)
-        case "repeat":
-            return repeated(rng, split, pool)
-        case "identity" | "refusal" | "chitchat":
-            return talk(rng, split, kind)
-    makers = {
-        "arithmetic": arithmetic,
-        "comparison": comparison,
-        "what if": what_if,
-        "several": several_talks,
-        "sums": sums,
-        "events": events,
-        "unknown": not_known,
+    makers = {  # the function that draws it, and its arguments after rng and split
+        "factbook": (remembered, known),
+        "identity": (talk, "identity"),
+        "refusal": (talk, "refusal"),
+        "chitchat": (talk, "chitchat"),
+        "arithmetic": (arithmetic,),
+        "comparison": (comparison,),
+        "search": (fact_searched, pool),
+        "sums": (sums,),
+        "events": (events,),
+        "repeat": (repeated, pool),
+        "what if": (what_if,),
+        "follow-up": (follow_up, pool, known),
+        "several": (several_talks,),
+        "unknown": (not_known,),
     }
-    return makers[kind](rng, split)
+    make, *arguments = makers[kind]
+    return make(rng, split, *arguments)
 
 
 def parse(spec):
@@ -729,14 +667,13 @@ def parser():
     flags = common.Parser(
         prog="python -m tasks.conversations", description="Print conversations that an assistant learns from."
     )
-    number = common.number
     add = flags.add_argument_group("what").add_argument
     words = "sources with their shares, as in factbook=3,tasks=2,jsonl:PATH=1"
     add("spec", nargs="?", default=DEFAULT, help=words)
     add("--split", choices=("train", "test"), default="train", help="conversations for training or testing")
     add = flags.add_argument_group("how many").add_argument
-    add("--num", type=number(int, low=1), default=5, metavar="N", help="number of conversations")
-    add("--seed", type=number(int, low=0), default=42, metavar="N", help="seed of the random draw")
+    add("--num", type=common.number(int, low=1), default=5, help="number of conversations")
+    add("--seed", type=common.number(int, low=0), default=42, help="seed of the random draw")
     add = flags.add_argument_group("output").add_argument
     words = "write them to a JSONL file instead, as pages of plain text for data.py --train-also"
     add("--workbook", metavar="PATH", help=words)
@@ -750,11 +687,7 @@ def main(argv=None):
         return write_workbook(flags.workbook, kept)
     for conversation in kept:
         for turn in conversation:
-            parts = turn["content"]
-            if isinstance(parts, str):
-                parts = [{"type": "text", "text": parts}]
-            shown = [p["text"] if p["type"] == "text" else f"[{p['type']}{p['text']}] " for p in parts]
-            print(f"{turn['role']}: {''.join(shown)}")
+            print(f"{turn['role']}: {transcript(turn['content'])}")
         print()
     common.say(f"dropped: {', '.join(f'{n} {why}' for why, n in dropped.items()) or 'nothing'}")
 

@@ -20,13 +20,14 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import common
 import data
-from common import UserError
+from common import UserError, number
 from tasks.factbook import all_facts, held_out, plain, texts, word_list
+from tokenizer import as_parts, transcript
 from tools import calculate
 
 TASKS = {  # {name: levels}, and what a level says
@@ -80,12 +81,12 @@ class Problem:
         return float(right)
 
     def answer_first(self):
-        """The solution with the answer before the steps: the wrong order, to compare the right one with."""
-        is_text = isinstance(self.solution, str)
-        *calls, last = [{"type": "text", "text": self.solution}] if is_text else self.solution
+        """The same problem with the answer before the steps: the wrong order, to compare with."""
+        *calls, last = as_parts(self.solution)
         steps, _, answer = last["text"].rpartition("Answer: ")
         text = f"Answer: {answer}\n{steps}".strip()
-        return text if is_text else [{"type": "text", "text": text}, *calls]
+        solution = [{"type": "text", "text": text}, *calls] if calls else text
+        return replace(self, prompt=f"{self.prompt} Answer first.", solution=solution)
 
 
 def problems(name, split="train", level=None, seed=0, phrasings=None):
@@ -420,12 +421,17 @@ def with_call(wording, word, what, operation, text):
     space = "" if '"{where}"' in wording else " "
     call = f'"{space}{word}"{operation}'
     output = calculate(call)
-    solution = [
-        {"type": "calc", "text": call},
-        {"type": "output", "text": output},
-        {"type": "text", "text": text.format(output)},
-    ]
+    solution = called("calc", call, output, text.format(output))
     return word, wording.format(what=what, where=word), solution, output
+
+
+def called(kind, call, output, answer):
+    """What the assistant says with a tool: its call ("calc" or "search"), the tool's output, the answer."""
+    return [
+        {"type": kind, "text": call},
+        {"type": "output", "text": output},
+        {"type": "text", "text": answer},
+    ]
 
 
 def counting(rng, level, wording):
@@ -579,15 +585,14 @@ def parser():
     flags = common.Parser(
         prog="python -m tasks.problems", description="Show problems with their worked solutions."
     )
-    whole_number = functools.partial(common.number, int)
     add = flags.add_argument_group("task").add_argument
     add("name", nargs="?", help="a task, gsm8k:PATH or reasoning_gym:NAME; if left out, list the tasks")
     add = flags.add_argument_group("which problems").add_argument
-    add("--level", metavar="N", type=whole_number(low=1), help="difficulty; if left out, all levels mixed")
+    add("--level", type=number(int, low=1), help="difficulty; if left out, all levels mixed")
     add("--split", choices=["train", "test"], default="train", help="problems for training or for testing")
-    add("--seed", metavar="N", type=whole_number(low=0), default=42, help="seed of the random draw")
+    add("--seed", type=number(int, low=0), default=42, help="seed of the random draw")
     add = flags.add_argument_group("output").add_argument
-    add("--num", metavar="N", type=whole_number(low=1), default=3, help="number of problems")
+    add("--num", type=number(int, low=1), default=3, help="number of problems")
     add("--answer-first", action="store_true", help="show the answer before the steps")
     return flags
 
@@ -600,12 +605,10 @@ def main(argv=None):
         print("gsm8k:PATH  a file in the format of GSM8K\nreasoning_gym:NAME  a dataset of that library")
         return
     stream = problems(flags.name, flags.split, flags.level, flags.seed)
+    if flags.answer_first:
+        stream = (problem.answer_first() for problem in stream)
     for problem in itertools.islice(stream, flags.num):
-        solution = problem.answer_first() if flags.answer_first else problem.solution
-        if isinstance(solution, list):
-            shown = {"calc": "[{}", "output": " -> {}] ", "text": "{}"}
-            solution = "".join(shown[part["type"]].format(part["text"]) for part in solution)
-        print(f"{problem.prompt}\n{solution}\n")
+        print(f"{problem.prompt}\n{transcript(problem.solution)}\n")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ MINIMAL = {
     "extras.plot": ["RUN"],
     "tokenizer": ["text"],
     "extras.serve": ["RUN"],
+    "extras.choose": ["RUN", "--vote"],
     "extras.constrain": ["RUN", "--only", "a"],
     "evaluate": ["RUN"],
     "extras.rlhf": ["reward"],
@@ -325,15 +326,20 @@ FLOORS = [  # a file may import those of the floors below its own; a new file ge
     {"kernels", "tokenizer"},
     {"gpt2", "data", "distributed"},
     {"tools"},
-    {"tasks.factbook"},
+    {"sample", "tasks.factbook"},
     {"tasks.problems"},
     {"tasks.conversations"},
-    {"sample"},
     {"evaluate"},
     {"train"},
     {"sft"},
     {"rl"},
-    {"extras.constrain", "extras.plot", "extras.rlhf", "extras.serve"},  # the course never imports these
+    {
+        "extras.choose",
+        "extras.constrain",
+        "extras.plot",
+        "extras.rlhf",
+        "extras.serve",
+    },  # the course never imports these
 ]
 
 

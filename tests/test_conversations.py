@@ -15,8 +15,7 @@ import tasks.conversations as mixture
 import tasks.factbook as facts
 import tasks.problems as tasks
 from common import UserError
-from tasks.conversations import checked
-from tokenizer import Tokenizer, text_of
+from tokenizer import Tokenizer, checked, text_of
 from tools import calculate
 
 FRANCE = {fact.field: fact for fact in facts.facts() if fact.country == "France"}

@@ -244,10 +244,10 @@ def test_tools_answer_and_a_reply_that_is_cut_off_says_so():
     ids = spell("calc_start", "3*17", "calc_end", "output_start", " 51", "output_end", " 51.", "im_end")
     prompt = BYTES.prompt(turns("3*17?"))
     model = Fake(reciting(ids, len(prompt)))
-    [reply] = evaluate.ask(model, BYTES, [turns("3*17?")], sample.TOOLS)
+    [reply] = evaluate.ask(model, BYTES, [turns("3*17?")], tools.TOOLS)
     assert [part["text"] for part in reply] == ["3*17", " 51", " 51."]
     whole, cut_off = (
-        evaluate.reply_to(model, BYTES, [prompt], sample.TOOLS, max_tokens, 0.0, 0)[0]
+        evaluate.reply_to(model, BYTES, [prompt], tools.TOOLS, max_tokens, 0.0, 0)[0]
         for max_tokens in (len(ids), len(ids) - 1)
     )
     assert (whole["finished"], whole["length"]) == (True, len(ids))

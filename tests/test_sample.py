@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import script
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ import kernels
 import sample
 import tasks.problems as tasks
 from common import UserError
+from extras import choose
 from kernels import sampling
 from sample import Completion, generate, release
 from tokenizer import Tokenizer
@@ -517,6 +519,14 @@ def test_characters_come_whole():
     assert row.text == "Zürich \ufffd" == BYTES.decode(row.ids)
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 265), min_size=1))
+def test_any_tokens_are_shown_as_they_are_decoded(ids):
+    row = Completion(0, [0], 0, BYTES)
+    shown = [row.append(id, 0.0, 0.0, (), (), len(ids), 10**6) for id in ids]
+    assert "".join(shown) == row.text == BYTES.decode(ids)
+
+
 def test_forced_text_is_shown_and_stops_nothing():
     answer, pieces = "é##\n".encode(), []
 
@@ -649,15 +659,6 @@ def test_cli_json(checkpoint, capsys):
     assert text == answer["samples"][0]["text"] + "\n", "the first of several samples is the one made alone"
 
 
-def test_cli_best_of_keeps_the_most_probable(checkpoint, capsys):
-    flags = ["--max-tokens", 12, "--json", "--temperature", 1]
-    every = json.loads(cli(capsys, checkpoint, *flags, "--num-samples", 6).out)["samples"]
-    best = json.loads(cli(capsys, checkpoint, *flags, "--num-samples", 2, "--best-of", 3).out)["samples"]
-    assert best == [max(every[i : i + 3], key=lambda one: one["mean_logprob"]) for i in (0, 3)]
-    out = cli(capsys, checkpoint, "--max-tokens", 5, "--best-of", 3).out
-    assert "the best of 3" in out
-
-
 def test_cli_show_probs_marks_the_drawn_token(checkpoint, capsys):
     out = cli(capsys, checkpoint, "--prompt", "A", "--max-tokens", 7, "--show-probs", "--temperature", 1).out
     rows = [line for line in out.splitlines() if line[:4].strip().isdigit()]
@@ -676,11 +677,9 @@ def test_cli_show_probs_at_temperature_0_shows_the_model(checkpoint, capsys):
     assert one["logprobs"] == [0, 0, 0]
 
 
-@pytest.mark.parametrize(
-    "token, shown", [(b" the", '" the"'), (b"\n", r'"\n"'), (b"\xe2\x80", r"'\xe2\x80'")]
-)
-def test_tokens_are_visible(token, shown):
-    assert sample.quoted(token) == shown
+@pytest.mark.parametrize("id, shown", [(32, '" "'), (10, r'"\n"'), (0xE2, r'"\xe2"')])
+def test_tokens_are_visible(id, shown):
+    assert sample.quoted(BYTES, id) == shown
 
 
 def test_cli_prompt_from_a_file_and_from_standard_input(checkpoint, capsys, tmp_path, monkeypatch):
@@ -715,12 +714,6 @@ def test_cli_says_that_the_context_is_full(checkpoint, capsys):
         (["--seed", "-1"], "--seed: -1 must be at least 0"),
         (["--stop", ""], "--stop needs a text"),
         (["elsewhere"], "unrecognized arguments: elsewhere"),
-        (["--vote", "2", "--best-of", "2"], "not allowed with"),
-        (["--chat", "--vote", "2"], "not allowed with"),
-        (["--best-of", "2", "--verify", "word"], "belong together"),
-        (["--verify", "word", "--answer", "3"], "belong together"),
-        (["--best-of", "2", "--answer", "3"], "belong together"),
-        (["--best-of", "2", "--answer", "3", "--verify", "x"], "--verify: invalid choice: 'x'"),
         (["--prompt", "x" * 60], "61 tokens.*at most 48"),
         (["--prompt", "a", "--prompt-file", "b"], "not allowed with"),
         (["--prompt-file", "no/such/file"], "--prompt-file no/such/file: No such file"),
@@ -834,7 +827,21 @@ def test_cli_how_wild_an_assistant_is(assistant, capsys):
     run = assistant({})
     asked = lambda *flags: json.loads(cli(capsys, run, "--json", *flags).out)["settings"]["temperature"]
     assert (asked(), asked("--raw"), asked("--temperature", 0.5)) == (0.3, 0.8, 0.5)
-    assert {asked(flag, 2) for flag in ("--best-of", "--vote", "--num-samples")} == {0.8}
+    assert asked("--num-samples", 2) == 0.8
+
+
+def test_cli_chat_gets_the_model_and_the_settings(assistant, monkeypatch):
+    calls, run = [], assistant({})
+    monkeypatch.setattr(sample, "chat", lambda *a, **k: calls.append((a, k)))
+    sample.main([str(run), "--chat", "--max-tokens", "7", "--top-k", "3"])
+    [(talked, settings)] = calls
+    filters = dict(top_p=1.0, min_p=0.0)
+    assert settings == dict(temperature=0.3, top_k=3, max_tokens=7, seed=sample.SEED, **filters)
+    assert isinstance(talked[0], Fake) and talked[1].vocab_size == 266 and len(talked) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------
+# extras/choose.py: one of many
 
 
 def saying(odds):
@@ -852,17 +859,27 @@ def saying(odds):
     return logits
 
 
-def test_cli_vote(assistant, capsys):
+def chosen(capsys, run, *flags):
+    """What choose.py prints, and its report in JSON."""
+    argv = [str(value) for value in (run, "--prompt", "2*2?", *flags)]
+    choose.main(argv)
+    text = capsys.readouterr().out
+    choose.main([*argv, "--json"])
+    return text, json.loads(capsys.readouterr().out)
+
+
+def test_the_vote_takes_the_answer_that_most_texts_give(assistant, capsys):
     run = assistant({"2*2?": saying({"4": 0.6, "5": 0.4}), "no": spell("Hm", "im_end")})
-    asked = json.loads(cli(capsys, run, "--prompt", "2*2?", "--vote", 40, "--json").out)
-    texts = [one["text"] for one in asked["samples"]]
+    out, report = chosen(capsys, run, "--vote", "--num-samples", 40)
+    texts = [one["text"] for one in report["samples"]]
     fours = texts.count("Answer: 4")
     assert 20 < fours < 40 == len(texts) and texts.count("Answer: 5") == 40 - fours
-    assert asked["votes"] == [["4", fours], ["5", 40 - fours]]
-    out = cli(capsys, run, "--prompt", "2*2?", "--vote", 40).out
+    assert report["votes"] == [["4", fours], ["5", 40 - fours]]
+    assert report["chosen"] == texts.index("Answer: 4") and report["settings"]["temperature"] == 0.8
     assert out == f"4\n[of 40 texts, 4: {fours}, 5: {40 - fours}]\n"
-    assert cli(capsys, run, "--prompt", "no", "--vote", 3).out == "\n[of 3 texts, without an answer: 3]\n"
-    assert cli(capsys, run, "--prompt", "2*2?", "--vote", 1).out.endswith(": 1]\n")
+    out, report = chosen(capsys, run, "--vote", "--num-samples", 3, "--prompt", "no")
+    assert out == "\n[of 3 texts, without an answer: 3]\n" and report["chosen"] is None
+    assert chosen(capsys, run, "--vote", "--num-samples", 1)[0].endswith(": 1]\n")
 
 
 def test_what_counts_as_a_vote():
@@ -886,24 +903,35 @@ def test_what_counts_as_a_vote():
     assert tasks.votes([]) == tasks.votes(["x"]) == []
 
 
-def test_cli_best_of_with_a_verifier(assistant, capsys):
+def test_the_best_is_the_most_probable(checkpoint, capsys):
+    out, report = chosen(capsys, checkpoint, "--best", "--max-tokens", 12, "--temperature", 1)
+    means = [one["mean_logprob"] for one in report["samples"]]
+    assert len(means) == 16 and means[report["chosen"]] == max(means)
+    text = report["samples"][report["chosen"]]["text"]
+    assert out == f"2*2?{text}\n[mean log-probability {max(means):.3f}, the best of 16]\n"
+
+
+def test_a_verifier_prefers_a_correct_text(assistant, capsys):
     run = assistant({"2*2?": saying({"4": 0.2, "5": 0.8})})
-    flags = ["--prompt", "2*2?", "--best-of", 20]
-    verify = ["--verify", "arithmetic", "--answer"]
-    out = cli(capsys, run, *flags, *verify, "4").out
-    assert "Answer: 4\n" in out and "the best of 20, which is right]" in out
-    out = cli(capsys, run, *flags, *verify, "6").out
-    assert "Answer: 5\n" in out and "the best of 20, none right]" in out
-    assert "the best of 20]" in cli(capsys, run, *flags).out
-    with pytest.raises(UserError, match="invalid choice: 'countdown'"):  # its answer is a calculation
-        cli(capsys, run, *flags, "--verify", "countdown", "--answer", "4")
+    flags = ["--num-samples", 20, "--verify", "arithmetic", "--answer"]
+    out, report = chosen(capsys, run, *flags, 4)
+    fours = [i for i, one in enumerate(report["samples"]) if one["text"] == "Answer: 4"]
+    assert report["correct"] == fours and 0 < len(fours) < 10
+    assert out.startswith("Answer: 4\n[") and out.endswith(f"the best of 20; {len(fours)} of them right]\n")
+    out, report = chosen(capsys, run, *flags, 6)
+    assert out.startswith("Answer: 5\n[") and "; 0 of them right]" in out and report["correct"] == []
 
 
-def test_cli_chat_gets_the_model_and_the_settings(assistant, monkeypatch):
-    calls, run = [], assistant({})
-    monkeypatch.setattr(sample, "chat", lambda *a, **k: calls.append((a, k)))
-    sample.main([str(run), "--chat", "--max-tokens", "7", "--top-k", "3"])
-    [(talked, settings)] = calls
-    filters = dict(top_p=1.0, min_p=0.0)
-    assert settings == dict(temperature=0.3, top_k=3, max_tokens=7, seed=sample.SEED, **filters)
-    assert isinstance(talked[0], Fake) and talked[1].vocab_size == 266 and len(talked) == 2
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "--vote --best --verify is required"),
+        (["--vote", "--best"], "not allowed with"),
+        (["--verify", "word"], "belong together"),
+        (["--best", "--answer", "3"], "belong together"),
+        (["--verify", "x", "--answer", "3"], "--verify: invalid choice: 'x'"),
+        (["--verify", "countdown", "--answer", "3"], "--verify: invalid choice: 'countdown'"),
+    ],
+)
+def test_choices_that_cannot_be_made_are_named(checkpoint, flags, words):
+    script.refused(script.run(choose.main, checkpoint, *flags), words)

@@ -25,8 +25,8 @@ import sample
 import tasks.conversations as mixture
 import tools
 from common import UserError
-from tasks.conversations import checked, read
-from tokenizer import Tokenizer
+from tasks.conversations import read
+from tokenizer import Tokenizer, checked
 
 BYTES = Tokenizer.bytes()
 SPECIAL = BYTES.special_tokens
@@ -274,8 +274,9 @@ def test_the_tools_are_those_of_the_training(monkeypatch):
     passages = [(country, f"The capital of {country} is {city}.") for country, city in CAPITALS.items()]
     passages = tools.Search(passages)
     monkeypatch.setattr(tools.Search, "factbook", lambda: passages)
-    assert sample.TOOLS["calc"]("3*17") == mixture.calculator("3*17") and "51" in sample.TOOLS["calc"]("3*17")
-    assert "Paris" in sample.TOOLS["search"]("capital France")
+    assert {"calc": mixture.calculator, "search": mixture.looked_up} == sample.TOOLS
+    assert tools.TOOLS["calc"]("3*17") == " 51"
+    assert "Paris" in tools.TOOLS["search"]("capital France")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def test_every_solution_is_right_and_every_prompt_is_not(name, level):
         said = words_of(problem.solution)
         assert said.splitlines()[-1] in (f"Answer: {problem.answer}", f'Answer: "{problem.answer}"')
         assert problem.verify(said) == 1.0, problem
-        assert problem.verify(words_of(problem.answer_first())) == 1.0, problem
+        assert problem.verify(words_of(problem.answer_first().solution)) == 1.0, problem
         for text in (problem.prompt, f"Answer: {problem.prompt}", f"{said}\nAnswer: {problem.prompt}"):
             assert problem.verify(text) == 0.0, (problem, text)
         assert problem.verify(problem.answer) == 0.0  # not marked
@@ -415,13 +415,14 @@ def test_what_others_read_of_an_answer():
 
 
 def test_answer_first():
-    assert Problem("word", "", "So 3 + 4 = 7.\nAnswer: 7", "7").answer_first() == "Answer: 7\nSo 3 + 4 = 7."
+    first = Problem("word", "Add.", "So 3 + 4 = 7.\nAnswer: 7", "7").answer_first()
+    assert first == Problem("word", "Add. Answer first.", "Answer: 7\nSo 3 + 4 = 7.", "7")
     parts = some("counting", 1, 1)[0]
-    first = parts.answer_first()
+    first = parts.answer_first().solution
     assert first[0]["type"] == "text" and first[0]["text"].startswith(f"Answer: {parts.answer}\nThat makes")
     assert first[1:] == parts.solution[:-1]
     spelt = some("spelling", 1, 1)[0]
-    assert spelt.answer_first()[0] == {"type": "text", "text": f'Answer: "{spelt.answer}"'}
+    assert spelt.answer_first().solution[0] == {"type": "text", "text": f'Answer: "{spelt.answer}"'}
 
 
 # ------------------------------------------------------------------------------------------------------------
