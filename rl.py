@@ -31,7 +31,7 @@ import gpt2
 import kernels
 from common import Run, UserError, add_shared_flags, number, write_whole
 from sample import load_assistant
-from sft import ON_GPU, micro_batches, share, size_of
+from sft import ON_GPU, config_of, micro_batches, share, size_of
 from tasks.conversations import turns
 from tasks.problems import Problem, problems
 from tokenizer import text_of, transcript, visible
@@ -41,26 +41,6 @@ from train import describe_recipes, learning_rate, use_recipe
 SAMPLED_AT_ONCE = 256  # rollouts in a batch, at most
 CHECK_EVERY = 20  # steps between two comparisons of the probabilities of sampling and of training
 DRIFT = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 0.2}  # how far they may be apart: rounding, no more
-
-# Defaults of the flags by the size of --init-from, as in sft.py. tiny was tried out here, d12 was not: it has
-# nanochat's settings for GSM8K, one pass over its 7,473 problems at 5% of pretraining's learning rate.
-RECIPES = {
-    "tiny": dict(
-        task="word", steps=200, prompts=16, attempts=8, max_tokens=96, batch_tokens=8192,
-        lr=2e-4, final_lr=0.1, eval_every=100, eval_problems=64,
-    ),
-    "d12": dict(
-        task="gsm8k:hub", steps=467, prompts=16, attempts=16, max_tokens=256, batch_tokens=16384,
-        lr=3e-5, final_lr=0.0, eval_every=60, eval_problems=400,
-    ),
-}  # fmt: skip
-EXPECTATION = """
-What to expect of a model of GPT-2's size (d12, 124M parameters) on GSM8K: it begins at 0 to 3% and ends at 1
-to 4% at the most, an estimate, since nobody has published such a run (nanochat's 561M parameters went from
-4.6 to 7.6%). It learns the form of an answer and to use the calculator, hardly to reason. At 1% only one
-group of sixteen rollouts in seven has any right one, so most of the sampling teaches nothing; easier problems
-(--task word) show more of what the method can do.
-"""
 
 
 @dataclass
@@ -473,6 +453,26 @@ def load_reference(flags):
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
+# Defaults of the flags by the size of --init-from, as in sft.py. tiny was tried out here, d12 was not: it has
+# nanochat's settings for GSM8K, one pass over its 7,473 problems at 5% of pretraining's learning rate.
+RECIPES = {
+    "tiny": dict(
+        task="word", steps=200, prompts=16, attempts=8, max_tokens=96, batch_tokens=8192,
+        lr=2e-4, final_lr=0.1, eval_every=100, eval_problems=64,
+    ),
+    "d12": dict(
+        task="gsm8k:hub", steps=467, prompts=16, attempts=16, max_tokens=256, batch_tokens=16384,
+        lr=3e-5, final_lr=0.0, eval_every=60, eval_problems=400,
+    ),
+}  # fmt: skip
+EXPECTATION = """
+What to expect of a model of GPT-2's size (d12, 124M parameters) on GSM8K: it begins at 0 to 3% and ends at 1
+to 4% at the most, an estimate, since nobody has published such a run (nanochat's 561M parameters went from
+4.6 to 7.6%). It learns the form of an answer and to use the calculator, hardly to reason. While 1% of the
+rollouts are right, only 15% of the groups of sixteen have a right one, and the others teach nothing. Easier
+problems (--task word) show more of what the method can do.
+"""
+
 
 def add_flags(flags, about_defaults=None):
     """Flags of rl.py that extras/rlhf.py has too. Those that RECIPES has are None if they are not given."""
@@ -530,11 +530,6 @@ def parse(argv):
     use_recipe(flags, RECIPES[size_of(config_of(flags, checkpoint))])
     check_flags(flags, checkpoint)
     return flags, checkpoint
-
-
-def config_of(flags, checkpoint):
-    """The sizes of the model that a run begins or goes on with."""
-    return gpt2.read_config(checkpoint or common.newest_checkpoint(flags.init_from))
 
 
 def check_flags(flags, checkpoint):

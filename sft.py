@@ -30,27 +30,6 @@ from train import describe_recipes, learning_rate, use_recipe
 UNKNOWN = 2  # percent of the mixture: questions that the probe found it cannot answer
 PASS_COST = 128  # what forward and backward cost besides their tokens, in tokens: tiny model, 2 cores
 
-# What a larger model learns from: smol-smoltalk, and what our assistant has besides: a name, tools, refusals.
-CHAT = "smoltalk:hub=85,gsm8k:hub=2,tools=4,spelling=2,counting=1,multi-turn=1,identity=2,refusal=1,unknown=2"
-# Defaults of the flags by the size of --init-from. tiny was tried out here, d12 was not: it has the batch,
-# the epochs and the warm-up (a tenth of the steps) with which SmolLM2-135M learned from smol-smoltalk, and
-# half of pretraining's learning rate (theirs was 1e-3).
-RECIPES = {
-    "tiny": dict(
-        data=DEFAULT, examples=40000, epochs=1, batch_size=16, batch_tokens=8192, lr=3e-3, warmup_steps=50
-    ),
-    "d12": dict(
-        data=CHAT, examples=480000, epochs=2, batch_size=128, batch_tokens=16384, lr=3e-4, warmup_steps=750
-    ),
-}
-ON_GPU = {"tiny": "float32", "d12": "bfloat16"}  # the --dtype on a GPU
-EXPECTATION = """
-What to expect of a model of GPT-2's size (d12, 124M parameters): fluent answers of a few sentences that keep
-to the subject, with many wrong facts. Of GSM8K's problems it solves 0 to 3%: others report 0.2 to 3.3% at
-this size, and these settings were not tried out yet. It learns the form of a solution and when to call the
-calculator, hardly the reasoning. rl.py starts from there.
-"""
-
 
 def main(argv=None):
     flags, checkpoint = parse(argv)
@@ -289,6 +268,27 @@ def marked(tokenizer, tokens, mask):
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
+# What a larger model learns from: smol-smoltalk, and what our assistant has besides: a name, tools, refusals.
+CHAT = "smoltalk:hub=85,gsm8k:hub=2,tools=4,spelling=2,counting=1,multi-turn=1,identity=2,refusal=1,unknown=2"
+# Defaults of the flags by the size of --init-from. tiny was tried out here, d12 was not: it has the batch,
+# the epochs and the warm-up (a tenth of the steps) with which SmolLM2-135M learned from smol-smoltalk, and
+# half of pretraining's learning rate (theirs was 1e-3).
+RECIPES = {
+    "tiny": dict(
+        data=DEFAULT, examples=40000, epochs=1, batch_size=16, batch_tokens=8192, lr=3e-3, warmup_steps=50
+    ),
+    "d12": dict(
+        data=CHAT, examples=480000, epochs=2, batch_size=128, batch_tokens=16384, lr=3e-4, warmup_steps=750
+    ),
+}
+ON_GPU = {"tiny": "float32", "d12": "bfloat16"}  # the --dtype on a GPU
+EXPECTATION = """
+What to expect of a model of GPT-2's size (d12, 124M parameters): fluent answers of a few sentences that keep
+to the subject, with many wrong facts. Of GSM8K's problems it solves 0 to 3%: others report 0.2 to 3.3% at
+this size, and these settings were not tried out yet. It learns the form of a solution and when to call the
+calculator, hardly the reasoning. rl.py starts from there.
+"""
+
 
 def parser():
     flags = common.Parser(prog="sft.py", description=__doc__, epilog=EXPECTATION)
@@ -296,7 +296,8 @@ def parser():
     group = flags.add_argument_group("model and data")
     add_shared_flags(group, "init-from", "out", "resume", init_from="runs/factbook", out="runs/sft")
     add = group.add_argument
-    what = "sources with their shares, as in factbook=3,tasks=2; also smoltalk:PATH, gsm8k:PATH, jsonl:PATH"
+    what = "sources with their shares, as in factbook=3,tasks=2; also jsonl:PATH, smoltalk:PATH, gsm8k:PATH"
+    what += "; with hub as its PATH a set is downloaded"
     add("--data", metavar="SPEC", help=what)
     what = "what evaluate.py --probe wrote: teach it to say that it does not know the rest"
     add("--known", metavar="PATH", help=what)
@@ -327,9 +328,13 @@ def parser():
 def parse(argv):
     """The flags, with the recipe's values where none are given, and the checkpoint to go on from or None."""
     flags, checkpoint = common.parse_run(parser(), argv)
-    config = gpt2.read_config(checkpoint or common.newest_checkpoint(flags.init_from))
-    use_recipe(flags, RECIPES[size_of(config)])
+    use_recipe(flags, RECIPES[size_of(config_of(flags, checkpoint))])
     return flags, checkpoint
+
+
+def config_of(flags, checkpoint):
+    """The sizes of the model that a run begins or goes on with."""
+    return gpt2.read_config(checkpoint or common.newest_checkpoint(flags.init_from))
 
 
 def size_of(config):

@@ -32,7 +32,7 @@ import kernels
 import rl
 from common import Run, UserError, add_shared_flags, number
 from sample import load_assistant, prefill
-from sft import micro_batches, share
+from sft import config_of, micro_batches, share
 from tasks.conversations import hosted, turns
 from tasks.problems import problems
 from tokenizer import Tokenizer, as_parts, text_of
@@ -246,7 +246,7 @@ class DirectPreference:
 def train(flags, checkpoint, argv):
     """The loop of `reward` and `dpo`: orderings of the assistant's own answers, and an update."""
     run = Run(f"-m extras.rlhf {flags.what}", flags, checkpoint, stage=flags.what)
-    config, n_rows = rl.config_of(flags, checkpoint), flags.prompts * flags.attempts
+    config, n_rows = config_of(flags, checkpoint), flags.prompts * flags.attempts
     device, flags.dtype = kernels.choose(flags.device, flags.dtype)
     flags.ranks = distributed.choose_ranks(flags.ranks, config.n_params(), device, n_rows)
     world = distributed.start(flags.ranks, __file__, argv)
