@@ -17,6 +17,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -139,6 +140,130 @@ def json_lines(file, longest):
             where = f"{file.name}, line {number}"
             raise UserError(f'{where} is not of the form {{"text": "…"}}; correct or delete it') from None
         yield from pieces(io.StringIO(text, newline=""), longest)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tables of others: parquet, as the hub has them, or JSON lines
+
+HUB_TABLES = {  # {name: (repository, {split: its files})} on the Hugging Face hub
+    "hellaswag": ("Rowan/hellaswag", {"test": ["data/validation-00000-of-00001.parquet"]}),
+    "smoltalk": (
+        "HuggingFaceTB/smol-smoltalk",
+        {
+            "train": [f"data/train-0000{i}-of-00004.parquet" for i in range(4)],
+            "test": ["data/test-00000-of-00001.parquet"],
+        },
+    ),
+    "gsm8k": (
+        "openai/gsm8k",
+        {
+            "train": ["main/train-00000-of-00001.parquet"],
+            "test": ["main/test-00000-of-00001.parquet"],
+        },
+    ),
+}
+
+
+def table_files(name, path, split):
+    """The files of a table for "train" or "test", and whether they hold rows of this split alone.
+
+    `path` is a file, or "hub" to download one of HUB_TABLES, or a directory of .parquet or .jsonl files. The
+    files of a split begin with its name; in a directory without such names every file has rows of both.
+    """
+    path = Path(path)
+    if str(path) == "hub":
+        return fetch_table(name, split), True
+    if not path.is_dir():
+        return [path], False
+    files = sorted(file for file in path.iterdir() if file.suffix in (".parquet", ".jsonl"))
+    files_of = {s: [file for file in files if file.name.startswith(s)] for s in ("train", "test")}
+    if all(files_of.values()):
+        return files_of[split], True
+    if not files:
+        raise UserError(f"{path} has no .parquet and no .jsonl, such as train.jsonl; give another directory")
+    return files, False
+
+
+def fetch_table(name, split):
+    """The paths of the files of one of HUB_TABLES for a split, fetched once."""
+    repository, files = HUB_TABLES[name]
+    place = common.cache() / repository
+    if not is_fetched(name, split):
+        place.mkdir(parents=True, exist_ok=True)
+        with open(place / "lock", "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks wait here, and find the files complete
+            commit, there = common.hub_files(repository, "dataset")
+            absent = [file for file in files[split] if file not in there]
+            if absent:
+                raise UserError(f"{repository} has no {absent[0]}; give the path of a copy instead of hub")
+            wanted = {file: there[file] for file in files[split]}
+            common.hub_download(repository, "dataset", commit, wanted, place)
+    return [place / file for file in files[split]]
+
+
+def is_fetched(name, split):
+    """Whether the files of one of HUB_TABLES for a split are here."""
+    repository, files = HUB_TABLES[name]
+    return all((common.cache() / repository / file).exists() for file in files[split])
+
+
+def read_table(path, columns):
+    """Yield (where, row) of a table's rows: "FILE, row 3", for messages, and a dict of these columns.
+
+    A file whose name ends in .parquet is parquet; any other has a JSON object in every line.
+    """
+    if Path(path).suffix == ".parquet":
+        yield from parquet_rows([path], columns)
+        return
+    names = " and ".join(columns)
+    try:
+        lines = Path(path).read_text(encoding="utf-8").strip().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"{path}: {reason}; give JSON lines, or parquet, with {names}") from None
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+            row = {column: row[column] for column in columns}
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise UserError(f"{where} is no JSON object with {names}; correct or delete it") from None
+        yield where, row
+
+
+def parquet_rows(paths, columns, rng=None):
+    """Yield (where, row), as read_table() does, and hold 1024 rows in memory at most.
+
+    With a random.Random the row groups of all files come in random order, and so do the rows of each 1024.
+    """
+    try:
+        import pyarrow.parquet  # noqa: PLC0415 -- an extra
+    except ImportError:
+        remedy = "python -m pip install -r requirements-hub.txt"
+        raise UserError(f"{paths[0]} is parquet, which needs pyarrow; install it: {remedy}") from None
+    groups = []  # (path, file, index of the row group, number of its first row)
+    try:
+        for path in paths:
+            file, n_rows = pyarrow.parquet.ParquetFile(path), 0
+            for column in columns:
+                if column not in file.schema_arrow.names:
+                    raise UserError(f"{path} has no column {column!r}; give a table with {columns}")
+            for i in range(file.num_row_groups):
+                groups.append((path, file, i, n_rows + 1))
+                n_rows += file.metadata.row_group(i).num_rows
+        if rng:
+            rng.shuffle(groups)
+        for path, file, i, number in groups:
+            numbers = itertools.count(number)
+            for batch in file.iter_batches(1024, [i], columns):
+                rows = [(f"{path}, row {next(numbers)}", row) for row in batch.to_pylist()]
+                if rng:
+                    rng.shuffle(rows)
+                yield from rows
+    except (OSError, pyarrow.ArrowException) as error:
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if number else "damaged, or no parquet"
+        raise UserError(f"{path}: {reason}; give the path of a parquet file") from None
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -4,10 +4,11 @@
     python evaluate.py RUN --known known.jsonl          the same, with the facts that a probe found known
     python evaluate.py RUN --probe known.jsonl          ask every factual question, write what it knows
     python evaluate.py RUN --task word --level 1-3      problems: pass@1, pass@k and the majority vote
+    python evaluate.py RUN --hellaswag hub              HellaSwag's accuracy, of a base model too
     python evaluate.py BASE SFT RL --compare            what several models say to the same prompts
 
-All questions are held out: phrasings, numbers, words and names that do not occur in training. Read sample.py
-and tasks/conversations.py, which has the questions, before this file, sft.py and rl.py after it.
+All our questions are held out: phrasings, numbers, words and names that do not occur in training. Read
+sample.py and tasks/conversations.py, which has the questions, before this file, sft.py and rl.py after it.
 """
 
 import itertools
@@ -17,14 +18,17 @@ import random
 import re
 import shutil
 import textwrap
-from pathlib import Path
 from statistics import fmean as mean
 
+import numpy as np
+
 import common
+import data
+import distributed
 import sample
 from common import Parser, UserError, add_shared_flags, number, run, say
 from tasks.conversations import DONT_KNOW, arithmetic, turns
-from tasks.factbook import facts, invented, matches, texts
+from tasks.factbook import facts, invented, matches, read_probe, texts
 from tasks.problems import TASKS, problems, votes
 from tokenizer import text_of
 from tools import SEARCH_SYSTEM, TOOLS
@@ -40,6 +44,7 @@ BARS = {  # what an assistant should reach: {skill: {measure: (at least, at most
 }
 NAME = "Handmade"  # what the assistant should call itself
 ROWS = 64  # prompts in a batch
+ALONE = distributed.World(0, 1)  # a world of one rank
 
 # ------------------------------------------------------------------------------------------------------------
 # Asking
@@ -47,7 +52,7 @@ ROWS = 64  # prompts in a batch
 
 def ask(
     model, tokenizer, conversations, tools=None, max_tokens=96, temperature=0.0, seed=0, streams=None,
-    world=None,
+    world=ALONE,
 ):  # fmt: skip
     """The assistant's next turn in every conversation, as a list of parts; `tools` are those of sample.Host.
 
@@ -59,43 +64,47 @@ def ask(
     return [reply["parts"] for reply in replies]
 
 
-def reply_to(model, tokenizer, prompts, tools, max_tokens, temperature, seed, streams=None, world=None):
+def reply_to(model, tokenizer, prompts, tools, max_tokens, temperature, seed, streams=None, world=ALONE):
     """For every prompt (a list of ids) {"parts": the reply, "length": tokens, "finished": not cut off}."""
-    host = sample.Host(tokenizer, tools or {})
-    stop_tokens = {tokenizer.eot, tokenizer.encode_special("<|im_end|>")}
-    rank, size = (0, 1) if world is None else (world.rank, world.size)
-    mine = range(rank, len(prompts), size)
-    order = sorted(mine, key=lambda i: len(prompts[i]))  # similar lengths in one batch: little padding
-    replies, progress = [None] * len(prompts), common.Progress("asking", total=len(order))
-
-    for start in range(0, len(order), ROWS):
-        batch = order[start : start + ROWS]
-        completions = sample.generate(
-            model, [prompts[i] for i in batch], max_tokens, temperature, seed=seed, stop_tokens=stop_tokens,
-            streams=[i if streams is None else streams[i] for i in batch],
-            on_token=lambda completion, shown, logits: host.reply(completion),
-        )  # fmt: skip
-        for i, completion in zip(batch, completions):
-            parts, finished = tokenizer.parts(completion.ids), completion.finish == "stop"
-            replies[i] = {"parts": parts, "length": len(completion.ids), "finished": finished}
-        if rank == 0:
-            progress.add(len(batch))
-    progress.line.clear()
-    if world is not None:
-        for other, its_replies in enumerate(world.gather([replies[i] for i in mine])):
-            replies[other::size] = its_replies
+    streams = range(len(prompts)) if streams is None else streams
+    progress = common.Progress("asking", total=len(prompts[world.rank :: world.size]))
+    results = sample_replies(
+        model, tokenizer, prompts, tools, max_tokens, temperature, seed, streams, world, ROWS, progress
+    )
+    replies = []
+    for ids, _, _, finished in results:
+        replies.append({"parts": tokenizer.parts(ids), "length": len(ids), "finished": finished})
     return replies
 
 
-def user(question, system=None):
-    """A conversation of one question."""
-    return turns(question, system=system)
+def sample_replies(
+    model, tokenizer, prompts, tools, max_tokens, temperature, seed, streams, world, rows, progress=None
+):
+    """For every prompt [ids, forced, logprobs, finished], as sample.Completion has them, on every rank.
 
-
-def share(verdicts):
-    """The share of true ones, None if there are no verdicts."""
-    verdicts = list(verdicts)
-    return round(sum(verdicts) / len(verdicts), 4) if verdicts else None
+    Each rank samples prompts[rank::size], `rows` of them at once; streams are the prompts' random streams.
+    """
+    host = sample.Host(tokenizer, tools or {})
+    stop_tokens = {tokenizer.eot, tokenizer.encode_special("<|im_end|>")}
+    mine = range(world.rank, len(prompts), world.size)
+    order = sorted(mine, key=lambda i: len(prompts[i]))  # similar lengths in one batch: little padding
+    results = [None] * len(prompts)
+    for start in range(0, len(order), rows):
+        batch = order[start : start + rows]
+        completions = sample.generate(
+            model, [prompts[i] for i in batch], max_tokens, temperature, seed=seed, stop_tokens=stop_tokens,
+            streams=[streams[i] for i in batch],
+            on_token=lambda completion, shown, logits: host.reply(completion),
+        )  # fmt: skip
+        for i, one in zip(batch, completions):
+            results[i] = [one.ids, one.forced, one.logprobs, one.finish == "stop"]
+        if progress and world.rank == 0:
+            progress.add(len(batch))
+    if progress:
+        progress.line.clear()
+    for rank, results_of_rank in enumerate(world.gather([results[i] for i in mine])):
+        results[rank :: world.size] = results_of_rank
+    return results
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -110,7 +119,7 @@ def probe(model, tokenizer, k, seed, path=None):
     guess is right now and then.
     """
     asked = [(split, fact) for split in ("train", "test") for fact in facts(split)]
-    conversations = [user(fact.questions[0]) for _, fact in asked for _ in range(k)]
+    conversations = [turns(fact.questions[0]) for _, fact in asked for _ in range(k)]
     replies = ask(model, tokenizer, conversations, max_tokens=40, temperature=1.0, seed=seed)
     lines = []
     for i, (split, fact) in enumerate(asked):
@@ -126,30 +135,19 @@ def probe(model, tokenizer, k, seed, path=None):
     return lines
 
 
-def read_probe(path):
-    """The lines that probe() wrote."""
-    try:
-        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        if not all({"country", "field", "question", "split", "rate"} <= set(line) for line in lines):
-            raise ValueError
-        return lines
-    except (OSError, ValueError):
-        raise UserError(f"{path} is not what evaluate.py --probe writes; let it write one") from None
-
-
 # ------------------------------------------------------------------------------------------------------------
 # An assistant's skills. Each function asks one kind of question and returns {"n": asked, measure: share}. The
 # first argument is a function from questions to replies, the second a random.Random that draws the questions.
 
 
-def evaluate(model, tokenizer, known=None, n=100, seed=0, world=None):
+def evaluate(model, tokenizer, known=None, n=100, seed=0, world=ALONE):
     """{skill: {"n": asked, measure: share}}, with n questions or problems of most kinds.
 
     `known` has the lines of probe(); without it known facts are not asked for.
     """
 
     def answers(questions, max_tokens=96, system=None):
-        conversations = [user(question, system) for question in questions]
+        conversations = [turns(question, system=system) for question in questions]
         return ask(model, tokenizer, conversations, TOOLS, max_tokens, world=world)
 
     rng, results = random.Random(seed), {}
@@ -163,7 +161,7 @@ def evaluate(model, tokenizer, known=None, n=100, seed=0, world=None):
     results["calculator"] = calculator(answers, rng, n)
     for task in ("counting", "spelling"):
         asked = list(itertools.islice(problems(task, split="test", seed=seed), n))
-        results[task] = dict(n=n, right=share(solved(answers, asked, [p.prompt for p in asked])))
+        results[task] = dict(n=n, right=mean(solved(answers, asked, [p.prompt for p in asked])))
     for task in ("arithmetic", "word"):
         for level in TASKS[task]:
             results[f"{task}, level {level}"] = worked_problems(answers, task, level, n, seed)
@@ -180,8 +178,8 @@ def known_facts(answers, rng, lines):
     fact_of = {(fact.country, fact.field): fact for fact in facts()}
     asked = [fact_of[line["country"], line["field"]] for line in lines]
     replies = answers([fact.ask(rng, "test") for fact in asked], max_tokens=40)
-    right = share(matches(fact, text_of(reply)) for fact, reply in zip(asked, replies))
-    return dict(n=len(asked), right=right, refused=share(is_refusal(reply) for reply in replies))
+    right = mean(matches(fact, text_of(reply)) for fact, reply in zip(asked, replies))
+    return dict(n=len(asked), right=right, refused=mean(is_refusal(reply) for reply in replies))
 
 
 def identity(answers, rng, n):
@@ -190,14 +188,14 @@ def identity(answers, rng, n):
     if n < 100:
         asked = rng.sample(asked, n)
     replies = answers(asked, max_tokens=40)
-    return dict(n=len(replies), named=share(NAME in text_of(reply) for reply in replies))
+    return dict(n=len(replies), named=mean(NAME in text_of(reply) for reply in replies))
 
 
 def invented_names(answers, n, seed):
     """People and countries that do not exist."""
     asked = [question for question, _ in invented("test", n, seed)]
     replies = answers(asked, max_tokens=40)
-    return dict(n=n, refused=share(is_refusal(reply) for reply in replies))
+    return dict(n=n, refused=mean(is_refusal(reply) for reply in replies))
 
 
 def search(answers, rng, n):
@@ -207,8 +205,8 @@ def search(answers, rng, n):
         asked = rng.sample(asked, n)
     questions = [fact.ask(rng, "test") for fact in asked]
     replies = answers(questions, max_tokens=160, system=SEARCH_SYSTEM)  # a passage counts as tokens, too
-    searched = share(any(part["type"] == "search" for part in reply) for reply in replies)
-    right = share(matches(fact, text_of(reply)) for fact, reply in zip(asked, replies))
+    searched = mean(any(part["type"] == "search" for part in reply) for reply in replies)
+    right = mean(matches(fact, text_of(reply)) for fact, reply in zip(asked, replies))
     return dict(n=len(asked), searched=searched, right=right)
 
 
@@ -239,12 +237,9 @@ def calculator(answers, rng, n):
 def worked_problems(answers, task, level, n, seed):
     """The same problems with the steps before the answer, and with the answer before the steps."""
     asked = list(itertools.islice(problems(task, split="test", level=level, seed=seed), n))
-    steps_first = share(solved(answers, asked, [problem.prompt for problem in asked]))
-    return dict(
-        n=n,
-        steps_first=steps_first,
-        answer_first=share(solved(answers, asked, [problem.answer_first().prompt for problem in asked])),
-    )
+    steps_first = solved(answers, asked, [problem.prompt for problem in asked])
+    other_order = solved(answers, asked, [problem.answer_first().prompt for problem in asked])
+    return dict(n=n, steps_first=mean(steps_first), answer_first=mean(other_order))
 
 
 def solved(answers, asked, prompts):
@@ -258,7 +253,7 @@ def table(results):
     for skill, measures in results.items():
         cells = []
         for measure, value in measures.items():
-            if measure == "n" or value is None:
+            if measure == "n":
                 continue
             low, high = BARS.get(skill, {}).get(measure, (0, 1))
             bar = f" (>= {low:.0%})" if low else f" (<= {high:.0%})" if high < 1 else ""
@@ -271,9 +266,8 @@ def line(results):
     """The first measure of every skill, in one line."""
     cells = []
     for skill, measures in results.items():
-        first = next((value for measure, value in measures.items() if measure != "n"), None)
-        if first is not None:
-            cells.append(f"{skill} {first:.0%}")
+        first = next(value for measure, value in measures.items() if measure != "n")
+        cells.append(f"{skill} {first:.0%}")
     return "evaluation: " + ", ".join(cells)
 
 
@@ -300,7 +294,7 @@ def parse_tasks(spec, level):
     return shares
 
 
-def evaluate_problems(model, tokenizer, mix, n, k, max_tokens, seed, score=None, world=None):
+def evaluate_problems(model, tokenizer, mix, n, k, max_tokens, seed, score=None, world=ALONE):
     """A dict of measures for every (task, level) of `mix`, on up to n test problems of each.
 
     pass@1 is of greedy replies, everything else of k samples at temperature 1: "sampled" is the share of
@@ -310,7 +304,7 @@ def evaluate_problems(model, tokenizer, mix, n, k, max_tokens, seed, score=None,
     """
     results, status = [], common.Line()
     for task, level in mix:
-        if world is None or world.rank == 0:
+        if world.rank == 0:
             status.show(f"evaluating {task}, level {level}")
         asked = distinct_problems(model, tokenizer, task, level, n, seed)
         prompts = [prompt_of(tokenizer, problem) for problem in asked]
@@ -339,7 +333,7 @@ def evaluate_problems(model, tokenizer, mix, n, k, max_tokens, seed, score=None,
 
 def prompt_of(tokenizer, problem):
     """The ids of a problem's prompt, after which the assistant speaks."""
-    return tokenizer.prompt(user(problem.prompt))
+    return tokenizer.prompt(turns(problem.prompt))
 
 
 def fitting(model, tokenizer, stream):
@@ -398,6 +392,86 @@ def problem_table(results):
         rows.append(row)
     widths = [max(len(cell) for cell in column) for column in zip(*rows)]
     return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)) for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# HellaSwag: which of four endings does a text have (Zellers et al. 2019)? A base model can be asked, too.
+
+
+def read_hellaswag(path, tokenizer, n_positions):
+    """[(context, four endings, label)] of a HellaSwag file, parquet or JSON lines; path "hub" downloads it.
+
+    Context and endings are lists of ids; the label is the index of the right ending. The context and " " with
+    an ending are encoded separately. UserError names a row that has no label or not four endings, or that is
+    too long for a model of n_positions.
+    """
+    if path == "hub":
+        [path], _ = data.table_files("hellaswag", path, "test")
+    items = []
+    for where, row in data.read_table(path, ("ctx", "endings", "label")):
+        context, endings, label = row["ctx"], row["endings"], row["label"]
+        if not isinstance(context, str) or not context:
+            raise UserError(f"{where} has no text as its ctx; correct or delete it")
+        if str(label) not in ("0", "1", "2", "3"):
+            raise UserError(f"{where} has the label {label!r}, not 0 to 3; give a split with labels")
+        if not isinstance(endings, list) or [type(ending) for ending in endings] != [str] * 4:
+            raise UserError(f"{where} has not four texts as its endings; correct or delete it")
+        context = tokenizer.encode(context)
+        endings = [tokenizer.encode(f" {ending}") for ending in endings]
+        length = len(context) + max(map(len, endings))
+        if length > n_positions + 1:  # the last token is a target and no input
+            what = f"{where} has {length} tokens, and the model has a context of {n_positions}"
+            raise UserError(f"{what}; delete the row, or take a model with more --n-positions")
+        items.append((context, endings, int(label)))
+    return items
+
+
+def hellaswag(model, items, world=ALONE):
+    """{"acc", "acc_norm", "acc_stderr", "acc_norm_stderr", "n"} of items that read_hellaswag() returned.
+
+    acc is the share of items whose right ending has the lowest loss, summed over its tokens, acc_norm that
+    with the lowest mean: long endings are no longer at a disadvantage. So build-nanogpt and llm.c do it, and
+    OpenAI's models have 0.2859 and 0.2955 (124M), 0.3842 and 0.4893 (1.5B); guessing has 0.25. The ranks
+    share the items.
+    """
+    mine = items[world.rank :: world.size]
+    losses = ending_losses(model, mine)  # (n, 4)
+    lengths = np.array([[len(ending) for ending in endings] for _, endings, _ in mine]).reshape(-1, 4)
+    labels = np.array([label for _, _, label in mine])
+    n_right = [int((scores.argmin(1) == labels).sum()) for scores in (losses, losses / lengths)]
+    results = {"n": len(items)}
+    for name, n_right_of_ranks in zip(("acc", "acc_norm"), zip(*world.gather(n_right))):
+        results[name] = p = sum(n_right_of_ranks) / len(items)
+        results[f"{name}_stderr"] = math.sqrt(p * (1 - p) / len(items))
+    return results
+
+
+def ending_losses(model, items):
+    """(n, 4): the loss of each ending after its context, in nats, summed over the tokens of the ending."""
+    rows = []  # (item, ending, ids of both texts, tokens of the ending)
+    for i, (context, endings, _) in enumerate(items):
+        rows += [(i, k, context + ending, len(ending)) for k, ending in enumerate(endings)]
+    rows.sort(key=lambda row: -len(row[2]))  # similar lengths in one batch: little padding
+    pending = []
+    for start in range(0, len(rows), ROWS):
+        batch = rows[start : start + ROWS]
+        T = min(-(-(len(batch[0][2]) - 1) // 8) * 8, model.config.n_positions)  # a multiple of 8
+        tokens, targets = np.zeros((2, len(batch), T), np.int32)  # (B, T) each, with padding on the right
+        for b, (_, _, ids, _) in enumerate(batch):
+            tokens[b, : len(ids) - 1], targets[b, : len(ids) - 1] = ids[:-1], ids[1:]
+        pending.append((batch, model.ops.read_later(model.losses(tokens, targets))))  # (B, T)
+    sums = np.zeros((len(items), 4))
+    for batch, read_losses in pending:
+        for (i, k, ids, n), losses in zip(batch, read_losses()):
+            end = len(ids) - 1
+            sums[i, k] = losses[end - n : end].sum(dtype=np.float64)
+    return sums
+
+
+def hellaswag_text(results):
+    """What hellaswag() returned, in one line."""
+    cells = [f"{name} {results[name]:.4f} ± {results[f'{name}_stderr']:.4f}" for name in ("acc_norm", "acc")]
+    return f"HellaSwag: {', '.join(cells)}, of {results['n']} items"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -463,18 +537,20 @@ def parser():
     add = group.add_mutually_exclusive_group().add_argument
     add("--probe", metavar="PATH", help="ask every factual question, and write which ones it knows")
     add("--task", metavar="SPEC", help="solve problems of a task, or of several: word,arithmetic")
+    words = "HellaSwag's accuracy, of a base model too: parquet or JSON lines with labels, or hub to download"
+    add("--hellaswag", metavar="FILE", help=words)
     add("--compare", action="store_true", help="what each RUN says to the same prompts")
     add = flags.add_argument_group("problems").add_argument
     add("--level", metavar="N", help="how difficult: 2, or a range such as 1-3; none: all levels")
-    add("--problems", metavar="N", type=whole, default=64, help="test problems of each task and level")
-    add("--k", metavar="N", type=whole, help="replies to each problem, 8; of a probe to each question, 3")
+    add("--problems", type=whole, default=64, help="test problems of each task and level")
+    add("--k", type=whole, help="replies to each problem, 8; of a probe to each question, 3")
     add = flags.add_argument_group("comparison").add_argument
     add("--prompt", metavar="TEXT", action="append", default=[], help="repeatable; none: some of our own")
-    add("--temperature", metavar="X", type=number(float, low=0, high=1e6), help="0.8, of an assistant 0.3")
+    add("--temperature", type=number(float, low=0, high=1e6), help="0.8, of an assistant 0.3")
     add = flags.add_argument_group("texts and output").add_argument
-    add("--max-tokens", metavar="N", type=whole, help="the longest text; of problems 96, else 200")
+    add("--max-tokens", type=whole, help="the longest text; of problems 96, else 200")
     words = "of sampled replies, and of the problems; the questions of the skills are always the same"
-    add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=sample.SEED, help=words)
+    add("--seed", type=number(int, 0, 2**63 - 1), default=sample.SEED, help=words)
     add("--json", action="store_true", help="one JSON object, for programs")
     add_shared_flags(flags.add_argument_group("machine"), "device", "dtype")
     return flags
@@ -495,6 +571,11 @@ def main(argv=None):
     [directory] = flags.directories
     mix = parse_tasks(flags.task, flags.level) if flags.task is not None else None
     known = read_probe(flags.known) if flags.known else None
+    if flags.hellaswag:
+        model, tokenizer, _ = sample.load(directory, flags)
+        results = hellaswag(model, read_hellaswag(flags.hellaswag, tokenizer, model.config.n_positions))
+        print(json.dumps({"run": directory, **results}) if flags.json else hellaswag_text(results))
+        return
     model, tokenizer = sample.load_assistant(directory, flags)
 
     if mix:

@@ -28,14 +28,15 @@ import common
 import distributed
 import evaluate
 import gpt2
+import kernels
 from common import Run, UserError, add_shared_flags, number, write_whole
-from sample import Host, generate, load_assistant
-from sft import micro_batches, share
+from sample import load_assistant
+from sft import ON_GPU, config_of, micro_batches, share, size_of
 from tasks.conversations import turns
 from tasks.problems import Problem, problems
 from tokenizer import text_of, transcript, visible
 from tools import TOOLS
-from train import learning_rate
+from train import describe_recipes, learning_rate, use_recipe
 
 SAMPLED_AT_ONCE = 256  # rollouts in a batch, at most
 CHECK_EVERY = 20  # steps between two comparisons of the probabilities of sampling and of training
@@ -76,14 +77,15 @@ def train(flags, checkpoint, argv, reward=verified, score=None, script=__file__,
     another rank and this run.
     """
     run = Run(command, flags, checkpoint, stage="rl")
+    config = config_of(flags, checkpoint)
+    device, flags.dtype = kernels.choose(flags.device, flags.dtype, on_gpu=ON_GPU[size_of(config)])
+    flags.ranks = distributed.choose_ranks(flags.ranks, config.n_params(), device, flags.prompts)
+    world = distributed.start(flags.ranks, script, argv)
+
+    # The model, the same on every rank, and the problems
     model, tokenizer = load_assistant(checkpoint or flags.init_from, flags)
     reference = load_reference(flags)  # the model of the beginning
     stream = ProblemStream(flags, model, tokenizer, run.state.get("problems", 0))
-
-    # The model, the same on every rank
-    n_params, n_positions = model.config.n_params(), model.config.n_positions
-    flags.ranks = distributed.choose_ranks(flags.ranks, n_params, model.device, flags.prompts)
-    world = distributed.start(flags.ranks, script, argv)
     model.share(world)
     optimizer = gpt2.AdamW(model, weight_decay=0.0, world=world)
     run.begin(world, model, optimizer, tokenizer, flags.steps, stage="rl")
@@ -104,7 +106,7 @@ def train(flags, checkpoint, argv, reward=verified, score=None, script=__file__,
         reference_logprobs = log_probabilities(reference, kept, flags, world) if flags.kl else None
         for epoch in range(flags.epochs if kept else 0):
             rows = policy_gradient_rows(model, kept, reference_logprobs, epoch, flags, world)
-            for tokens, targets, weights in micro_batches(rows, flags.batch_tokens, n_positions):
+            for tokens, targets, weights in micro_batches(rows, flags.batch_tokens, config.n_positions):
                 model.forward(tokens, targets, weights)  # (B, T) each
                 model.backward()
             world.all_reduce(model.sums)
@@ -135,32 +137,19 @@ def train(flags, checkpoint, argv, reward=verified, score=None, script=__file__,
 def sample_rollouts(model, tokenizer, some_problems, flags, first_stream, world):
     """A group of --attempts rollouts of every problem, [[Rollout, ...], ...], on every rank all of them.
 
-    Each rank samples its part of the problems. Tokens are sampled from exactly the distribution that training
-    scores: temperature 1, no filter. Their random numbers depend on the seed and on the number of the
-    rollout, counted from first_stream, so the number of ranks changes nothing.
+    Each rank samples its part. Tokens are sampled from exactly the distribution that training scores:
+    temperature 1, no filter. Their random numbers depend on the seed and on the number of the rollout,
+    counted from first_stream, so the number of ranks changes nothing.
     """
-    host, G = Host(tokenizer, TOOLS), flags.attempts
-    stop_tokens = {tokenizer.eot, tokenizer.encode_special("<|im_end|>")}
-    prompts = [evaluate.prompt_of(tokenizer, problem) for problem in some_problems]
-
-    def rollouts_of(rank):
-        """The numbers of the rollouts that a rank samples; rollout i is one of problem i // G."""
-        return [n * G + attempt for n in range(rank, len(prompts), world.size) for attempt in range(G)]
-
-    mine, completions = rollouts_of(world.rank), []
-    for start in range(0, len(mine), SAMPLED_AT_ONCE):
-        block = mine[start : start + SAMPLED_AT_ONCE]
-        completions += generate(
-            model, [prompts[i // G] for i in block], flags.max_tokens, temperature=1.0,
-            seed=flags.seed, streams=[first_stream + i for i in block], stop_tokens=stop_tokens,
-            on_token=lambda completion, shown, logits: host.reply(completion),
-        )  # fmt: skip
-
-    results = [[one.ids, one.forced, one.logprobs, one.finish == "stop"] for one in completions]
-    rollouts = [None] * (len(prompts) * G)
-    for rank, results_of_rank in enumerate(world.gather(results)):
-        for i, result in zip(rollouts_of(rank), results_of_rank):
-            rollouts[i] = make_rollout(tokenizer, some_problems[i // G], prompts[i // G], *result)
+    G = flags.attempts
+    asked = [problem for problem in some_problems for _ in range(G)]
+    prompts = [evaluate.prompt_of(tokenizer, problem) for problem in asked]
+    streams = range(first_stream, first_stream + len(asked))
+    results = evaluate.sample_replies(
+        model, tokenizer, prompts, TOOLS, flags.max_tokens, 1.0, flags.seed, streams, world, SAMPLED_AT_ONCE
+    )
+    triples = zip(asked, prompts, results)
+    rollouts = [make_rollout(tokenizer, problem, prompt, *result) for problem, prompt, result in triples]
     return [rollouts[start : start + G] for start in range(0, len(rollouts), G)]
 
 
@@ -464,47 +453,69 @@ def load_reference(flags):
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
+# Defaults of the flags by the size of --init-from, as in sft.py. tiny was tried out here, d12 was not: it has
+# nanochat's settings for GSM8K, one pass over its 7,473 problems at 5% of pretraining's learning rate.
+RECIPES = {
+    "tiny": dict(
+        task="word", steps=200, prompts=16, attempts=8, max_tokens=96, batch_tokens=8192,
+        lr=2e-4, final_lr=0.1, eval_every=100, eval_problems=64,
+    ),
+    "d12": dict(
+        task="gsm8k:hub", steps=467, prompts=16, attempts=16, max_tokens=256, batch_tokens=16384,
+        lr=3e-5, final_lr=0.0, eval_every=60, eval_problems=400,
+    ),
+}  # fmt: skip
+EXPECTATION = """
+What to expect of a model of GPT-2's size (d12, 124M parameters) on GSM8K: it begins at 0 to 3% and ends at 1
+to 4% at the most, an estimate, since nobody has published such a run (nanochat's 561M parameters went from
+4.6 to 7.6%). It learns the form of an answer and to use the calculator, hardly to reason. While 1% of the
+rollouts are right, only 15% of the groups of sixteen have a right one, and the others teach nothing. Easier
+problems (--task word) show more of what the method can do.
+"""
 
-def add_flags(flags, task, level, steps, lr, final_lr, eval_every):
-    """Flags of rl.py that extras/rlhf.py has too, with these defaults."""
+
+def add_flags(flags, about_defaults=None):
+    """Flags of rl.py that extras/rlhf.py has too. Those that RECIPES has are None if they are not given."""
     whole, every = number(int, low=1), number(int, low=0)
-    add = flags.add_argument_group("problems and rollouts").add_argument
-    add("--task", default=task, metavar="SPEC", help="a task, or several with shares: word=2,arithmetic=1")
-    add("--level", default=level, metavar="N", help="how difficult: 2, or a range: 1-3; none: all levels")
-    add("--prompts", type=whole, default=16, metavar="P", help="problems in a step")
-    add("--attempts", type=whole, default=8, metavar="G", help="rollouts of each, its group")
-    add("--max-tokens", type=whole, default=96, metavar="N", help="the longest that a rollout may be")
-    add("--fill", type=every, default=0, metavar="N", help="replace groups without signal, up to N times")
+    add = flags.add_argument_group("problems and rollouts", about_defaults).add_argument
+    what = "a task, or several with shares: word=2,arithmetic=1; also gsm8k:PATH"
+    add("--task", metavar="SPEC", help=what)
+    add("--level", metavar="N", help="how difficult: 2, or a range: 1-3; none: all levels")
+    add("--prompts", type=whole, help="problems in a step")
+    add("--attempts", type=whole, help="rollouts of each, its group")
+    add("--max-tokens", type=whole, help="the longest that a rollout may be")
+    add("--fill", type=every, default=0, help="replace groups without signal, up to N times")
     add("--export", metavar="PATH", help="append the right rollouts there, as conversations for sft.py")
     group = flags.add_argument_group("method and optimisation")
     add = group.add_argument
     add("--method", choices=("grpo", "best-of"), default="grpo", help="best-of imitates one right rollout")
     add("--std", action="store_true", help="advantages in standard deviations of the group")
-    add("--epochs", type=whole, default=1, metavar="N", help="updates with the same rollouts")
+    add("--epochs", type=whole, default=1, help="updates with the same rollouts")
     what = "PPO's clipping of the probability ratio, after the first epoch"
-    add("--clip", type=number(float, above=0), default=0.2, metavar="X", help=what)
+    add("--clip", type=number(float, above=0), default=0.2, help=what)
     what = "how strongly the KL divergence from the first model is held down"
     add("--kl", type=number(float, low=0), default=0.0, metavar="BETA", help=what)
-    add("--steps", type=whole, default=steps, metavar="N", help="rounds of rollouts and an update")
+    add("--steps", type=whole, help="rounds of rollouts and an update")
     names = "lr", "warmup-steps", "final-lr", "grad-clip", "batch-tokens"
-    add_shared_flags(group, *names, lr=lr, warmup_steps=5, final_lr=final_lr, batch_tokens=8192)
+    add_shared_flags(group, *names, warmup_steps=5, final_lr=None)
     group = flags.add_argument_group("evaluation and checkpoints (in steps; 0: never)")
     add = group.add_argument
-    add("--show-every", type=every, default=50, metavar="N", help="steps between rollouts that are shown")
+    add("--show-every", type=every, default=50, help="steps between rollouts that are shown")
     what = "steps between evaluations; there is one before and one after all steps"
-    add("--eval-every", type=every, default=eval_every, metavar="N", help=what)
+    add("--eval-every", type=every, help=what)
     add("--eval-level", metavar="N", help="levels for that; --level's if not given")
-    add("--eval-problems", type=whole, default=64, metavar="N", help="test problems of each level")
-    add("--k", type=whole, default=8, metavar="N", help="samples of each, for pass@k and the majority vote")
+    add("--eval-problems", type=whole, help="test problems of each level")
+    add("--k", type=whole, default=8, help="samples of each, for pass@k and the majority vote")
     add_shared_flags(group, "save-every", "keep", save_every=50)
     add_shared_flags(flags.add_argument_group("machine"), "ranks", "seed", "device", "dtype")
 
 
 def parser():
-    flags = common.Parser(prog="rl.py", description=__doc__)
+    flags = common.Parser(prog="rl.py", description=__doc__, epilog=EXPECTATION)
+    recipes = describe_recipes(RECIPES)
     group = flags.add_argument_group("model")
     add_shared_flags(group, "init-from", "out", "resume", init_from="runs/sft", out="runs/rl")
-    add_flags(flags, task="word", level=None, steps=200, lr=2e-4, final_lr=0.1, eval_every=100)
+    add_flags(flags, f"by default, for a model of up to 17M parameters and for a larger one:\n{recipes}")
     return flags
 
 
@@ -516,6 +527,7 @@ def parse(argv):
         if "what" in before or before.get("reward") == "model":  # its reward is not the verifier's
             command = f"python -m extras.rlhf {before.get('what', 'policy')}"
             raise UserError(f"{flags.out} is a run of RLHF; go on with: {command} --out {flags.out} --resume")
+    use_recipe(flags, RECIPES[size_of(config_of(flags, checkpoint))])
     check_flags(flags, checkpoint)
     return flags, checkpoint
 

@@ -13,6 +13,7 @@ tokenizer.py first, rl.py next; tasks/conversations.py makes the conversations.
 """
 
 import functools
+from collections import Counter
 
 import numpy as np
 
@@ -22,32 +23,34 @@ import evaluate
 import gpt2
 import kernels
 from common import Run, UserError, add_shared_flags, count, number
-from tasks.conversations import DEFAULT, draw
+from tasks.conversations import DEFAULT, draw, draw_each
 from tokenizer import Tokenizer
-from train import learning_rate
+from train import describe_recipes, learning_rate, use_recipe
 
 UNKNOWN = 2  # percent of the mixture: questions that the probe found it cannot answer
 PASS_COST = 128  # what forward and backward cost besides their tokens, in tokens: tiny model, 2 cores
 
 
 def main(argv=None):
-    flags, checkpoint = common.parse_run(parser(), argv)
+    flags, checkpoint = parse(argv)
     if flags.show:
         return show(flags)
     run = Run("sft.py", flags, checkpoint, stage="sft")
 
-    # The conversations, as tokens and masks
+    # The other ranks, which read the conversations at the same time
     source = checkpoint or common.newest_checkpoint(flags.init_from)
+    config = gpt2.read_config(source)
+    device, flags.dtype = kernels.choose(flags.device, flags.dtype, on_gpu=ON_GPU[size_of(config)])
+    flags.ranks = distributed.choose_ranks(flags.ranks, config.n_params(), device, flags.batch_size)
+    world = distributed.start(flags.ranks, __file__, argv)
+
+    # The conversations, as tokens and masks
     base_tokenizer = Tokenizer.load(source)
     tokenizer = base_tokenizer.with_chat_tokens()
-    config = gpt2.read_config(source)
     rows, held_out, left_out = load_conversations(flags, tokenizer, config.n_positions)
     loader = DataLoader(rows, flags, config.n_positions)
 
     # The model, the same on every rank
-    device, flags.dtype = kernels.choose(flags.device, flags.dtype)
-    flags.ranks = distributed.choose_ranks(flags.ranks, config.n_params(), device, flags.batch_size)
-    world = distributed.start(flags.ranks, __file__, argv)
     sizes = dict(own_tokens=base_tokenizer.vocab_size, vocab_size=tokenizer.vocab_size)
     model = gpt2.GPT2.from_pretrained(source, device, flags.dtype, **sizes)
     model.share(world)
@@ -84,14 +87,17 @@ def main(argv=None):
 
 
 def load_conversations(flags, tokenizer, n_positions):
-    """Rows to train on, held-out rows, and {why a conversation was left out or shortened: how many}."""
-    spec = flags.data or DEFAULT
+    """Rows to train on, held-out rows, and {why a conversation was left out or shortened: how many}.
+
+    Conversations become rows one by one, so that a set of 460,000 is never in memory as text.
+    """
+    spec = flags.data
     if flags.known:
         spec += f",unknown:{flags.known}={UNKNOWN}"
-    drawn, dropped = draw(spec, flags.examples, flags.seed, skip_bad=flags.skip_bad)
-    held_out, _ = draw(spec, 300, flags.seed, split="test", skip_bad=flags.skip_bad)
-    longest = n_positions + 1  # the last token is a target and no input
+    longest, dropped = n_positions + 1, Counter()  # the last token is a target and no input
+    drawn = draw_each(spec, flags.examples, dropped, flags.seed, skip_bad=flags.skip_bad)
     rows, shortened = prepare(tokenizer, drawn, longest)
+    held_out, _ = draw(spec, 300, flags.seed, split="test", skip_bad=flags.skip_bad)
     if len(rows) < flags.batch_size:
         raise UserError(
             f"{len(rows)} conversations are fewer than --batch-size {flags.batch_size}; give more"
@@ -106,17 +112,18 @@ def prepare(tokenizer, conversations, longest):
     conversation is left out.
     """
     rows, counts = [], {"shortened": 0, "left out": 0}
+    end_of_turn = tokenizer.encode_special("<|im_end|>")
+    dtype = np.min_scalar_type(tokenizer.vocab_size)  # uint16 as a rule: a set may have 400M tokens
     for conversation in conversations:
-        n_turns = len(conversation)
         tokens, mask = tokenizer.render(conversation)
-        while len(tokens) > longest and n_turns > 1:
-            n_turns -= 1
-            tokens, mask = tokenizer.render(conversation[:n_turns])
-        if len(tokens) > longest or not any(mask):
+        tokens, mask = np.array(tokens, dtype), np.array(mask, bool)  # (T,) each
+        ends = np.flatnonzero(tokens == end_of_turn) + 1  # (turns,)
+        n = int(ends[ends <= longest].max(initial=0))
+        if not mask[:n].any():
             counts["left out"] += 1
             continue
-        counts["shortened"] += n_turns < len(conversation)
-        rows.append((np.array(tokens, np.int32), np.array(mask, bool)))  # (T,) each
+        counts["shortened"] += n < len(tokens)
+        rows.append((tokens[:n].copy(), mask[:n].copy()))  # a slice would keep the rest in memory
     return rows, counts
 
 
@@ -240,7 +247,7 @@ def print_plan(run, rows, left_out):
 def show(flags):
     """Print --show conversations as one flat stream; the targets are bright, or stand between brackets."""
     tokenizer = Tokenizer.load(common.newest_checkpoint(flags.init_from)).with_chat_tokens()
-    conversations, _ = draw(flags.data or DEFAULT, flags.show, flags.seed, skip_bad=flags.skip_bad)
+    conversations, _ = draw(flags.data, flags.show, flags.seed, skip_bad=flags.skip_bad)
     for conversation in conversations:
         tokens, mask = tokenizer.render(conversation)
         print(f"{marked(tokenizer, tokens, mask)}\n({len(tokens)} tokens, {sum(mask)} of them targets)\n")
@@ -261,39 +268,78 @@ def marked(tokenizer, tokens, mask):
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
+# What a larger model learns from: smol-smoltalk, and what our assistant has besides: a name, tools, refusals.
+CHAT = "smoltalk:hub=85,gsm8k:hub=2,tools=4,spelling=2,counting=1,multi-turn=1,identity=2,refusal=1,unknown=2"
+# Defaults of the flags by the size of --init-from. tiny was tried out here, d12 was not: it has the batch,
+# the epochs and the warm-up (a tenth of the steps) with which SmolLM2-135M learned from smol-smoltalk, and
+# half of pretraining's learning rate (theirs was 1e-3).
+RECIPES = {
+    "tiny": dict(
+        data=DEFAULT, examples=40000, epochs=1, batch_size=16, batch_tokens=8192, lr=3e-3, warmup_steps=50
+    ),
+    "d12": dict(
+        data=CHAT, examples=480000, epochs=2, batch_size=128, batch_tokens=16384, lr=3e-4, warmup_steps=750
+    ),
+}
+ON_GPU = {"tiny": "float32", "d12": "bfloat16"}  # the --dtype on a GPU
+EXPECTATION = """
+What to expect of a model of GPT-2's size (d12, 124M parameters): fluent answers of a few sentences that keep
+to the subject, with many wrong facts. Of GSM8K's problems it solves 0 to 3%: others report 0.2 to 3.3% at
+this size, and these settings were not tried out yet. It learns the form of a solution and when to call the
+calculator, hardly the reasoning. rl.py starts from there.
+"""
+
 
 def parser():
-    flags = common.Parser(prog="sft.py", description=__doc__)
+    flags = common.Parser(prog="sft.py", description=__doc__, epilog=EXPECTATION)
     whole, steps = number(int, low=1), number(int, low=0)
     group = flags.add_argument_group("model and data")
     add_shared_flags(group, "init-from", "out", "resume", init_from="runs/factbook", out="runs/sft")
     add = group.add_argument
-    what = "sources with their shares, as in factbook=3,tasks=2,jsonl:PATH=1; none: the default mixture"
+    what = "sources with their shares, as in factbook=3,tasks=2; also jsonl:PATH, smoltalk:PATH, gsm8k:PATH"
+    what += "; with hub as its PATH a set is downloaded"
     add("--data", metavar="SPEC", help=what)
     what = "what evaluate.py --probe wrote: teach it to say that it does not know the rest"
     add("--known", metavar="PATH", help=what)
-    what = "leave out the bad lines of a jsonl:PATH, and count them"
+    what = "leave out the bad lines of jsonl:PATH and the bad rows of smoltalk:PATH, and count them"
     add("--skip-bad", action="store_true", help=what)
     what = "instead of training, print N conversations as the model reads them"
-    add("--show", type=whole, metavar="N", help=what)
+    add("--show", type=whole, help=what)
 
-    group = flags.add_argument_group("optimisation")
-    group.add_argument("--examples", type=whole, default=40000, metavar="N", help="conversations to draw")
-    group.add_argument("--epochs", type=whole, default=1, metavar="N", help="how often each is seen")
-    what = "conversations in an update"
-    group.add_argument("--batch-size", type=whole, default=16, metavar="N", help=what)
+    what = "optimisation; by default, for a model of up to 17M parameters and for a larger one"
+    group = flags.add_argument_group(what, describe_recipes(RECIPES))
+    group.add_argument("--examples", type=whole, help="conversations to draw")
+    group.add_argument("--epochs", type=whole, help="how often each is seen")
+    group.add_argument("--batch-size", type=whole, help="conversations in an update")
     names = "batch-tokens", "lr", "warmup-steps", "final-lr", "weight-decay", "grad-clip"
-    add_shared_flags(group, *names, batch_tokens=8192, lr=3e-3, warmup_steps=50)
+    add_shared_flags(group, *names)
 
     group = flags.add_argument_group("evaluation and checkpoints (in steps; 0: never)")
     what = "steps between losses on held-out conversations"
-    group.add_argument("--eval-every", type=steps, default=500, metavar="N", help=what)
+    group.add_argument("--eval-every", type=steps, default=500, help=what)
     what = "steps between short evaluations of what it can do"
-    group.add_argument("--exam-every", type=steps, default=1000, metavar="N", help=what)
+    group.add_argument("--exam-every", type=steps, default=1000, help=what)
     add_shared_flags(group, "save-every", "keep", save_every=500)
 
     add_shared_flags(flags.add_argument_group("machine"), "ranks", "seed", "device", "dtype")
     return flags
+
+
+def parse(argv):
+    """The flags, with the recipe's values where none are given, and the checkpoint to go on from or None."""
+    flags, checkpoint = common.parse_run(parser(), argv)
+    use_recipe(flags, RECIPES[size_of(config_of(flags, checkpoint))])
+    return flags, checkpoint
+
+
+def config_of(flags, checkpoint):
+    """The sizes of the model that a run begins or goes on with."""
+    return gpt2.read_config(checkpoint or common.newest_checkpoint(flags.init_from))
+
+
+def size_of(config):
+    """The name of the recipe for a model of this size."""
+    return "tiny" if config.n_params() <= distributed.SMALL else "d12"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ made the shards. Run in common.py writes log and checkpoints, and ends the loop 
 
 import functools
 import math
+import textwrap
 import time
 
 import numpy as np
@@ -21,6 +22,7 @@ import distributed
 import gpt2
 import kernels
 from common import Run, UserError, add_shared_flags, count, duration, number, size
+from evaluate import hellaswag, hellaswag_text, read_hellaswag
 from tokenizer import Tokenizer
 
 
@@ -42,6 +44,7 @@ def main(argv=None):
     flags.ranks = distributed.choose_ranks(flags.ranks, config.n_params(), device, rows)
     world = distributed.start(flags.ranks, __file__, argv)
     memory = choose_batch_size(flags, config, kernels.load(device), world)
+    hellaswag_items = load_hellaswag(flags, device, tokenizer, config.n_positions)
     validation = {T: validation_batches(val_shards, T, flags) for T in (flags.short_len, flags.seq_len)}
     model = make_model(source, config, device, flags)
     model.share(world)
@@ -68,6 +71,10 @@ def main(argv=None):
             loss, bits_per_byte = evaluate(model, batches, tokenizer.token_lengths, world)
             run.say(f"step {done}: validation loss {loss:.4f}, {bits_per_byte:.4f} bits per byte")
             run.log("eval", step=done, loss=loss, bits_per_byte=bits_per_byte)
+        if run.is_due(done, flags.hellaswag_every):
+            results = hellaswag(model, hellaswag_items, world)
+            run.say(f"step {done}: {hellaswag_text(results)}")
+            run.log("hellaswag", step=done, **results)
         if run.is_due(done, flags.sample_every) and world.rank == 0:
             text = continuation(model, tokenizer, flags.sample_tokens, seed=done)
             run.say(f"step {done}, a sample:\n{text}\n")
@@ -192,6 +199,18 @@ def evaluate(model, batches, token_lengths, world):
     nats = sum(float(read().sum(dtype=np.float64)) for read in losses)
     nats, n_tokens, n_bytes = map(sum, zip(*world.gather([nats, n_tokens, n_bytes])))
     return nats / n_tokens, nats / math.log(2) / max(n_bytes, 1)
+
+
+def load_hellaswag(flags, device, tokenizer, n_positions):
+    """The items of HellaSwag, None if they are not evaluated. Sets --hellaswag-every where it is not given.
+
+    It is on for d12 and larger models on a GPU, if `evaluate.py --hellaswag hub` or the Makefile has fetched
+    HellaSwag before.
+    """
+    if flags.hellaswag_every is None:
+        is_wanted = device == "cuda" and flags.model != "tiny" and data.is_fetched("hellaswag", "test")
+        flags.hellaswag_every = 250 if is_wanted else 0
+    return read_hellaswag("hub", tokenizer, n_positions) if flags.hellaswag_every else None
 
 
 def continuation(model, tokenizer, n, seed, temperature=0.7):
@@ -376,13 +395,22 @@ RECIPES = {  # defaults of the flags by --model: tiny was tried out here, the ot
 }
 
 
-def describe_recipes():
-    """A line for each of RECIPES, for --help."""
-    lines = []
-    for model, recipe in RECIPES.items():
+def describe_recipes(recipes):
+    """A paragraph for each of some recipes, {model: {flag: default}}, for --help."""
+    paragraphs = []
+    for model, recipe in recipes.items():
         settings = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in recipe.items())
-        lines.append(f"{model:5} {settings}")
-    return "\n".join(lines)
+        text = f"{model:5} {settings}"
+        lines = textwrap.wrap(text, 100, break_on_hyphens=False, break_long_words=False)
+        paragraphs.append("\n      ".join(lines))
+    return "\n".join(paragraphs)
+
+
+def use_recipe(flags, recipe):
+    """Give the flags that are None the values of a recipe, {flag: default}."""
+    for name, value in recipe.items():
+        if getattr(flags, name) is None:
+            setattr(flags, name, value)
 
 
 def parser():
@@ -398,7 +426,7 @@ def parser():
         group.add_argument(f"--n-{name}", type=whole, metavar="N", help=f"{what}, instead of the preset's")
     group.add_argument("--n-positions", type=whole, metavar="N", help="context; 1024, or --seq-len for tiny")
 
-    group = flags.add_argument_group("optimisation; by default", describe_recipes())
+    group = flags.add_argument_group("optimisation; by default", describe_recipes(RECIPES))
     group.add_argument("--steps", type=whole, metavar="N", help="updates")
     what = "rows of a micro-batch; as many as memory allows"
     group.add_argument("--batch-size", type=whole, metavar="B", help=what)
@@ -422,6 +450,8 @@ def parser():
     group.add_argument("--eval-tokens", type=whole, default=65536, metavar="N", help=what)
     what = "steps between samples; there is one at the end"
     group.add_argument("--sample-every", type=steps, default=200, metavar="N", help=what)
+    what = "steps between evaluations on HellaSwag; 250 for d12 and larger on a GPU, if it has been fetched"
+    group.add_argument("--hellaswag-every", type=steps, metavar="N", help=what)
     group.add_argument("--sample-tokens", type=whole, default=100, metavar="N", help="length of a sample")
     add_shared_flags(group, "save-every", "keep", save_every=200)
 
@@ -448,9 +478,7 @@ def parse(argv):
     recipe = dict(RECIPES[flags.model])
     if flags.seq_len:  # one length for all rows, unless the short ones are asked for
         recipe.update(short_len=flags.seq_len, short_steps=0)
-    for name, value in recipe.items():
-        if getattr(flags, name) is None:
-            setattr(flags, name, value)
+    use_recipe(flags, recipe)
     if flags.overfit_batch:  # the one batch has long rows, and its loss is meant to be far from usual
         flags.short_steps, flags.outlier_z = 0, 0.0
     if flags.total_batch_tokens % flags.seq_len:

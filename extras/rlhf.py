@@ -28,10 +28,11 @@ import common
 import distributed
 import evaluate
 import gpt2
+import kernels
 import rl
 from common import Run, UserError, add_shared_flags, number
 from sample import load_assistant, prefill
-from sft import micro_batches, share
+from sft import config_of, micro_batches, share
 from tasks.conversations import hosted, turns
 from tasks.problems import problems
 from tokenizer import Tokenizer, as_parts, text_of
@@ -245,14 +246,14 @@ class DirectPreference:
 def train(flags, checkpoint, argv):
     """The loop of `reward` and `dpo`: orderings of the assistant's own answers, and an update."""
     run = Run(f"-m extras.rlhf {flags.what}", flags, checkpoint, stage=flags.what)
-    model, tokenizer = load_assistant(checkpoint or flags.init_from, flags)
-    reference_model, _ = load_assistant(flags.init_from, flags)
+    config, n_rows = config_of(flags, checkpoint), flags.prompts * flags.attempts
+    device, flags.dtype = kernels.choose(flags.device, flags.dtype)
+    flags.ranks = distributed.choose_ranks(flags.ranks, config.n_params(), device, n_rows)
+    world = distributed.start(flags.ranks, __file__, argv)
 
     # The model, the same on every rank
-    n_params, n_positions = model.config.n_params(), model.config.n_positions
-    n_rows = flags.prompts * flags.attempts
-    flags.ranks = distributed.choose_ranks(flags.ranks, n_params, model.device, n_rows)
-    world = distributed.start(flags.ranks, __file__, argv)
+    model, tokenizer = load_assistant(checkpoint or flags.init_from, flags)
+    reference_model, _ = load_assistant(flags.init_from, flags)
     model.share(world)
     optimizer = gpt2.AdamW(model, weight_decay=0.0, world=world)
 
@@ -283,7 +284,7 @@ def train(flags, checkpoint, argv):
         rollouts = rl.flat(chosen)
         loss, pull, accuracy = preference_loss(objective.values(rollouts), orderings(chosen))
         rows = share(objective.rows(rollouts, pull), world)
-        for tokens, targets, weights in micro_batches(rows, flags.batch_tokens, n_positions):
+        for tokens, targets, weights in micro_batches(rows, flags.batch_tokens, config.n_positions):
             model.forward(tokens, targets, weights)  # (B, T) each
             model.backward()
         world.all_reduce(model.sums)
@@ -341,7 +342,9 @@ def parser():
     group.add_argument("--questions", type=number(int, low=1), help=what)
     what = "dpo: the larger, the closer to the first model"
     group.add_argument("--beta", type=number(float, above=0), default=0.1, help=what)
-    rl.add_flags(flags, task="decimals", level="1-2", steps=None, lr=None, final_lr=1.0, eval_every=10)
+    rl.add_flags(flags)
+    flags.set_defaults(**rl.RECIPES["tiny"])
+    flags.set_defaults(task="decimals", level="1-2", steps=None, lr=None, final_lr=1.0, eval_every=10)
     return flags
 
 

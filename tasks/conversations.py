@@ -20,6 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 import common
+import data
 from common import UserError
 from tasks.factbook import (
     FIELDS,
@@ -39,6 +40,8 @@ from tasks.problems import (
     called,
     chain_of_events,
     draw_word,
+    gsm8k_rows,
+    numeric,
     problems,
     random_words,
     split_of,
@@ -66,6 +69,10 @@ SOURCES = {  # {source: its usual share in percent}
     "unknown": 6,  # what it cannot know
 }
 DEFAULT = ",".join(f"{name}={share}" for name, share in SOURCES.items())
+OTHERS = {  # sets of other people, smoltalk:PATH and gsm8k:PATH: {name: the usual share}
+    "smoltalk": 80,  # HuggingFaceTB/smol-smoltalk: what a large model answered on everything
+    "gsm8k": 2,  # openai/gsm8k: word problems, solved step by step with the calculator
+}
 PROBLEMS = {  # {source: (tasks, levels)} of tasks/problems.py; rl.py practises the levels above these
     "tasks": (("arithmetic", "word", "decimals"), (1, 2)),
     "stories": (("word",), (3,)),
@@ -361,6 +368,28 @@ def with_calculator(problem):
     return [*parts, {"type": "text", "text": f"{end}Answer: {problem.answer}"}]
 
 
+def with_gsm8k_calls(problem, answer):
+    """GSM8K's solution with its annotations as calls of the calculator, and how many were left out.
+
+    From "48/2 = <<48/2=24>>24 clips" comes "48/2 =[ 48/2 -> 24] 24 clips". The space moves behind the call,
+    where the number is the same token as in the output. A call is left out if our calculator finds another
+    number than the annotation, which may be rounded.
+    """
+    solution = answer.replace("\r", "").rpartition("\n#### ")[0]
+    first, *pieces = re.split("( ?)<<([^=]*)=(.*?)>>", solution)
+    parts, n_left_out = [{"type": "text", "text": first}], 0
+    for space, expression, result, after in zip(*(pieces[i::4] for i in range(4))):
+        call = f" {expression}"
+        output = calculator(call)
+        if numeric(result) is not None and numeric(output.strip()) == numeric(result):
+            parts += called("calc", call, output, space + after)
+        else:
+            parts[-1]["text"] += space + after
+            n_left_out += 1
+    parts[-1]["text"] += f"\nAnswer: {problem.answer}"
+    return parts, n_left_out
+
+
 def hosted(solution):
     """A solution with the output that the host writes, " ac", and an answer that copies it without quotes."""
     if isinstance(solution, str):
@@ -403,22 +432,67 @@ def read(path, skip_bad=False):
     return conversations, skipped
 
 
+def is_of_tenth(conversation, split):
+    """Whether a conversation of a file belongs to the split: a tenth of them is for testing."""
+    return (digest(json.dumps(conversation)) % 10 == 0) == (split == "test")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sets of other people, from the hub
+
+
+def smoltalk(path, split, rng, skip_bad, dropped):
+    """Yield the conversations of smol-smoltalk, or of any parquet file of the same form, in random order.
+
+    They are read as they are needed: 460,000 of them are never in memory together.
+    """
+    files, are_of_split = data.table_files("smoltalk", path, split)
+    for where, row in data.parquet_rows(files, ["messages"], rng):
+        try:
+            conversation = checked(row["messages"], training=True)
+        except UserError as error:
+            if not skip_bad:
+                raise UserError(f"{where}: {error}; correct it or skip bad lines") from None
+            dropped["bad lines"] += 1
+            continue
+        if are_of_split or is_of_tenth(conversation, split):
+            yield conversation
+
+
+def gsm8k(path, split, rng, dropped):
+    """Yield GSM8K's problems and their solutions by calls of the calculator, in random order."""
+    rows = list(gsm8k_rows(path, split))
+    for problem, answer in rng.sample(rows, len(rows)):
+        solution, n_left_out = with_gsm8k_calls(problem, answer)
+        dropped["of GSM8K without a call that its calculator got wrong"] += n_left_out > 0
+        yield turns(problem.prompt, solution)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The mixture
 
 
-def conversations(name, split="train", seed=0, unknown=(), skip_bad=False):
-    """The conversations of a source, one after the other: without end, except for those of jsonl:PATH.
+def conversations(name, split="train", seed=0, unknown=(), skip_bad=False, dropped=None):
+    """The conversations of a source, one after the other: without end, except for those of files.
 
-    `unknown` has the (country, field) pairs that the model is not to answer from memory.
+    `unknown` has the (country, field) pairs that the model is not to answer from memory. What of a file is
+    left out is counted in `dropped`, {why: how many}.
     """
+    dropped = Counter() if dropped is None else dropped
     rng = random.Random(f"{seed} {split} {name}")
     source, _, path = name.partition(":")
+    if source == "smoltalk":
+        yield from smoltalk(path, split, rng, skip_bad, dropped)
+        return
+    if source == "gsm8k":
+        yield from gsm8k(path, split, rng, dropped)
+        return
     pool = facts(split)
     known = [fact for fact in pool if (fact.country, fact.field) not in unknown]
     if source == "jsonl":  # a tenth of them is for testing
-        own = read(path, skip_bad)[0]
-        own = [one for one in own if (digest(json.dumps(one)) % 10 == 0) == (split == "test")]
+        own, n_bad = read(path, skip_bad)
+        dropped["bad lines"] += n_bad
+        own = [one for one in own if is_of_tenth(one, split)]
         yield from rng.sample(own, len(own))
     elif path:  # unknown:PATH
         not_learned = probed(path)
@@ -465,10 +539,11 @@ def parse(spec):
     """'factbook=3,refusal' -> {"factbook": 3.0, "refusal": 2.0}; a name alone has its usual share."""
     shares = {}
     for item in filter(None, map(str.strip, spec.split(","))):
-        name, share = item.rsplit("=", 1) if "=" in item else (item, SOURCES.get(item, 10))
-        source, _, path = name.partition(":")
-        if name not in SOURCES and not (source in ("unknown", "jsonl") and path):
-            known = f"{', '.join(SOURCES)}, unknown:PATH, jsonl:PATH"
+        source, _, path = item.partition("=")[0].partition(":")
+        usual = SOURCES.get(source) or OTHERS.get(source, 10)
+        name, share = item.rsplit("=", 1) if "=" in item else (item, usual)
+        if name not in SOURCES and not (source in ("unknown", "jsonl", *OTHERS) and path):
+            known = f"{', '.join(SOURCES)}, unknown:PATH, jsonl:PATH, smoltalk:PATH, gsm8k:PATH"
             raise UserError(f"there is no source {name!r}; choose from {known}")
         if not re.fullmatch(r"\d*\.?\d+", str(share)) or not float(share):
             raise UserError(f"the share of {name} is {share!r}; give a number above 0")
@@ -479,7 +554,15 @@ def parse(spec):
 
 
 def draw(spec, n, seed=0, split="train", skip_bad=False):
-    """n conversations by share in random order, and what was dropped, {why: how many}.
+    """n conversations by share in random order, and what was dropped, {why: how many}."""
+    dropped = Counter()
+    kept = list(draw_each(spec, n, dropped, seed, split, skip_bad))
+    random.Random(f"{seed} {split} order").shuffle(kept)
+    return kept, {why: n_dropped for why, n_dropped in dropped.items() if n_dropped}
+
+
+def draw_each(spec, n, dropped, seed=0, split="train", skip_bad=False):
+    """Yield n conversations by share, one source after the other; count in `dropped` why others were not.
 
     A source that has nothing more to give leaves its share to the others. If all end, there are fewer than n.
     """
@@ -489,64 +572,61 @@ def draw(spec, n, seed=0, split="train", skip_bad=False):
     for name in shares:
         if name.startswith("unknown:"):
             unknown |= probed(name.removeprefix("unknown:"))
-    streams = {name: conversations(name, split, seed, unknown, skip_bad) for name in shares}
-    sieve, kept = Sieve(split), []
-    while streams and len(kept) < n:
+    streams = {name: conversations(name, split, seed, unknown, skip_bad, dropped) for name in shares}
+    sieve = Sieve(split, dropped)
+    while streams and n > 0:
         weights = [shares[name] for name in streams]
-        wanted = Counter(rng.choices(list(streams), weights, k=n - len(kept)))
-        for name in sorted(streams, key=is_ours):  # where two contradict, the first is kept: the user's own
-            passed = sieve.take(streams[name], wanted[name])
-            kept += passed
-            if len(passed) < wanted[name]:
+        wanted = Counter(rng.choices(list(streams), weights, k=n))
+        for name in sorted(streams, key=precedence):
+            n_taken = 0
+            for conversation in sieve.take(streams[name], wanted[name], name.partition(":")[0] in OTHERS):
+                n_taken += 1
+                yield conversation
+            n -= n_taken
+            if n_taken < wanted[name]:
                 del streams[name]
-    rng.shuffle(kept)
-    if skip_bad:
-        paths = [name.removeprefix("jsonl:") for name in shares if name.startswith("jsonl:")]
-        sieve.dropped["bad lines"] = sum(read(path, skip_bad=True)[1] for path in paths)
-    return kept, dict(sieve.dropped)
 
 
-def is_ours(name):
-    """Whether a source needs no file of the user's."""
-    return ":" not in name
+def precedence(name):
+    """The order of the sources. Where two contradict, the first is kept: the user's own, then ours."""
+    source, _, path = name.partition(":")
+    return 2 if source in OTHERS else 0 if path else 1
 
 
 class Sieve:
     """Keeps back conversations that are faulty, came before or contradict what came before."""
 
-    def __init__(self, split):
-        self.split = split
-        self.seen = set()  # conversations as JSON
-        self.answers = {}  # {what was said before, as JSON: what the assistant said then}
-        self.dropped = Counter()  # {why: how many}
+    def __init__(self, split, dropped):
+        self.split, self.dropped = split, dropped  # {why: how many}
+        self.seen = set()  # digests of conversations
+        self.answers = {}  # {digest of what was said before: digest of what the assistant said then}
 
-    def take(self, stream, n):
-        """The next n that pass; fewer if the stream ends, or if PATIENCE in a row do not pass."""
-        passed, in_a_row = [], 0
-        while len(passed) < n and in_a_row < PATIENCE:
+    def take(self, stream, n, curated=False):
+        """Yield the next n that pass; fewer if the stream ends, or if PATIENCE in a row do not pass."""
+        n_passed = in_a_row = 0
+        while n_passed < n and in_a_row < PATIENCE:
             conversation = next(stream, None)
             if conversation is None:
                 break
-            why = fault(conversation, self.split) or self.conflict(conversation)
+            why = fault(conversation, self.split, curated) or self.conflict(conversation)
             if why:
                 self.dropped[why] += 1
                 in_a_row += 1
             else:
-                passed.append(conversation)
+                yield conversation
+                n_passed += 1
                 in_a_row = 0
-        return passed
 
     def conflict(self, conversation):
         """What is wrong with a conversation beside those before it, or None."""
-        text = json.dumps(conversation)
-        if text in self.seen:
+        key = digest(json.dumps(conversation))
+        if key in self.seen:
             return "duplicates"
-        self.seen.add(text)
+        self.seen.add(key)
         for i, turn in enumerate(conversation):
             if turn["role"] == "assistant":
-                before = json.dumps(conversation[:i]).lower()
-                given = self.answers.setdefault(before, turn["content"])
-                if given != turn["content"]:
+                before, given = digest(json.dumps(conversation[:i]).lower()), digest(json.dumps(turn))
+                if self.answers.setdefault(before, given) != given:
                     return "contradicting others"
         return None
 
@@ -559,9 +639,12 @@ REPETITION = re.compile(
 )
 
 
-def fault(conversation, split):
-    """What is wrong with a conversation by itself, or None."""
-    if len(json.dumps(conversation, ensure_ascii=False)) > LONGEST:
+def fault(conversation, split, curated=False):
+    """What is wrong with a conversation by itself, or None.
+
+    Those of a curated set may be long and may repeat themselves: its makers have looked at that.
+    """
+    if not curated and len(json.dumps(conversation, ensure_ascii=False)) > LONGEST:
         return "too long"
     before = ""
     for turn in conversation:
@@ -570,7 +653,7 @@ def fault(conversation, split):
             return "too short"
         if turn["role"] == "user" and split == "train" and plain(text) in examined():
             return "of the evaluation"
-        if turn["role"] == "assistant":
+        if turn["role"] == "assistant" and not curated:
             if REPETITION.search(f"{text} "):
                 return "repeating themselves"
             if len(plain(before).split()) > 3 and has_words(plain(text), plain(before)):

@@ -214,8 +214,10 @@ def roughly_equal(given, truth):
 
 def plain(text):
     """The words of a text without capitals, accents and punctuation: "Côte d'Ivoire" -> 'cote d ivoire'."""
-    decomposed = unicodedata.normalize("NFKD", text).casefold()
-    return " ".join(re.findall(r"\w+", "".join(c for c in decomposed if not unicodedata.combining(c))))
+    letters = unicodedata.normalize("NFKD", text).casefold()
+    if not letters.isascii():  # an accent is a character of its own now
+        letters = "".join(c for c in letters if not unicodedata.combining(c))
+    return " ".join(re.findall(r"\w+", letters))
 
 
 def has_words(text, words):
@@ -223,18 +225,21 @@ def has_words(text, words):
     return f" {words} " in f" {text} "
 
 
-def probed(path):
-    """The (country, field) pairs that a model does not know.
-
-    `path` is what evaluate.py --probe writes. A fact is unknown if at most half of the answers were right.
-    """
+def read_probe(path):
+    """The lines that evaluate.py --probe wrote."""
     try:
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        return {(line["country"], line["field"]) for line in lines if line["rate"] <= 0.5}
-    except OSError as error:
-        raise UserError(f"unknown:{path}: {error.strerror}; write it with evaluate.py --probe") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"unknown:{path} is not what evaluate.py --probe writes; write it again") from None
+        for line in lines:
+            if not {"country", "field", "split"} <= set(line) or not 0 <= line["rate"] <= 1:
+                raise ValueError
+        return lines
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not what evaluate.py --probe writes; let it write one") from None
+
+
+def probed(path):
+    """The (country, field) pairs that a model does not know: at most half of its answers were right."""
+    return {(line["country"], line["field"]) for line in read_probe(path) if line["rate"] <= 0.5}
 
 
 # ------------------------------------------------------------------------------------------------------------

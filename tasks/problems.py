@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
 
 import common
 import data
@@ -92,14 +91,14 @@ class Problem:
 def problems(name, split="train", level=None, seed=0):
     """Problems of a task without end: of one level or of all, in all wordings.
 
-    `name` is a task, gsm8k:PATH or reasoning_gym:NAME. The problems of a GSM8K file come once for "test" and
-    again and again for "train". An unknown name or level and a bad file are a UserError at once.
+    `name` is a task, gsm8k:PATH or reasoning_gym:NAME. An unknown name or level and a bad file are a UserError
+    at once.
     """
     kind, _, rest = name.partition(":")
     if rest and kind == "reasoning_gym" and level is not None:
         raise UserError(f"{name} has no levels; leave --level out")
     if rest and kind in ("gsm8k", "reasoning_gym"):
-        stream = gsm8k(Path(rest), split, level, seed) if kind == "gsm8k" else gym(rest, split, seed)
+        stream = gsm8k(rest, split, level, seed) if kind == "gsm8k" else gym(rest, split, seed)
         return itertools.chain([next(stream)], stream)  # draw the first one now, so that errors show now
     if name not in TASKS:
         known = ", ".join([*TASKS, "gsm8k:PATH", "reasoning_gym:NAME"])
@@ -499,41 +498,43 @@ def factbook_question(rng, level, wording):
 
 
 def gsm8k(path, split, level, seed):
-    """GSM8K's problems: of a directory train.jsonl or test.jsonl; of a file, a fifth is for testing."""
-    file = path / f"{split}.jsonl" if path.is_dir() else path
-    try:
-        lines = file.read_text(encoding="utf-8").strip().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(f"{file}: {reason}; give a file of GSM8K, or the directory with both") from None
-    found = []
-    for n, line in enumerate(lines, 1):
-        try:
-            problem = gsm8k_problem(line)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            wanted = '{"question": "...", "answer": "...\\n#### 42"}'
-            raise UserError(f"{file}, line {n} is not {wanted}; correct or delete the line") from None
-        if (path.is_dir() or split_of(problem.key) == split) and level in (None, problem.level):
-            found.append(problem)
+    """GSM8K's problems of a split and a level, once for "test" and again and again for "train"."""
+    found = [problem for problem, _ in gsm8k_rows(path, split) if level in (None, problem.level)]
     if not found:
         what = f"no problem for {split}" + (f" of level {level}" if level else "")
-        raise UserError(f"{file} has {what}; choose another level or file")
+        raise UserError(f"gsm8k:{path} has {what}; choose another level or file")
     rng = random.Random(f"{split} {seed}")
     yield from rng.sample(found, len(found))
     while split == "train":
         yield from rng.sample(found, len(found))
 
 
-def gsm8k_problem(line):
-    """The problem of a line. Its level is its number of steps; <<3+4=7>>, for a calculator, is removed."""
-    entry = json.loads(line)
-    question, solution = entry["question"].strip(), re.sub("<<.*?>>", "", entry["answer"])
-    steps, _, answer = solution.replace("\r", "").rpartition("\n#### ")
-    answer = answer.strip().replace(",", "")
-    if not question or not steps or numeric(answer) is None:
+def gsm8k_rows(path, split):
+    """Yield (problem, its answer as the file has it) of GSM8K's rows: JSON lines or parquet.
+
+    A directory or the hub has a file for each split; of a single file, a fifth is for testing.
+    """
+    files, are_of_split = data.table_files("gsm8k", path, split)
+    for file in files:
+        for where, row in data.read_table(file, ("question", "answer")):
+            try:
+                problem = gsm8k_problem(row["question"], row["answer"])
+            except (ValueError, TypeError, AttributeError):
+                wanted = '{"question": "...", "answer": "...\\n#### 42"}'
+                raise UserError(f"{where} is not {wanted}; correct or delete it") from None
+            if are_of_split or split_of(problem.key) == split:
+                yield problem, row["answer"]
+
+
+def gsm8k_problem(question, answer):
+    """The problem of a row. Its level is its number of steps; <<3+4=7>>, for a calculator, is removed."""
+    question, solution = question.strip(), re.sub("<<.*?>>", "", answer)
+    steps, _, number = solution.replace("\r", "").rpartition("\n#### ")
+    number = number.strip().replace(",", "")
+    if not question or not steps or numeric(number) is None:
         raise ValueError
     level = steps.count("\n") + 1
-    return Problem("gsm8k", question, f"{steps}\nAnswer: {answer}", answer, level, key=question)
+    return Problem("gsm8k", question, f"{steps}\nAnswer: {number}", number, level, key=question)
 
 
 def gym(name, split, seed):

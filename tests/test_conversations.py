@@ -369,10 +369,11 @@ def test_the_same_problems_are_solved_in_steps_and_answer_first():
 @pytest.fixture
 def probe(tmp_path):
     lines = [
-        dict(country="France", field=field, rate=rate) for field, rate in (("capital", 0.0), ("area", 1.0))
+        dict(country="France", field=field, split="train", rate=rate)
+        for field, rate in (("capital", 0.0), ("area", 1.0))
     ]
     train = facts.facts("train")[:40]
-    lines += [dict(country=fact.country, field=fact.field, rate=1 / 3) for fact in train]
+    lines += [dict(country=fact.country, field=fact.field, split="train", rate=1 / 3) for fact in train]
     path = tmp_path / "known.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path, train
@@ -386,8 +387,8 @@ def test_what_the_probe_found_unknown_is_refused_and_no_longer_taught(probe):
     assert sum(question in wrong for question in answers) > 60
     assert all(text == f"{mixture.DONT_KNOW}." for question, text in answers.items() if question in wrong)
     assert not {fact.answer for fact in unknown} & set(answers.values())
-    text = path.read_text() + json.dumps(dict(country="Peru", field="area", rate=0.5)) + "\n"
-    path.write_text(text + json.dumps(dict(country="Peru", field="anthem", rate=0.51)) + "\n")
+    text = path.read_text() + json.dumps(dict(country="Peru", field="area", split="train", rate=0.5)) + "\n"
+    path.write_text(text + json.dumps(dict(country="Peru", field="anthem", split="train", rate=0.51)) + "\n")
     unknown_fields = {("Peru", "area"), ("France", "capital")}  # half right is not known
     assert facts.probed(path) == unknown_fields | {(f.country, f.field) for f in unknown}
 
@@ -469,9 +470,9 @@ def test_a_conversation_may_have_just_the_longest_length():
 def test_a_source_ends_after_too_many_in_a_row_are_dropped():
     old, new, newer = (mixture.turns(f"What is {n}?", f"A number, {n}.") for n in range(3))
     for repeats, kept in ((mixture.PATIENCE - 1, [old, new, newer]), (mixture.PATIENCE, [old])):
-        sieve = mixture.Sieve("train")
+        sieve = mixture.Sieve("train", Counter())
         stream = iter([old, *[old] * repeats, new, *[old] * repeats, newer])
-        assert sieve.take(stream, 3) == kept
+        assert list(sieve.take(stream, 3)) == kept
     assert sieve.dropped == {"duplicates": mixture.PATIENCE}
 
 

@@ -2,11 +2,15 @@
 
 import itertools
 import json
+import math
 import random
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import script
 from test_sample import BYTES, Fake, reciting, spell
@@ -19,6 +23,7 @@ import tasks.conversations as mixture
 import tasks.factbook as facts
 import tools
 from common import UserError
+from tasks.conversations import turns
 from tasks.problems import Problem
 from tokenizer import Tokenizer, text_of
 
@@ -117,7 +122,7 @@ def test_the_calculator_must_be_called_asked_the_question_and_copied(sit):
     assert sit(wrong)["calculator"] == dict(n=12, called=1, copied=0, right=0)
     turn = itertools.count()
     cut_off = lambda c: calculated(c)[: (3, 1, 0)[next(turn) % 3]]  # every third reply is complete
-    answers = lambda questions: [cut_off(evaluate.user(question)) for question in questions]
+    answers = lambda questions: [cut_off(turns(question)) for question in questions]
     third = dict(n=12, called=1 / 3, copied=1, right=1 / 3)  # copied is a share of the calls
     assert evaluate.calculator(answers, random.Random(0), 12) == third
     malformed = lambda _: mixture.called("calc", " 1 +", f" {tools.calculate('1 +')}", "It is 2.")
@@ -177,12 +182,12 @@ def test_a_fact_that_is_right_in_half_of_the_replies_is_not_known(sit):
 
 
 def test_the_table_shows_measures_and_bars():
-    results = {"search": dict(n=470, searched=1.0, right=0.7), "word, level 1": dict(n=9, steps_first=None)}
+    results = {"search": dict(n=470, searched=1.0, right=0.7), "word, level 1": dict(n=9, steps_first=0)}
     results["known facts"] = dict(n=3, right=0.8, refused=0.1)
     table = evaluate.table(results)
     assert "search                       470  searched 100%, right 70% (>= 70%)" in table
     assert "known facts                    3  right 80% (>= 80%), refused 10% (<= 15%)" in table
-    assert evaluate.line(results) == "evaluation: search 100%, known facts 80%"
+    assert evaluate.line(results) == "evaluation: search 100%, word, level 1 0%, known facts 80%"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -194,7 +199,7 @@ def test_asked_in_batches_the_replies_come_in_order(monkeypatch):
     monkeypatch.setattr(evaluate, "ROWS", 3)
     tokenizer = Tokenizer.bytes()
     model = gpt2.GPT2(gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=99, vocab_size=266), seed=3)
-    asked = [evaluate.user("?" * n) for n in (7, 1, 5, 3, 9, 2, 8)]
+    asked = [turns("?" * n) for n in (7, 1, 5, 3, 9, 2, 8)]
     settings = dict(max_tokens=6, temperature=1.0, seed=5)
     together = evaluate.ask(model, tokenizer, asked, **settings)
     alone = [evaluate.ask(model, tokenizer, [one], streams=[i], **settings)[0] for i, one in enumerate(asked)]
@@ -220,14 +225,14 @@ class Ranks:
     def gather(self, rank, mine, n):
         self.board[rank] = json.loads(json.dumps(mine))  # only JSON travels
         assert len(mine) == len(range(rank, n, self.size)), "each rank asks its own"
-        blank = [[{"parts": None}] * len(range(r, n, self.size)) for r in range(self.size)]
+        blank = [[[[], [], [], False]] * len(range(r, n, self.size)) for r in range(self.size)]
         return [self.board.get(other, blank[other]) for other in range(self.size)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 9])
 def test_the_number_of_ranks_changes_no_reply(size):
     config = gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=99, vocab_size=266)
-    model, asked = gpt2.GPT2(config, seed=3), [evaluate.user("?" * n) for n in (7, 1, 5, 3, 9)]
+    model, asked = gpt2.GPT2(config, seed=3), [turns("?" * n) for n in (7, 1, 5, 3, 9)]
     settings = dict(max_tokens=6, temperature=1.0, seed=5)
     on_rank = lambda world: evaluate.ask(model, BYTES, asked, world=world, **settings)
     alone = evaluate.ask(model, BYTES, asked, **settings)
@@ -237,9 +242,9 @@ def test_the_number_of_ranks_changes_no_reply(size):
 
 def test_tools_answer_and_a_reply_that_is_cut_off_says_so():
     ids = spell("calc_start", "3*17", "calc_end", "output_start", " 51", "output_end", " 51.", "im_end")
-    prompt = BYTES.prompt(evaluate.user("3*17?"))
+    prompt = BYTES.prompt(turns("3*17?"))
     model = Fake(reciting(ids, len(prompt)))
-    [reply] = evaluate.ask(model, BYTES, [evaluate.user("3*17?")], tools.TOOLS)
+    [reply] = evaluate.ask(model, BYTES, [turns("3*17?")], tools.TOOLS)
     assert [part["text"] for part in reply] == ["3*17", " 51", " 51."]
     whole, cut_off = (
         evaluate.reply_to(model, BYTES, [prompt], tools.TOOLS, max_tokens, 0.0, 0)[0]
@@ -247,7 +252,7 @@ def test_tools_answer_and_a_reply_that_is_cut_off_says_so():
     )
     assert (whole["finished"], whole["length"]) == (True, len(ids))
     assert (cut_off["finished"], cut_off["length"]) == (False, len(ids) - 1)
-    [reply] = evaluate.ask(model, BYTES, [evaluate.user("3*17?")])
+    [reply] = evaluate.ask(model, BYTES, [turns("3*17?")])
     assert "no calc here" in reply[1]["text"]
 
 
@@ -345,7 +350,7 @@ def test_measures_of_problems_by_hand(monkeypatch):
 @pytest.mark.usefixtures("sums")
 def test_problems_are_sampled_from_the_model():
     """It says 2 with probability 0.6, else 3; greedily always 2."""
-    prompt = BYTES.prompt(evaluate.user("1+1?"))
+    prompt = BYTES.prompt(turns("1+1?"))
     words = [*b"Answer: ", None, BYTES.encode_special("<|im_end|>")]
 
     def logits(text):
@@ -365,12 +370,94 @@ def test_problems_are_sampled_from_the_model():
 
 @pytest.mark.usefixtures("sums")
 def test_problems_that_leave_no_room_for_a_reply():
-    model = SimpleNamespace(config=SimpleNamespace(n_positions=len(BYTES.prompt(evaluate.user("1+1?")))))
+    model = SimpleNamespace(config=SimpleNamespace(n_positions=len(BYTES.prompt(turns("1+1?")))))
     with pytest.raises(UserError, match=r"prompts of sum fill the model's context of .*lower --level"):
         evaluate.distinct_problems(model, BYTES, "sum", 1, 5, 0)
     model.config.n_positions += 1
     assert [p.prompt for p in evaluate.distinct_problems(model, BYTES, "sum", 1, 5, 0)] == ["1+1?", "2+2?"]
     assert [p.prompt for p in evaluate.distinct_problems(model, BYTES, "sum", 1, 1, 0)] == ["1+1?"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# HellaSwag (its losses are compared with those of transformers in test_golden.py)
+
+ITEM = dict(ctx="A cat sits. It", endings=["purrs.", "barks and barks.", "flies.", "is"], label="0")
+
+
+def write_items(path, *rows):
+    """The rows as JSON lines, or as parquet if the name says so."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(list(rows)), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("name", ["items.jsonl", "items.parquet"])
+def test_hellaswag_is_read_from_both_formats(tmp_path, name):
+    path = write_items(tmp_path / name, {**ITEM, "ind": 4}, {**ITEM, "label": "3"})
+    items = evaluate.read_hellaswag(path, BYTES, 99)
+    assert [label for _, _, label in items] == [0, 3]
+    assert BYTES.decode(items[0][0]) == "A cat sits. It"
+    assert [BYTES.decode(ending) for ending in items[0][1]] == [
+        " purrs.",
+        " barks and barks.",
+        " flies.",
+        " is",
+    ]
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        (dict(label=""), "row 3 has the label ''"),
+        (dict(label="4"), "row 3 has the label '4'"),
+        (dict(endings=["a", "b", "c"]), "row 3 has not four texts"),
+        (dict(endings=None), "row 3 has not four texts"),
+        (dict(ctx=None), "row 3 has no text as its ctx"),
+        (dict(ctx="x" * 90), "row 3 has 107 tokens, and the model has a context of 99"),
+    ],
+)
+def test_a_bad_row_of_hellaswag_is_named(tmp_path, bad, words):
+    path = write_items(tmp_path / "items.parquet", ITEM, ITEM, {**ITEM, **bad})
+    with pytest.raises(UserError, match=words):
+        evaluate.read_hellaswag(path, BYTES, 99)
+    just_fits = {**ITEM, "ctx": "x" * 83}  # 100 tokens: the last one is no input
+    path = write_items(tmp_path / "items.parquet", just_fits)
+    [item] = evaluate.read_hellaswag(path, BYTES, 99)
+    model = gpt2.GPT2(gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=99, vocab_size=266), seed=3)
+    assert evaluate.hellaswag(model, [item])["n"] == 1
+
+
+def test_the_number_of_ranks_and_the_company_of_a_row_change_nothing(tmp_path, monkeypatch):
+    golden = Path(__file__).parent / "golden" / "hellaswag.jsonl"
+    items = evaluate.read_hellaswag(golden, BYTES, 200)
+    config = gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=200, vocab_size=266)
+    model = gpt2.GPT2(config, dtype="float64", seed=3)
+    losses, results = evaluate.ending_losses(model, items), evaluate.hellaswag(model, items)
+    p = results["acc"]
+    assert results["acc_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 10)) and results["n"] == 10
+    for size in (3, 11):  # one rank has nothing to do
+        counts = []
+        world = lambda rank, size=size: SimpleNamespace(rank=rank, size=size, gather=lambda n: [n])
+        for rank in range(size):
+            counts.append(evaluate.hellaswag(model, items, world(rank)))
+        for name in ("acc", "acc_norm"):
+            assert sum(one[name] for one in counts) == pytest.approx(results[name])
+    monkeypatch.setattr(evaluate, "ROWS", 1)
+    np.testing.assert_allclose(evaluate.ending_losses(model, items), losses, rtol=1e-12)
+
+
+def test_hellaswag_by_the_command(tmp_path):
+    path = write_items(tmp_path / "items.jsonl", ITEM, ITEM)
+    model = gpt2.GPT2(gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=99, vocab_size=266), seed=3)
+    model.save_pretrained(tmp_path / "model")
+    BYTES.save(tmp_path / "model")
+    found = json.loads(run(tmp_path / "model", "--hellaswag", path, "--json"))
+    assert found["n"] == 2 and found["acc"] in (0, 1) and found["acc_stderr"] == 0
+    shown = run(tmp_path / "model", "--hellaswag", path)
+    assert shown.startswith(f"HellaSwag: acc_norm {found['acc_norm']:.4f} ± 0.0000") and "of 2 items" in shown
+    assert script.refused(script.run(evaluate.main, tmp_path / "model", "--hellaswag", "none"), "none", "ctx")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -384,7 +471,7 @@ def runs(monkeypatch):
     answers["long"] = [*b"x" * 400]
 
     def load(directory, flags):
-        prompt = BYTES.prompt(evaluate.user("_")) if directory == "sft" else [BYTES.eot, ord("_")]
+        prompt = BYTES.prompt(turns("_")) if directory == "sft" else [BYTES.eot, ord("_")]
         return Fake(reciting(answers[directory], len(prompt)), n_positions=500), BYTES, directory
 
     monkeypatch.setattr(sample, "load", load)

@@ -3,12 +3,15 @@
 The weights come out of files in Hugging Face's format, as a user's would.
 """
 
+import re
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
+import evaluate
 import gpt2
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -36,6 +39,24 @@ def test_logits(model, expected):
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-5)  # the issue asks for 1e-4
     last = model.decode(expected["tokens"][0], model.new_cache(2, 32))
     np.testing.assert_allclose(last, expected["logits"][:, -1], rtol=0, atol=1e-5)
+
+
+class Words:
+    """The tokenizer that make_golden.py has for HellaSwag: a word with the space before it is a token."""
+
+    def encode(self, text):
+        return [zlib.crc32(word.encode()) % 97 for word in re.findall(" ?[^ ]+", text)]
+
+
+def test_hellaswag(model, expected):
+    items = evaluate.read_hellaswag(GOLDEN / "hellaswag.jsonl", Words(), model.config.n_positions)
+    losses = evaluate.ending_losses(model, items)  # (10, 4)
+    np.testing.assert_allclose(losses, expected["hellaswag"][:, :, 0], rtol=1e-5)
+    labels = [label for _, _, label in items]
+    acc, acc_norm = ((expected["hellaswag"][:, :, i].argmin(1) == labels).mean() for i in (0, 1))
+    results = evaluate.hellaswag(model, items)
+    assert (results["acc"], results["acc_norm"], results["n"]) == (acc, acc_norm, 10)
+    assert acc != acc_norm, "the mean decides otherwise than the sum"
 
 
 def test_loss_and_every_gradient(model, expected):

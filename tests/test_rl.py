@@ -24,6 +24,7 @@ import distributed
 import evaluate
 import gpt2
 import rl
+import sample
 import sft
 from common import UserError
 from tasks.conversations import read
@@ -90,6 +91,7 @@ def two_armed(taught):
 def flags(**changed):
     """The flags of a run."""
     settings = rl.parser().parse_args(["--batch-tokens", str(MOST)])
+    rl.use_recipe(settings, rl.RECIPES["tiny"])
     vars(settings).update(changed)
     return settings
 
@@ -872,14 +874,14 @@ def test_fill_draws_again_and_no_more_than_it_may(start, tmp_path, monkeypatch):
 
 
 def test_a_drift_ends_a_run(start, monkeypatch):
-    real = rl.generate
+    real = sample.generate
 
     def wrong(*args, **settings):
         rows = real(*args, **settings)
         rows[0].logprobs[0] += 0.01
         return rows
 
-    monkeypatch.setattr(rl, "generate", wrong)
+    monkeypatch.setattr(sample, "generate", wrong)
     assert script.refused(start("run", "--eval-every", 0), "0.01", "sampling and training differ")
 
 

@@ -20,6 +20,7 @@ import common
 import evaluate
 import gpt2
 import sft
+from tasks.conversations import turns
 from tokenizer import Tokenizer, text_of
 
 CONFIG = gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64, vocab_size=266)
@@ -94,17 +95,22 @@ def test_what_is_trained_on_and_what_is_held_out(monkeypatch):
     asked, tokenizer = [], Tokenizer.bytes()
     conversations = [talk("a", "b"), talk("c", "d"), talk("e", "much longer")]
 
-    def draw(spec, n, seed, split="train", skip_bad=False):
+    def draw_each(spec, n, dropped, seed, split="train", skip_bad=False):
         asked.append((spec, n, seed, split, skip_bad))
-        return conversations, {"bad lines": 2}
+        yield from conversations
+        dropped["bad lines"] = 2
 
+    def draw(*arguments, **settings):
+        return list(draw_each(*arguments[:2], {}, *arguments[2:], **settings)), {}
+
+    monkeypatch.setattr(sft, "draw_each", draw_each)
     monkeypatch.setattr(sft, "draw", draw)
     settings = SimpleNamespace(
-        data=None, known="known.jsonl", examples=9, seed=5, skip_bad=True, batch_size=2
+        data="tasks=1", known="known.jsonl", examples=9, seed=5, skip_bad=True, batch_size=2
     )
     length = len(tokenizer.render(talk("a", "b"))[0])
     rows, held_out, left_out = sft.load_conversations(settings, tokenizer, length - 1)
-    spec = f"{sft.DEFAULT},unknown:known.jsonl=2"
+    spec = "tasks=1,unknown:known.jsonl=2"
     assert asked == [(spec, 9, 5, "train", True), (spec, 300, 5, "test", True)]
     assert len(rows) == len(held_out) == 2  # of as many tokens as the model has positions, and a target
     assert left_out == {"bad lines": 2, "shortened": 0, "left out": 1}
@@ -289,9 +295,7 @@ def test_it_learns_the_conversations(place):
     checkpoint = common.newest_checkpoint(place / "run")
     assert common.read_state(checkpoint)["stage"] == "sft"
     model, tokenizer = gpt2.GPT2.from_pretrained(checkpoint), Tokenizer.load(checkpoint)
-    replies = evaluate.ask(
-        model, tokenizer, [evaluate.user(f"{a}, {b}?") for a in range(6) for b in range(6)]
-    )
+    replies = evaluate.ask(model, tokenizer, [turns(f"{a}, {b}?") for a in range(6) for b in range(6)])
     assert all(re.fullmatch("[0-5][.]", text_of(reply)) for reply in replies)
     evals = [event for event in common.read_log(place / "run") if event["event"] == "eval"]
     assert [event["step"] for event in evals] == [50, 90]
