@@ -62,7 +62,7 @@ LAUNCHERS = {
 def adopt_launcher(environment):
     """Give what mpirun and srun say of this process the names that torchrun uses; others read only these.
 
-    A launcher of a single process is none: `srun --pty bash` begins a shell, in which scripts start ranks.
+    A launcher of a single process is none: `srun bash` begins a shell, in which scripts start their ranks.
     """
     for launcher in ("mpirun", "srun"):
         numbers = [environment.get(name) for name in LAUNCHERS[launcher]]
