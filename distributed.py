@@ -325,6 +325,8 @@ class World:
         self.sockets, self.lifelines, self.memory, self.processes = sockets, lifelines, memory, processes
         self.allocated = 0  # bytes of the shared memory
         self.asked_to_stop = 0  # the signal that this process received: SIGINT, SIGTERM, or 0
+        self.asked_at = 0.0  # seconds
+        self.launched = size > 1 and not processes and "STARTED_BY_RANK_0" not in os.environ
         self.stop = 0  # the signal that any rank had received at the last exchange: all ranks have the same
         self.all_sums = None  # (size, n): the sums of every rank, on a CPU
         self.nccl, self.zero = None, False  # on GPUs; with --zero each keeps the moments of its part alone
@@ -454,8 +456,10 @@ class World:
 
     def _caught(self, name, frame):
         if self.asked_to_stop:
+            if self.launched and time.monotonic() - self.asked_at < 5:
+                return  # the same request: a launcher passes on what the system has sent to all already
             raise KeyboardInterrupt
-        self.asked_to_stop = int(name)
+        self.asked_to_stop, self.asked_at = int(name), time.monotonic()
         if self.rank == 0:
             say("\nfinishing this step; once more to stop at once")
 

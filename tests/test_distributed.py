@@ -401,6 +401,18 @@ def test_a_killed_rank_of_a_launcher_takes_the_others_down(launched, killed):
     assert err == f"error: rank {killed} was killed; the last checkpoint stands, go on with --resume\n"
 
 
+def test_a_signal_that_a_launcher_passes_on_is_no_second_one(launched):
+    at, body = port(), FOR_EVER.replace("time.sleep(0.01)", "time.sleep(0.5)")
+    processes = launched(body, [(variables("torchrun", rank, 2, at), []) for rank in range(2)])
+    processes[0].stdout.readline()
+    time.sleep(0.2)
+    for name in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        for process in processes:
+            process.send_signal(name)
+        time.sleep(0.05)
+    assert [end_of(process)[0] for process in processes] == [143, 143]
+
+
 @pytest.mark.parametrize("hanging", [0, 1, 2])
 def test_a_rank_that_hangs_is_named_and_all_end(ranks, hanging):
     """Whether its process is stopped, or it waits for ever; the others wait for rank 0 twice as long."""

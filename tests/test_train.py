@@ -942,6 +942,44 @@ def test_ranks_of_a_launcher_train_as_those_that_a_script_starts(shards, tmp_pat
     assert same_bits(tmp_path / "run" / "step_000020", two_ranks / "step_000020")
 
 
+ON_GPUS = (
+    test_distributed.EMULATOR
+    + """
+import train, common
+train.measured_flops = lambda *_: 1e11
+common.run(train.main)
+"""
+)
+
+
+def test_a_run_on_two_gpus_goes_on_with_one(shards, tmp_path):
+    """In the emulator, with a NCCL made of sockets; --zero 1 leaves the files as they are."""
+    path, run = tmp_path / "gpus.py", tmp_path / "run"
+    path.write_text(ON_GPUS)
+    sizes = "--n-layer 1 --n-head 2 --n-embd 32 --seq-len 16 --total-batch-tokens 64 --batch-size 2"
+    rare = "--eval-every 3 --eval-tokens 64 --sample-every 0 --save-every 2 --warmup-steps 1 --lr 1e-2"
+
+    def go(size, *flags):
+        at, processes = test_distributed.port(), []
+        for rank in range(size):
+            told = test_distributed.variables("torchrun", rank, size, at)
+            environment = script.environment(PYTHONPATH=str(ROOT), **told)
+            pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            command = [sys.executable, path, "--out", run, "--device", "cuda", *map(str, flags)]
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+        said = [process.communicate(timeout=300) for process in processes]
+        assert all(process.returncode == 0 for process in processes), said
+        return said[0]
+
+    out, _ = go(2, "--data", shards, *sizes.split(), *rare.split(), "--steps", 4, "--zero", 1)
+    assert "on 2 ranks" in out and " a rank: parameters" in out
+    once = losses_of(run)
+    assert once[-1] < once[0] and loads(run / "step_000004") == 4
+    shutil.rmtree(run / "step_000004")
+    go(1, "--resume", "--ranks", 1)
+    np.testing.assert_allclose(losses_of(run), once, rtol=2e-3)
+
+
 def test_the_loss_of_a_step_is_the_mean_over_all_of_its_tokens(shards, whole, two_ranks):
     (start,) = events(whole, "start")
     loader = DataLoader(data.shards(shards, "train"), SimpleNamespace(**start["flags"]))
