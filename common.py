@@ -535,7 +535,9 @@ SHARED_FLAGS = {
         type=number(int, low=0), help="steps between checkpoints; there is always one at the end"
     ),
     "keep": dict(type=number(int, low=1), default=2, help="checkpoints to keep, the newest"),
-    "ranks": dict(type=number(int, low=1), help="processes that share a step; one a core for a small model"),
+    "ranks": dict(
+        type=number(int, low=1), help="processes that share a step; one a GPU, or a core for a small model"
+    ),
     "seed": dict(type=number(int, 0, 2**63), default=42, help="of all that is random"),
     "device": dict(
         choices=("auto", "cpu", "cuda", "reference"),
@@ -666,6 +668,7 @@ def require_new(run):
 
 
 WINDOW, ENOUGH = 128, 32  # steps that a loss is compared with; and how many of them there must be at least
+LONG_STEP = 5  # seconds: a stop request does not wait for its end, since spot machines give half a minute
 
 
 class Run:
@@ -706,7 +709,8 @@ class Run:
         self.z = getattr(flags, "outlier_z", 0.0)
         self.since = 0  # the first step that others are compared with
         self.skipped_in_a_row = 0
-        self.saved = 0  # steps that are in the newest checkpoint of this process
+        self.saved = self.start if checkpoint else None  # steps that are in the newest checkpoint
+        self.step_seconds = 0.0  # what a step takes, if the script has measured it; the same on all ranks
         self.flops_per_token, self.peak, self.peak_is = 0.0, math.inf, ""
         self.pending = None  # the report of the last step, until it is read
         self.line = Line(every=0)
@@ -739,6 +743,7 @@ class Run:
             for left_over in self.directory.glob(".*.part"):  # by a process that was killed while it saved
                 shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
             self._open_log()
+            self._check_disk(12 * model.config.n_params())  # the weights and two moments of each, float32
         self.log("start", step=self.start, flags=vars(self.flags), ranks=world.size, **about)
 
     def _open_log(self):
@@ -760,12 +765,29 @@ class Run:
             self.step_began = self.model.ops.now()
             yield step
             done = step + 1
-            stop = self.world.stop if done < self.n_steps else 0
-            self.save_if_due(done, stop)
-            if stop:
-                command = f"python {self.script} --out {shlex.quote(str(self.directory))} --resume"
-                self.say(f"stopped after step {done}; go on with: {command}")
-                raise SystemExit(128 + stop)
+            if self.world.stop and done < self.n_steps:
+                self._stop_after(done)
+            self.save_if_due(done)
+
+    def until_stopped(self, step, micro_batches):
+        """The micro-batches of a step; a stop request ends a step that takes long between two of them.
+
+        The state before the step is saved then: an update needs all of its micro-batches.
+        """
+        for i, micro_batch in enumerate(micro_batches):
+            if i and self.step_seconds > LONG_STEP:
+                self.model.ops.synchronize()  # else Python would be far ahead of a GPU
+                self.world.barrier()
+                if self.world.stop:
+                    self._stop_after(step)
+            yield micro_batch
+
+    def _stop_after(self, done):
+        """Save, say how to go on, and end the script."""
+        self.save_if_due(done, self.world.stop)
+        command = f"python {self.script} --out {shlex.quote(str(self.directory))} --resume"
+        self.say(f"stopped after step {done}; go on with: {command}")
+        raise SystemExit(128 + self.world.stop)
 
     def save_if_due(self, done, stop=0):
         """Write a checkpoint if one is due after `done` steps; at the end there is always one.
@@ -778,6 +800,7 @@ class Run:
             return
         self.saved = done
         self.flush()
+        self.optimizer.collect()
         if self.is_first:
             state = dict(skipped=self.skipped, losses=self.losses, norms=self.norms, flags=vars(self.flags))
             if self.stage:
@@ -786,6 +809,17 @@ class Run:
             models = self.model, self.tokenizer, self.optimizer
             place = save_checkpoint(self.directory, done, *models, self.flags.keep, **state)
             self.log("checkpoint", step=done, path=place.name)
+            self._check_disk(sum(path.stat().st_size for path in place.iterdir()))
+
+    def _check_disk(self, needed):
+        """Warn in time if the disk has no room for the next checkpoint, which takes `needed` bytes.
+
+        Old checkpoints are removed when the new one is there, so there must be room for one more.
+        """
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            what = f"the next checkpoint takes {size(needed)}, and {size(free)} are free"
+            self.say(f"warning: {what} where {self.directory} is; free some space, or lower --keep")
 
     def checkpoint_path(self, done):
         return self.directory / f"step_{done:06d}"

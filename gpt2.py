@@ -337,14 +337,35 @@ class GPT2:
         for views in (self.params, self.grads, self.master):
             views["wte.weight"] = views["wte.weight"][: self.config.vocab_size]
 
-    def share(self, world):
-        """Put the parameters into memory that all ranks of a World see, with rank 0's values; and sums into
-        memory that its all_reduce() takes. Ranks on a CPU alone."""
-        if world.size > 1:
-            params = world.zeros(len(self.flat_params), self.type)
+    def share(self, world, zero=False):
+        """Let all ranks of a World have rank 0's parameters, and add up their sums by its all_reduce().
+
+        On a CPU the parameters are in memory that all ranks see. On GPUs each rank has its own; with zero the
+        buffers are padded, so that the parts which ranks update are of equal length.
+        """
+        if world.size == 1:
+            return
+        n = len(self.flat_params)
+        if self.device != "cuda":
+            params = world.zeros(n, self.type)
             if world.rank == 0:
                 params[:] = self.flat_params
-            self.use_buffers(params, world.zeros_for_sums(len(self.sums), self.exact))
+            self.use_buffers(params, world.zeros_for_sums(n + ALIGNMENT, self.exact))
+            return
+        world.use_gpus(self.ops, zero)
+        if zero:
+            padded = -(-n // (ALIGNMENT * world.size)) * ALIGNMENT * world.size
+            before = self.flat_params, self.flat_master
+            if self.type != self.exact:
+                self.flat_master = self.ops.zeros(padded, self.exact)
+                self.flat_master[:n] = before[1]
+            self.use_buffers(
+                self.ops.zeros(padded, self.type), self.ops.zeros(padded + ALIGNMENT, self.exact)
+            )
+            self.flat_params[:n] = before[0]
+        world.nccl.broadcast(self.flat_params)
+        if self.type != self.exact:
+            world.nccl.broadcast(self.flat_master)
 
     def _initialise(self, seed):
         """N(0, 0.02); the projections into the residual stream by 1 / sqrt(2 L), as there are 2 L of them."""
@@ -531,21 +552,25 @@ class Cache:
 class AdamW:
     """AdamW (Loshchilov and Hutter 2019) over flat buffers; weight decay on matrices and embeddings only.
 
-    The ranks of a World update a part each of the parameters that they share.
+    Of the ranks of a World each updates a part of the parameters, world.part(n). Where the ranks share no
+    memory and World.zero is set, a rank has the moments and the master weights of its part alone (ZeRO stage
+    1, Rajbhandari et al. 2020).
     """
 
     def __init__(self, model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, world=None):
-        self.model, self.betas, self.eps, self.weight_decay, self.world = (
-            model,
-            betas,
-            eps,
-            weight_decay,
-            world,
-        )
+        self.model, self.betas, self.eps, self.weight_decay = model, betas, eps, weight_decay
         ops, n = model.ops, len(model.flat_grads)
-        shared = world is not None and world.size > 1
-        self.m, self.v = ((world if shared else ops).zeros(n, model.exact) for _ in range(2))
-        self.part = world.part(n) if shared else slice(0, n)
+        self.world = world if world is not None and world.size > 1 else None
+        self.zero = self.world is not None and self.world.zero
+        self.part = self.world.part(n) if self.world else slice(0, n)
+        in_shared_memory = self.world is not None and model.device != "cuda"
+        zeros = self.world.zeros if in_shared_memory else ops.zeros
+        length = self.part.stop - self.part.start if self.zero else n
+        self.m, self.v = zeros(length, model.exact), zeros(length, model.exact)
+        if self.zero and model.flat_master is not model.flat_params:
+            model.flat_master, model.master = copy_of(model.flat_master[self.part], ops), None
+        self.norms = ops.zeros(self.world.size, model.exact) if self.zero else None  # of the parts
+        self.collected = None  # see collect()
         self.steps = ops.zeros(1, np.int32)  # updates so far: a step that is left out does not count
         self.loss, self.norm = ops.zeros(1, model.exact), ops.zeros(1, model.exact)  # of the last step
         self.settings = ops.zeros(4, model.exact)  # learning rate, max_norm, norm_limit, loss_limit
@@ -557,39 +582,77 @@ class AdamW:
         Gradients are scaled down to max_norm. If norm or loss is not finite, or over its limit, parameters
         and moments stay as they are: the device decides, and nobody waits for it.
         """
-        model, ops, n = self.model, self.model.ops, self.model.n_decayed
+        model, ops = self.model, self.model.ops
         self.loss[...] = model.loss
         self.settings[...] = ops.to_device(np.array([lr, max_norm, norm_limit, loss_limit], model.exact))
-        ops.global_norm(self.norm, model.flat_grads)
+        self._global_norm()
         ops.plan_update(self.plan, self.steps, self.norm, self.loss, self.settings, *self.betas)
-        start, end = self.part.start, self.part.stop
-        for part, decay in ((slice(start, min(end, n)), self.weight_decay), (slice(max(start, n), end), 0.0)):
-            if part.start >= part.stop:
-                continue
-            arrays = [array[part] for array in (model.flat_master, model.flat_grads, self.m, self.v)]
-            copy = None if model.flat_master is model.flat_params else model.flat_params[part]
-            ops.adamw(*arrays, self.plan, *self.betas, self.eps, decay, copy)
-        model.sums[:start].fill(0)  # the gradients that other ranks have used
-        model.sums[end:].fill(0)  # and the loss
-        if self.world is not None:
-            self.world.barrier()  # every part is up to date
+        arrays = [self._own(a) for a in (model.flat_master, model.flat_grads, self.m, self.v)]  # (n,) each
+        copy = None if model.type == model.exact else self._own(model.flat_params)
+        n = len(arrays[0])
+        decayed = min(max(model.n_decayed - self.part.start, 0), n)
+        for some, decay in ((slice(0, decayed), self.weight_decay), (slice(decayed, n), 0.0)):
+            if some.start < some.stop:
+                copied = None if copy is None else copy[some]
+                ops.adamw(*[a[some] for a in arrays], self.plan, *self.betas, self.eps, decay, copied)
+        model.sums[: self.part.start].fill(0)  # the gradients that other ranks have used
+        model.sums[self.part.stop :].fill(0)  # and the loss
+        if self.world:
+            self.world.all_gather(model.flat_params)
         return copy_of(self.norm, ops)
+
+    def _own(self, array):
+        """This rank's part of a flat buffer; all of one that is no longer than that (with zero)."""
+        return array[self.part] if len(array) == len(self.model.flat_grads) else array
+
+    def _global_norm(self):
+        """self.norm (1,), the length of the whole gradient; with zero that of the lengths of the parts."""
+        ops, grads = self.model.ops, self.model.flat_grads
+        if not self.zero:
+            ops.global_norm(self.norm, grads)
+            return
+        rank = self.world.rank
+        ops.global_norm(self.norms[rank : rank + 1], grads[self.part])
+        self.world.all_gather(self.norms)
+        ops.global_norm(self.norm, self.norms)
+
+    def collect(self):
+        """Bring to rank 0 what zero has left with the ranks, on the host. All call it before rank 0 saves."""
+        if not self.zero:
+            return
+        model = self.model
+        self.collected = {"m": self._whole(self.m), "v": self._whole(self.v)}
+        if model.type != model.exact:
+            model.master = make_views(self._whole(model.flat_master), model.layout)
+            model.master["wte.weight"] = model.master["wte.weight"][: model.config.vocab_size]
+
+    def _whole(self, part):
+        """All ranks' parts of a buffer, on the host; the gradients' buffer is free between updates."""
+        buffer = self.model.flat_grads
+        buffer[self.part] = part
+        self.world.all_gather(buffer)
+        whole = self.model.ops.to_host(buffer)[: flat_length(self.model.layout)]
+        buffer.fill(0)
+        return whole
 
     def save(self, path):
         """Write moments and step count to a safetensors file."""
-        tensors = {name: self.model.ops.to_host(getattr(self, name)) for name in ("m", "v")}
+        tensors = self.collected or {"m": self.model.ops.to_host(self.m), "v": self.model.ops.to_host(self.v)}
         steps = int(self.model.ops.to_host(self.steps)[0])
         write_whole(Path(path), safetensors.numpy.save(tensors, {"steps": str(steps)}))
 
     def load(self, path):
         """Read what save wrote; UserError if it belongs to another model."""
+        n = flat_length(self.model.layout)
         with open_tensors(path) as file:
-            if set(file.keys()) != {"m", "v"} or file.get_slice("m").get_shape() != [len(self.m)]:
+            if set(file.keys()) != {"m", "v"} or file.get_slice("m").get_shape() != [n]:
                 raise UserError(
                     f"{path} holds the optimizer of another model; resume with the flags it began with"
                 )
             for name in ("m", "v"):
-                getattr(self, name)[...] = self.model.ops.to_device(file.get_tensor(name))
+                whole = np.zeros(len(self.model.flat_grads), self.model.exact)  # with the padding of share()
+                whole[:n] = file.get_tensor(name)
+                getattr(self, name)[...] = self.model.ops.to_device(whole[self.part] if self.zero else whole)
             self.steps.fill(int(file.metadata()["steps"]))
 
 

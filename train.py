@@ -2,17 +2,21 @@
 
     python train.py --data shards/factbook --out runs/factbook            what `make train` does
     python train.py --data shards/factbook --out runs/factbook --resume   go on after Ctrl-C, bit for bit
+    python train.py --model d12 --plan --gpus 8xH100                      what that run takes, without a GPU
     python -m extras.plot runs/factbook                                   draw its loss and learning rate
 
 main() is the training loop: micro-batches, forward, backward, the sum over all ranks, the update, the report.
 sft.py and rl.py have the same loop on other data. Read gpt2.py first, which is the model, and data.py, which
-made the shards. Run in common.py writes log and checkpoints, and ends the loop when you press Ctrl-C.
+made the shards; distributed.py is how several processes, GPUs or machines share a step. Run in common.py
+writes log and checkpoints, and ends the loop when you press Ctrl-C.
 """
 
+import bisect
 import functools
 import math
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -28,6 +32,10 @@ from tokenizer import Tokenizer
 
 def main(argv=None):
     flags, checkpoint = parse(argv)
+    if flags.plan or flags.choose:
+        from extras import plan  # noqa: PLC0415  the course can do without
+
+        return plan.show(flags) if flags.plan else plan.choose(flags)
     run = Run("train.py", flags, checkpoint)
 
     # The text
@@ -43,19 +51,23 @@ def main(argv=None):
     rows = flags.total_batch_tokens // flags.seq_len
     flags.ranks = distributed.choose_ranks(flags.ranks, config.n_params(), device, rows)
     world = distributed.start(flags.ranks, __file__, argv)
-    memory = choose_batch_size(flags, config, kernels.load(device), world)
+    memory = choose_batch_size(flags, config, kernels.load(device), world, one_memory=device != "cuda")
     hellaswag_items = load_hellaswag(flags, device, tokenizer, config.n_positions)
     validation = {T: validation_batches(val_shards, T, flags) for T in (flags.short_len, flags.seq_len)}
     model = make_model(source, config, device, flags)
-    model.share(world)
+    model.share(world, zero=flags.zero == 1)
     optimizer = gpt2.AdamW(model, (0.9, flags.beta2), weight_decay=flags.weight_decay, world=world)
     run.flops_per_token = config.flops_per_token(flags.seq_len)
     run.peak, run.peak_is = peak_flops(model, world)
-    print_plan(flags, model, loader, world, run.peak, memory)
+    step_times = measure_steps(model, optimizer, loader, flags, world)
+    run.step_seconds = max(step_times.values())
+    if flags.hours and not checkpoint:
+        flags.steps = steps_in(flags.hours, flags, step_times)
+    print_plan(flags, model, loader, world, run.peak, memory, step_times)
     run.begin(world, model, optimizer, tokenizer, flags.steps, parameters=config.n_params(), peak=run.peak)
 
     for step in run.steps():
-        for tokens, targets, weights in loader.micro_batches(step, world):  # (B, T) each
+        for tokens, targets, weights in run.until_stopped(step, loader.micro_batches(step, world)):  # (B, T)
             model.forward(tokens, targets, weights)
             model.backward()
         world.all_reduce(model.sums)
@@ -80,10 +92,8 @@ def main(argv=None):
             run.say(f"step {done}, a sample:\n{text}\n")
             run.log("sample", step=done, text=text)
 
-    run.say(
-        f"done: {run.checkpoint_path(flags.steps)}, {run.skipped} steps left out; "
-        f"let it continue a text: python sample.py {run.directory} --prompt 'The'"
-    )
+    run.say(f"done: {run.checkpoint_path(flags.steps)}, {run.skipped} steps left out")
+    run.say(f"let it continue a text: python sample.py {run.directory} --prompt 'The'")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -274,20 +284,24 @@ def check_tokens(shards, vocab_size, at_most=1 << 28):
         at_most -= len(shard)
 
 
-def choose_batch_size(flags, config, ops, world):
-    """Set --batch-size, the rows of a micro-batch, to the most that fit; return {what: bytes} for all ranks.
+def choose_batch_size(flags, config, ops, world, one_memory=True):
+    """Set --batch-size, the rows of a micro-batch, to the most that fit; return {what: bytes}.
 
-    Rank 0 measures the free memory, so that all ranks decide the same. UserError if not even what was asked
-    for, or one row, fits.
+    The ranks of a CPU have one memory, and {what: bytes} is for all of them; on GPUs each has its own. All
+    ranks decide the same, by the least free memory. UserError if not even what was asked for, or one row,
+    fits.
     """
     T, rows = flags.seq_len, flags.total_batch_tokens // flags.seq_len // flags.ranks
-    itemsize = {"bfloat16": 2, "float32": 4, "float64": 8}[flags.dtype]
-    free = world.gather(ops.free_memory() or 8e9)[0]
+    free = min(world.gather(ops.free_memory() or 8e9))
 
     def needed(B):
+        itemsize = {"bfloat16": 2, "float32": 4, "float64": 8}[flags.dtype]
         parts = gpt2.memory(config, B, T, itemsize, flags.recompute, ops.LOGITS)
-        parts["gradients"] *= flags.ranks
-        parts["activations"] *= flags.ranks
+        if one_memory:
+            parts["gradients"] *= flags.ranks
+            parts["activations"] *= flags.ranks
+        elif flags.zero:
+            parts["moments"] /= flags.ranks
         return parts
 
     if flags.batch_size and flags.resume:  # another number of ranks may have other rows
@@ -347,37 +361,90 @@ def measured_flops(ops, dtype, n=128):
     return 2 * n**3 / best if best > 1e-2 or n == 4096 else measured_flops(ops, dtype, 2 * n)
 
 
-def print_plan(flags, model, loader, world, peak, memory):
-    """Print what the run will take, from the time of one micro-batch, whose gradients are cleared."""
-    config, tokens = model.config, flags.steps * flags.total_batch_tokens
-    tokens_per_pass = flags.batch_size * flags.seq_len * world.size
-    for _ in range(2):  # the first is cold
-        began = time.perf_counter()
-        model.forward(*next(loader.micro_batches(0, world)))
-        model.backward()
-        model.ops.synchronize()
-        step_seconds = (time.perf_counter() - began) * flags.total_batch_tokens / tokens_per_pass
+def measure_steps(model, optimizer, loader, flags, world):
+    """{row length T: seconds of a step}, the same on all ranks.
+
+    From one micro-batch, whose gradients are cleared. With --hours an all-reduce and an update are measured
+    too; the update is left out in the end, because its limits are below any norm and loss.
+    """
+    times = {}
+    n = flags.total_batch_tokens / (flags.batch_size * flags.seq_len * world.size)  # micro-batches of a step
+    for step in sorted({0, flags.short_steps}):
+        for _ in range(2):  # the first is cold
+            began = time.perf_counter()
+            model.forward(*next(loader.micro_batches(step, world)))
+            model.backward()
+            model.ops.synchronize()
+            seconds = (time.perf_counter() - began) * n
+            if flags.hours:
+                began = time.perf_counter()
+                world.all_reduce(model.sums)
+                optimizer.step(0.0, 1.0, -1.0, -1.0)
+                model.ops.synchronize()
+                seconds += time.perf_counter() - began
+        times[loader.length(step)] = max(world.gather(seconds))
     model.sums.fill(0)
+    return times
+
+
+def run_seconds(steps, flags, step_times):
+    """How long so many steps take, and the evaluations between them: forward is a third of a token's work."""
+    short = min(steps, flags.short_steps)
+    seconds = short * step_times.get(flags.short_len, 0) + (steps - short) * step_times[flags.seq_len]
+    evaluated = flags.eval_tokens / (3 * flags.eval_every) if flags.eval_every else 0  # tokens a step
+    return seconds * (1 + evaluated / flags.total_batch_tokens)
+
+
+def steps_in(hours, flags, step_times):
+    """How many steps take so long."""
+    steps = bisect.bisect(range(1 << 40), hours * 3600, key=lambda n: run_seconds(n, flags, step_times)) - 1
+    if steps < 1:
+        raise UserError(f"one step takes {duration(run_seconds(1, flags, step_times))}; give more --hours")
+    return steps
+
+
+def print_plan(flags, model, loader, world, peak, memory, step_times):
+    """Print what the run will take, and what others reached with such a one."""
     if world.rank:
         return
+    config, tokens = model.config, flags.steps * flags.total_batch_tokens
     n, flops = config.n_params(), float(tokens * config.flops_per_token(flags.seq_len))
     sizes = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
     text_tokens = sum(map(len, loader.long.shards))
-    split = ", ".join(f"{what} {size(n_bytes)}" for what, n_bytes in memory.items())
-    seconds = flags.steps * step_seconds
+    split = ", ".join(f"{what} {size(int(n_bytes))}" for what, n_bytes in memory.items())
+    seconds = run_seconds(flags.steps, flags, step_times)
     cost = f", ${seconds / 3600 * flags.dollars_per_hour:.2f}" if flags.dollars_per_hour else ""
     ranks = f" on {world.size} ranks" if world.size > 1 else ""
+    step_seconds = seconds / flags.steps
     print(f"model     {count(n)} parameters: {sizes};")
     print(f"          a vocabulary of {config.vocab_size}, a context of {config.n_positions}")
     print(f"data      {count(text_tokens)} tokens in {flags.data}, seen {tokens / text_tokens:.3g} times")
     print(f"training  {count(tokens)} tokens in {flags.steps} steps of {flags.total_batch_tokens}{ranks};")
     print(f"          {count(20 * n)} tokens would be compute-optimal (20 a parameter)")
     print(f"compute   {count(flops)}FLOP (6 N D, and attention); {count(peak)}FLOP/s are possible here")
-    print(f"memory    {size(sum(memory.values()))}: {split}")
+    each = " a rank" if world.nccl else ""
+    print(f"memory    {size(int(sum(memory.values())))}{each}: {split}")
     utilization = f"{flops / seconds / peak:.0%} utilization"
-    print(
-        f"time      {duration(seconds)}{cost}: {step_seconds * 1e3:.0f} ms a step, {utilization}", flush=True
-    )
+    print(f"time      {duration(seconds)}{cost}: {step_seconds * 1e3:.0f} ms a step, {utilization}")
+    print(f"others    {published(flags, Path(flags.data).name)}", flush=True)
+
+
+# What others reached (RECIPES), by --model and the name of the data: steps, and the results.
+PUBLISHED = {
+    ("d12", "fineweb"): (18865, "validation loss 3.27 to 3.29, HellaSwag 29.5 to 30 (llm.c's run)"),
+    ("d12", "fineweb-edu"): (19073, "validation loss near 3.08, HellaSwag 29.7 (build-nanogpt's settings)"),
+    ("d24", "fineweb"): (60000, "validation loss 2.93 (llm.c's run)"),
+    ("d48", "fineweb-edu"): (32000, "better than OpenAI's XL near step 25,000 (llm.c's run)"),
+}
+
+
+def published(flags, name):
+    """What others reached with these settings and the data of this name, or that no result is published."""
+    steps, result = PUBLISHED.get((flags.model, name), (0, ""))
+    same = all(getattr(flags, name) == RECIPES[flags.model][name] for name in ("lr", "total_batch_tokens"))
+    if not result or not same:
+        return "none has published a result with these settings and this data"
+    return result if flags.steps >= 0.98 * steps else f"{result}, after {steps:,} steps"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -459,8 +526,23 @@ def parser():
     add_shared_flags(group, "ranks", "seed", "device", "dtype")
     what = "compute some activations twice: less memory, more time"
     group.add_argument("--recompute", action="store_true", help=what)
+    what = (
+        "1: a GPU keeps the optimizer's state of its part of the parameters alone; ranks on a CPU always do"
+    )
+    group.add_argument("--zero", type=int, choices=(0, 1), default=0, help=what)
+
+    group = flags.add_argument_group("time and money")
+    above = number(float, above=0)
+    what = "as many steps as fit into so much time, by the time of the first ones"
+    group.add_argument("--hours", type=above, metavar="X", help=what)
+    group.add_argument("--dollars", type=above, metavar="X", help="the same for so much money")
     what = "price of the machine, to show what the run costs"
     group.add_argument("--dollars-per-hour", type=share, metavar="X", help=what)
+    what = "print memory, time and cost of such a run, and do not train; no GPU is needed"
+    group.add_argument("--plan", action="store_true", help=what)
+    group.add_argument("--gpus", metavar="8xH100", help="for --plan: number and kind; those of this machine")
+    what = "print the preset that this machine can train in a day, and why on standard error"
+    group.add_argument("--choose", action="store_true", help=what)
 
     group = flags.add_argument_group("a test of the machinery")
     what = "train on one batch only: its loss must go to 0"
@@ -471,10 +553,20 @@ def parser():
 def parse(argv):
     """The flags, with the recipe's values where none are given, and the checkpoint to go on from or None."""
     flags, checkpoint = common.parse_run(parser(), argv)
+    if flags.dollars:
+        if not flags.dollars_per_hour:
+            raise UserError("--dollars needs the price of the machine; give --dollars-per-hour")
+        flags.hours = flags.dollars / flags.dollars_per_hour
     if checkpoint:
-        model = common.read_state(checkpoint)["flags"]["model"]
-        if flags.model != model:
-            raise UserError(f"{flags.out} is a run of --model {model}; leave out --model {flags.model}")
+        before = common.read_state(checkpoint)["flags"]
+        if flags.model != before["model"]:
+            remedy = f"leave out --model {flags.model}"
+            raise UserError(f"{flags.out} is a run of --model {before['model']}; {remedy}")
+        if flags.hours != before.get("hours"):
+            remedy = "leave --hours and --dollars out, or give --steps"
+            raise UserError(f"{flags.out} has its {before['steps']} steps already; {remedy}")
+    elif flags.hours and flags.steps:
+        raise UserError(f"--hours and --dollars set the number of steps; leave out --steps {flags.steps}")
     recipe = dict(RECIPES[flags.model])
     if flags.seq_len:  # one length for all rows, unless the short ones are asked for
         recipe.update(short_len=flags.seq_len, short_steps=0)

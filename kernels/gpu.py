@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import math
+import os
 import re
 import shutil
 import weakref
@@ -41,7 +42,9 @@ except RuntimeError as error:  # CUDA says 'insufficient' of a missing driver, t
     raise ImportError(f"{NO_GPU or what}: {error}") from None
 
 HERE = Path(__file__).parent
-DEVICE = xp.cuda.Device()
+# One GPU a rank (distributed.py). Where a launcher shows each rank its own GPU alone, that is GPU 0.
+DEVICE = xp.cuda.Device(int(os.environ.get("LOCAL_RANK", "0")) % xp.cuda.runtime.getDeviceCount())
+DEVICE.use()
 CAPABILITY = int(DEVICE.compute_capability)  # 80: A100, 86: RTX 30, 89: RTX 40, L4, 90: H100, H200
 SMS = DEVICE.attributes["MultiProcessorCount"]
 SHARED = DEVICE.attributes["MaxSharedMemoryPerBlockOptin"]  # bytes: 227 KB on sm_90, 163 on sm_80, else 99

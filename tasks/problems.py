@@ -91,8 +91,8 @@ class Problem:
 def problems(name, split="train", level=None, seed=0):
     """Problems of a task without end: of one level or of all, in all wordings.
 
-    `name` is a task, gsm8k:PATH or reasoning_gym:NAME. An unknown name or level and a bad file are a UserError
-    at once.
+    `name` is a task, gsm8k:PATH or reasoning_gym:NAME. UserError at once for an unknown name or level and for
+    a bad file.
     """
     kind, _, rest = name.partition(":")
     if rest and kind == "reasoning_gym" and level is not None:

@@ -220,8 +220,10 @@ def model_of(loss, norm, clock):
         elapsed=lambda start, end: end - start,
         read_later=lambda array: lambda: array,
     )
-    model = SimpleNamespace(ops=ops, exact=np.float32, save_pretrained=lambda d: (d / "config.json").touch())
-    load_and_save = dict(load=lambda path: None, save=lambda path: None)
+    config = SimpleNamespace(n_params=lambda: 0)
+    saves = lambda d: (d / "config.json").touch()
+    model = SimpleNamespace(ops=ops, exact=np.float32, config=config, save_pretrained=saves)
+    load_and_save = dict(load=lambda path: None, collect=lambda: None, save=lambda path: None)
     return model, SimpleNamespace(loss=loss, norm=norm, **load_and_save)
 
 

@@ -4,6 +4,7 @@ whatever happens to one of them, with one line that says why."""
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import script
 
 import distributed
@@ -195,6 +197,244 @@ def test_one_rank_needs_no_other():
         assert world.stop == signal.SIGTERM
 
 
+SHARED = """
+    def update(shared, kept):  # with the same gradients, but the whole buffer by one rank
+        for name in ("flat_params", "flat_grads"):
+            getattr(kept.model, name)[:] = getattr(shared.model, name)
+        kept.model.loss[:] = shared.model.loss
+        world.barrier()
+        shared.step(1e-2, 0.5)
+        kept.step(1e-2, 0.5)
+
+    config = gpt2.GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=40, vocab_size=50)
+    models = [gpt2.GPT2(config) for _ in range(2)]
+    models[0].share(world)
+    shared, kept = gpt2.AdamW(models[0], world=world), gpt2.AdamW(models[1])
+    for row in np.random.default_rng(7).integers(50, size=(4, 5, 9))[:, world.rank]:
+        models[0].forward(row[None, :-1], row[None, 1:])
+        models[0].backward()
+        world.all_reduce(models[0].sums)
+        update(shared, kept)
+        pairs = (shared.m, kept.m), (shared.v, kept.v), (models[0].flat_params, models[1].flat_params)
+        assert all(np.array_equal(one, other) for one, other in pairs)
+        world.barrier()
+    assert kept.m.any() and world.part(10_000) != slice(0, 10_000)
+"""
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_an_update_in_parts_has_the_bits_of_a_whole_one(ranks, n):
+    """On a CPU ranks always share out the update (ZeRO stage 1)."""
+    assert end_of(ranks(n, SHARED)) == (0, "")
+
+
+EMULATOR = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import emulator; emulator.install()\n"
+ON_GPUS = """
+    config = gpt2.GPT2Config(n_layer=1, n_head=3, n_embd=21, n_positions=20, vocab_size=61)
+    model = gpt2.GPT2(config, "cuda", "DTYPE", seed=3 + world.rank)  # all take rank 0's parameters
+    model.share(world, zero=ZERO)
+    optimizer, host, curve = gpt2.AdamW(model, world=world), model.ops.to_host, []
+    for block in np.random.default_rng(7).integers(61, size=(2, 2, 9)).astype(np.int32):
+        for row in block[world.rank :: world.size]:
+            model.forward(row[None, :-1], row[None, 1:], np.full((1, 8), 1 / 16))
+            model.backward()
+        world.all_reduce(model.sums)
+        norm = optimizer.step(1e-2, 0.5)
+        curve.append([float(host(value)[0]) for value in (optimizer.loss, norm)])
+        assert not host(model.sums).any(), "a step leaves gradients or loss behind"
+    optimizer.collect()
+    parts = len(optimizer.m), len(model.flat_master)
+    if world.rank == 0:
+        model.save_pretrained("OUT")
+        optimizer.save("OUT/optimizer.safetensors")
+    world.barrier()
+    curves = world.gather([curve, parts, len(model.flat_grads)])
+    if world.rank == 0:
+        print(json.dumps(curves))
+"""
+
+
+@pytest.mark.parametrize("dtype, zero, tolerance", [("float32", False, 1e-5), ("bfloat16", True, 2e-3)])
+def test_gpus_make_the_updates_of_one_and_its_files(ranks, tmp_path, dtype, zero, tolerance):
+    """With the emulator's NCCL: it has never run on two GPUs."""
+    curves, files = [], []
+    for n in (1, 2):
+        body = ON_GPUS.replace("DTYPE", dtype).replace("ZERO", str(zero))
+        text, err = ranks(n, body.replace("OUT", str(tmp_path)), imports=EMULATOR).communicate(timeout=300)
+        assert err == ""
+        everyone = json.loads(text)
+        curve, parts, length = everyone[0]
+        assert all(one == everyone[0] for one in everyone), "ranks disagree"
+        assert parts == [length // n if zero else length] * 2, "moments and master weights are not shared out"
+        curves.append(curve)
+        files.append([safetensors.numpy.load_file(path) for path in sorted(tmp_path.glob("*.safetensors"))])
+    np.testing.assert_allclose(*curves, rtol=tolerance)
+    for one, other in zip(*files, strict=True):
+        assert one.keys() == other.keys() and all(one[name].shape == other[name].shape for name in one)
+        for name in one:
+            np.testing.assert_allclose(one[name], other[name], atol=20 * tolerance, err_msg=name)
+
+
+def test_two_ranks_do_not_share_a_gpu(ranks, monkeypatch):
+    monkeypatch.setenv("EMULATOR_BUS", "0000:01:00.0")
+    status, err = end_of(
+        ranks(2, ON_GPUS.replace("ZERO", "False").replace("DTYPE", "float32"), imports=EMULATOR)
+    )
+    assert status in (1, 2) and err.startswith("error: rank 0 and rank 1 have the same GPU"), err
+    assert "more ranks than GPUs" in err and err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Launchers
+
+
+def port():
+    """A port where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """launched(body, [(variables of rank 0, its flags), ...]): processes as a launcher starts them."""
+    started = []
+
+    def start(body, ranks, imports="", size=None):
+        path = tmp_path / "script.py"
+        path.write_text(imports + BEGIN + body + END)
+        for variables, flags in ranks:
+            environment = script.environment(PYTHONPATH=str(ROOT), **variables)
+            pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+            command = [sys.executable, path, str(size or len(ranks)), *flags]
+            started.append(subprocess.Popen(command, env=environment, **pipes))
+        return started
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def variables(launcher, rank, size, at):
+    """What a launcher tells a rank."""
+    names = distributed.LAUNCHERS[launcher]
+    told = dict(zip(names, map(str, (rank, size, rank))))
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(at)}
+    own = {
+        "torchrun": address | {"TORCHELASTIC_USE_AGENT_STORE": "False"},
+        "mpirun": {"OMPI_COMM_WORLD_LOCAL_SIZE": str(size), "MASTER_PORT": str(at)},
+        "srun": {"SLURM_STEP_NODELIST": "localhost,other[03-05]", "MASTER_PORT": str(at)},
+    }
+    return told | own[launcher]
+
+
+SUM = """
+    sums = world.zeros_for_sums(100, np.float32)
+    sums[:] = world.rank + 1
+    world.all_reduce(sums)
+    print(json.dumps([world.rank, world.size, sums.sum().item(), os.environ["LOCAL_RANK"]]))
+"""
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun", "srun"])
+def test_ranks_of_a_launcher_find_each_other(launched, launcher):
+    at = port()
+    processes = launched(SUM, [(variables(launcher, rank, 2, at), []) for rank in range(2)])
+    for rank, process in enumerate(processes):
+        out, err = process.communicate(timeout=60)
+        assert err == "" and json.loads(out) == [rank, 2, 300, str(rank)]
+
+
+def test_the_first_node_of_slurms_list():
+    lists = ["gpu[03-05,9],login", "gpu7", "a-b[1,3]", "node1,node2", "gpu-[001-128]"]
+    assert [distributed.first_node(nodes) for nodes in lists] == ["gpu03", "gpu7", "a-b1", "node1", "gpu-001"]
+
+
+def test_a_launcher_of_one_process_is_none():
+    for launcher in ("mpirun", "srun"):
+        told = variables(launcher, 0, 1, 1)
+        distributed.adopt_launcher(told)
+        assert "RANK" not in told
+    told = dict(SLURM_PROCID="0", SLURM_NTASKS="8", SLURM_LOCALID="0")  # sbatch's own script, without srun
+    distributed.adopt_launcher(told)
+    assert "RANK" not in told
+
+
+def test_gpus_of_a_launcher(launched, tmp_path):
+    at, body = (
+        port(),
+        ON_GPUS.replace("ZERO", "True").replace("DTYPE", "float32").replace("OUT", str(tmp_path)),
+    )
+    processes = launched(body, [(variables("torchrun", r, 2, at), []) for r in range(2)], imports=EMULATOR)
+    assert [process.communicate(timeout=120)[1] for process in processes] == ["", ""]
+
+
+def test_ranks_with_other_flags_are_told_so_by_one_line(launched):
+    at = port()
+    flags = [["--lr", "1"], ["--lr", "2"], ["--lr", "1"]]
+    processes = launched(SUM, [(variables("torchrun", r, 3, at), flags[r]) for r in range(3)])
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2, 2]
+    wanted = "error: rank 1 has other flags than rank 0 (3 --lr 2; 3 --lr 1); start all with the same\n"
+    assert sorted(said) == ["", "", wanted]
+
+
+def test_a_port_that_is_taken_is_one_clear_line(launched):
+    with socket.create_server(("", 0)) as server:
+        at = server.getsockname()[1]
+        (process,) = launched(SUM, [(variables("torchrun", 0, 2, at), [])], size=2)
+        status, err = end_of(process)
+    assert status == 2
+    assert err.startswith(f"error: rank 0 cannot listen at port {at}") and "set another MASTER_PORT" in err
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_of_a_launcher_takes_the_others_down(launched, killed):
+    at = port()
+    body = FOR_EVER.replace("time.sleep(0.01)", f"time.sleep(0.01 if world.rank == {killed} else 60)")
+    processes = launched(body, [(variables("srun", rank, 2, at), []) for rank in range(2)])
+    processes[0].stdout.readline()
+    time.sleep(0.2)
+    processes[killed].kill()
+    status, err = end_of(processes[1 - killed], [processes[1 - killed].pid])
+    assert status == 1
+    assert err == f"error: rank {killed} was killed; the last checkpoint stands, go on with --resume\n"
+
+
+def test_a_signal_that_a_launcher_passes_on_is_no_second_one(launched):
+    at, body = port(), FOR_EVER.replace("time.sleep(0.01)", "time.sleep(0.5)")
+    processes = launched(body, [(variables("torchrun", rank, 2, at), []) for rank in range(2)])
+    processes[0].stdout.readline()
+    time.sleep(0.2)
+    for name in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        for process in processes:
+            process.send_signal(name)
+        time.sleep(0.05)
+    assert [end_of(process)[0] for process in processes] == [143, 143]
+
+
+@pytest.mark.parametrize("hanging", [0, 1, 2])
+def test_a_rank_that_hangs_is_named_and_all_end(ranks, hanging):
+    """Whether its process is stopped, or it waits for ever; the others wait for rank 0 twice as long."""
+    body = FOR_EVER.replace("        world.barrier()", "        world.barrier()\n        HANG")
+    body = body.replace("HANG", f"os.kill(os.getpid(), signal.SIGSTOP) if world.rank == {hanging} else None")
+    process = ranks(3, "    pass\n" + body, imports="import distributed\ndistributed.HANG_SECONDS = 1\n")
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    if hanging:
+        status, err = end_of(process, pids)
+        assert status == 1
+    else:  # nobody is there to wait for the process that the test has started, but itself
+        deadline = time.monotonic() + 20
+        while any(map(alive, pids[1:])) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not any(map(alive, pids[1:]))
+        process.kill()
+        err = process.communicate()[1]
+    seconds = "1 seconds"
+    assert err.startswith(f"error: rank {hanging} hangs: nothing came from it for {seconds}"), err
+    assert err.count("\n") == 1
+
+
 # ------------------------------------------------------------------------------------------------------------
 # How many
 
@@ -205,7 +445,9 @@ def test_how_many_ranks_pay(monkeypatch):
     choose = distributed.choose_ranks
     assert [choose(None, 1 << 20, "cpu", rows) for rows in (8, 6, 9, 7, 1)] == [4, 3, 3, 1, 1]
     assert choose(None, 1 << 24, "cpu", 8) == 4 and choose(None, (1 << 24) + 1, "cpu", 8) == 1
-    assert choose(None, 1 << 20, "cuda", 8) == choose(None, 1 << 20, "reference", 8) == 1
+    assert choose(None, 1 << 20, "reference", 8) == 1
+    monkeypatch.setattr(distributed, "gpu_count", lambda: 4)
+    assert [choose(None, 1 << 30, "cuda", rows) for rows in (512, 6, 1)] == [4, 3, 1]
     assert choose(2, 1 << 30, "cpu", 8) == 2
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert choose(None, 1 << 30, "cpu", 8) == 2
@@ -215,13 +457,16 @@ def test_ranks_that_do_not_fit_are_refused(monkeypatch):
     assert distributed.choose_ranks(3, 1, "cpu", 6) == 3
     with pytest.raises(UserError, match="--ranks 4 does not divide the 6 rows of an update; 1, 2, 3, 6 do"):
         distributed.choose_ranks(4, 1, "cpu", 6)
-    with pytest.raises(UserError, match="only one GPU"):
-        distributed.choose_ranks(2, 1, "cuda", 6)
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(distributed, "gpu_count", lambda: 2)
+    with pytest.raises(UserError, match="--ranks 3 are more than the GPUs here, 2"):
+        distributed.choose_ranks(3, 1, "cuda", 6)
+    monkeypatch.setenv("WORLD_SIZE", "1")
     assert distributed.start(1, "script.py", []).size == 1
     with pytest.raises(UserError, match="--ranks 2, but WORLD_SIZE is 1"):
         distributed.start(2, "script.py", [])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="starts its ranks itself: unset RANK, give --ranks"):
+    with pytest.raises(UserError, match="MASTER_ADDR does not say where rank 0 is"):
         distributed.start(2, "script.py", [])
 
 
@@ -232,6 +477,7 @@ def test_ranks_that_do_not_fit_are_refused(monkeypatch):
 IMPORTS = """
 import os, signal, time
 if "RANK" in os.environ:
+    print(flush=True)
     time.sleep(60)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
 """
@@ -239,7 +485,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignore
 
 def test_ctrl_c_while_ranks_begin_is_one_word(ranks):
     """The others are at their imports; they are gone 5 seconds later, and print no traceback."""
-    process = ranks(3, "    print(flush=True)\n    world.barrier()\n", imports=IMPORTS)
+    process = ranks(3, "", imports=IMPORTS)
     process.stdout.readline()
     os.killpg(process.pid, signal.SIGINT)
     assert end_of(process) == (130, "\ninterrupted\n")

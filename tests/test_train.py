@@ -22,7 +22,9 @@ from types import SimpleNamespace
 import kill_runs
 import numpy as np
 import pytest
+import safetensors.numpy
 import script
+import test_distributed
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -766,6 +768,76 @@ def test_a_signal_at_any_moment_of_a_step_leaves_a_checkpoint(start, tmp_path, m
     assert newest == len(losses_of(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("nth", [1, 3, 22])  # micro-batches of steps 1, 1 and 6
+def test_a_stop_request_ends_a_long_step_at_a_micro_batch(start, tmp_path, monkeypatch, nth):
+    """The state before the step is saved, and the run goes on from there bit for bit; --save-every 0."""
+    assert start("whole", "--batch-size", 1).status == 0
+    forward, calls = gpt2.GPT2.forward, itertools.count(-1)  # two micro-batches are measured before
+
+    def interrupted(*args):
+        if next(calls) == nth:
+            signal.raise_signal(signal.SIGTERM)
+        return forward(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "LONG_STEP", 0)
+        patch.setattr(gpt2.GPT2, "forward", interrupted)
+        done = start("run", "--batch-size", 1)
+    step = (nth - 1) // 4
+    assert done.status == 143 and f"stopped after step {step}; go on with" in done.err
+    assert common.read_state(common.newest_checkpoint(tmp_path / "run"))["step"] == step
+    assert next(calls) == nth + 1, "micro-batches were computed after the signal"
+    assert script.run(train.main, "--out", tmp_path / "run", "--resume").status == 0
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole")
+    assert same_bits(tmp_path / "run" / "step_000020", tmp_path / "whole" / "step_000020")
+
+
+LONG = """
+import os, sys, time, common, distributed, gpt2, train
+sys.path[:0], train.__file__ = [os.getcwd()], sys.argv[0]  # the other rank runs this script too
+backward, calls, common.LONG_STEP = gpt2.GPT2.backward, [], 0
+
+def slow_backward(model):
+    calls.append(1)
+    time.sleep(0.5 if len(calls) > 2 else 0)  # a step has 64 micro-batches
+    backward(model)
+
+gpt2.GPT2.backward = slow_backward
+common.run(train.main)
+"""
+
+
+def test_ranks_end_a_long_step_together(shards, tmp_path):
+    """SIGTERM to the one that is not first; the step would take half a minute."""
+    path, run = tmp_path / "long.py", tmp_path / "run"
+    path.write_text(LONG)
+    flags = (
+        "--data",
+        shards,
+        *TINY,
+        "--out",
+        run,
+        "--batch-size",
+        1,
+        "--total-batch-tokens",
+        2048,
+        "--ranks",
+        2,
+    )
+    environment = script.environment(PYTHONPATH=str(ROOT))
+    pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen([sys.executable, path, *map(str, flags)], env=environment, **pipes)
+    while not (run / "log.jsonl").exists() and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    began = time.monotonic()
+    os.kill(kill_runs.ranks_of(process)[1], signal.SIGTERM)
+    said = process.stderr.read()
+    assert process.wait(30) == 143 and "stopped after step 0; go on" in said, said
+    assert time.monotonic() - began < 10
+    assert loads(run / "step_000000") == 0
+
+
 def test_another_process_leaves_a_run_alone_that_is_under_way(shards, tmp_path, whole):
     """Whether it begins anew or resumes; and the run goes on undisturbed."""
     run = tmp_path / "run"
@@ -822,6 +894,90 @@ def test_two_ranks_train_as_one_does_to_rounding_and_twice_to_the_bit(shards, tm
     again = train_by_ranks(2, shards, tmp_path / "again", "--batch-size", 1)
     assert losses_of(again) == losses_of(two_ranks)
     assert same_bits(again / "step_000020", two_ranks / "step_000020")
+
+
+def test_any_number_of_ranks_gives_the_same_losses(shards, tmp_path, whole, two_ranks, capsys):
+    """To 1e-5 over 20 steps, and checkpoints of the same form; and so does a run that changes the number."""
+    four = train_by_ranks(4, shards, tmp_path / "four")
+    (tmp_path / "changing").mkdir()
+    changing = tmp_path / "changing"
+    shutil.copytree(two_ranks / "step_000010", changing / "step_000010")
+    shutil.copy(two_ranks / "log.jsonl", changing)
+    done = in_processes("--out", changing, "--resume", "--ranks", 4)
+    assert done.status == 0 and "on 4 ranks" in done.out, done.err
+    runs = {"1 rank": whole, "2 ranks": two_ranks, "4 ranks": four, "2, then 4": changing}
+    one = np.array(losses_of(whole))
+    rows = []
+    for name, run in runs.items():
+        losses = np.array(losses_of(run))
+        np.testing.assert_allclose(losses, one, rtol=1e-5)
+        rows.append(
+            f"{name:10} {losses[0]:.6f} {losses[-1]:.6f}  apart by {np.abs(losses - one).max():.1e} at most"
+        )
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            loaded, expected = (safetensors.numpy.load_file(r / "step_000020" / file) for r in (run, whole))
+            assert {k: v.shape for k, v in loaded.items()} == {k: v.shape for k, v in expected.items()}
+    with capsys.disabled():
+        print("\n\nlosses of steps 1 and 20", *rows, sep="\n")
+
+
+def test_zero_changes_nothing_where_ranks_share_memory(shards, tmp_path, two_ranks):
+    zero = train_by_ranks(2, shards, tmp_path / "zero", "--batch-size", 1, "--zero", 1)
+    assert losses_of(zero) == losses_of(two_ranks)
+    assert same_bits(zero / "step_000020", two_ranks / "step_000020")
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_ranks_of_a_launcher_train_as_those_that_a_script_starts(shards, tmp_path, two_ranks, launcher):
+    flags = ("--data", shards, *TINY, "--out", tmp_path / "run", "--save-every", 10, "--batch-size", 1)
+    at, processes = test_distributed.port(), []
+    for rank in range(2):
+        environment = script.environment(**test_distributed.variables(launcher, rank, 2, at))
+        command = [sys.executable, "train.py", *map(str, flags)]
+        pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "on 2 ranks" in said[0][0] and said[1] == ("", "")
+    assert same_bits(tmp_path / "run" / "step_000020", two_ranks / "step_000020")
+
+
+ON_GPUS = (
+    test_distributed.EMULATOR
+    + """
+import train, common
+train.measured_flops = lambda *_: 1e11
+common.run(train.main)
+"""
+)
+
+
+def test_a_run_on_two_gpus_goes_on_with_one(shards, tmp_path):
+    """In the emulator, with a NCCL made of sockets; --zero 1 leaves the files as they are."""
+    path, run = tmp_path / "gpus.py", tmp_path / "run"
+    path.write_text(ON_GPUS)
+    sizes = "--n-layer 1 --n-head 2 --n-embd 32 --seq-len 16 --total-batch-tokens 64 --batch-size 2"
+    rare = "--eval-every 3 --eval-tokens 64 --sample-every 0 --save-every 2 --warmup-steps 1 --lr 1e-2"
+
+    def go(size, *flags):
+        at, processes = test_distributed.port(), []
+        for rank in range(size):
+            told = test_distributed.variables("torchrun", rank, size, at)
+            environment = script.environment(PYTHONPATH=str(ROOT), **told)
+            pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            command = [sys.executable, path, "--out", run, "--device", "cuda", *map(str, flags)]
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+        said = [process.communicate(timeout=300) for process in processes]
+        assert all(process.returncode == 0 for process in processes), said
+        return said[0]
+
+    out, _ = go(2, "--data", shards, *sizes.split(), *rare.split(), "--steps", 4, "--zero", 1)
+    assert "on 2 ranks" in out and " a rank: parameters" in out
+    once = losses_of(run)
+    assert once[-1] < once[0] and loads(run / "step_000004") == 4
+    shutil.rmtree(run / "step_000004")
+    go(1, "--resume", "--ranks", 1)
+    np.testing.assert_allclose(losses_of(run), once, rtol=2e-3)
 
 
 def test_the_loss_of_a_step_is_the_mean_over_all_of_its_tokens(shards, whole, two_ranks):
@@ -913,6 +1069,21 @@ def test_a_file_that_cannot_grow_costs_only_that_checkpoint(start, tmp_path):
     assert done.status == 2 and done.err.splitlines()[-1].startswith("error: File too large")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "log.jsonl", "step_000004"}
     assert loads(common.newest_checkpoint(tmp_path / "run")) == 4
+
+
+def test_a_disk_that_is_nearly_full_is_noticed_in_time(start, tmp_path, monkeypatch):
+    """At the start, and after a checkpoint, when the next one would not fit."""
+    free = iter([10**9, 10**9, 10**4, 10**9])  # at the start, after steps 5, 10 and 15
+    disk = lambda _: SimpleNamespace(free=next(free, 10**4))
+    monkeypatch.setattr(shutil, "disk_usage", disk)
+    done = start("run", "--save-every", 5)
+    assert done.status == 0
+    warnings = [line for line in done.err.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == 2 and all("10 kB are free" in w and "free some space" in w for w in warnings)
+    n_bytes = sum(path.stat().st_size for path in (tmp_path / "run" / "step_000020").iterdir())
+    assert f"the next checkpoint takes {common.size(n_bytes)}, and" in warnings[-1]
+    at_start = start("other", "--steps", 1).err
+    assert at_start.count("warning:") == 2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1056,6 +1227,90 @@ def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, whole, name):
     assert script.refused(script.run(train.main, "--out", tmp_path / "run", "--resume", "--steps", 22), name)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Time and money
+
+
+def test_hours_set_the_number_of_steps_and_a_resumed_run_keeps_it(shards, tmp_path, monkeypatch):
+    flags = [flag for flag in TINY if flag not in ("--steps", "20")]
+
+    def go(run, *more):
+        return script.run(train.main, "--data", shards, *flags, "--out", tmp_path / run, *more)
+
+    measured = {16: 0.5}
+    monkeypatch.setattr(train, "measure_steps", lambda *_: measured)
+    assert go("run", "--hours", 5.2 / 3600, "--save-every", 5).status == 0
+    assert len(losses_of(tmp_path / "run")) == 10  # of half a second each, and evaluations
+    assert events(tmp_path / "run", "step")[-1]["lr"] == pytest.approx(learning_rate(9, 10, 3e-3, 2, 0.0))
+    shutil.rmtree(tmp_path / "run" / "step_000010")
+    measured[16] = 5.0  # the machine is slower now: the schedule stays what it was
+    for more in ((), ("--hours", 5.2 / 3600)):
+        again = go("run", "--resume", *more)
+        assert again.status == 0, again.err
+        assert len(losses_of(tmp_path / "run")) == 10
+        shutil.rmtree(tmp_path / "run" / "step_000010")
+    other = go("run", "--resume", "--hours", 7)
+    assert script.refused(other, "has its 10 steps", "--steps")
+    assert go("money", "--dollars", 12, "--dollars-per-hour", 7200).status == 0
+    assert len(losses_of(tmp_path / "money")) == 1
+    assert script.refused(go("new", "--hours", 1e-9), "one step takes", "--hours")
+
+
+def test_a_whole_step_is_measured_for_hours_and_changes_nothing(shards):
+    tokenizer, flags = Tokenizer.load(shards), train.parse(["--data", str(shards), *TINY])[0]
+    flags.batch_size, flags.hours, flags.dtype = 2, 1.0, "float32"
+    config = train.model_config(flags, tokenizer, None)
+    model = train.make_model(None, config, "cpu", flags)
+    optimizer, before = gpt2.AdamW(model), model.flat_params.copy()
+    loader = DataLoader(data.shards(shards, "train"), flags)
+    times = train.measure_steps(model, optimizer, loader, flags, World(0, 1))
+    assert times.keys() == {16} and times[16] > 0
+    assert np.array_equal(model.flat_params, before)
+    assert not (model.sums.any() or optimizer.m.any() or optimizer.v.any() or optimizer.steps.any())
+
+
+def test_steps_in_an_hour_by_hand():
+    settings = dict(
+        short_len=4, short_steps=100, seq_len=16, eval_every=0, eval_tokens=30, total_batch_tokens=10
+    )
+    flags, times = SimpleNamespace(**settings), {4: 1.0, 16: 10.0}
+    seconds = [train.run_seconds(steps, flags, times) for steps in (1, 100, 101, 200)]
+    assert seconds == [1, 100, 110, 1100]
+    for wanted, steps in ((1, 1), (99.5, 99), (100, 100), (109, 100), (110, 101), (3600, 450)):
+        assert train.steps_in(wanted / 3600, flags, times) == steps
+    flags.eval_every = 5  # 30 tokens every 5 steps are 6 of 10 tokens a step, at a third of the price
+    assert train.run_seconds(100, flags, times) == pytest.approx(120)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--hours 1", ("--hours", "leave out --steps 20")),
+        ("--dollars 1", ("--dollars-per-hour",)),
+        ("--hours 0", ("--hours", "greater than 0")),
+        ("--zero 2", ("--zero", "invalid choice")),
+    ],
+)
+def test_bad_words_about_time_and_money_are_one_clear_line(start, tmp_path, flags, words):
+    assert script.refused(start("run", *flags.split()), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_others_reached_is_said_before_a_run(start):
+    assert "none has published" in start("run", "--steps", 1).out
+    d12 = train.parse(["--model", "d12"])[0]
+    assert train.published(d12, "fineweb").startswith("validation loss 3.27 to 3.29, HellaSwag 29.5 to 30")
+    d12.steps = 4000
+    assert train.published(d12, "fineweb").endswith("after 18,865 steps")
+    d12.lr = 1e-3
+    assert "none has published" in train.published(d12, "fineweb")
+    assert "none has published" in train.published(train.parse(["--model", "d36"])[0], "fineweb")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Memory
+
+
 def test_too_little_memory_is_said_before_any_is_taken(start, tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "free_memory", lambda: 10**5)
     monkeypatch.setattr(gpt2, "GPT2", lambda *_: pytest.fail("allocated"))
@@ -1066,11 +1321,11 @@ def test_too_little_memory_is_said_before_any_is_taken(start, tmp_path, monkeypa
 def test_the_micro_batch_is_what_memory_allows():
     config = gpt2.GPT2Config(12, 12, 768, 1024, 50257)
 
-    def chosen(rows, free, ranks=1, at_once=8 * 1024, batch_size=None, world=World(0, 1)):  # noqa: B008
+    def chosen(rows, free, ranks=1, at_once=8 * 1024, batch_size=None, world=World(0, 1), zero=None):  # noqa: B008
         flags = SimpleNamespace(seq_len=1024, total_batch_tokens=rows * 1024, ranks=ranks, dtype="float32")
-        flags.recompute, flags.batch_size, flags.resume = False, batch_size, False
+        flags.recompute, flags.batch_size, flags.resume, flags.zero = False, batch_size, False, zero
         ops = SimpleNamespace(free_memory=lambda: free, BATCH_TOKENS=at_once, SHARE=1.0, LOGITS=1 << 22)
-        memory = train.choose_batch_size(flags, config, ops, world)
+        memory = train.choose_batch_size(flags, config, ops, world, one_memory=zero is None)
         return flags.batch_size, sum(memory.values())
 
     needs = {B: chosen(B, 1e15, batch_size=B)[1] for B in range(1, 9)}
@@ -1083,6 +1338,9 @@ def test_the_micro_batch_is_what_memory_allows():
     rank_0_says = SimpleNamespace(gather=lambda free: [needs[4], free])
     assert chosen(512, 1e15, world=rank_0_says)[0] == 4
     assert chosen(512, needs[4], ranks=2)[0] < 4  # and each has activations
+    assert chosen(512, needs[4], ranks=2, zero=0)[0] == 4  # unless each has a GPU of its own
+    moments = 8 * config.n_params()
+    assert chosen(512, 1e15, ranks=2, zero=1, batch_size=4)[1] == needs[4] - moments / 2
     with pytest.raises(UserError, match=r"GB are free; lower --batch-size 1, use --recompute"):
         chosen(512, needs[1] - 1)
 

@@ -9,6 +9,7 @@ that forgets to wait reads old values, or NaN.
 """
 
 import ctypes
+import os
 import sys
 import time
 import types
@@ -17,7 +18,7 @@ from collections import deque
 
 import numpy as np
 
-from . import compiler, launcher
+from . import compiler, fake_nccl, launcher
 
 __version__ = "emulator"
 float16, float32, float64 = np.float16, np.float32, np.float64
@@ -667,6 +668,11 @@ class Device:
         }
 
     @property
+    def pci_bus_id(self):
+        """A card of its own for every process; EMULATOR_BUS lets two have the same."""
+        return launcher.setting("EMULATOR_BUS", str(os.getpid()))
+
+    @property
     def mem_info(self):
         return _state.memory - launcher.Memory.in_use, _state.memory
 
@@ -761,6 +767,7 @@ cuda = _module(
     compiler=_module("cupy.cuda.compiler", CompileException=CompileException),
     memory=_module("cupy.cuda.memory", OutOfMemoryError=OutOfMemoryError, MemoryPointer=MemoryPointer),
     stream=_module("cupy.cuda.stream", Stream=Stream, Event=Event, get_elapsed_time=get_elapsed_time),
+    nccl=fake_nccl,
     nvtx=_module("cupy.cuda.nvtx", RangePush=lambda *_: None, RangePop=lambda: None),
 )
 
@@ -768,7 +775,7 @@ cuda = _module(
 def modules():
     """{name: module} to put into sys.modules."""
     found = {"cupy": sys.modules[__name__], "cupy.cuda": cuda}
-    for member in vars(cuda).values():
+    for name, member in vars(cuda).items():
         if isinstance(member, types.ModuleType):
-            found[member.__name__] = member
+            found[f"cupy.cuda.{name}" if name == "nccl" else member.__name__] = member
     return found
