@@ -527,6 +527,10 @@ class Cache:
             setattr(self, name, after)
         self.lengths = self.lengths[picked]
 
+    def restart(self, rows):
+        """Let these rows be empty again."""
+        self.lengths[rows] = 0
+
 
 # ------------------------------------------------------------------------------------------------------------
 # AdamW

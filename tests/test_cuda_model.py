@@ -122,6 +122,27 @@ def test_decoding_is_the_full_forward_pass(config, dtype, tolerance):
         assert np.abs(host(logits) - full[rows, at]).max() < tolerance * np.abs(full).max()
 
 
+def test_rows_that_end_leave_the_recorded_step(monkeypatch):
+    """Rows end one after the other, one at the end of the context: the text is the CPU's, and a step with
+    the rows of the one before is replayed."""
+    texts, launched, launch = {}, [], cuda.launch
+
+    def counted(file, kernel, *args, **options):
+        launched.append(kernel)
+        launch(file, kernel, *args, **options)
+
+    monkeypatch.setattr(cuda, "launch", counted)
+    prompts = [[1, 2, 3], [7] * 30, [1, 2, 3], [5, 4], [9], [8, 8]]
+    for device in ("cpu", "cuda"):
+        model = gpt2.GPT2(CONFIG, device, "float32", seed=5)
+        rows = sample.generate(model, prompts, 20, seed=1, stop_tokens=range(0, 300, 20))
+        texts[device] = [(row.ids, row.finish) for row in rows]
+    assert texts["cuda"] == texts["cpu"] and {"context", "stop"} <= {finish for _, finish in texts["cpu"]}
+    assert len({len(ids) for ids, _ in texts["cpu"]}) > 3
+    steps = launched.count("attention_decode<float, 64>") / CONFIG.n_layer
+    assert steps <= 2 * 4  # run and recorded, with 6, 3, 2 and 1 rows at most
+
+
 def test_a_model_travels_between_devices(tmp_path):
     model = gpt2.GPT2(CONFIG, "cuda", "bfloat16", seed=7)
     optimizer = gpt2.AdamW(model)
