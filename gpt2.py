@@ -360,8 +360,8 @@ class GPT2:
 
     def set(self, name, value):
         """Give a parameter the values of a NumPy array of its shape."""
-        self.master[name][...] = self.ops.to_device(value.astype(self.exact))
-        self.params[name][...] = self.ops.to_device(value.astype(self.type))
+        self.ops.assign(self.master[name], value.astype(self.exact))
+        self.ops.assign(self.params[name], value.astype(self.type))
 
     def _parameters(self, name):
         return self.params[name + ".weight"], self.params[name + ".bias"]
@@ -577,7 +577,7 @@ class AdamW:
     def _update(self, settings, betas, eps, weight_decay):
         """What step() computes, and a GPU records; settings (4,) are the arguments of step()."""
         model, ops, n = self.model, self.model.ops, self.model.n_decayed
-        self.loss[...] = model.loss
+        ops.assign(self.loss, model.loss)
         ops.global_norm(self.norm, model.flat_grads)
         ops.plan_update(self.plan, self.steps, self.norm, self.loss, settings, *betas)
         start, end = self.part.start, self.part.stop
@@ -602,8 +602,8 @@ class AdamW:
                     f"{path} holds the optimizer of another model; resume with the flags it began with"
                 )
             for name in ("m", "v"):
-                getattr(self, name)[...] = self.model.ops.to_device(file.get_tensor(name))
-            self.steps.fill(int(file.metadata()["steps"]))
+                self.model.ops.assign(getattr(self, name), file.get_tensor(name))
+            self.model.ops.assign(self.steps, np.array([int(file.metadata()["steps"])], np.int32))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -616,7 +616,7 @@ ALIGNMENT = 64  # elements: every view begins at a multiple, where a GPU reads 1
 def copy_of(array, ops):
     """A copy on the same device: a number that a later step will not change."""
     copy = ops.empty(array.shape, array.dtype)
-    copy[...] = array
+    ops.assign(copy, array)
     return copy
 
 

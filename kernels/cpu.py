@@ -23,6 +23,7 @@ from kernels.reference import (  # noqa: F401  constants, and what a device offe
     SHARE,
     A,
     K,
+    assign,
     elapsed,
     empty,
     free_memory,

@@ -24,6 +24,7 @@ from kernels.gpu import (  # noqa: F401  what reference.py has at its end is amo
     SMS,
     WIDTH,
     aligned,
+    assign,
     card_name,
     cdiv,
     check,

@@ -106,9 +106,21 @@ def to_device(array):
     if isinstance(array, xp.ndarray):
         return array
     array = np.asarray(array)
-    buffer = empty(array.nbytes, np.uint8)
-    _upload(buffer, [array])
-    return buffer.view(array.dtype).reshape(array.shape)
+    out = empty(array.shape, array.dtype)
+    assign(out, array)
+    return out
+
+
+def assign(out, array):
+    """Copy an array of NumPy's or of the GPU to out, which has its shape and type, without waiting."""
+    arrays = (out, array) if isinstance(array, xp.ndarray) else (out,)
+    if out.shape != array.shape or out.dtype != array.dtype or not all(x.flags.c_contiguous for x in arrays):
+        raise ValueError(f"assign: {array.dtype} {array.shape} to {out.dtype} {out.shape}, or not contiguous")
+    if len(arrays) == 1:
+        _upload(out.reshape(-1).view(np.uint8), [array])
+    else:
+        device_to_device, stream = 3, xp.cuda.get_current_stream()
+        xp.cuda.runtime.memcpyAsync(out.data.ptr, array.data.ptr, array.nbytes, device_to_device, stream.ptr)
 
 
 def _upload(buffer, arrays):

@@ -324,6 +324,17 @@ def test_to_device_does_not_wait():
     assert len(gpu._uploads) <= 2  # what was done is forgotten
 
 
+def test_assigning_is_of_equal_arrays():
+    """From the host and from the card; where CuPy would convert, or assign to a copy, it is an error."""
+    out, array = cuda.zeros((2, 3)), np.arange(6, dtype=np.float32).reshape(2, 3)
+    for source in (array, cuda.to_device(array + 1)):
+        cuda.assign(out, source)
+        np.testing.assert_array_equal(cuda.to_host(out), cuda.to_host(source))
+    for to, source in ((out, array[:1]), (out, array.astype(int)), (out[:, :2], array[:, :2])):
+        with pytest.raises(ValueError, match="assign: "):
+            cuda.assign(to, source)
+
+
 def test_recordings():
     """A recording reads its arguments, and what other arrays hold when it is replayed."""
     out, inp, recordings = cuda.empty((1, 8)), cuda.zeros((1, 8)), {}

@@ -487,12 +487,13 @@ def copyto(to, value):
     if isinstance(value, np.ndarray) and value.ndim:
         to.set(value.astype(to.dtype, copy=False))
         return
+    _state.current.submit(_copy, to, value)
 
-    def copy(target, source):
-        source = source.host if isinstance(source, ndarray) else source
-        np.copyto(target.host, source, casting="unsafe")
 
-    _state.current.submit(copy, to, value)
+def _copy(to, value):
+    """copyto() at the time of the stream, also to and from arrays of the host."""
+    to, value = (array.host if isinstance(array, ndarray) else array for array in (to, value))
+    np.copyto(to, value, casting="unsafe")
 
 
 def get_array_module(*arrays):
@@ -722,16 +723,20 @@ def _device_synchronize():
 
 
 def _bytes_at(address, n_bytes):
-    return np.frombuffer((ctypes.c_ubyte * n_bytes).from_address(int(address)), np.uint8)
+    """An array of the bytes at an address of the device or of the host."""
+    address, n_bytes = int(address), int(n_bytes)
+    start, size = launcher.nearest(address) or (0, 0)
+    if start <= address and address + n_bytes <= start + size:
+        return ndarray(n_bytes, np.uint8, MemoryPointer(launcher.Memory.objects[start], address))
+    return np.frombuffer((ctypes.c_ubyte * n_bytes).from_address(address), np.uint8)
 
 
 def _memcpy_async(to, source, n_bytes, kind, stream):
-    to, source, n_bytes = int(to), int(source), int(n_bytes)
-    _stream_of(stream).submit(lambda: np.copyto(_bytes_at(to, n_bytes), _bytes_at(source, n_bytes)))
+    _stream_of(stream).submit(_copy, _bytes_at(to, n_bytes), _bytes_at(source, n_bytes))
 
 
 def _memset_async(to, value, n_bytes, stream):
-    _stream_of(stream).submit(lambda: _bytes_at(to, int(n_bytes)).fill(value & 255))
+    _stream_of(stream).submit(_copy, _bytes_at(to, n_bytes), value & 255)
 
 
 def _stream_of(pointer):
