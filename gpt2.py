@@ -245,8 +245,7 @@ class GPT2:
         self.ops.matmul_forward(out, a.ln_f, self.wte.T, None)
         return out[..., : self.config.vocab_size]
 
-    # -- decoding: one token after the other, with the keys and values of those before
-    # ---------------------------
+    # -- decoding: one token after the other, with the keys and values of those before -----------------------
 
     def new_cache(self, batch, length):
         """Room for the keys and values of `batch` rows of up to `length` tokens."""
@@ -287,17 +286,19 @@ class GPT2:
         """
         (B, T), C, ops = tokens.shape, self.config.n_embd, self.ops
         a = self._activations("decoding", B, T, 1)
-        x, logits = self._buffer("x", (B, C)), self._buffer("next", (B, len(self.wte)), self.exact)
+        logits = self._buffer("next", (B, len(self.wte)), self.exact)
 
         def attention(i, s):
             ops.attention_decode(s.att, s.qkv, keys[i], values[i], offsets, empty_cache)
 
         self._transformer(a, tokens, attention, offsets)
-        ops.take_rows(x, a.ln_f.reshape(-1, C), last)
+        x = a.ln_f.reshape(-1, C)  # (B T, C)
+        if T > 1:
+            x = self._buffer("x", (B, C))
+            ops.take_rows(x, a.ln_f.reshape(-1, C), last)
         ops.matmul_forward(logits, x, self.wte.T, None)
 
-    # -- parameters
-    # ----------------------------------------------------------------------------------------------
+    # -- parameters ------------------------------------------------------------------------------------------
 
     def _allocate_parameters(self):
         ops, dtype = self.ops, self.dtype
@@ -369,8 +370,7 @@ class GPT2:
     def _gradients(self, name):
         return self.params[name + ".weight"], self.grads[name + ".weight"], self.grads[name + ".bias"]
 
-    # -- what a pass works on
-    # ------------------------------------------------------------------------------------
+    # -- what a pass works on --------------------------------------------------------------------------------
 
     def _checked(self, tokens):
         """tokens as an int32 array (B, T) on the host, all of them in the vocabulary."""
@@ -388,9 +388,9 @@ class GPT2:
     def _weighted_targets(self, tokens, targets, weights):
         """targets, weights, rows and places, as _forward() takes them.
 
-        Tokens of weight 0 get no logits at all. A GPU has a recording for every n, so it has eighths of B T
-        alone: tokens of weight 0 are among the n then. (16 conversations of the default mixture are 121
-        shapes (B, T) in 1,500 steps; with eighths they make 288 recordings, with any n 2,536.)
+        A GPU has a recording for every n, so n is rounded up to eighths of B T there, with tokens of weight 0.
+        (SFT's batches of 16 conversations are cut into 121 shapes (B, T) in 1,500 steps; with eighths that
+        makes 288 recordings, with any n 2,536.)
         """
         targets = self._checked(targets)
         if weights is None:
@@ -447,8 +447,7 @@ class GPT2:
         for start in range(0, rows, n):
             yield buffer[: min(n, rows - start)], slice(start, min(start + n, rows))
 
-    # -- loading and saving
-    # --------------------------------------------------------------------------------------
+    # -- loading and saving ----------------------------------------------------------------------------------
 
     def save_pretrained(self, directory):
         """Write config.json and model.safetensors as Hugging Face's GPT2LMHeadModel reads them."""
@@ -543,13 +542,8 @@ class AdamW:
     """
 
     def __init__(self, model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, world=None):
-        self.model, self.betas, self.eps, self.weight_decay, self.world = (
-            model,
-            betas,
-            eps,
-            weight_decay,
-            world,
-        )
+        self.model, self.world = model, world
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         ops, n = model.ops, len(model.flat_grads)
         shared = world is not None and world.size > 1
         self.m, self.v = ((world if shared else ops).zeros(n, model.exact) for _ in range(2))

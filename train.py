@@ -322,7 +322,7 @@ def print_plan(flags, model, loader, world, peak, memory):
     """Print what the run will take, from the time of one micro-batch, whose gradients are cleared."""
     config, tokens = model.config, flags.steps * flags.total_batch_tokens
     tokens_per_pass = flags.batch_size * flags.seq_len * world.size
-    for _ in range(2):  # the first is cold
+    for _ in range(3 if model.device == "cuda" else 2):  # the first is cold, a GPU records the second
         began = time.perf_counter()
         model.forward(*next(loader.micro_batches(0, world)))
         model.backward()

@@ -220,7 +220,7 @@ def scratch(*wanted):
 # Recording
 
 RECORD = True  # False: launch every kernel from Python, every time, to debug
-RECORDINGS = 256  # that a dictionary holds at most; beyond it the one used least recently is dropped
+RECORDINGS = 384  # that a dictionary holds at most; beyond it the one used least recently is dropped
 
 
 def replay(recordings, function, *arguments):
@@ -253,13 +253,14 @@ def replay(recordings, function, *arguments):
 
     if arrays:
         _upload(recording.buffer, arrays)
-    if RECORD and recording.ran and recording.workspace is _scratch.buffer:
+    if RECORD and recording.ran:
         with _needing("some more for a recording is"):
-            recording.graph = recording.graph or _recorded(function, recording.inputs)
+            if recording.graph is None or recording.workspace is not _scratch.buffer:  # which has grown
+                recording.graph, recording.workspace = _recorded(function, recording.inputs), _scratch.buffer
             recording.graph.launch()
-    else:  # for the first time, or after the workspace has grown, whose old memory a recording would use
+    else:
         function(*recording.inputs)
-        recording.ran, recording.workspace, recording.graph = True, _scratch.buffer, None
+        recording.ran = True
     recordings[key] = recording  # at the end: a dictionary keeps the order
     if len(recordings) > RECORDINGS:
         del recordings[next(iter(recordings))]
