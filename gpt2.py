@@ -388,9 +388,9 @@ class GPT2:
     def _weighted_targets(self, tokens, targets, weights):
         """targets, weights, rows and places, as _forward() takes them.
 
-        A GPU has a recording for every n, so n is rounded up to eighths of B T there, with tokens of weight 0.
-        (SFT's batches of 16 conversations are cut into 121 shapes (B, T) in 1,500 steps; with eighths that
-        makes 288 recordings, with any n 2,536.)
+        A GPU has a recording for every n, so n is rounded up to eighths of B T there: some tokens of weight 0
+        are among the n. (SFT's batches of 16 conversations are cut into 121 shapes (B, T) in 1,500 steps;
+        with eighths that makes 288 recordings, with any n 2,536.)
         """
         targets = self._checked(targets)
         if weights is None:

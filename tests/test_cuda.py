@@ -384,12 +384,15 @@ def test_nothing_is_allocated_inside_of_a_recording():
 
 def test_a_recording_follows_the_workspace():
     """When the workspace has grown, what used the old one is recorded anew."""
-    norm, recordings = cuda.empty(1), {}
-    for n in (9, 9, 9, gpu._scratch.buffer.size + 4096, 9, 9):
-        if n > 9:
-            cuda.scratch((n, np.uint8))
-        cuda.replay(recordings, cuda.global_norm, norm, cuda.to_device(np.ones(16, np.float32)))
+    norm, ones, recordings = cuda.empty(1), cuda.to_device(np.ones(16, np.float32)), {}
+    for call in range(6):
+        if call == 3:
+            cuda.scratch((gpu._scratch.buffer.size + 4096, np.uint8))
+        norm.fill(0)
+        cuda.replay(recordings, cuda.global_norm, norm, ones)
         assert cuda.to_host(norm) == 4
+    (recording,) = recordings.values()
+    assert recording.graph and recording.workspace is gpu._scratch.buffer
 
 
 def test_reading_later_is_reading_what_was_there():

