@@ -22,6 +22,7 @@ Read kernels/reference.py first: it has every operation that is called here. Rea
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -128,21 +129,29 @@ class GPT2:
         All logits (N, Vp) would dwarf everything else in memory, so they exist for a chunk of rows at a time,
         and each chunk becomes losses and then gradients before the next one.
         """
-        ops, C, V = self.ops, self.config.n_embd, self.config.vocab_size
         tokens = self._checked(tokens)
-        B, T = tokens.shape
-        targets, weights, rows = self._weighted_targets(tokens, targets, weights)  # (n,) each
-
+        targets, weights, rows, places = self._weighted_targets(tokens, targets, weights)
         self.pending = None
+        self.ops.replay(self.recordings, self._forward, tokens, targets, weights, rows, places)
+        self.pending = tokens
+        return copy_of(self.loss, self.ops)
+
+    def _forward(self, tokens, targets, weights, rows, places):
+        """What forward() computes, and a GPU records.
+
+        The n tokens that have a weight are the `rows` (n,) of the N = B T tokens, and targets and weights are
+        theirs, (n,) each. places (N,) says which of the n a token is, and n if it is none. rows and places
+        are None where every token has a weight.
+        """
+        ops, C, V, (B, T) = self.ops, self.config.n_embd, self.config.vocab_size, tokens.shape
         a = self._activations("training", B, T, self.config.n_layer, backward=True)
-        tokens = ops.to_device(tokens)
         self._transformer(a, tokens, self._causal_attention)
         x, dx = a.ln_f.reshape(-1, C), a.dln_f.reshape(-1, C)  # (N, C)
-        if rows is not None:  # only these of the B T tokens have a weight
-            x, dx = ops.empty((len(rows), C), self.type), ops.zeros((len(rows) + 1, C), self.type)
-            ops.take_rows(x, a.ln_f.reshape(-1, C), ops.to_device(rows))  # (n, C)
+        if rows is not None:
+            x, dx = self._buffer("x", (len(rows), C)), self._buffer("dx", (len(rows) + 1, C))
+            ops.take_rows(x, a.ln_f.reshape(-1, C), rows)  # (n, C)
 
-        losses = ops.empty(len(x), self.exact)
+        losses = self._buffer("losses", (len(x),), self.exact)
         if self.dwte_head is None:
             self.dwte_head = ops.empty(self.wte.shape, self.exact)
         self.dwte_head.fill(0)
@@ -150,14 +159,10 @@ class GPT2:
             ops.matmul_forward(z, x[chunk], self.wte.T, None)  # (n, Vp) logits
             ops.classifier(losses[chunk], z, targets[chunk], weights[chunk], V)  # z is now dlogits
             ops.matmul_backward(dx[chunk], self.dwte_head.T, None, z, x[chunk], self.wte.T)
-        if rows is not None:  # the other rows take the row of zeros at the end of dx
-            source = np.full(B * T, len(rows), np.int32)
-            source[rows] = np.arange(len(rows))
-            ops.take_rows(a.dln_f.reshape(-1, C), dx, ops.to_device(source))
-
+        if rows is not None:
+            dx[len(rows) :].fill(0)  # for the tokens without a weight
+            ops.take_rows(a.dln_f.reshape(-1, C), dx, places)  # (N, C)
         ops.weighted_sum(self.loss, losses, weights)
-        self.pending = tokens
-        return copy_of(self.loss, ops)
 
     def _transformer(self, a, tokens, attention, offsets=None):
         """tokens (B, T) -> a.ln_f (B, T, C). attention(i, s) makes s.att from s.qkv in layer i."""
@@ -179,13 +184,17 @@ class GPT2:
         self.ops.attention_forward(s.att, s.lse, s.qkv, self.config.n_head)
 
     def backward(self):
-        """Add to grads the gradients of the last forward pass: forward(), read from its end to its beginning.
-
-        a.dx (B, T, C) is the gradient of the residual stream: each layernorm_backward adds to it.
-        """
+        """Add to grads the gradients of the last forward pass."""
         if self.pending is None:
             raise RuntimeError("backward() follows one forward(tokens, targets)")
         tokens, self.pending = self.pending, None
+        self.ops.replay(self.recordings, self._backward, tokens)
+
+    def _backward(self, tokens):
+        """What backward() computes, and a GPU records: _forward(), read from its end to its beginning.
+
+        a.dx (B, T, C) is the gradient of the residual stream: each layernorm_backward adds to it.
+        """
         a, ops = self._activations("training", *tokens.shape, self.config.n_layer, backward=True), self.ops
         ops.residual_forward(self.dwte, self.dwte, self.dwte_head)
         inputs = [a.embedded] + [s.out for s in a.layers]  # of each layer, and of ln_f
@@ -236,8 +245,7 @@ class GPT2:
         self.ops.matmul_forward(out, a.ln_f, self.wte.T, None)
         return out[..., : self.config.vocab_size]
 
-    # -- decoding: one token after the other, with the keys and values of those before
-    # ---------------------------
+    # -- decoding: one token after the other, with the keys and values of those before -----------------------
 
     def new_cache(self, batch, length):
         """Room for the keys and values of `batch` rows of up to `length` tokens."""
@@ -264,43 +272,33 @@ class GPT2:
                 f"{cache.lengths.max()} + {T} tokens do not fit the room for {cache.length}; "
                 f"the model's context is {self.config.n_positions}"
             )
-        if (
-            T == 1
-        ):  # the same step again and again: it keeps its arrays, and on a GPU a recording of its kernels
-            cache.decode_step = step = cache.decode_step or self._cache_pass(cache, B, 1)
-        else:
-            step = self._cache_pass(cache, B, T)
-        last = np.arange(B) * T + lengths - 1  # (B,) rows of the B T
-        inputs = np.concatenate([tokens.reshape(-1), cache.lengths, last], dtype=np.int32)
-        step.inputs[...] = ops.to_device(inputs)
-        step.run()
+        last = np.arange(B, dtype=np.int32) * T + lengths - 1  # (B,) rows of the B T
+        empty_cache = T > 1 and not cache.lengths.any()  # a decode step is the same, however full the cache
+        arguments = tokens, cache.lengths, last, cache.keys, cache.values, empty_cache
+        ops.replay(self.recordings, self._decode, *arguments)
         cache.lengths = cache.lengths + lengths
-        logits = ops.empty(step.logits.shape, self.exact)
-        logits[...] = step.logits
-        return logits[:, : self.config.vocab_size]
+        return copy_of(self._buffer("next", (B, len(self.wte)), self.exact), ops)[:, : self.config.vocab_size]
 
-    def _cache_pass(self, cache, B, T):
-        """What appends B rows of T tokens to the cache: .run() makes .logits (B, Vp) from .inputs, which are
-        the tokens (B, T), the rows' lengths before (B,), and which of the B T tokens end the rows (B,)."""
-        ops, keys, values, N = self.ops, cache.keys, cache.values, B * T
-        a, inputs = self._activations("decoding", B, T, 1), ops.empty(N + 2 * B, np.int32)
-        tokens, offsets, last = inputs[:N].reshape(B, T), inputs[N : N + B], inputs[N + B :]
-        x = ops.empty((B, self.config.n_embd), self.type)
-        logits = ops.empty((B, len(self.wte)), self.exact)
-        empty_cache = T > 1 and not cache.lengths.any()  # a decode step is used again while the cache fills
+    def _decode(self, tokens, offsets, last, keys, values, empty_cache):
+        """What decode() computes, and a GPU records: the logits (B, Vp) go to the buffer "next".
+
+        offsets (B,) are the rows' lengths before, last (B,) says which of the B T tokens end the rows.
+        """
+        (B, T), C, ops = tokens.shape, self.config.n_embd, self.ops
+        a = self._activations("decoding", B, T, 1)
+        logits = self._buffer("next", (B, len(self.wte)), self.exact)
 
         def attention(i, s):
             ops.attention_decode(s.att, s.qkv, keys[i], values[i], offsets, empty_cache)
 
-        def run():
-            self._transformer(a, tokens, attention, offsets)
-            ops.take_rows(x, a.ln_f.reshape(N, -1), last)
-            ops.matmul_forward(logits, x, self.wte.T, None)
+        self._transformer(a, tokens, attention, offsets)
+        x = a.ln_f.reshape(-1, C)  # (B T, C)
+        if T > 1:
+            x = self._buffer("x", (B, C))
+            ops.take_rows(x, a.ln_f.reshape(-1, C), last)
+        ops.matmul_forward(logits, x, self.wte.T, None)
 
-        return SimpleNamespace(inputs=inputs, logits=logits, run=ops.captured(run))
-
-    # -- parameters
-    # ----------------------------------------------------------------------------------------------
+    # -- parameters ------------------------------------------------------------------------------------------
 
     def _allocate_parameters(self):
         ops, dtype = self.ops, self.dtype
@@ -318,7 +316,8 @@ class GPT2:
         n = flat_length(self.layout)
         self.flat_master = None if self.type == self.exact else ops.zeros(n, self.exact)
         self.dwte_head = None  # (Vp, C): the classifier's share of dwte between forward and backward
-        self.buffers = {}  # activations, by what they are for
+        self.buffers, self.views = {}, {}  # activations, by what they are for
+        self.recordings = {}  # of passes, on a GPU; they know the buffers
         self.pending = None  # tokens of the forward pass that backward belongs to
         self.use_buffers(ops.zeros(n, self.type), ops.zeros(n + ALIGNMENT, self.exact))
 
@@ -326,6 +325,7 @@ class GPT2:
         """Let flat_params (n,) hold the parameters, and sums (n + 64,) what adds up over micro-batches and
         ranks: the gradients, flat_grads (n,), and behind them the loss (1,)."""
         n = len(flat_params)
+        self.recordings.clear()
         if self.type == self.exact:
             self.flat_master = flat_params
         self.flat_params, self.sums = flat_params, sums
@@ -382,8 +382,8 @@ class GPT2:
 
     def set(self, name, value):
         """Give a parameter the values of a NumPy array of its shape."""
-        self.master[name][...] = self.ops.to_device(value.astype(self.exact))
-        self.params[name][...] = self.ops.to_device(value.astype(self.type))
+        self.ops.assign(self.master[name], value.astype(self.exact))
+        self.ops.assign(self.params[name], value.astype(self.type))
 
     def _parameters(self, name):
         return self.params[name + ".weight"], self.params[name + ".bias"]
@@ -391,8 +391,7 @@ class GPT2:
     def _gradients(self, name):
         return self.params[name + ".weight"], self.grads[name + ".weight"], self.grads[name + ".bias"]
 
-    # -- what a pass works on
-    # ------------------------------------------------------------------------------------
+    # -- what a pass works on --------------------------------------------------------------------------------
 
     def _checked(self, tokens):
         """tokens as an int32 array (B, T) on the host, all of them in the vocabulary."""
@@ -408,8 +407,12 @@ class GPT2:
         return np.ascontiguousarray(tokens, np.int32)
 
     def _weighted_targets(self, tokens, targets, weights):
-        """targets and weights (n,) on the device, of the n tokens whose weight is not 0; and which rows of
-        the B T these are, (n,) int32 on the host, or None if they are all of them."""
+        """targets, weights, rows and places, as _forward() takes them.
+
+        A GPU has a recording for every n, so n is rounded up to eighths of B T there: some tokens of weight 0
+        are among the n. (SFT's batches of 16 conversations are cut into 121 shapes (B, T) in 1,500 steps;
+        with eighths that makes 288 recordings, with any n 2,536.)
+        """
         targets = self._checked(targets)
         if weights is None:
             weights = np.full(tokens.shape, 1 / tokens.size)
@@ -419,42 +422,53 @@ class GPT2:
                 f"tokens {tokens.shape}, targets {targets.shape}, weights {weights.shape} differ"
             )
         targets, weights = targets.reshape(-1), weights.reshape(-1)  # (N,)
-        rows = np.flatnonzero(weights).astype(np.int32)  # (n,)
+        rows = np.flatnonzero(weights)  # (n,)
         if len(rows) == 0:
             raise ValueError("no token has a weight")
-        if len(rows) == len(weights):
-            return self.ops.to_device(targets), self.ops.to_device(weights), None
-        return self.ops.to_device(targets[rows]), self.ops.to_device(weights[rows]), rows
+        N, n = len(weights), len(rows)
+        if self.ops.EIGHTHS:
+            eighth = -(-N // 8)
+            n = min(N, -(-n // eighth) * eighth)
+            rows = np.concatenate([rows, np.flatnonzero(weights == 0)[: n - len(rows)]])
+        if n == N:
+            return targets, weights, None, None
+        places = np.full(N, n, np.int32)
+        places[rows] = np.arange(n)
+        return targets[rows], weights[rows], rows.astype(np.int32), places
+
+    def _buffer(self, name, shape, dtype=None):
+        """An array of this shape, of the parameters' type, in a buffer that only grows."""
+        n, buffer = math.prod(shape), self.buffers.get(name)
+        if buffer is None or len(buffer) < n:
+            self.recordings.clear()  # they write to the smaller one
+            buffer = self.buffers[name] = self.ops.empty(n, dtype or self.type)
+        return buffer[:n].reshape(shape)
 
     def _activations(self, purpose, B, T, layers, backward=False):
         """The arrays of a pass of this shape, a.name and a.layers[i].name, in buffers that only grow."""
-        buffers, a, shape = self.buffers.get(purpose, ([None, None], None, None))
+        a, shape = self.views.get(purpose, (None, None))
         if shape == (B, T):
             return a
         a = SimpleNamespace(layers=[SimpleNamespace() for _ in range(layers)])
         lists = activation_shapes(self.config, B, T, layers, backward, self.recompute)
-        for k, (shapes, dtype) in enumerate(zip(lists, (self.type, self.exact))):
-            if buffers[k] is None or len(buffers[k]) < flat_length(shapes):
-                buffers[k] = self.ops.empty(flat_length(shapes), dtype)
-            for name, view in make_views(buffers[k], shapes).items():
+        for what, shapes, dtype in zip(("activations", "statistics"), lists, (self.type, self.exact)):
+            buffer = self._buffer(f"{purpose} {what}", (flat_length(shapes),), dtype)
+            for name, view in make_views(buffer, shapes).items():
                 owner, _, short = name.rpartition(".")
                 for where in {"": [a], "all": a.layers}.get(owner) or [a.layers[int(owner)]]:
                     setattr(where, short, view)
         a.layers *= self.config.n_layer // layers  # if one layer is kept, all layers write the same arrays
-        self.buffers[purpose] = buffers, a, (B, T)
+        self.views[purpose] = a, (B, T)
         return a
 
     def _logit_chunks(self, rows):
         """Buffers for logits (n, Vp), and the slice of the rows (N = B T of them) that each is for."""
         n = chunk_rows(self.config, rows, self.ops.LOGITS)
-        buffer = self.buffers.get("logits")
-        if buffer is None or len(buffer) < n:
-            buffer = self.buffers["logits"] = self.ops.empty((n, self.config.padded_vocab_size), self.type)
+        buffer = self._buffer("logits", (n, self.config.padded_vocab_size))
         for start in range(0, rows, n):
             yield buffer[: min(n, rows - start)], slice(start, min(start + n, rows))
 
-    # -- loading and saving
-    # --------------------------------------------------------------------------------------
+    # -- loading and saving ----------------------------------------------------------------------------------
 
     def save_pretrained(self, directory):
         """Write config.json and model.safetensors as Hugging Face's GPT2LMHeadModel reads them."""
@@ -531,7 +545,6 @@ class Cache:
         shape = (model.config.n_layer, batch, NH, length, HS)
         self.keys, self.values = model.ops.zeros(shape, model.type), model.ops.zeros(shape, model.type)
         self.model, self.lengths, self.length = model, np.zeros(batch, np.int32), length
-        self.decode_step = None  # see GPT2.decode
 
     def select(self, rows):
         """Keep these rows, in this order; a row named twice is copied: drop what is done, share a prompt."""
@@ -542,7 +555,11 @@ class Cache:
             for old, new in zip(before, after):
                 ops.take_rows(new.reshape(n, -1), old.reshape(len(old), -1), ops.to_device(picked))
             setattr(self, name, after)
-        self.lengths, self.decode_step = self.lengths[picked], None
+        self.lengths = self.lengths[picked]
+
+    def restart(self, rows):
+        """Let these rows be empty again."""
+        self.lengths[rows] = 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -573,8 +590,8 @@ class AdamW:
         self.collected = None  # see collect()
         self.steps = ops.zeros(1, np.int32)  # updates so far: a step that is left out does not count
         self.loss, self.norm = ops.zeros(1, model.exact), ops.zeros(1, model.exact)  # of the last step
-        self.settings = ops.zeros(4, model.exact)  # learning rate, max_norm, norm_limit, loss_limit
         self.plan = ops.zeros(4, model.exact)  # clip, learning rate and the two bias corrections of an update
+        self.recordings = {}  # of the update, on a GPU
 
     def step(self, lr, max_norm=1.0, norm_limit=np.inf, loss_limit=np.inf):
         """Update the parameters, clear gradients and loss; return the norm before clipping, a device scalar.
@@ -583,36 +600,40 @@ class AdamW:
         and moments stay as they are: the device decides, and nobody waits for it.
         """
         model, ops = self.model, self.model.ops
-        self.loss[...] = model.loss
-        self.settings[...] = ops.to_device(np.array([lr, max_norm, norm_limit, loss_limit], model.exact))
-        self._global_norm()
-        ops.plan_update(self.plan, self.steps, self.norm, self.loss, self.settings, *self.betas)
-        arrays = [self._own(a) for a in (model.flat_master, model.flat_grads, self.m, self.v)]  # (n,) each
-        copy = None if model.type == model.exact else self._own(model.flat_params)
-        n = len(arrays[0])
-        decayed = min(max(model.n_decayed - self.part.start, 0), n)
-        for some, decay in ((slice(0, decayed), self.weight_decay), (slice(decayed, n), 0.0)):
-            if some.start < some.stop:
-                copied = None if copy is None else copy[some]
-                ops.adamw(*[a[some] for a in arrays], self.plan, *self.betas, self.eps, decay, copied)
+        if self.zero:
+            self._norm_of_parts()
+        settings = np.array([lr, max_norm, norm_limit, loss_limit], model.exact)
+        ops.replay(self.recordings, self._update, settings, self.betas, self.eps, self.weight_decay)
         model.sums[: self.part.start].fill(0)  # the gradients that other ranks have used
         model.sums[self.part.stop :].fill(0)  # and the loss
         if self.world:
             self.world.all_gather(model.flat_params)
         return copy_of(self.norm, ops)
 
+    def _update(self, settings, betas, eps, weight_decay):
+        """What step() computes, and a GPU records; settings (4,) are the arguments of step()."""
+        model, ops = self.model, self.model.ops
+        ops.assign(self.loss, model.loss)
+        if not self.zero:
+            ops.global_norm(self.norm, model.flat_grads)
+        ops.plan_update(self.plan, self.steps, self.norm, self.loss, settings, *betas)
+        arrays = [self._own(a) for a in (model.flat_master, model.flat_grads, self.m, self.v)]  # (n,) each
+        copy = None if model.type == model.exact else self._own(model.flat_params)
+        n = len(arrays[0])
+        decayed = min(max(model.n_decayed - self.part.start, 0), n)
+        for some, decay in ((slice(0, decayed), weight_decay), (slice(decayed, n), 0.0)):
+            if some.start < some.stop:
+                copied = None if copy is None else copy[some]
+                ops.adamw(*[a[some] for a in arrays], self.plan, *betas, eps, decay, copied)
+
     def _own(self, array):
         """This rank's part of a flat buffer; all of one that is no longer than that (with zero)."""
         return array[self.part] if len(array) == len(self.model.flat_grads) else array
 
-    def _global_norm(self):
-        """self.norm (1,), the length of the whole gradient; with zero that of the lengths of the parts."""
-        ops, grads = self.model.ops, self.model.flat_grads
-        if not self.zero:
-            ops.global_norm(self.norm, grads)
-            return
-        rank = self.world.rank
-        ops.global_norm(self.norms[rank : rank + 1], grads[self.part])
+    def _norm_of_parts(self):
+        """self.norm (1,), the length of the whole gradient, from the lengths of the ranks' parts of it."""
+        ops, rank = self.model.ops, self.world.rank
+        ops.global_norm(self.norms[rank : rank + 1], self.model.flat_grads[self.part])
         self.world.all_gather(self.norms)
         ops.global_norm(self.norm, self.norms)
 
@@ -652,8 +673,8 @@ class AdamW:
             for name in ("m", "v"):
                 whole = np.zeros(len(self.model.flat_grads), self.model.exact)  # with the padding of share()
                 whole[:n] = file.get_tensor(name)
-                getattr(self, name)[...] = self.model.ops.to_device(whole[self.part] if self.zero else whole)
-            self.steps.fill(int(file.metadata()["steps"]))
+                self.model.ops.assign(getattr(self, name), whole[self.part] if self.zero else whole)
+            self.model.ops.assign(self.steps, np.array([int(file.metadata()["steps"])], np.int32))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -666,7 +687,7 @@ ALIGNMENT = 64  # elements: every view begins at a multiple, where a GPU reads 1
 def copy_of(array, ops):
     """A copy on the same device: a number that a later step will not change."""
     copy = ops.empty(array.shape, array.dtype)
-    copy[...] = array
+    ops.assign(copy, array)
     return copy
 
 

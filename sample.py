@@ -42,8 +42,8 @@ def generate(
 
     A random number depends on the seed, on the row's stream (its index in `prompts`, unless `streams` gives
     another) and on the token's position, on nothing else. So a row gets the same tokens whichever rows share
-    its batch, and finished rows can be dropped from it. With a tokenizer the completions have text, and
-    stop_texts end them.
+    its batch, and finished rows are dropped from it when they are half of it. With a tokenizer the
+    completions have text, and stop_texts end them.
 
     on_token(completion, shown, logits) is called after every token with the text that may now be shown and
     with the row's logits (V,) on the device. It may return a list of ids, the output of a tool for example.
@@ -61,15 +61,17 @@ def generate(
         stream = index if streams is None else streams[index]
         rows.append(Completion(index, list(prompt), stream, tokenizer))
 
-    active = rows  # the rows of the batch that are not finished
+    batch = rows  # the rows of the cache; more than half of them are not finished
     cache, logits = prefill(model, prompts, max_tokens)  # logits (B, V)
     while True:
         if allowed:
-            masks = [None if row.pending else allowed(row) for row in active]  # B masks (V,)
+            masks = [None if row.pending or row.finish else allowed(row) for row in batch]  # B masks (V,)
             logits = apply_masks(ops, logits, masks)  # (B, V)
-        tokens, logprobs = sample_tokens(ops, logits, active, seed, temperature, top_k, top_p, min_p)
+        tokens, logprobs = sample_tokens(ops, logits, batch, seed, temperature, top_k, top_p, min_p)
 
-        for i, row in enumerate(active):
+        for i, row in enumerate(batch):
+            if row.finish:
+                continue
             shown = row.append(
                 int(tokens[i]), float(logprobs[0, i]), float(logprobs[1, i]),
                 stop_tokens, stop_texts, max_tokens, n_positions,
@@ -77,13 +79,15 @@ def generate(
             if on_token:
                 row.pending += on_token(row, shown, logits[i]) or []
 
-        unfinished = [i for i, row in enumerate(active) if row.finish is None]
+        unfinished = [i for i, row in enumerate(batch) if row.finish is None]
         if not unfinished:
             return rows
-        if len(unfinished) < len(active):
+        if 2 * len(unfinished) <= len(batch):
             cache.select(unfinished)
-            active = [active[i] for i in unfinished]
-        logits = model.decode([row.ids[-1:] for row in active], cache)  # (B, 1) -> (B, V): a decode step
+            batch = [batch[i] for i in unfinished]
+        # Nobody reads the finished rows. They stay, because a GPU has recorded a step of this many rows.
+        cache.restart([i for i, row in enumerate(batch) if row.finish])
+        logits = model.decode([row.ids[-1:] for row in batch], cache)  # (B, 1) -> (B, V): a decode step
 
 
 def sample_tokens(ops, logits, rows, seed, *filters):

@@ -370,7 +370,7 @@ def measure_steps(model, optimizer, loader, flags, world):
     times = {}
     n = flags.total_batch_tokens / (flags.batch_size * flags.seq_len * world.size)  # micro-batches of a step
     for step in sorted({0, flags.short_steps}):
-        for _ in range(2):  # the first is cold
+        for _ in range(3 if model.device == "cuda" else 2):  # the first is cold, a GPU records the second
             began = time.perf_counter()
             model.forward(*next(loader.micro_batches(step, world)))
             model.backward()

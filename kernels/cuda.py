@@ -24,7 +24,7 @@ from kernels.gpu import (  # noqa: F401  what reference.py has at its end is amo
     SMS,
     WIDTH,
     aligned,
-    captured,
+    assign,
     card_name,
     cdiv,
     check,
@@ -36,6 +36,7 @@ from kernels.gpu import (  # noqa: F401  what reference.py has at its end is amo
     load,
     now,
     read_later,
+    replay,
     scratch,
     synchronize,
     tensor_map,
@@ -49,6 +50,7 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 if CAPABILITY < 80:
     del DTYPES["bfloat16"]  # its tensor cores came with sm_80
 LOGITS = 8192 * 50304  # elements of a chunk of logits: 8,192 rows of GPT-2's, 0.8 gigabytes of bf16
+EIGHTHS = True  # of a micro-batch is the number of tokens with a weight: see GPT2._weighted_targets
 BATCH_TOKENS, SHARE = 1 << 17, 0.9  # a default micro-batch: at most so many tokens, that part of the memory
 # What a benchmark or a test wants instead of what is chosen here. "matmul": a tile of matmul.cu or a name of
 # HOPPER_TILES; "slices": pieces of the inner dimension of dweight; "attention": "portable" or "flash".

@@ -17,6 +17,7 @@ import re
 import shutil
 import weakref
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from common import UserError, size
+from kernels import threads
 
 NO_GPU = "" if shutil.which("nvidia-smi") else "no NVIDIA GPU was found, nvidia-smi is missing"
 try:
@@ -80,7 +82,7 @@ def _needing(what):
         ) from None
 
 
-_recording = False  # True while captured() records
+_recording = False  # True while replay() records
 
 
 def _allocate(make, shape, dtype):
@@ -103,23 +105,52 @@ _uploads = collections.deque()  # (event, pinned array) of copies to the GPU, th
 
 
 def to_device(array):
-    """A copy on the GPU of a NumPy array, made on the current stream without waiting; a CuPy array as it is.
-
-    The array is copied into pinned memory, from which the GPU fetches it by itself, so the caller may change
-    it at once. The pinned memory is kept until its event says that the GPU has fetched it; then it goes back
-    to CuPy's pool, from which a later call gets it again.
-    """
+    """A copy on the GPU of a NumPy array, on the current stream, without waiting; a CuPy array as it is."""
     if isinstance(array, xp.ndarray):
         return array
-    array, stream = np.ascontiguousarray(array), xp.cuda.get_current_stream()
-    out, pinned, fetched = empty(array.shape, array.dtype), _pinned(array.shape, array.dtype), xp.cuda.Event()
+    array = np.asarray(array)
+    out = empty(array.shape, array.dtype)
+    assign(out, array)
+    return out
+
+
+def assign(out, array):
+    """Copy an array of NumPy's or of the GPU to out, which has its shape and type, without waiting."""
+    arrays = (out, array) if isinstance(array, xp.ndarray) else (out,)
+    if out.shape != array.shape or out.dtype != array.dtype or not all(x.flags.c_contiguous for x in arrays):
+        raise ValueError(f"assign: {array.dtype} {array.shape} to {out.dtype} {out.shape}, or not contiguous")
+    if len(arrays) == 1:
+        _upload(out.reshape(-1).view(np.uint8), [array])
+    else:
+        device_to_device, stream = 3, xp.cuda.get_current_stream()
+        xp.cuda.runtime.memcpyAsync(out.data.ptr, array.data.ptr, array.nbytes, device_to_device, stream.ptr)
+
+
+def _upload(buffer, arrays):
+    """Copy NumPy arrays into a buffer of bytes on the GPU, to their _slices, without waiting.
+
+    They are copied into pinned memory, from which the GPU fetches them by itself, so the caller may change
+    them at once. The pinned memory is kept until its event says that the GPU has fetched it; then it goes
+    back to CuPy's pool, from which a later call gets it again.
+    """
+    stream, pinned, fetched = xp.cuda.get_current_stream(), _pinned(buffer.shape, np.uint8), xp.cuda.Event()
     while _uploads and _uploads[0][0].done:
         _uploads.popleft()
-    pinned[...] = array
-    out.set(pinned, stream)
+    for part, array in zip(_slices([(array.size, array.dtype) for array in arrays]), arrays):
+        pinned[part].view(array.dtype).reshape(array.shape)[...] = array
+    buffer.set(pinned, stream)
     fetched.record(stream)
     _uploads.append((fetched, pinned))
-    return out
+
+
+def _slices(wanted):
+    """Slices of a buffer of bytes with room for each (elements, type), from multiples of 256 on."""
+    slices, end = [], 0
+    for n, dtype in wanted:
+        start = cdiv(end, 256) * 256
+        end = start + n * np.dtype(dtype).itemsize
+        slices.append(slice(start, end))
+    return slices
 
 
 def to_host(array):
@@ -180,48 +211,109 @@ def scratch(*wanted):
 
     One buffer serves all operations, because they follow each other on one stream. It only grows.
     """
-    sizes = [cdiv(n * np.dtype(dtype).itemsize, 256) * 256 for n, dtype in wanted]
-    if _scratch.buffer is None or _scratch.buffer.size < sum(sizes):
+    slices = _slices(wanted)
+    if _scratch.buffer is None or _scratch.buffer.size < slices[-1].stop:
         if not _recording:
             _scratch.buffer = None  # freed first, so that its memory can be part of the new one
-        _scratch.buffer = empty(sum(sizes), np.uint8)
-    arrays, start = [], 0
-    for (n, dtype), n_bytes in zip(wanted, sizes):
-        end = start + n * np.dtype(dtype).itemsize
-        arrays.append(_scratch.buffer[start:end].view(dtype))
-        start += n_bytes
-    return arrays
+        _scratch.buffer = empty(slices[-1].stop, np.uint8)
+    return [_scratch.buffer[part].view(dtype) for part, (_, dtype) in zip(slices, wanted)]
 
 
-def captured(function):
-    """`function`, which must use the same arrays every time, as a CUDA graph: one launch instead of hundreds.
+# ------------------------------------------------------------------------------------------------------------
+# Recording
 
-    The first call runs it, so that kernels are compiled and the workspace has its size; the second records
-    it; all calls from the second on replay the graph, and Python's time for the launches is saved.
+RECORD = True  # False: launch every kernel from Python, every time, to debug
+RECORDINGS = 384  # that a dictionary holds at most; beyond it the one used least recently is dropped
+
+
+def replay(recordings, function, *arguments):
+    """function(*arguments), which returns nothing, as a CUDA graph: one launch instead of hundreds.
+
+    The first call runs the function, so that kernels are compiled and all memory has its size; the second
+    records its launches; later ones replay the recording, and Python does not run the function at all. So
+    what changes from call to call must be in arrays:
+
+    - NumPy arrays are copied to the GPU, to a place that all calls with arguments of the same shapes share,
+      and there the function finds them.
+    - Everything else goes to the function as it is: numbers, None, arrays on the GPU. Another number or array
+      makes another recording.
+
+    recordings is a dictionary of the caller's. It must be cleared when an array is replaced that the function
+    uses and that is no argument. The function may launch kernels and fill arrays that it overwrites; it may
+    neither wait nor, after its first call, allocate.
     """
-    state = SimpleNamespace(calls=0, graph=None, scratch=None)
+    arrays = [x for x in arguments if isinstance(x, np.ndarray)]
+    key = function.__name__, *map(_identity, arguments)
+    recording = recordings.pop(key, None)
+    if recording is None:
+        slices = _slices([(x.size, x.dtype) for x in arrays])
+        buffer = empty(slices[-1].stop if slices else 0, np.uint8)
+        views = (buffer[part].view(x.dtype).reshape(x.shape) for part, x in zip(slices, arrays))
+        inputs = [next(views) if isinstance(x, np.ndarray) else x for x in arguments]
+        recording = SimpleNamespace(buffer=buffer, inputs=inputs, graph=None, ran=False, workspace=None)
+        if not any(name == function.__name__ for name, *_ in recordings):
+            _compile_side_by_side(function, inputs)
 
-    def call():
-        global _recording  # noqa: PLW0603
-        state.calls += 1
-        if state.calls == 1:
-            return function()
+    if arrays:
+        _upload(recording.buffer, arrays)
+    if RECORD and recording.ran:
         with _needing("some more for a recording is"):
-            if state.graph is None:
-                stream = xp.cuda.Stream(non_blocking=True)
-                with stream:
-                    stream.begin_capture()
-                    try:
-                        _recording = True
-                        function()
-                    finally:
-                        _recording = False
-                        graph = stream.end_capture()
-                # The graph goes on using this workspace, even when scratch() has made a larger one.
-                state.graph, state.scratch = graph, _scratch.buffer
-            state.graph.launch()
+            if recording.graph is None or recording.workspace is not _scratch.buffer:  # which has grown
+                recording.graph, recording.workspace = _recorded(function, recording.inputs), _scratch.buffer
+            recording.graph.launch()
+    else:
+        function(*recording.inputs)
+        recording.ran = True
+    recordings[key] = recording  # at the end: a dictionary keeps the order
+    if len(recordings) > RECORDINGS:
+        del recordings[next(iter(recordings))]
 
-    return call
+
+def _identity(argument):
+    """What an argument of replay() adds to the key of its recording."""
+    if isinstance(argument, np.ndarray):
+        return argument.shape, argument.dtype.str
+    if isinstance(argument, xp.ndarray):
+        return argument.data.ptr, argument.shape, argument.dtype.str
+    return argument
+
+
+def _recorded(function, inputs):
+    """The launches of function(*inputs) as a CUDA graph; none of them is made."""
+    global _recording  # noqa: PLW0603
+    stream = xp.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        try:
+            _recording = True
+            function(*inputs)
+        finally:
+            _recording = False
+            graph = stream.end_capture()
+    return graph
+
+
+_planned = None  # {(file, kernel): shared} while _compile_side_by_side() looks for kernels
+
+
+def _compile_side_by_side(function, inputs):
+    """Compile the kernels that function(*inputs) will launch, on all cores: NVRTC holds no lock of Python's.
+
+    To find them the function is called with launches that are written down and not made.
+    """
+    global _planned  # noqa: PLW0603
+    _planned = {}
+    try:
+        function(*inputs)
+    finally:
+        kernels, _planned = _planned, None
+
+    def compile_one(kernel):
+        DEVICE.use()  # a thread begins with device 0
+        load(*kernel, kernels[kernel])
+
+    with ThreadPoolExecutor(threads.THREADS) as pool:
+        list(pool.map(compile_one, kernels))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -409,6 +501,9 @@ def launch(file, kernel, grid, block, *arguments, shared=0):
     grid, block = (shape if isinstance(shape, tuple) else (shape,) for shape in (grid, block))
     plain = {int: np.int32, float: np.float32, type(None): lambda _: np.uint64(0)}
     arguments = tuple(plain.get(type(argument), lambda x: x)(argument) for argument in arguments)
+    if _planned is not None:
+        _planned[file, kernel] = shared
+        return
     function = load(file, kernel, shared)
     with _needing(f"some more to run {kernel} is"):
         function(grid, block, arguments, shared_mem=shared)

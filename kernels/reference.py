@@ -348,6 +348,7 @@ def adamw(params, grads, m, v, update, beta1, beta2, eps, weight_decay, copy=Non
 
 DTYPES = {"float32": np.float32, "float64": np.float64}
 LOGITS = 1 << 22  # elements of logits that exist at once, 17 MB in float32
+EIGHTHS = False  # n, the number of tokens with a weight, is what it is: see GPT2._weighted_targets
 BATCH_TOKENS, SHARE = 8192, 0.5  # the default micro-batch: at most these tokens, this share of free memory
 
 
@@ -361,6 +362,10 @@ def empty(shape, dtype=np.float32):
 
 def to_device(array):
     return np.asarray(array)
+
+
+def assign(out, array):
+    out[...] = array
 
 
 def to_host(array):
@@ -399,6 +404,6 @@ def free_memory():
     return None
 
 
-def captured(function):
-    """`function`, which uses the same arrays in every call. A GPU records it and replays the recording."""
-    return function
+def replay(recordings, function, *arguments):
+    """function(*arguments). A GPU records what it launches, and replays that the next time (gpu.py)."""
+    function(*arguments)

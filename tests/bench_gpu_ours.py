@@ -61,11 +61,6 @@ pools = {name: ops.to_device(array.astype(name)) for name, array in ((F32, norma
 pools["positive"] = ops.to_device(normals**2)
 
 
-def copy_async(to, source):
-    stream = xp.cuda.get_current_stream().ptr
-    xp.cuda.runtime.memcpyAsync(to.data.ptr, source.data.ptr, to.nbytes, 3, stream)  # device to device
-
-
 def normal(*shape, dtype=BF16, pool=None):
     """A device array of random numbers: never time zeros, they take less power."""
     out, pool = ops.empty(shape, dtype), pools[pool or dtype]
@@ -73,7 +68,7 @@ def normal(*shape, dtype=BF16, pool=None):
     while start < out.size:
         begin = int(rng.integers(len(pool) // 2)) // 64 * 64  # no two arrays alike
         piece = flat[start : start + len(pool) - begin]
-        copy_async(piece, pool[begin : begin + len(piece)])
+        ops.assign(piece, pool[begin : begin + len(piece)])
         start += len(piece)
     return out
 
@@ -147,7 +142,7 @@ def clock(call, sets):
         for arrays in sets:
             call(*arrays)
 
-    play = ops.captured(every)
+    play = functools.partial(ops.replay, {}, every)
     play(), play()  # runs, records
 
     def measure(repeats):
@@ -242,7 +237,7 @@ def copy(n_bytes):
         return empty(n_bytes // 4, dtype=F32), normal(n_bytes // 4, dtype=F32)
 
     about, timers = Kernel("or", make, call, np.copyto).open()
-    return about, timers | dict(cudaMemcpyAsync=clock(copy_async, [make() for _ in range(4)]))
+    return about, timers | dict(cudaMemcpyAsync=clock(ops.assign, [make() for _ in range(4)]))
 
 
 def matmul(M, N, K):
@@ -592,7 +587,8 @@ def training(B, dtype, **sizes):
 
 
 def give_back(model):
-    model.buffers.clear()
+    for kept in (model.buffers, model.views, model.recordings):
+        kept.clear()
     settle(free=True)
 
 
@@ -613,6 +609,10 @@ class Traced:
 
     def __init__(self, cost):
         self.cost, self.calls = cost, []  # (label, FLOP, bytes, launches)
+
+    def replay(self, recordings, function, *arguments):
+        """Without recording: there are events around every launch."""
+        function(*(ops.to_device(x) if isinstance(x, np.ndarray) else x for x in arguments))
 
     def __getattr__(self, name):
         function = getattr(ops, name)

@@ -324,29 +324,75 @@ def test_to_device_does_not_wait():
     assert len(gpu._uploads) <= 2  # what was done is forgotten
 
 
+def test_assigning_is_of_equal_arrays():
+    """From the host and from the card; where CuPy would convert, or assign to a copy, it is an error."""
+    out, array = cuda.zeros((2, 3)), np.arange(6, dtype=np.float32).reshape(2, 3)
+    for source in (array, cuda.to_device(array + 1)):
+        cuda.assign(out, source)
+        np.testing.assert_array_equal(cuda.to_host(out), cuda.to_host(source))
+    for to, source in ((out, array[:1]), (out, array.astype(int)), (out[:, :2], array[:, :2])):
+        with pytest.raises(ValueError, match="assign: "):
+            cuda.assign(to, source)
+
+
 def test_recordings():
-    """A recording reads what its arrays hold when it is played."""
-    out, inp = cuda.empty((1, 8)), cuda.zeros((1, 8))
-    play = cuda.captured(lambda: cuda.residual_forward(out, inp, inp))
-    for i in range(5):
-        inp[...] = cuda.to_device(np.full((1, 8), i, np.float32))
-        play()
-        assert (cuda.to_host(out) == 2 * i).all()
+    """A recording reads its arguments, and what other arrays hold when it is replayed."""
+    out, inp, recordings = cuda.empty((1, 8)), cuda.zeros((1, 8)), {}
+
+    def add(array, scale):
+        for _ in range(scale):
+            cuda.residual_forward(out, inp, array)
+
+    for i in range(8):
+        inp.fill(i)
+        cuda.replay(recordings, add, np.full((1, 8), 2 * i, np.float32), 1 + i % 2)
+        assert (cuda.to_host(out) == 3 * i).all()
+    assert all(recording.graph for recording in recordings.values()) and len(recordings) == 2
+
+
+def test_few_recordings_are_kept(monkeypatch):
+    monkeypatch.setattr(gpu, "RECORDINGS", 2)
+    x, recordings, run = cuda.zeros((1, 8)), {}, []
+
+    def double(n):
+        run.append(n)
+        cuda.residual_forward(x, x, x)
+
+    for n in (1, 2, 1, 3, 1, 2):
+        cuda.replay(recordings, double, n)
+    assert run == [1, 1, 2, 1, 3, 2]  # the kernels of the first are looked for; it is run, recorded, replayed
 
 
 def test_nothing_is_allocated_inside_of_a_recording():
     """Not even scratch memory that must grow; and the next recording may be made."""
     large = (0 if gpu._scratch.buffer is None else gpu._scratch.buffer.size) + 4096
     for allocate in (lambda _: cuda.zeros(3), lambda n: cuda.scratch((n, np.uint8))):
-        sizes = iter([1, large])
-        play = cuda.captured(lambda allocate=allocate, sizes=sizes: allocate(next(sizes)))
-        play()
+        sizes, recordings = iter([1, 1, large]), {}
+        cuda.replay(recordings, lambda allocate=allocate, sizes=sizes: allocate(next(sizes)))
         with pytest.raises(RuntimeError, match="would be allocated inside of a recording"):
-            play()
-    x = cuda.zeros((1, 8))
-    play = cuda.captured(lambda: cuda.residual_forward(x, x, x))
-    play(), play(), x.fill(1), play()
+            cuda.replay(recordings, lambda allocate=allocate, sizes=sizes: allocate(next(sizes)))
+    x, recordings = cuda.zeros((1, 8)), {}
+
+    def double():
+        cuda.residual_forward(x, x, x)
+
+    for _ in range(3):
+        x.fill(1)
+        cuda.replay(recordings, double)
     assert (cuda.to_host(x) == 2).all() and cuda.scratch((large, np.uint8))
+
+
+def test_a_recording_follows_the_workspace():
+    """When the workspace has grown, what used the old one is recorded anew."""
+    norm, ones, recordings = cuda.empty(1), cuda.to_device(np.ones(16, np.float32)), {}
+    for call in range(6):
+        if call == 3:
+            cuda.scratch((gpu._scratch.buffer.size + 4096, np.uint8))
+        norm.fill(0)
+        cuda.replay(recordings, cuda.global_norm, norm, ones)
+        assert cuda.to_host(norm) == 4
+    (recording,) = recordings.values()
+    assert recording.graph and recording.workspace is gpu._scratch.buffer
 
 
 def test_reading_later_is_reading_what_was_there():

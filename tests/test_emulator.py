@@ -1,6 +1,7 @@
 """The emulator itself: each facility against NumPy, and each mistake that it must report, made on purpose."""
 
 import ctypes
+import functools
 import math
 import os
 import re
@@ -1312,13 +1313,23 @@ def test_graphs_replay_what_was_captured():
         step((1,), (30,), (out,))
         with pytest.raises(RuntimeError, match="captured"):
             stream.synchronize()
-        with pytest.raises(RuntimeError, match="captured"):
-            cupy.empty(4)
+        for forbidden in (
+            lambda: cupy.empty(4),
+            lambda: cupy.cuda.alloc_pinned_memory(4),
+            functools.partial(out.set, np.zeros(30, np.int32)),  # which is pageable memory
+            lambda: MODULE.get_function("late"),
+        ):
+            with pytest.raises(RuntimeError, match="captured"):
+                forbidden()
         graph = stream.end_capture()
         graph.launch()
         graph.launch()
     stream.synchronize()
     np.testing.assert_array_equal(out.get(), 2 * np.arange(1, 31))
+    del out
+    with stream, pytest.raises(RuntimeError, match="freed"):
+        graph.launch()
+        stream.synchronize()
 
 
 def test_raw_copies_and_the_memory_pool():

@@ -33,6 +33,8 @@ What it finds, each an error that names the kernel and, where there is one, bloc
 - arguments of the wrong number, kind, size or element type
 - asynchrony of the host: work on any stream but the null stream runs when something waits for it, not
   earlier
+- in the recording of a graph: an allocation, loading a kernel, waiting, a copy from pageable memory. A graph
+  that is launched after an array of its was freed
 - races, in three ways. Threads and blocks run in a shuffled order, reversed after every barrier, so that a
   missing barrier usually gives wrong numbers; on Hopper whole warpgroups and blocks of a cluster are held
   back for a while. EMULATOR_TWICE=1 runs each launch forwards and backwards and compares the bits.

@@ -9,6 +9,7 @@ that forgets to wait reads old values, or NaN.
 """
 
 import ctypes
+import functools
 import os
 import sys
 import time
@@ -45,11 +46,13 @@ class Stream:
         if not null:
             Stream.all.append(self)
 
-    def submit(self, work):
-        """Do `work`, a function, in this stream's time."""
+    def submit(self, function, *arguments):
+        """Call function(*arguments) in this stream's time."""
         if self.recording is not None:
-            self.recording.work.append(work)
-        elif self.is_null:
+            self.recording.add(function, arguments)
+            return
+        work = functools.partial(function, *arguments)
+        if self.is_null:
             _no_capture("work on the null stream")
             for stream in Stream.all:
                 if not stream.non_blocking:
@@ -129,10 +132,25 @@ class Stream:
 
 
 class Graph:
-    """The launches and copies of a capture, with the arguments they had then."""
+    """The launches and copies of a capture, with the arguments they had then.
+
+    As on a card it keeps no memory alive. A launch after an array was freed is an error here, unless other
+    memory has its address.
+    """
 
     def __init__(self):
-        self.work = []
+        self.work = []  # functions without arguments
+
+    def add(self, function, arguments):
+        places = [_Place(array) if isinstance(array, ndarray) else array for array in arguments]
+        maps = [value for value in arguments if launcher.mapped(value)]
+
+        def work():
+            if not all(map(launcher.mapped, maps)):
+                raise RuntimeError("a graph has the tensor map of an array that was freed")
+            function(*[place.array() if isinstance(place, _Place) else place for place in places])
+
+        self.work.append(work)
 
     def launch(self, stream=None):
         stream = stream or _state.current
@@ -141,6 +159,23 @@ class Graph:
 
     def upload(self, stream=None):
         pass
+
+
+class _Place:
+    """Where a device array lies, for a graph."""
+
+    def __init__(self, array):
+        self.address, self.bytes = array.data.ptr, array.nbytes
+        self.layout = dict(shape=array.shape, strides=array.strides, dtype=array.dtype)
+
+    def array(self):
+        start, n_bytes = launcher.nearest(self.address) or (0, 0)
+        offset = self.address - start
+        if not 0 <= offset <= n_bytes - self.bytes:
+            raise RuntimeError(f"a graph uses an array that was freed: {self.layout}")
+        memory = launcher.Memory.objects[start]
+        host = np.ndarray(**self.layout, buffer=memory.bytes_array(), offset=offset)
+        return ndarray(None, host=host, memory=memory)
 
 
 class Event:
@@ -341,8 +376,7 @@ class ndarray:
         copyto(self[key], value)
 
     def fill(self, value):
-        host = self.host
-        _state.current.submit(lambda: host.fill(value))
+        _state.current.submit(lambda array: array.host.fill(value), self)
 
     def copy(self):
         result = ndarray(self.shape, self.dtype)
@@ -364,10 +398,12 @@ class ndarray:
             raise ValueError(
                 f"Shape or dtype mismatch: {array.dtype} {array.shape} to {self.dtype} {self.shape}"
             )
+        stream = stream or _state.current
         if not _pinned(array):
+            if stream.recording is not None:
+                raise RuntimeError("a copy from pageable memory while a stream is captured: not permitted")
             array = array.copy()
-        host = self.host
-        (stream or _state.current).submit(lambda: np.copyto(host, array))
+        stream.submit(lambda to: np.copyto(to.host, array), self)
 
     def get(self, stream=None, order="C", out=None, blocking=True):
         """To a NumPy array, waiting for the stream unless blocking=False."""
@@ -376,8 +412,7 @@ class ndarray:
         result = np.empty(self.shape, self.dtype, order) if out is None else out
         if out is not None and (out.shape != self.shape or out.dtype != self.dtype):
             raise ValueError(f"Shape or dtype mismatch: {self.dtype} {self.shape} to {out.dtype} {out.shape}")
-        host = self.host
-        stream.submit(lambda: np.copyto(result, host))
+        stream.submit(lambda source: np.copyto(result, source.host), self)
         if blocking:
             stream.synchronize()
         return result
@@ -453,9 +488,13 @@ def copyto(to, value):
     if isinstance(value, np.ndarray) and value.ndim:
         to.set(value.astype(to.dtype, copy=False))
         return
-    source = value.host if isinstance(value, ndarray) else value
-    target = to.host
-    _state.current.submit(lambda: np.copyto(target, source, casting="unsafe"))
+    _state.current.submit(_copy, to, value)
+
+
+def _copy(to, value):
+    """copyto() at the time of the stream, also to and from arrays of the host."""
+    to, value = (array.host if isinstance(array, ndarray) else array for array in (to, value))
+    np.copyto(to, value, casting="unsafe")
 
 
 def get_array_module(*arrays):
@@ -484,6 +523,7 @@ class PinnedMemory(np.ndarray):
 
 
 def alloc_pinned_memory(n_bytes):
+    _no_capture("an allocation of pinned memory")
     memory = np.full(int(n_bytes), 0xFF, np.uint8)
     address = memory.ctypes.data
     PinnedMemory.live[address] = memory.nbytes
@@ -569,6 +609,7 @@ class RawModule:
 
     def get_function(self, name):
         if name not in self.functions:
+            _no_capture("loading a kernel")
             if name not in self.names:
                 raise cuda.driver.CUDADriverError(f"CUDA_ERROR_NOT_FOUND: named symbol not found: {name}")
             self.compile()
@@ -618,7 +659,11 @@ class RawKernel:
             raise TypeError(f"{self.name}: grid and block must be tuples")
         grid, block = kernel.check_shape(grid, block, int(shared_mem))
         packed = kernel.pack(arguments)
-        (stream or _state.current).submit(lambda: kernel.run(grid, block, arguments, packed, int(shared_mem)))
+
+        def run(*arguments):
+            kernel.run(grid, block, arguments, packed, int(shared_mem))
+
+        (stream or _state.current).submit(run, *arguments)
 
 
 # -------------------------------------------------------------------------------------------------- cupy.cuda
@@ -684,16 +729,20 @@ def _device_synchronize():
 
 
 def _bytes_at(address, n_bytes):
-    return np.frombuffer((ctypes.c_ubyte * n_bytes).from_address(int(address)), np.uint8)
+    """An array of the bytes at an address of the device or of the host."""
+    address, n_bytes = int(address), int(n_bytes)
+    start, size = launcher.nearest(address) or (0, 0)
+    if start <= address and address + n_bytes <= start + size:
+        return ndarray(n_bytes, np.uint8, MemoryPointer(launcher.Memory.objects[start], address))
+    return np.frombuffer((ctypes.c_ubyte * n_bytes).from_address(address), np.uint8)
 
 
 def _memcpy_async(to, source, n_bytes, kind, stream):
-    to, source, n_bytes = int(to), int(source), int(n_bytes)
-    _stream_of(stream).submit(lambda: np.copyto(_bytes_at(to, n_bytes), _bytes_at(source, n_bytes)))
+    _stream_of(stream).submit(_copy, _bytes_at(to, n_bytes), _bytes_at(source, n_bytes))
 
 
 def _memset_async(to, value, n_bytes, stream):
-    _stream_of(stream).submit(lambda: _bytes_at(to, int(n_bytes)).fill(value & 255))
+    _stream_of(stream).submit(_copy, _bytes_at(to, n_bytes), value & 255)
 
 
 def _stream_of(pointer):

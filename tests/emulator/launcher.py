@@ -190,7 +190,7 @@ class Memory:
         return f"{-at} bytes before its beginning" if at < 0 else f"{at - 1} bytes after its end"
 
 
-def _mapped(argument):
+def mapped(argument):
     """The Memory behind a tensor map, as include/tensor_map.h has it; None if `argument` is none."""
     if not isinstance(argument, (np.ndarray, np.void)) or argument.nbytes != 128:
         return None
@@ -446,7 +446,7 @@ class Kernel:
     def run(self, grid, block, arguments, packed, shared_mem):
         """Run what the checks have accepted; with EMULATOR_TWICE=1 in two orders that must agree."""
         launched[self.library.file, self.name] += 1
-        found = [getattr(argument, "memory", None) or _mapped(argument) for argument in arguments]
+        found = [getattr(argument, "memory", None) or mapped(argument) for argument in arguments]
         memories = {memory.address: memory for memory in found if memory is not None}
         if setting("EMULATOR_TWICE", "0") == "0":
             self._run(grid, block, arguments, packed, shared_mem, memories, _order())
@@ -533,7 +533,7 @@ class Kernel:
             memory = getattr(argument, "memory", None)
             if memory is not None and memory.address == start:
                 return f"argument {i} ({argument.dtype} {argument.shape})"
-            if memory is None and (memory := _mapped(argument)) is not None and memory.address == start:
+            if memory is None and (memory := mapped(argument)) is not None and memory.address == start:
                 return f"the array of argument {i}, a tensor map"
         return f"an array of {n_bytes} bytes that is no argument"
 
