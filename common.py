@@ -196,11 +196,10 @@ class Progress:
 
     def add(self, n):
         self.done_so_far += n
-        rate = self.done_so_far / max(time.monotonic() - self.start, 1e-9)
-        text = f"{self.what}: {self.form(self.done_so_far)}"
-        if self.total:
-            text += f" of {self.form(self.total)}"
-        text += f", {self.form(rate)}{self.unit}/s"
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        rate = self.done_so_far / seconds
+        total = f" of {self.form(self.total)}" if self.total else ""
+        text = f"{self.what}: {self.form(self.done_so_far)}{total}, {self.form(rate)}{self.unit}/s"
         if self.total and self.done_so_far:
             seconds_left = max(self.total - self.done_so_far, 0) / max(rate, 1e-9)
             text += f", {duration(seconds_left)} left"
@@ -796,33 +795,9 @@ class Run:
         that runs out of memory must not cost the steps before it.
         """
         due = stop or done == self.n_steps or self.is_due(done, self.flags.save_every)
-        if not due or done == self.saved:
-            return
-        self.saved = done
-        self.flush()
-        self.optimizer.collect()
-        if self.is_first:
-            state = dict(skipped=self.skipped, losses=self.losses, norms=self.norms, flags=vars(self.flags))
-            if self.stage:
-                state["stage"] = self.stage
-            state.update(self.also_saved)
-            models = self.model, self.tokenizer, self.optimizer
-            place = save_checkpoint(self.directory, done, *models, self.flags.keep, **state)
-            self.log("checkpoint", step=done, path=place.name)
-            self._check_disk(sum(path.stat().st_size for path in place.iterdir()))
-
-    def _check_disk(self, needed):
-        """Warn in time if the disk has no room for the next checkpoint, which takes `needed` bytes.
-
-        Old checkpoints are removed when the new one is there, so there must be room for one more.
-        """
-        free = shutil.disk_usage(self.directory).free
-        if free < needed:
-            what = f"the next checkpoint takes {size(needed)}, and {size(free)} are free"
-            self.say(f"warning: {what} where {self.directory} is; free some space, or lower --keep")
-
-    def checkpoint_path(self, done):
-        return self.directory / f"step_{done:06d}"
+        if due and done != self.saved:
+            self.save(done)
+            self.saved = done
 
     def is_due(self, done, every):
         """Whether after `done` steps something is due that happens every so many steps and at the end.
@@ -852,8 +827,6 @@ class Run:
         if len(window) < ENOUGH:
             return 0.0, math.inf
         return float(np.mean(window)), max(float(np.std(window)), 1e-6)  # one can divide by it
-
-    # -- what it says --------------------------------------------------------------------------------------
 
     def report(self, step, lr, tokens=0, shown="", updated=True, **values):
         """Show and log a step, as soon as the device has computed it: while the next one is under way.
@@ -922,6 +895,35 @@ class Run:
                     values.append((report.step, value))
                     del values[: -WINDOW - 1]
         return measures
+
+    def save(self, done):
+        """Write a checkpoint after `done` steps, and log it."""
+        self.flush()
+        self.optimizer.collect()
+        if self.is_first:
+            state = dict(skipped=self.skipped, losses=self.losses, norms=self.norms, flags=vars(self.flags))
+            if self.stage:
+                state["stage"] = self.stage
+            state.update(self.also_saved)
+            models = self.model, self.tokenizer, self.optimizer
+            place = save_checkpoint(self.directory, done, *models, self.flags.keep, **state)
+            self.log("checkpoint", step=done, path=place.name)
+            self._check_disk(sum(path.stat().st_size for path in place.iterdir()))
+
+    def _check_disk(self, needed):
+        """Warn in time if the disk has no room for the next checkpoint, which takes `needed` bytes.
+
+        Old checkpoints are removed when the new one is there, so there must be room for one more.
+        """
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            what = f"the next checkpoint takes {size(needed)}, and {size(free)} are free"
+            self.say(f"warning: {what} where {self.directory} is; free some space, or lower --keep")
+
+    def checkpoint_path(self, done):
+        return self.directory / f"step_{done:06d}"
+
+    # -- what it says --------------------------------------------------------------------------------------
 
     def log(self, event, step, **values):
         """Append an event to log.jsonl; a number that is not finite becomes null, JSON has no other."""
