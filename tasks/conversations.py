@@ -2,6 +2,7 @@
 
     python -m tasks.conversations --num 5                                     five of the default mixture
     python -m tasks.conversations factbook=3,tasks=2,jsonl:my.jsonl=1         some of another mixture
+    python -m tasks.conversations smoltalk:hub                                some of a set of the hub
 
 A reader of the course can skip this file. The one thing to know: draw() returns n conversations, which are
 lists of {"role": ..., "content": ...}; the same seed draws the same ones. None is a duplicate or contradicts
