@@ -196,12 +196,14 @@ class Progress:
 
     def add(self, n):
         self.done_so_far += n
-        rate = self.done_so_far / max(time.monotonic() - self.start, 1e-9)
-        text = f"{self.form(rate)}{self.unit}/s"
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        rate = self.done_so_far / seconds
+        total = f" of {self.form(self.total)}" if self.total else ""
+        text = f"{self.what}: {self.form(self.done_so_far)}{total}, {self.form(rate)}{self.unit}/s"
         if self.total:
             seconds_left = max(self.total - self.done_so_far, 0) / max(rate, 1e-9)
-            text = f"of {self.form(self.total)}, {text}, {duration(seconds_left)} left"
-        self.line.show(f"{self.what}: {self.form(self.done_so_far)} {text}")
+            text += f", {duration(seconds_left)} left"
+        self.line.show(text)
 
     def done(self):
         seconds = time.monotonic() - self.start
@@ -248,8 +250,8 @@ def whole_directory(place):
             os.replace(place, before)  # for a moment there is no `place`, but never half of one
         os.replace(beside, place)
         _flush(place.parent)
-    finally:
         shutil.rmtree(before, ignore_errors=True)
+    finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
@@ -525,7 +527,7 @@ SHARED_FLAGS = {
     "batch-tokens": dict(type=number(int, low=1), help="tokens of a micro-batch at most, padding included"),
     "lr": dict(type=number(float, above=0), help="highest learning rate"),
     "warmup-steps": dict(type=number(int, low=0), help="steps in which it rises to that"),
-    "final-lr": dict(type=number(float, 0, 1), default=0.0, help="at the end, as a share of the highest"),
+    "final-lr": dict(type=number(float, 0, 1), default=0.0, help="rate at the end, as a share of that"),
     "weight-decay": dict(type=number(float, low=0), default=0.1, help="on matrices and embeddings"),
     "grad-clip": dict(type=number(float, above=0), default=1.0, help="largest norm of the gradient"),
     "save-every": dict(
@@ -771,21 +773,9 @@ class Run:
         that runs out of memory must not cost the steps before it.
         """
         due = stop or done == self.n_steps or self.is_due(done, self.flags.save_every)
-        if not due or done == self.saved:
-            return
-        self.saved = done
-        self.flush()
-        if self.is_first:
-            state = dict(skipped=self.skipped, losses=self.losses, norms=self.norms, flags=vars(self.flags))
-            if self.stage:
-                state["stage"] = self.stage
-            state.update(self.also_saved)
-            models = self.model, self.tokenizer, self.optimizer
-            place = save_checkpoint(self.directory, done, *models, self.flags.keep, **state)
-            self.log("checkpoint", step=done, path=place.name)
-
-    def checkpoint_path(self, done):
-        return self.directory / f"step_{done:06d}"
+        if due and done != self.saved:
+            self.save(done)
+            self.saved = done
 
     def is_due(self, done, every):
         """Whether after `done` steps something is due that happens every so many steps and at the end.
@@ -815,8 +805,6 @@ class Run:
         if len(window) < ENOUGH:
             return 0.0, math.inf
         return float(np.mean(window)), max(float(np.std(window)), 1e-6)  # one can divide by it
-
-    # -- what it says --------------------------------------------------------------------------------------
 
     def report(self, step, lr, tokens=0, shown="", updated=True, **values):
         """Show and log a step, as soon as the device has computed it: while the next one is under way.
@@ -885,6 +873,23 @@ class Run:
                     values.append((report.step, value))
                     del values[: -WINDOW - 1]
         return measures
+
+    def save(self, done):
+        """Write a checkpoint after `done` steps, and log it."""
+        self.flush()
+        if self.is_first:
+            state = dict(skipped=self.skipped, losses=self.losses, norms=self.norms, flags=vars(self.flags))
+            if self.stage:
+                state["stage"] = self.stage
+            state.update(self.also_saved)
+            models = self.model, self.tokenizer, self.optimizer
+            place = save_checkpoint(self.directory, done, *models, self.flags.keep, **state)
+            self.log("checkpoint", step=done, path=place.name)
+
+    def checkpoint_path(self, done):
+        return self.directory / f"step_{done:06d}"
+
+    # -- what it says --------------------------------------------------------------------------------------
 
     def log(self, event, step, **values):
         """Append an event to log.jsonl; a number that is not finite becomes null, JSON has no other."""

@@ -590,8 +590,8 @@ def end_token(tokenizer, assistant):
     return tokenizer.encode_special("<|im_end|>") if assistant else tokenizer.eot
 
 
-def most_probable(model, logits, settings, n=5):
-    """The n most probable tokens of the distribution that is sampled: [(token, probability), ...].
+def most_probable(model, logits, settings):
+    """The five most probable tokens of the distribution that is sampled: [(token, probability), ...].
 
     At temperature 0 that distribution has one token, so there it is the model's own.
     """
@@ -599,7 +599,7 @@ def most_probable(model, logits, settings, n=5):
     filters = {name: settings[name] for name in names} if settings["temperature"] > 0 else {}
     logits = model.ops.to_host(logits)[None]  # (1, V)
     probabilities = filtered_probabilities(logits, **filters)[0]  # (V,)
-    order = np.argsort(-probabilities, kind="stable")[:n]  # (n,)
+    order = np.argsort(-probabilities, kind="stable")[:5]  # (5,)
     return [(int(token), float(probabilities[token])) for token in order if probabilities[token] > 0]
 
 

@@ -458,6 +458,10 @@ class Tokenizer:
             raise UserError(f"{path} is not ours or damaged; copy it again from its origin") from None
 
 
+# ------------------------------------------------------------------------------------------------------------
+# What is in a turn, and conversations from outside
+
+
 def text_of(content):
     """The words of a turn's content, without tool calls and their outputs."""
     return "".join(part["text"] for part in as_parts(content) if part["type"] == "text")

@@ -6,7 +6,7 @@
 A model writes the input of both, so they are harmless by construction. calculate() never runs the
 expression: it parses it and computes numbers, comparisons, and four things about texts: their length, how
 often they contain another, a letter, a slice. Time, memory and the size of numbers are bounded. Search only
-counts words. Read data.py before this file and sample.py after it.
+counts words. TOOLS has both for an assistant. Read data.py before this file and sample.py after it.
 """
 
 import ast
@@ -238,23 +238,20 @@ class Search:
         best = best[np.argsort(-scores[best], kind="stable")]
         return [self.passages[i] for i in best[:n]]
 
-    def lookup(self, query, encode=str.split, budget=64):
-        """The beginning of the best passage, in at most `budget` tokens of encode(), by default words.
-
-        It ends with a whole sentence if one fits, else with a whole word.
-        """
+    def lookup(self, query, budget=64):
+        """The beginning of the best passage in at most `budget` words, whole sentences if one fits."""
         for _, text in self.find(query):
             for end in (SENTENCE_END, WORD_END):
-                beginning = within(budget, text, end, encode)
+                beginning = within(budget, text, end)
                 if beginning:
                     return beginning.rstrip(" ,;:(")
         return "nothing found"
 
 
-def within(budget, text, end, encode):
-    """The longest beginning of a text that stops at the pattern `end` and has at most `budget` tokens."""
+def within(budget, text, end):
+    """The longest beginning of a text that stops at the pattern `end` and has at most `budget` words."""
     ends = [0, *(match.end() for match in re.finditer(end, text))]  # 0 fits every budget
-    n = bisect.bisect(ends, budget, key=lambda end: len(encode(text[:end])))
+    n = bisect.bisect(ends, budget, key=lambda end: len(text[:end].split()))
     return text[: ends[n - 1]]
 
 
@@ -267,15 +264,17 @@ PASSAGE = 16  # words of what a search finds
 
 
 def calculator(call):
+    """The output of a call of the calculator: " 81"."""
     return f" {calculate(call)}"
 
 
 @functools.lru_cache(1 << 15)
 def looked_up(query):
+    """The output of a search of the Factbook: " Capital of France: Paris."."""
     return f" {Search.factbook().lookup(query, budget=PASSAGE)}"
 
 
-TOOLS = {"calc": calculator, "search": looked_up}  # the same functions as in the training conversations
+TOOLS = {"calc": calculator, "search": looked_up}  # the training conversations have their outputs, too
 
 
 # ------------------------------------------------------------------------------------------------------------

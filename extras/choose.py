@@ -4,11 +4,12 @@
     python -m extras.choose RUN --prompt "What is 23 * 47?" --num-samples 64 --best
     python -m extras.choose RUN --prompt "What is 23 * 47?" --verify arithmetic --answer 1081
 
-A model that gives the right answer in some of its samples is right more often if the right sample can be
-found. --vote takes the answer that most samples give ("self-consistency", Wang et al. 2022); it needs samples
-that mark their answer with "Answer:", as the worked solutions do. --best takes the sample of the highest mean
-log-probability. --verify knows the correct answer, and takes the most probable of the samples that give it:
-how often there is one is pass@N, the most that any choice can reach. Read sample.py before this file.
+A model that is right in some of its samples is right more often if something chooses a good one of them.
+--vote takes the answer that most samples give ("self-consistency", Wang et al. 2022); it needs samples that
+mark their answer with "Answer:", as the worked solutions do. --best takes the sample of the highest mean
+log-probability. --verify is told the correct answer, and takes the most probable of the samples that give it.
+The share of prompts for which there is such a sample is pass@N, and no choice can do better. Read sample.py
+before this file.
 """
 
 import json
@@ -45,9 +46,8 @@ def main(argv=None):
     answers = [(marked(texts[indices[0]]), len(indices)) for indices in by_answer]
     if flags.json:
         report = sample.json_report(flags, settings, checkpoint, prompt, completions)
-        print(
-            json.dumps(report | {"chosen": chosen, "votes": answers, "correct": correct}, ensure_ascii=False)
-        )
+        report.update(chosen=chosen, votes=answers, correct=correct)
+        print(json.dumps(report, ensure_ascii=False))
     elif flags.vote:
         counts = [f"{answer}: {count}" for answer, count in answers]
         n_without = len(texts) - sum(count for _, count in answers)
@@ -70,16 +70,15 @@ def most_probable(completions, indices):
 
 def parser():
     flags = Parser(prog="python -m extras.choose", description="Write many texts, and choose one of them.")
-    add = flags.add_argument_group("choice").add_mutually_exclusive_group(required=True).add_argument
+    group = flags.add_argument_group("choice")
+    add = group.add_mutually_exclusive_group(required=True).add_argument
     add("--vote", action="store_true", help="the answer that most texts give")
     add("--best", action="store_true", help="the most probable text")
     tasks = [name for name in (*TASKS, "gsm8k") if name != "countdown"]  # its answer lists the numbers to use
     words = "the most probable correct text, as the verifier of this task finds it"
     add("--verify", metavar="TASK", choices=tasks, help=words)
+    group.add_argument("--answer", metavar="TEXT", help="the correct answer, for --verify")
     sample.add_flags(flags, num_samples=16)
-    flags.add_argument_group("with --verify").add_argument(
-        "--answer", metavar="TEXT", help="the right answer"
-    )
     return flags
 
 

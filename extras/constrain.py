@@ -5,7 +5,8 @@ r"""Constrained sampling: the text has the form you ask for, such as yes or no, 
 
 Before a token is sampled, all tokens that would break the form are masked: sample.generate(allowed=guide). An
 automaton reads the text byte by byte. A token is allowed if the automaton survives its bytes, and if what is
-then missing to a match fits into the tokens that are left. So every text ends as a match, at the limit too.
+then missing to a match fits into the tokens that are left. So every text ends as a match, at the limit too,
+unless --stop ends it earlier.
 
 An expression may have literals, escapes (\d \w \s \. \n \x41 \u00e9), the dot, classes ([a-z], [^"]), groups
 ( ) and (?: ), alternatives a|b, and repeats * + ? {3} {1,3} {2,}, which mean what they mean in Python's `re`.
@@ -241,9 +242,7 @@ class Guide:
                 state = self.automaton.row(state)[byte]
         ends = self.ends(state)  # (V,) states
         left = self.max_tokens - len(completion.ids) - 1  # tokens, after the next one
-        fits = (
-            missing[: len(self.automaton.sets)] <= left
-        )  # (states,); certain where true: every byte is a token
+        fits = missing[: len(self.automaton.sets)] <= left  # (states,); certain if true: a byte is a token
         for close in np.flatnonzero(np.bincount(ends, minlength=len(fits)) * ~fits):
             fits[close] = self.tokens_left(close) <= left
         mask = fits[ends]  # (V,)

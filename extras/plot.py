@@ -103,9 +103,9 @@ def save(figure, all_axes, out):
 # The figures of the README
 
 
-def draw_figures(directory, runs="runs"):
+def draw_figures(directory):
     """Draw all of them. What make train, sft, rl and rlhf write must be there."""
-    runs = Path(runs)
+    runs = Path("runs")
     draw_pretraining(runs / "factbook", directory / "pretraining.png")
     draw_conversation(runs / "sft", directory / "conversation.png")
     draw_rl(runs / "rl", directory / "rl.png")

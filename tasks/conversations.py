@@ -9,8 +9,8 @@ lists of {"role": ..., "content": ...}; the same seed draws the same ones. None 
 another, and none that trains asks a question of the evaluation.
 
 A small model learns what is short, regular and can be copied. So a call of a tool repeats the tokens of the
-question, and the answer repeats those of the tool's output. Sentences stand in texts.jsonl. Read
-tasks/factbook.py, tools.py, tasks/problems.py and sample.py before this file, and sft.py after it.
+question, and the answer repeats those of the tool's output. The sentences are in texts.jsonl. Read
+tasks/factbook.py, tools.py and tasks/problems.py before this file, and sft.py after it.
 """
 
 import itertools
@@ -166,7 +166,7 @@ def follow_up(rng, split, pool, known):
 
 
 def not_known(rng, split):
-    """A question to which only "I don't know" is right; half of them searched for in vain."""
+    """A question to which only "I don't know" is right; in a third of them a search finds nothing."""
     if rng.random() < 0.2:
         return talk(rng, split, "unknown")
     ((question, query),) = invented(split, 1, rng.random())
@@ -208,7 +208,9 @@ def random_number(rng, digits, decimals=False):
 
 def arithmetic(rng, split):
     """'What is 23 times 47?' and the call ' 23 * 47', which copies the numbers' tokens from the question."""
-    count, decimals, numbers = 2 + (rng.random() < 0.15), rng.random() < 0.12, None
+    count = 3 if rng.random() < 0.15 else 2
+    decimals = rng.random() < 0.12
+    numbers = None
     while numbers is None or not is_of_split(split, "arithmetic", *numbers):
         digits = rng.choice((1, 1, 2, 2, 2, 3, 3, 4))
         numbers = [random_number(rng, max(1, digits - rng.randint(0, 1)), decimals) for _ in range(count)]
@@ -287,7 +289,8 @@ def sums(rng, split):
         if split_of(sum_key(x, op, y)) == split and not held_back(split, x, y):
             expressions.append(f"{x} {op} {y}" + (f" {op} 1" if carried else ""))
     question = phrase(rng, split, "sums").format(", ".join(expressions))
-    return turns(question, f"So {', '.join(f'{text} = {calculate(text)}' for text in expressions)}.")
+    solved = [f"{expression} = {calculate(expression)}" for expression in expressions]
+    return turns(question, f"So {', '.join(solved)}.")
 
 
 def events(rng, split):

@@ -39,7 +39,7 @@ TASKS = {  # {name: levels}, and what a level says
     "decimals": (1, 2, 3, 4),  # digits after the point; 4: whole parts up to 99
     "factbook": (1, 2, 3),  # short names, longer names, numbers
 }
-# {task: ["What is {expression}? Show the steps.", ...]}; Problem.phrasing is an index into the list.
+# {task: ["What is {expression}? Show the steps.", ...]}
 WORDINGS = {row["task"]: row["wordings"] for row in texts("task")}
 # The keys of the lecture's own examples, which are always for testing.
 LECTURE = {
@@ -58,7 +58,6 @@ class Problem:
     solution: str | list  # a text, or parts as in tokenizer.py; it ends with "Answer: " and the answer
     answer: str
     level: int = 1
-    phrasing: int = 0
     key: str = ""  # the content without its wording; it decides whether the problem trains or tests
     score: Callable | None = None  # a library's own judgement of the text after "Answer:"
 
@@ -89,11 +88,11 @@ class Problem:
         return replace(self, prompt=f"{self.prompt} Answer first.", solution=solution)
 
 
-def problems(name, split="train", level=None, seed=0, phrasings=None):
-    """Problems of a task without end: of one level or of all, in all wordings or in those with these indices.
+def problems(name, split="train", level=None, seed=0):
+    """Problems of a task without end: of one level or of all, in all wordings.
 
-    `name` is a task, gsm8k:PATH or reasoning_gym:NAME. An unknown name, level or phrasing and a bad file are
-    a UserError at once.
+    `name` is a task, gsm8k:PATH or reasoning_gym:NAME. An unknown name or level and a bad file are a
+    UserError at once.
     """
     kind, _, rest = name.partition(":")
     if rest and kind == "reasoning_gym" and level is not None:
@@ -106,14 +105,10 @@ def problems(name, split="train", level=None, seed=0, phrasings=None):
         raise UserError(f"there is no task {name!r}; choose from {known}")
     if level is not None and level not in TASKS[name]:
         raise UserError(f"{name} has no level {level}; choose from {', '.join(map(str, TASKS[name]))}")
-    count = len(WORDINGS[name])
-    phrasings = list(range(count)) if phrasings is None else sorted(phrasings)
-    if not phrasings or not set(phrasings) <= set(range(count)):
-        raise UserError(f"{name} has no phrasings {phrasings}; choose from 0 to {count - 1}")
-    return generate(name, split, TASKS[name] if level is None else [level], seed, phrasings)
+    return generate(name, split, TASKS[name] if level is None else [level], seed)
 
 
-def generate(name, split, levels, seed, phrasings):
+def generate(name, split, levels, seed):
     make = {
         "arithmetic": arithmetic,
         "word": word_problem,
@@ -125,11 +120,11 @@ def generate(name, split, levels, seed, phrasings):
     }[name]
     rng = random.Random(f"{name} {split} {seed}")
     while True:
-        level, phrasing = rng.choice(levels), rng.choice(phrasings)
-        key, prompt, solution, answer = make(rng, level, WORDINGS[name][phrasing])
+        level, wording = rng.choice(levels), rng.choice(WORDINGS[name])
+        key, prompt, solution, answer = make(rng, level, wording)
         if split_of(key) == split:
             prompt = re.sub(r"(^|[.?] )[a-z]", lambda start: start[0].upper(), prompt)  # begins of sentences
-            yield Problem(name, prompt, solution, answer, level, phrasing, key)
+            yield Problem(name, prompt, solution, answer, level, key)
 
 
 def split_of(key):

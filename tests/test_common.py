@@ -193,6 +193,22 @@ def test_a_failed_fetch_is_one_clear_line_and_leaves_nothing(tmp_path, monkeypat
     assert names(tmp_path / "cache") == []
 
 
+def test_progress_says_how_far_how_fast_and_how_long_still(capsys, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(common.time, "monotonic", clock.read)
+    with_total, without = (
+        common.Progress("reading", 2000, form=common.size),
+        common.Progress("asking", unit=" x"),
+    )
+    for clock.seconds in (4.0, 8.0, 10.0):  # a plain line after five seconds, and not at once another
+        with_total.add(400)
+        without.add(400)
+    with_total.done()
+    assert capsys.readouterr().err.splitlines() == [
+        "reading: 800 B of 2 kB, 100 B/s, 12s left", "asking: 800, 100 x/s", "reading: 1.2 kB in 10s"
+    ]  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Runs
 

@@ -80,12 +80,14 @@ def test_the_seed_draws_the_problems(name):
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
-def test_phrasings_can_be_held_out(name):
-    every = set(range(len(tasks.WORDINGS[name])))
-    assert len(every) >= 5 and {p.phrasing for p in some(name, n=200)} == every
-    assert {p.phrasing for p in some(name, n=60, phrasings=[1, 3])} == {1, 3}
-    assert {p.phrasing for p in some(name, n=60, phrasings=iter([0]))} == {0}
-    assert len(set(tasks.WORDINGS[name])) == len(every)
+def test_every_wording_occurs(name):
+    wordings = tasks.WORDINGS[name]
+    assert len(set(wordings)) == len(wordings) >= 5
+    prompts = [problem.prompt for problem in some(name, n=200)]
+    for wording in wordings:
+        begins, *_, ends = re.split(r"{\w+}", wording)
+        form = re.compile(re.escape(begins) + ".*" + re.escape(ends), re.IGNORECASE | re.DOTALL)
+        assert any(form.fullmatch(prompt) for prompt in prompts), wording
 
 
 def test_arithmetic_is_worked_out_in_columns():
@@ -499,9 +501,6 @@ def test_mistakes_are_told():
             problems(name)
     with pytest.raises(UserError, match="no level 5; choose from 1, 2, 3, 4"):
         problems("word", level=5)
-    for phrasings in ([], [0, 99], [-1]):
-        with pytest.raises(UserError, match="phrasings"):
-            problems("word", phrasings=phrasings)
 
 
 def test_without_reasoning_gym_its_tasks_say_what_to_install(monkeypatch):
