@@ -465,7 +465,7 @@ def gsm8k(path, split, rng, dropped):
     rows = list(gsm8k_rows(path, split))
     for problem, answer in rng.sample(rows, len(rows)):
         solution, n_left_out = with_gsm8k_calls(problem, answer)
-        dropped["of GSM8K without a call that its calculator got wrong"] += n_left_out > 0
+        dropped["of GSM8K without the calls whose results differ"] += n_left_out > 0
         yield turns(problem.prompt, solution)
 
 
