@@ -305,7 +305,7 @@ def evaluate_problems(model, tokenizer, mix, n, k, max_tokens, seed, score=None,
     results, status = [], common.Line()
     for task, level in mix:
         if world.rank == 0:
-            status.show(f"evaluating {task}, level {level}")
+            status.show(f"evaluating {task}" + (f", level {level}" if level else ""))
         asked = distinct_problems(model, tokenizer, task, level, n, seed)
         prompts = [prompt_of(tokenizer, problem) for problem in asked]
         greedy = reply_to(model, tokenizer, prompts, TOOLS, max_tokens, 0.0, seed, world=world)

@@ -84,9 +84,7 @@ def main(argv=None):
             run.say(f"step {done}: validation loss {loss:.4f}, {bits_per_byte:.4f} bits per byte")
             run.log("eval", step=done, loss=loss, bits_per_byte=bits_per_byte)
         if run.is_due(done, flags.hellaswag_every):
-            results = hellaswag(model, hellaswag_items, world)
-            run.say(f"step {done}: {hellaswag_text(results)}")
-            run.log("hellaswag", step=done, **results)
+            report_hellaswag(run, done, hellaswag_items)
         if run.is_due(done, flags.sample_every) and world.rank == 0:
             text = continuation(model, tokenizer, flags.sample_tokens, seed=done)
             run.say(f"step {done}, a sample:\n{text}\n")
@@ -221,6 +219,13 @@ def load_hellaswag(flags, device, tokenizer, n_positions):
         is_wanted = device == "cuda" and flags.model != "tiny" and data.is_fetched("hellaswag", "test")
         flags.hellaswag_every = 250 if is_wanted else 0
     return read_hellaswag("hub", tokenizer, n_positions) if flags.hellaswag_every else None
+
+
+def report_hellaswag(run, done, items):
+    """Evaluate HellaSwag after `done` steps, by all ranks; say and log the result."""
+    results = hellaswag(run.model, items, run.world)
+    run.say(f"step {done}: {hellaswag_text(results)}")
+    run.log("hellaswag", step=done, **results)
 
 
 def continuation(model, tokenizer, n, seed, temperature=0.7):

@@ -2,6 +2,7 @@
 
     python -m tasks.conversations --num 5                                     five of the default mixture
     python -m tasks.conversations factbook=3,tasks=2,jsonl:my.jsonl=1         some of another mixture
+    python -m tasks.conversations smoltalk:hub                                some of a set of the hub
 
 A reader of the course can skip this file. The one thing to know: draw() returns n conversations, which are
 lists of {"role": ..., "content": ...}; the same seed draws the same ones. None is a duplicate or contradicts
@@ -464,7 +465,7 @@ def gsm8k(path, split, rng, dropped):
     rows = list(gsm8k_rows(path, split))
     for problem, answer in rng.sample(rows, len(rows)):
         solution, n_left_out = with_gsm8k_calls(problem, answer)
-        dropped["of GSM8K without a call that its calculator got wrong"] += n_left_out > 0
+        dropped["of GSM8K without the calls whose results differ"] += n_left_out > 0
         yield turns(problem.prompt, solution)
 
 

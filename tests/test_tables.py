@@ -200,7 +200,7 @@ def test_annotations_become_calls_of_the_calculator(tmp_path):
         text("Each has 1/3 = $.33.\nHe has $.33 + $20 = $"), *call(" .33+20", " 20.33"),
         text("20.33.\nAnswer: 20.33"),
     ]  # fmt: skip
-    assert dropped == {"of GSM8K without a call that its calculator got wrong": 1}
+    assert dropped == {"of GSM8K without the calls whose results differ": 1}
     solutions = {problem.prompt: problem for problem in itertools.islice(problems(f"gsm8k:{tmp_path}"), 4)}
     for question, reply in replies.items():
         assert text_of(reply) == solutions[question].solution
@@ -240,7 +240,7 @@ def test_an_assistant_learns_from_tables_and_practises_gsm8k(place):
     spec = "smoltalk:smol.parquet=9,gsm8k:gsm8k=1,identity=1"
     done = script.run(sft.main, "--init-from", "base", "--out", "sft", "--data", spec, *SFT.split())
     assert done.status == 0, done.err
-    assert "1 of GSM8K without a call that its calculator got wrong" in done.out
+    assert "1 of GSM8K without the calls whose results differ" in done.out
     done = script.run(rl.main, "--init-from", "sft", "--out", "rl", "--task", "gsm8k:gsm8k", *RL.split())
     assert done.status == 0, done.err
     assert "gsm8k:gsm8k" in done.err
