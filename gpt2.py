@@ -550,11 +550,10 @@ class AdamW:
     def __init__(self, model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, world=None):
         self.model, self.betas, self.eps, self.weight_decay = model, betas, eps, weight_decay
         ops, n = model.ops, len(model.flat_grads)
-        self.world = world if world is not None and world.size > 1 else None
-        self.zero = self.world is not None and self.world.zero
-        self.part = self.world.part(n) if self.world else slice(0, n)
-        in_shared_memory = self.world is not None and model.device != "cuda"
-        zeros = self.world.zeros if in_shared_memory else ops.zeros
+        self.world, shared = world, world is not None and world.size > 1
+        self.zero = shared and world.zero
+        self.part = world.part(n) if shared else slice(0, n)
+        zeros = world.zeros if shared and model.device != "cuda" else ops.zeros
         length = self.part.stop - self.part.start if self.zero else n
         self.m, self.v = zeros(length, model.exact), zeros(length, model.exact)
         if self.zero and model.flat_master is not model.flat_params:
@@ -581,13 +580,13 @@ class AdamW:
         copy = None if model.type == model.exact else self._own(model.flat_params)
         n = len(arrays[0])
         decayed = min(max(model.n_decayed - self.part.start, 0), n)
-        for some, decay in ((slice(0, decayed), self.weight_decay), (slice(decayed, n), 0.0)):
-            if some.start < some.stop:
-                copied = None if copy is None else copy[some]
-                ops.adamw(*[a[some] for a in arrays], self.plan, *self.betas, self.eps, decay, copied)
+        for rows, decay in ((slice(0, decayed), self.weight_decay), (slice(decayed, n), 0.0)):
+            if rows.start < rows.stop:
+                copied = None if copy is None else copy[rows]
+                ops.adamw(*[a[rows] for a in arrays], self.plan, *self.betas, self.eps, decay, copied)
         model.sums[: self.part.start].fill(0)  # the gradients that other ranks have used
         model.sums[self.part.stop :].fill(0)  # and the loss
-        if self.world:
+        if self.world is not None:
             self.world.all_gather(model.flat_params)
         return copy_of(self.norm, ops)
 
