@@ -577,11 +577,10 @@ class AdamW:
     def __init__(self, model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, world=None):
         self.model, self.betas, self.eps, self.weight_decay = model, betas, eps, weight_decay
         ops, n = model.ops, len(model.flat_grads)
-        self.world = world if world is not None and world.size > 1 else None
-        self.zero = self.world is not None and self.world.zero
-        self.part = self.world.part(n) if self.world else slice(0, n)
-        in_shared_memory = self.world is not None and model.device != "cuda"
-        zeros = self.world.zeros if in_shared_memory else ops.zeros
+        self.world, shared = world, world is not None and world.size > 1
+        self.zero = shared and world.zero
+        self.part = world.part(n) if shared else slice(0, n)
+        zeros = world.zeros if shared and model.device != "cuda" else ops.zeros
         length = self.part.stop - self.part.start if self.zero else n
         self.m, self.v = zeros(length, model.exact), zeros(length, model.exact)
         if self.zero and model.flat_master is not model.flat_params:
@@ -606,7 +605,7 @@ class AdamW:
         ops.replay(self.recordings, self._update, settings, self.betas, self.eps, self.weight_decay)
         model.sums[: self.part.start].fill(0)  # the gradients that other ranks have used
         model.sums[self.part.stop :].fill(0)  # and the loss
-        if self.world:
+        if self.world is not None:
             self.world.all_gather(model.flat_params)
         return copy_of(self.norm, ops)
 
