@@ -366,7 +366,12 @@ def test_few_recordings_are_kept(monkeypatch):
 def test_nothing_is_allocated_inside_of_a_recording():
     """Not even scratch memory that must grow; and the next recording may be made."""
     large = (0 if gpu._scratch.buffer is None else gpu._scratch.buffer.size) + 4096
-    for allocate in (lambda _: cuda.zeros(3), lambda n: cuda.scratch((n, np.uint8))):
+    out = cuda.zeros(3, np.int32)
+    for allocate in (
+        lambda _: cuda.zeros(3),
+        lambda _: cuda.assign(out, np.arange(3, dtype=np.int32)),  # pinned memory
+        lambda n: cuda.scratch((n, np.uint8)),
+    ):
         sizes, recordings = iter([1, 1, large]), {}
         cuda.replay(recordings, lambda allocate=allocate, sizes=sizes: allocate(next(sizes)))
         with pytest.raises(RuntimeError, match="would be allocated inside of a recording"):
