@@ -1,7 +1,7 @@
-"""The GPU: its memory, its streams, checking arguments, compiling and launching kernels. Read cuda.py after.
+"""The GPU: memory, copies, recorded graphs, checking arguments, compiling and launching. Read cuda.py after.
 
-CuPy brings memory, streams and the compiler, NVRTC: a kernel is compiled when it is first used, and ~/.cupy
-keeps the result. CuPy computes nothing here.
+CuPy brings memory, streams and the compiler, NVRTC: a kernel is compiled when it is first used, or side by
+side with others before that (replay), and ~/.cupy keeps the result. CuPy computes nothing here.
 
 A kernel cannot check its arguments, so every operation calls check() before it launches: a wrong type, shape
 or layout is an error, not corrupted memory.
