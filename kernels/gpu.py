@@ -1,7 +1,7 @@
-"""The GPU: its memory, its streams, checking arguments, compiling and launching kernels. Read cuda.py after.
+"""The GPU: memory, copies, recorded graphs, checking arguments, compiling and launching. Read cuda.py after.
 
-CuPy brings memory, streams and the compiler, NVRTC: a kernel is compiled when it is first used, and ~/.cupy
-keeps the result. CuPy computes nothing here.
+CuPy brings memory, streams and the compiler, NVRTC: a kernel is compiled when it is first used, or side by
+side with others before that (replay), and ~/.cupy keeps the result. CuPy computes nothing here.
 
 A kernel cannot check its arguments, so every operation calls check() before it launches: a wrong type, shape
 or layout is an error, not corrupted memory.
@@ -85,11 +85,16 @@ def _needing(what):
 _recording = False  # True while replay() records
 
 
-def _allocate(make, shape, dtype):
-    if _recording:  # a replay would write to this memory when it belongs to other arrays
+def _n_bytes(shape, dtype):
+    """The bytes of an array, which must not be allocated in a recording."""
+    if _recording:  # a replay would use this memory when it belongs to other arrays
         what = "the first call, which is not recorded, must bring everything to its size"
         raise RuntimeError(f"{np.dtype(dtype)} {shape} would be allocated inside of a recording; {what}")
-    with _needing(f"{size(int(np.prod(shape)) * np.dtype(dtype).itemsize)} more are"):
+    return math.prod(shape if isinstance(shape, tuple) else (shape,)) * np.dtype(dtype).itemsize
+
+
+def _allocate(make, shape, dtype):
+    with _needing(f"{size(_n_bytes(shape, dtype))} more are"):
         return make(shape, dtype)
 
 
@@ -160,10 +165,10 @@ def to_host(array):
 
 def _pinned(shape, dtype):
     """An array in pinned host memory, which asynchronous copies need."""
-    n = math.prod(shape)
-    n_bytes = n * np.dtype(dtype).itemsize
+    n_bytes = _n_bytes(shape, dtype)
     with _needing(f"{size(n_bytes)} of the computer's own, pinned for copies, are"):
-        return np.frombuffer(xp.cuda.alloc_pinned_memory(n_bytes), dtype, n).reshape(shape)
+        memory = xp.cuda.alloc_pinned_memory(n_bytes)
+    return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
 
 def read_later(array):

@@ -7,6 +7,7 @@ and must give the same bits. How near they must be in bfloat16 says test_operati
 
 import re
 import sys
+import threading
 from types import SimpleNamespace
 
 import card
@@ -350,6 +351,30 @@ def test_recordings():
     assert all(recording.graph for recording in recordings.values()) and len(recordings) == 2
 
 
+def test_kernels_are_compiled_side_by_side_before_the_first_call(monkeypatch):
+    """All that the function will launch, in other threads, and nothing of it is launched for that."""
+    order, load = [], gpu.load
+    x, loss = cuda.to_device(np.ones((1, 8), np.float32)), cuda.zeros(1)
+
+    def logged_load(file, kernel, shared=0):
+        main = threading.current_thread() is threading.main_thread()
+        order.append(f"{'load' if main else 'compile'} {kernel}")
+        return load(file, kernel, shared)
+
+    def double_and_sum():
+        order.append("call")
+        cuda.residual_forward(x, x, x)
+        cuda.weighted_sum(loss, x[0], x[0])
+
+    monkeypatch.setattr(gpu, "load", logged_load)
+    cuda.replay({}, double_and_sum)
+    kernels = ["residual_forward<float>", "weighted_sum"]
+    compiled = sorted(order[1:3])
+    assert order[0] == order[3] == "call" and compiled == [f"compile {kernel}" for kernel in kernels]
+    assert order[4:] == [f"load {kernel}" for kernel in kernels]
+    assert cuda.to_host(x).sum() == 16 and cuda.to_host(loss) == 32
+
+
 def test_few_recordings_are_kept(monkeypatch):
     monkeypatch.setattr(gpu, "RECORDINGS", 2)
     x, recordings, run = cuda.zeros((1, 8)), {}, []
@@ -366,7 +391,12 @@ def test_few_recordings_are_kept(monkeypatch):
 def test_nothing_is_allocated_inside_of_a_recording():
     """Not even scratch memory that must grow; and the next recording may be made."""
     large = (0 if gpu._scratch.buffer is None else gpu._scratch.buffer.size) + 4096
-    for allocate in (lambda _: cuda.zeros(3), lambda n: cuda.scratch((n, np.uint8))):
+    out = cuda.zeros(3, np.int32)
+    for allocate in (
+        lambda _: cuda.zeros(3),
+        lambda _: cuda.assign(out, np.arange(3, dtype=np.int32)),  # pinned memory
+        lambda n: cuda.scratch((n, np.uint8)),
+    ):
         sizes, recordings = iter([1, 1, large]), {}
         cuda.replay(recordings, lambda allocate=allocate, sizes=sizes: allocate(next(sizes)))
         with pytest.raises(RuntimeError, match="would be allocated inside of a recording"):
