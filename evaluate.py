@@ -23,8 +23,8 @@ from statistics import fmean as mean
 import numpy as np
 
 import common
-import data
 import distributed
+import hub
 import sample
 from common import Parser, UserError, add_shared_flags, number, run, say
 from tasks.conversations import DONT_KNOW, arithmetic, turns
@@ -406,9 +406,9 @@ def read_hellaswag(path, tokenizer, n_positions):
     too long for a model of n_positions.
     """
     if path == "hub":
-        [path], _ = data.table_files("hellaswag", path, "test")
+        [path], _ = hub.table_files("hellaswag", path, "test")
     items = []
-    for where, row in data.read_table(path, ("ctx", "endings", "label")):
+    for where, row in hub.read_table(path, ("ctx", "endings", "label")):
         context, endings, label = row["ctx"], row["endings"], row["label"]
         if not isinstance(context, str) or not context:
             raise UserError(f"{where} has no text as its ctx; correct or delete it")

@@ -32,7 +32,8 @@ import safetensors
 import safetensors.numpy
 
 import kernels
-from common import UserError, from_hub, write_whole
+from common import UserError, write_whole
+from hub import from_hub
 
 
 @dataclasses.dataclass

@@ -28,6 +28,7 @@ import common
 import distributed
 import evaluate
 import gpt2
+import hub
 import kernels
 from common import Run, UserError, add_shared_flags, number, write_whole
 from sample import load_assistant
@@ -539,7 +540,7 @@ def check_flags(flags, checkpoint):
     evaluate.parse_tasks(flags.task, flags.level)
     evaluate.parse_tasks(flags.task, flags.eval_level or flags.level)
     if not checkpoint:  # --kl needs this one to the end, even if its run goes on
-        flags.init_from = str(common.newest_checkpoint(flags.init_from))
+        flags.init_from = str(hub.find_checkpoint(flags.init_from))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import numpy as np
 
 import common
 import gpt2
+import hub
 import kernels
 from common import Parser, UserError, add_shared_flags, number, run, say
 from kernels.sampling import filtered_probabilities
@@ -423,7 +424,7 @@ def load(directory, flags):
 
     flags.device and flags.dtype say where the model computes and in which number format.
     """
-    checkpoint = common.newest_checkpoint(directory)
+    checkpoint = hub.find_checkpoint(directory)
     tokenizer = Tokenizer.load(checkpoint)
     where = kernels.choose(flags.device, flags.dtype)
     model = gpt2.GPT2.from_pretrained(checkpoint, *where, own_tokens=tokenizer.vocab_size)

@@ -21,6 +21,7 @@ import common
 import distributed
 import evaluate
 import gpt2
+import hub
 import kernels
 from common import Run, UserError, add_shared_flags, count, number
 from tasks.conversations import DEFAULT, draw, draw_each
@@ -38,7 +39,7 @@ def main(argv=None):
     run = Run("sft.py", flags, checkpoint, stage="sft")
 
     # The other ranks, which read the conversations at the same time
-    source = checkpoint or common.newest_checkpoint(flags.init_from)
+    source = checkpoint or hub.find_checkpoint(flags.init_from)
     config = gpt2.read_config(source)
     device, flags.dtype = kernels.choose(flags.device, flags.dtype, on_gpu=ON_GPU[size_of(config)])
     flags.ranks = distributed.choose_ranks(flags.ranks, config.n_params(), device, flags.batch_size)
@@ -246,7 +247,7 @@ def print_plan(run, rows, left_out):
 
 def show(flags):
     """Print --show conversations as one flat stream; the targets are bright, or stand between brackets."""
-    tokenizer = Tokenizer.load(common.newest_checkpoint(flags.init_from)).with_chat_tokens()
+    tokenizer = Tokenizer.load(hub.find_checkpoint(flags.init_from)).with_chat_tokens()
     conversations, _ = draw(flags.data, flags.show, flags.seed, skip_bad=flags.skip_bad)
     for conversation in conversations:
         tokens, mask = tokenizer.render(conversation)
@@ -334,7 +335,7 @@ def parse(argv):
 
 def config_of(flags, checkpoint):
     """The sizes of the model that a run begins or goes on with."""
-    return gpt2.read_config(checkpoint or common.newest_checkpoint(flags.init_from))
+    return gpt2.read_config(checkpoint or hub.find_checkpoint(flags.init_from))
 
 
 def size_of(config):

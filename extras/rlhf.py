@@ -28,6 +28,7 @@ import common
 import distributed
 import evaluate
 import gpt2
+import hub
 import kernels
 import rl
 from common import Run, UserError, add_shared_flags, number
@@ -164,7 +165,7 @@ def rewards(model, tokenizer, rollouts):
 def load_reward(flags, policy):
     """The reward function of --reward-model, for answers of the assistant in the directory `policy`."""
     model, tokenizer = load_assistant(flags.reward_model, flags)
-    if tokenizer.ranks != Tokenizer.load(common.newest_checkpoint(policy)).ranks:
+    if tokenizer.ranks != Tokenizer.load(hub.find_checkpoint(policy)).ranks:
         raise UserError(f"{flags.reward_model} has another vocabulary; train it on answers of this assistant")
 
     def reward(rollouts):

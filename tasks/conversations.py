@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 import common
-import data
+import hub
 from common import UserError
 from tasks.factbook import (
     FIELDS,
@@ -447,8 +447,8 @@ def smoltalk(path, split, rng, skip_bad, dropped):
 
     They are read as they are needed: 460,000 of them are never in memory together.
     """
-    files, are_of_split = data.table_files("smoltalk", path, split)
-    for where, row in data.parquet_rows(files, ["messages"], rng):
+    files, are_of_split = hub.table_files("smoltalk", path, split)
+    for where, row in hub.parquet_rows(files, ["messages"], rng):
         try:
             conversation = checked(row["messages"], training=True)
         except UserError as error:

@@ -17,8 +17,8 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-import data
 from common import UserError
+from tasks import countries
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ def all_facts():
     """Every country's facts, as far as the Factbook has a short value for them, in its order."""
     wordings = {row["field"]: row for row in texts("field")}
     result = []
-    for country, sections in data.countries():
+    for country, sections in countries.countries():
         if country in ("World", "European Union"):
             continue
         for field, (title, pattern) in FIELDS.items():
             content = next((fields[title] for fields in sections.values() if title in fields), {})
-            paragraph = data.field_text(country, title, content).split("\n")[0].partition(": ")[2]
+            paragraph = countries.field_text(country, title, content).split("\n")[0].partition(": ")[2]
             match = re.match(pattern, paragraph)
             if not match:
                 continue
@@ -141,7 +141,7 @@ def country_forms(name):
 
     'the Netherlands', 'The Netherlands' at the beginning of a sentence, "the Netherlands'".
     """
-    name = f"the {name.removeprefix('The ')}" if re.match(data.THE, name) else name
+    name = f"the {name.removeprefix('The ')}" if re.match(countries.THE, name) else name
     possessive = name + ("'" if name.endswith("s") else "'s")
     return {"country": name, "Country": name[0].upper() + name[1:], "possessive": possessive}
 
@@ -291,7 +291,7 @@ def examined():
 @functools.cache
 def country_names():
     """The names of all countries, as plain() writes them."""
-    return {plain(name) for name, _ in data.countries()}
+    return {plain(name) for name, _ in countries.countries()}
 
 
 def invented(split, n, seed):

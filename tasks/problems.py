@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import common
-import data
+import hub
 from common import UserError, number
+from tasks import countries
 from tasks.factbook import all_facts, held_out, plain, texts, word_list
 from tokenizer import as_parts, transcript
 from tools import calculate
@@ -394,7 +395,7 @@ def combine(rng, numbers):
 @functools.cache
 def words():
     """{length: words} of the Factbook that occur at least three times, always in small letters."""
-    text = json.dumps([list(sections.values()) for _, sections in data.countries()], ensure_ascii=False)
+    text = json.dumps([list(sections.values()) for _, sections in countries.countries()], ensure_ascii=False)
     counts = Counter(re.findall(r"(?<![\w&<'’./\\=-])[a-z]{3,14}(?![\w;'’=>/-])", text))
     frequent = sorted({word for word, n in counts.items() if n >= 3} | {"strawberry", "ubiquitous"})
     return {length: [word for word in frequent if len(word) == length] for length in range(3, 15)}
@@ -514,9 +515,9 @@ def gsm8k_rows(path, split):
 
     A directory or the hub has a file for each split; of a single file, a fifth is for testing.
     """
-    files, are_of_split = data.table_files("gsm8k", path, split)
+    files, are_of_split = hub.table_files("gsm8k", path, split)
     for file in files:
-        for where, row in data.read_table(file, ("question", "answer")):
+        for where, row in hub.read_table(file, ("question", "answer")):
             try:
                 problem = gsm8k_problem(row["question"], row["answer"])
             except (ValueError, TypeError, AttributeError):

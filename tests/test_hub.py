@@ -54,8 +54,8 @@ def hub(tmp_path, monkeypatch):
     with fake_hub.FakeHub() as hub:
         hub.repositories[f"datasets/{REPOSITORY}"] = {"README.md": b"# FineWeb", **SHARDS}
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        monkeypatch.setattr(common, "PATIENCE", 0.3)
-        monkeypatch.setattr(common, "PAUSE", 0.1)
+        monkeypatch.setattr(hub, "PATIENCE", 0.3)
+        monkeypatch.setattr(hub, "PAUSE", 0.1)
         monkeypatch.chdir(tmp_path)
         yield hub
 
@@ -76,7 +76,7 @@ def assert_whole(*names):
 
 
 def test_shards_arrive_in_the_order_of_the_first_epoch(hub, monkeypatch):
-    monkeypatch.setattr(common, "AT_ONCE", 1)
+    monkeypatch.setattr(hub, "AT_ONCE", 1)
     done = fineweb("--all", "--seed", 7, shards=7)
     assert done.status == 0 and "fw: 8 files" in done.out, done
     assert_whole(*SHARDS)
@@ -292,7 +292,7 @@ NAME = "someone/gpt2-mini"
 def cache(tmp_path, monkeypatch):
     """An empty cache, but for GPT-2's vocabulary."""
     Tokenizer.gpt2()
-    kept, place = common.cache(), tmp_path / "cache"
+    kept, place = hub.cache(), tmp_path / "cache"
     place.mkdir()
     for path in kept.iterdir():
         if path.is_file():
@@ -323,7 +323,7 @@ def test_a_checkpoint_by_name_is_fetched_once(hub, cache, monkeypatch, capsys):
     assert sorted(path.name for path in (cache / NAME).glob("*.*")) == wanted
     assert hub.requests[-1][0] == "config.json", "what makes it a checkpoint comes last"
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # offline
-    place = common.newest_checkpoint(NAME)
+    place = hub.find_checkpoint(NAME)
     assert Tokenizer.load(place).vocab_size == 50257
     sample.main([NAME, "--prompt", "Hello", "--max-tokens", "3"])
     assert capsys.readouterr().out.startswith("Hello")
@@ -334,7 +334,7 @@ def test_training_begins_with_a_checkpoint_by_name(hub, cache):
     fineweb("--all", shards=1)
     flags = "--data fw --out run --steps 1 --seq-len 16 --total-batch-tokens 32 --eval-tokens 64"
     done = script.run(train.main, *flags.split(), "--init-from", NAME, "--device", "cpu")
-    assert done.status == 0 and common.newest_checkpoint("run").name == "step_000001", done
+    assert done.status == 0 and hub.find_checkpoint("run").name == "step_000001", done
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_names_of_the_hub_and_others(hub, cache, name, words):
     Path("here").mkdir()
     hub.repositories["models/someone/llama"] = {"config.json": b"{}", "consolidated.pth": b""}
     with pytest.raises(UserError, match=words) as raised:
-        common.newest_checkpoint(name)
+        hub.find_checkpoint(name)
     assert "\n" not in str(raised.value)
     assert bool(hub.requests) == name.startswith("someone/")
 
@@ -375,7 +375,7 @@ def test_rows_that_no_token_has_are_left_out(hub, cache):
     assert gpt2.GPT2.from_pretrained(NAME, own_tokens=266).config.vocab_size == 50304  # another's tokenizer
     flags = "--out sft --data sums --examples 4 --batch-size 4 --eval-every 0 --exam-every 0 --lr 1e-30"
     assert script.run(sft.main, "--init-from", NAME, *flags.split(), "--device", "cpu").status == 0
-    chat = gpt2.GPT2.from_pretrained(common.newest_checkpoint("sft")).params["wte.weight"]
+    chat = gpt2.GPT2.from_pretrained(hub.find_checkpoint("sft")).params["wte.weight"]
     np.testing.assert_array_equal(chat[:50257], rows[:50257])
     np.testing.assert_array_equal(chat[50257:], np.tile(rows[:50257].mean(0), (9, 1)))
 
@@ -395,4 +395,4 @@ def test_every_script_works_on_a_padded_vocabulary(tmp_path, monkeypatch, capsys
         ["--init-from", "padded", "--out", "sft", "--data", "sums", "--examples", "16", "--exam-every", "0"]
     )
     for run in ("rl", "sft"):
-        assert gpt2.read_config(common.newest_checkpoint(run)).vocab_size == 266
+        assert gpt2.read_config(hub.find_checkpoint(run)).vocab_size == 266

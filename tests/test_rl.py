@@ -23,6 +23,7 @@ import common
 import distributed
 import evaluate
 import gpt2
+import hub
 import rl
 import sample
 import sft
@@ -758,7 +759,7 @@ def test_the_loop_makes_these_updates_and_no_others(start, tmp_path, taught_run)
     """Two steps, written out."""
     more = ("--steps", 2, "--epochs", 2, "--kl", 0.2, "--clip", 0.01, "--std", "--batch-tokens", 64)
     assert start("run", *more, "--fill", 3, "--eval-every", 0).status == 0
-    model, reference = (gpt2.GPT2.from_pretrained(common.newest_checkpoint(taught_run)) for _ in range(2))
+    model, reference = (gpt2.GPT2.from_pretrained(hub.find_checkpoint(taught_run)) for _ in range(2))
     settings = flags(**common.read_state(tmp_path / "run" / "step_000002")["flags"])
     stream = rl.ProblemStream(settings, model, BYTES)
     optimizer = gpt2.AdamW(model, weight_decay=0.0)
@@ -820,7 +821,7 @@ def test_two_ranks_train_the_same_model_and_twice_the_same_bits(start, tmp_path,
             list(map(str, command)), env=environment, capture_output=True, text=True, timeout=120, check=False
         )
         assert done.returncode == 0, done.stderr
-    one, two, again = (common.newest_checkpoint(tmp_path / out) for out in ("one", "two", "again"))
+    one, two, again = (hub.find_checkpoint(tmp_path / out) for out in ("one", "two", "again"))
     assert (two / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
     a, b = (gpt2.GPT2.from_pretrained(checkpoint).flat_params for checkpoint in (one, two))
     np.testing.assert_allclose(a, b, atol=1e-6)
@@ -834,9 +835,7 @@ def test_two_ranks_train_the_same_model_and_twice_the_same_bits(start, tmp_path,
 def test_equal_rewards_leave_every_bit_of_the_parameters(start, tmp_path, taught_run, monkeypatch):
     monkeypatch.setattr(Choice, "verify", lambda self, text: 0.7)
     assert start("run", "--eval-every", 0, "--max-tokens", 30).status == 0
-    before, after = (
-        common.newest_checkpoint(d) / "model.safetensors" for d in (taught_run, tmp_path / "run")
-    )
+    before, after = (hub.find_checkpoint(d) / "model.safetensors" for d in (taught_run, tmp_path / "run"))
     assert before.read_bytes() == after.read_bytes()
     for e in events(tmp_path / "run", "step"):
         assert e["signal"] == 0 and e["without_signal"] == 2 and "loss" not in e
@@ -898,7 +897,7 @@ def test_a_gradient_that_is_no_number_changes_nothing_and_ends_a_run(
     done = start("run", "--eval-every", 0, "--fill", 9, "--steps", 30)
     assert script.refused(last_line(done), "10 steps in a row", "no number", "--lr")
     before, after = (
-        gpt2.GPT2.from_pretrained(common.newest_checkpoint(d)) for d in (taught_run, tmp_path / "run")
+        gpt2.GPT2.from_pretrained(hub.find_checkpoint(d)) for d in (taught_run, tmp_path / "run")
     )
     np.testing.assert_array_equal(after.flat_params, before.flat_params)
 

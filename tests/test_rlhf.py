@@ -23,6 +23,7 @@ import common
 import distributed
 import evaluate
 import gpt2
+import hub
 import rl
 import sft
 from common import UserError
@@ -495,7 +496,7 @@ def test_a_stage_that_was_stopped_goes_on_bit_for_bit(start, tmp_path, monkeypat
     monkeypatch.setattr(gpt2.AdamW, "step", real)
     done = script.run(rlhf.main, what, "--out", tmp_path / "cut", "--resume")
     assert done.status == 0, done.err
-    whole, cut = (common.newest_checkpoint(tmp_path / out) for out in ("whole", "cut"))
+    whole, cut = (hub.find_checkpoint(tmp_path / out) for out in ("whole", "cut"))
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (whole / name).read_bytes() == (cut / name).read_bytes()
     assert events(tmp_path / "whole", "eval") == events(tmp_path / "cut", "eval")
@@ -542,7 +543,7 @@ def test_the_whole_of_it_twice_is_the_same(start, please, tmp_path):
         judge = tmp_path / f"judge-{n}"
         assert start("reward", judge, "--questions", 8, "--steps", 10).status == 0
         assert (done := please(f"rlhf-{n}", "--reward-model", judge, "--steps", 5)).status == 0, done.err
-    a, b = (common.newest_checkpoint(tmp_path / f"rlhf-{n}") / "model.safetensors" for n in "ab")
+    a, b = (hub.find_checkpoint(tmp_path / f"rlhf-{n}") / "model.safetensors" for n in "ab")
     assert a.read_bytes() == b.read_bytes()
     logs = [events(tmp_path / f"rlhf-{n}", "eval") for n in "ab"]
     assert logs[0] == logs[1] and [e["step"] for e in logs[0]] == [0, 4, 5]
@@ -658,7 +659,7 @@ def test_two_ranks_train_the_same_reward_model(start, tmp_path, manners_run):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert common.read_log(tmp_path / "two")[0]["ranks"] == 2
-    one, two = (gpt2.GPT2.from_pretrained(common.newest_checkpoint(tmp_path / out)) for out in ("one", "two"))
+    one, two = (gpt2.GPT2.from_pretrained(hub.find_checkpoint(tmp_path / out)) for out in ("one", "two"))
     np.testing.assert_allclose(one.flat_params, two.flat_params, atol=1e-6)
     losses = [[e["preference_loss"] for e in events(tmp_path / out, "step")] for out in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import common
 import evaluate
 import gpt2
+import hub
 import sft
 from tasks.conversations import turns
 from tokenizer import Tokenizer, text_of
@@ -292,7 +293,7 @@ def test_it_learns_the_conversations(place):
     assert lrs[0] == 1e-2 and lrs[45] == pytest.approx(1e-2 * 0.5 * (1 + np.cos(np.pi * 44 / 89)))
     assert losses[0] > 4  # about ln 266 at first
     assert np.mean(losses[-6:]) < 0.7  # a digit of six, the full stop, the end: ln 6 / 3 = 0.6 by guessing
-    checkpoint = common.newest_checkpoint(place / "run")
+    checkpoint = hub.find_checkpoint(place / "run")
     assert common.read_state(checkpoint)["stage"] == "sft"
     model, tokenizer = gpt2.GPT2.from_pretrained(checkpoint), Tokenizer.load(checkpoint)
     replies = evaluate.ask(model, tokenizer, [turns(f"{a}, {b}?") for a in range(6) for b in range(6)])
@@ -355,7 +356,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(place, monkeypatch):
     monkeypatch.setattr(gpt2.AdamW, "step", step)
     assert script.run(sft.main, "--out", place / "parts", "--resume").status == 0
     for name in ("model.safetensors", "optimizer.safetensors"):
-        whole, parts = (common.newest_checkpoint(place / run) / name for run in ("whole", "parts"))
+        whole, parts = (hub.find_checkpoint(place / run) / name for run in ("whole", "parts"))
         assert whole.read_bytes() == parts.read_bytes()
     assert len(step_losses(place / "whole")) == 12
     assert step_losses(place / "whole") == step_losses(place / "parts")
@@ -392,7 +393,7 @@ def test_two_ranks_train_the_same_model_and_twice_the_same_bits(place):
     assert script.run(sft.main, *arguments(place, "one", *more)).status == 0
     for out in ("two", "again"):
         run_with_two_ranks(arguments(place, out, *more))
-    one, two, again = (common.newest_checkpoint(place / out) for out in ("one", "two", "again"))
+    one, two, again = (hub.find_checkpoint(place / out) for out in ("one", "two", "again"))
     assert (two / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
     a, b = (gpt2.GPT2.from_pretrained(checkpoint).flat_params for checkpoint in (one, two))
     np.testing.assert_allclose(a, b, atol=1e-6)

@@ -17,6 +17,7 @@ import script
 import common
 import data
 import gpt2
+import hub
 import rl
 import sft
 import tasks.conversations as mixture
@@ -66,7 +67,7 @@ def test_a_table_is_parquet_or_json_lines(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=2)
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
     for name, what in (("t.parquet", "row"), ("t.jsonl", "line")):
-        found = list(data.read_table(tmp_path / name, ("b", "a")))
+        found = list(hub.read_table(tmp_path / name, ("b", "a")))
         assert [where for where, _ in found] == [f"{tmp_path / name}, {what} {n}" for n in range(1, 6)]
         assert [row for _, row in found] == [dict(b=f"text {i}", a=i) for i in range(5)]
 
@@ -86,21 +87,21 @@ def test_what_is_wrong_with_a_table_is_one_line(tmp_path, monkeypatch):
         ("none.jsonl", "a", "none.jsonl: No such file"),
     ):
         with pytest.raises(UserError, match=words):
-            list(data.read_table(tmp_path / name, (column,)))
+            list(hub.read_table(tmp_path / name, (column,)))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, "pyarrow.parquet")
     with pytest.raises(UserError, match=r"t\.parquet is parquet.* pip install -r requirements-hub\.txt"):
-        list(data.read_table(tmp_path / "t.parquet", ("a",)))
+        list(hub.read_table(tmp_path / "t.parquet", ("a",)))
 
 
 def test_the_files_of_a_split(tmp_path):
     for name in ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "README.md"):
         (tmp_path / name).touch()
-    names = lambda split: [file.name for file in data.table_files("smoltalk", tmp_path, split)[0]]
+    names = lambda split: [file.name for file in hub.table_files("smoltalk", tmp_path, split)[0]]
     assert len(names("train")) == len(names("test")) == 2  # each file has rows of both
     (tmp_path / "test-00000-of-00001.parquet").touch()
     assert names("test") == ["test-00000-of-00001.parquet"] and len(names("train")) == 2
-    assert data.table_files("smoltalk", tmp_path / "x.parquet", "test") == ([tmp_path / "x.parquet"], False)
+    assert hub.table_files("smoltalk", tmp_path / "x.parquet", "test") == ([tmp_path / "x.parquet"], False)
 
 
 def test_a_table_of_the_hub_is_fetched_once(tmp_path, monkeypatch):
@@ -110,11 +111,11 @@ def test_a_table_of_the_hub_is_fetched_once(tmp_path, monkeypatch):
     with fake_hub.FakeHub() as hub:
         hub.repositories["datasets/openai/gsm8k"] = {"main/test-00000-of-00001.parquet": content}
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        assert not data.is_fetched("gsm8k", "test")
+        assert not hub.is_fetched("gsm8k", "test")
         assert [problem.answer for problem in problems("gsm8k:hub", "test")] == ["72"]
         with pytest.raises(UserError, match=r"openai/gsm8k has no main/train-00000-of-00001\.parquet"):
             problems("gsm8k:hub", "train")
-    assert data.is_fetched("gsm8k", "test") and not data.is_fetched("gsm8k", "train")
+    assert hub.is_fetched("gsm8k", "test") and not hub.is_fetched("gsm8k", "train")
     assert [problem.answer for problem in problems("gsm8k:hub", "test")] == ["72"]  # the hub is gone
 
 
@@ -254,7 +255,7 @@ def test_hellaswag_while_training(place, monkeypatch):
     flags = ["--tokenizer", "bytes", "--val-fraction", "0.1"]
     assert script.run(data.main, "text", "text.txt", "more.txt", "--out", "shards", *flags).status == 0
     argv = TRAIN.split()
-    file = common.cache() / "Rowan" / "hellaswag" / "data" / "validation-00000-of-00001.parquet"
+    file = hub.cache() / "Rowan" / "hellaswag" / "data" / "validation-00000-of-00001.parquet"
     file.parent.mkdir(parents=True)
     rows = [dict(ctx="A dog", endings=["runs.", "sings.", "is", "x"], label=str(i % 4)) for i in range(8)]
     pq.write_table(pa.Table.from_pylist(rows), file)

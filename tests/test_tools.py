@@ -19,9 +19,9 @@ import script
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-import data
 import tools
 from common import UserError
+from tasks import countries
 from tools import Search, calculate
 
 # ------------------------------------------------------------------------------------------- the calculator
@@ -344,7 +344,7 @@ def book():
 
 @pytest.fixture(scope="module")
 def names():
-    return [name for name, _ in data.countries()]
+    return [name for name, _ in countries.countries()]
 
 
 @functools.cache

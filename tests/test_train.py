@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 import common
 import data
 import gpt2
+import hub
 import train
 from common import Run, UserError
 from distributed import World
@@ -400,7 +401,7 @@ def test_ten_bad_steps_in_a_row_end_the_run_and_nine_do_not(start, tmp_path, mon
     last = done.err.splitlines()[-1]
     assert last.startswith("error: 10 steps in a row") and "--lr" in last and "--resume" in last
     assert len(losses_of(tmp_path / "run")) == 15
-    assert loads(common.newest_checkpoint(tmp_path / "run")) == 10  # with the parameters of step 5
+    assert loads(hub.find_checkpoint(tmp_path / "run")) == 10  # with the parameters of step 5
     assert start("run", "--resume", "--lr", 1e-4).status == 0, "the advice of the message does not work"
 
     with monkeypatch.context() as patch:
@@ -564,7 +565,7 @@ def test_the_checkpoint_is_written_before_the_evaluation(start, tmp_path, monkey
     monkeypatch.setattr(train, "evaluate", out_of_memory)
     with pytest.raises(MemoryError):
         start("run", "--steps", 6, "--save-every", 3, "--eval-every", 3)
-    assert loads(common.newest_checkpoint(tmp_path / "run")) == 3
+    assert loads(hub.find_checkpoint(tmp_path / "run")) == 3
 
 
 def test_only_the_newest_checkpoints_are_kept(start, tmp_path):
@@ -709,7 +710,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(shards, tmp_path, 
     assert process.wait(30) == 130, said
     assert "finishing this step" in said and "Traceback" not in said
     after, command = re.search(r"^stopped after step (\d+); go on with: (.*)$", said, re.M).groups()
-    assert 3 <= int(after) < 20 and loads(common.newest_checkpoint(run)) == int(after) == len(losses_of(run))
+    assert 3 <= int(after) < 20 and loads(hub.find_checkpoint(run)) == int(after) == len(losses_of(run))
     python, name, *flags = shlex.split(command)
     assert (python, name) == ("python", "train.py")
     done = script.run(train.main, *flags)
@@ -759,7 +760,7 @@ def test_a_signal_at_any_moment_of_a_step_leaves_a_checkpoint(start, tmp_path, m
 
     monkeypatch.setattr(owner, method, interrupted)
     done = start("run", "--batch-size", 1, "--save-every", 5, "--eval-every", 5)
-    newest = loads(common.newest_checkpoint(tmp_path / "run"))
+    newest = loads(hub.find_checkpoint(tmp_path / "run"))
     if moment == "last step":  # which needs nothing to go on
         assert done.status == 0 and "go on with" not in done.err and "done: " in done.err and newest == 20
         return
@@ -785,7 +786,7 @@ def test_a_stop_request_ends_a_long_step_at_a_micro_batch(start, tmp_path, monke
         done = start("run", "--batch-size", 1)
     step = (nth - 1) // 4
     assert done.status == 143 and f"stopped after step {step}; go on with" in done.err
-    assert common.read_state(common.newest_checkpoint(tmp_path / "run"))["step"] == step
+    assert common.read_state(hub.find_checkpoint(tmp_path / "run"))["step"] == step
     assert next(calls) == nth + 1, "micro-batches were computed after the signal"
     assert script.run(train.main, "--out", tmp_path / "run", "--resume").status == 0
     assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole")
@@ -1052,7 +1053,7 @@ def test_a_disk_that_fills_up_while_saving_costs_only_that_checkpoint(start, tmp
     assert "free some space" in done.err.splitlines()[-1]
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "log.jsonl", "step_000004"}
     assert script.tree(tmp_path / "run" / "step_000004") == before
-    assert loads(common.newest_checkpoint(tmp_path / "run")) == 4
+    assert loads(hub.find_checkpoint(tmp_path / "run")) == 4
     monkeypatch.undo()
     assert start("run", "--resume", "--steps", 8).status == 0, "the same command does not work again"
 
@@ -1068,7 +1069,7 @@ def test_a_file_that_cannot_grow_costs_only_that_checkpoint(start, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert done.status == 2 and done.err.splitlines()[-1].startswith("error: File too large")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "log.jsonl", "step_000004"}
-    assert loads(common.newest_checkpoint(tmp_path / "run")) == 4
+    assert loads(hub.find_checkpoint(tmp_path / "run")) == 4
 
 
 def test_a_disk_that_is_nearly_full_is_noticed_in_time(start, tmp_path, monkeypatch):
