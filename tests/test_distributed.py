@@ -388,6 +388,18 @@ def test_a_port_that_is_taken_is_one_clear_line(launched):
     assert err.startswith(f"error: rank 0 cannot listen at port {at}") and "set another MASTER_PORT" in err
 
 
+def test_ranks_on_cpus_of_several_machines_are_refused(launched):
+    """They share no memory; but what they say to each other reaches all."""
+    elsewhere = "import os, distributed\ndistributed._machine = lambda: os.environ['RANK']\n"
+    at, body = port(), "    print(world.gather(world.rank + 5), flush=True)\n" + SUM
+    told = [(variables("torchrun", rank, 2, at), []) for rank in range(2)]
+    (out, err), (other_out, other_err) = (p.communicate(timeout=60) for p in launched(body, told, elsewhere))
+    assert out == other_out == "[5, 6]\n" and err == ""
+    assert (
+        other_err == "error: ranks on a CPU share memory: start all on one machine, or take --device cuda\n"
+    )
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_of_a_launcher_takes_the_others_down(launched, killed):
     at = port()

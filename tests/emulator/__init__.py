@@ -5,7 +5,7 @@
 
 Read in this order: include/emulator.h (blocks, fibers, barriers, warp functions), include/ptx.cuh (ldmatrix,
 mma, cp.async), include/ptx_hopper.cuh (mbarriers, TMA, wgmma, clusters), include/cuda_bf16.h, runtime.cpp
-(guarded memory, faults, tensor maps), compiler.py, launcher.py, fake_cupy.py.
+(guarded memory, faults, tensor maps), compiler.py, launcher.py, fake_cupy.py, fake_nccl.py.
 
 What it finds, each an error that names the kernel and, where there is one, block, thread and line:
 
