@@ -544,7 +544,7 @@ class Nccl:
                 raise UserError(f"{ranks}: there are more ranks than GPUs; start one a GPU")
         unique_id = world.gather(list(nccl.get_unique_id()) if world.rank == 0 else None)[0]
         self.rank, self.size, self.current_stream = world.rank, world.size, ops.xp.cuda.get_current_stream
-        self.comm = nccl.NcclCommunicator(world.size, tuple(unique_id), world.rank)
+        self.comm = nccl.NcclCommunicator(world.size, bytes(unique_id), world.rank)
 
     def all_reduce(self, array):
         """array becomes its sum over all ranks."""

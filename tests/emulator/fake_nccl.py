@@ -18,18 +18,18 @@ _listening = []  # rank 0's server, between get_unique_id and NcclCommunicator
 
 
 def get_unique_id():
-    """128 numbers, as NCCL's id has bytes; the first two are the port of rank 0."""
+    """NCCL's 128 bytes; the first two are the port of rank 0."""
     _listening.append(socket.create_server(("127.0.0.1", 0)))
     port = _listening[-1].getsockname()[1]
-    return (port // 256, port % 256, *[0] * 126)
+    return bytes([port // 256, port % 256, *[0] * 126])
 
 
 class NcclCommunicator:
     """One rank of a group; the calls are CuPy's, with addresses as numbers."""
 
     def __init__(self, n_ranks, unique_id, rank):
-        if not isinstance(unique_id, tuple) or len(unique_id) != 128:
-            raise TypeError("the id is a tuple of 128 numbers")
+        if not isinstance(unique_id, bytes) or len(unique_id) != 128:
+            raise TypeError("the id is 128 bytes")
         self.n_ranks, self.rank, self.others = n_ranks, rank, {}
         if rank > 0:
             address = "127.0.0.1", unique_id[0] * 256 + unique_id[1]
@@ -67,11 +67,12 @@ class NcclCommunicator:
         """In the stream's time: what all ranks have at `send`, combined, goes to `receive`."""
         from . import fake_cupy  # noqa: PLC0415  which imports this file
 
-        source = fake_cupy._bytes_at(send, count * TYPES[dtype].itemsize).view(TYPES[dtype])
+        source = fake_cupy._bytes_at(send, count * TYPES[dtype].itemsize)
 
         def work():
-            result = combine([np.frombuffer(part, TYPES[dtype]) for part in self._exchange(source.tobytes())])
-            fake_cupy._bytes_at(receive, result.nbytes).view(TYPES[dtype])[:] = result
+            parts = self._exchange(source.host.tobytes())
+            result = combine([np.frombuffer(part, TYPES[dtype]) for part in parts])
+            fake_cupy._bytes_at(receive, result.nbytes).host[:] = result.view(np.uint8)
 
         fake_cupy._stream_of(stream).submit(work)
 
