@@ -335,13 +335,14 @@ def measured_flops(ops, dtype, n=128):
 def measure_steps(model, optimizer, loader, flags, world):
     """{row length T: seconds of a step}, the same on all ranks.
 
-    From one micro-batch, whose gradients are cleared. With --hours an all-reduce and an update are measured
-    too; the update is left out in the end, because its limits are below any norm and loss.
+    From one micro-batch, the second, whose gradients are cleared. For --hours it is the mean of two seconds,
+    and all-reduce and update are measured too; the update is left out, because its limits are below any norm.
     """
     times = {}
     n = flags.total_batch_tokens / (flags.batch_size * flags.seq_len * world.size)  # micro-batches of a step
     for step in sorted({0, flags.short_steps}):
-        for _ in range(2):  # the first is cold
+        rounds = []  # the first is cold
+        while len(rounds) < 2 or (flags.hours and sum(rounds) < 2 * n):
             began = time.perf_counter()
             model.forward(*next(loader.micro_batches(step, world)))
             model.backward()
@@ -353,7 +354,8 @@ def measure_steps(model, optimizer, loader, flags, world):
                 optimizer.step(0.0, 1.0, -1.0, -1.0)
                 model.ops.synchronize()
                 seconds += time.perf_counter() - began
-        times[loader.length(step)] = max(world.gather(seconds))
+            rounds.append(max(world.gather(seconds)))
+        times[loader.length(step)] = common.mean(rounds[1:])
     model.sums.fill(0)
     return times
 
@@ -491,23 +493,26 @@ def parser():
     )
     group.add_argument("--zero", type=int, choices=(0, 1), default=0, help=what)
 
-    group = flags.add_argument_group("time and money")
+    add_time_flags(flags.add_argument_group("time and money"))
+    group = flags.add_argument_group("a test of the machinery")
+    what = "train on one batch only: its loss must go to 0"
+    group.add_argument("--overfit-batch", action="store_true", help=what)
+    return flags
+
+
+def add_time_flags(group):
+    """Flags about what a run takes, which a plan answers and a run can be given."""
     above = number(float, above=0)
     what = "as many steps as fit into so much time, by the time of the first ones"
     group.add_argument("--hours", type=above, metavar="X", help=what)
     group.add_argument("--dollars", type=above, metavar="X", help="the same for so much money")
     what = "price of the machine, to show what the run costs"
-    group.add_argument("--dollars-per-hour", type=share, metavar="X", help=what)
+    group.add_argument("--dollars-per-hour", type=number(float, low=0), metavar="X", help=what)
     what = "print memory, time and cost of such a run, and do not train; no GPU is needed"
     group.add_argument("--plan", action="store_true", help=what)
     group.add_argument("--gpus", metavar="8xH100", help="for --plan: number and kind; those of this machine")
     what = "print the preset that this machine can train in a day, and why on standard error"
     group.add_argument("--choose", action="store_true", help=what)
-
-    group = flags.add_argument_group("a test of the machinery")
-    what = "train on one batch only: its loss must go to 0"
-    group.add_argument("--overfit-batch", action="store_true", help=what)
-    return flags
 
 
 def parse(argv):
