@@ -272,7 +272,9 @@ def choose_batch_size(flags, config, ops, world, one_memory=True):
             parts["gradients"] *= flags.ranks
             parts["activations"] *= flags.ranks
         elif flags.zero:
+            master = 4 * config.n_params() if itemsize == 2 else 0
             parts["moments"] /= flags.ranks
+            parts["parameters"] -= master * (1 - 1 / flags.ranks)
         return parts
 
     if flags.batch_size and flags.resume:  # another number of ranks may have other rows
