@@ -311,14 +311,14 @@ DATASHEETS = {
 
 
 def peak_flops(model, world):
-    """FLOP/s that the utilization is a share of, and the name of that share.
+    """FLOP/s of all ranks that the utilization is a share of, and the name of that share.
 
     On a GPU whose datasheet is known it is the datasheet's (MFU), else what a large matrix product reaches.
     """
     if model.device == "cuda":
         for name, rates in DATASHEETS.items():
             if name in model.ops.card_name():
-                return rates[model.dtype], "MFU"
+                return rates[model.dtype] * world.size, "MFU"
     return sum(world.gather(measured_flops(model.ops, model.type))), "of a matmul's rate"
 
 
