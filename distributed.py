@@ -376,10 +376,13 @@ class World:
 
     def _heard(self, rank):
         """What another rank sends: its part of an exchange."""
+        connection = self.sockets[max(0, rank - 1)]
         try:
-            return _receive(self.sockets[max(0, rank - 1)])
+            return _receive(connection)
         except TimeoutError:
-            self._end_all(f"rank {rank} hangs: nothing came from it for {HANG_SECONDS} seconds")
+            self._end_all(
+                f"rank {rank} hangs: nothing came from it for {connection.gettimeout():.0f} seconds"
+            )
         except OSError:
             self._end_with_the_other()
 
