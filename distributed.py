@@ -224,7 +224,8 @@ def _welcome(server, size, arguments, files, processes):
             error = f"rank {rank} has other flags than rank 0 ({its_flags}; {flags}); start all with the same"
     for (_, kind), connection in connections.items():
         if kind == "socket" and not (error and processes):  # those that were started here are killed
-            _send(connection, [error, _machine(), files])
+            with contextlib.suppress(OSError):  # it has ended meanwhile; the World finds out
+                _send(connection, [error, _machine(), files])
     if error:
         raise UserError(error)
     return [[connections[rank, kind] for rank in range(1, size)] for kind in ("socket", "lifeline")]
@@ -233,11 +234,11 @@ def _welcome(server, size, arguments, files, processes):
 def _join(rank, size, arguments):
     """Any other rank: connect to rank 0; return the World."""
     connections = []
-    for kind in ("socket", "lifeline"):
-        connections.append(_connect(*_address()))
-        _send(connections[-1], [rank, kind, size, arguments])
-    connections[0].settimeout(2 * JOIN_SECONDS)
     try:
+        for kind in ("socket", "lifeline"):
+            connections.append(_connect(*_address()))
+            _send(connections[-1], [rank, kind, size, arguments])
+        connections[0].settimeout(2 * JOIN_SECONDS)
         error, machine, files = _receive(connections[0])
     except OSError:
         raise SystemExit(1) from None  # rank 0 has ended and said why
@@ -375,10 +376,13 @@ class World:
 
     def _heard(self, rank):
         """What another rank sends: its part of an exchange."""
+        connection = self.sockets[max(0, rank - 1)]
         try:
-            return _receive(self.sockets[max(0, rank - 1)])
+            return _receive(connection)
         except TimeoutError:
-            self._end_all(f"rank {rank} hangs: nothing came from it for {HANG_SECONDS} seconds")
+            self._end_all(
+                f"rank {rank} hangs: nothing came from it for {connection.gettimeout():.0f} seconds"
+            )
         except OSError:
             self._end_with_the_other()
 

@@ -17,6 +17,7 @@ import math
 import textwrap
 import time
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -307,7 +308,9 @@ def choose_batch_size(flags, config, ops, world, one_memory=True):
             parts["gradients"] *= flags.ranks
             parts["activations"] *= flags.ranks
         elif flags.zero:
+            master = 4 * config.n_params() if itemsize == 2 else 0
             parts["moments"] /= flags.ranks
+            parts["parameters"] -= master * (1 - 1 / flags.ranks)
         return parts
 
     if flags.batch_size and flags.resume:  # another number of ranks may have other rows
@@ -344,14 +347,14 @@ DATASHEETS = {
 
 
 def peak_flops(model, world):
-    """FLOP/s that the utilization is a share of, and the name of that share.
+    """FLOP/s of all ranks that the utilization is a share of, and the name of that share.
 
     On a GPU whose datasheet is known it is the datasheet's (MFU), else what a large matrix product reaches.
     """
     if model.device == "cuda":
         for name, rates in DATASHEETS.items():
             if name in model.ops.card_name():
-                return rates[model.dtype], "MFU"
+                return rates[model.dtype] * world.size, "MFU"
     return sum(world.gather(measured_flops(model.ops, model.type))), "of a matmul's rate"
 
 
@@ -370,13 +373,15 @@ def measured_flops(ops, dtype, n=128):
 def measure_steps(model, optimizer, loader, flags, world):
     """{row length T: seconds of a step}, the same on all ranks.
 
-    From one micro-batch, whose gradients are cleared. With --hours an all-reduce and an update are measured
-    too; the update is left out in the end, because its limits are below any norm and loss.
+    From one micro-batch, a warm one, whose gradients are cleared. For --hours it is the mean of two seconds,
+    and all-reduce and update are measured too; the update is left out, because its limits are below any norm.
     """
     times = {}
     n = flags.total_batch_tokens / (flags.batch_size * flags.seq_len * world.size)  # micro-batches of a step
+    cold = 2 if model.device == "cuda" else 1  # rounds that do not count: a GPU records the second
     for step in sorted({0, flags.short_steps}):
-        for _ in range(3 if model.device == "cuda" else 2):  # the first is cold, a GPU records the second
+        rounds = []
+        while len(rounds) <= cold or (flags.hours and sum(rounds) < 2 * n):
             began = time.perf_counter()
             model.forward(*next(loader.micro_batches(step, world)))
             model.backward()
@@ -388,7 +393,8 @@ def measure_steps(model, optimizer, loader, flags, world):
                 optimizer.step(0.0, 1.0, -1.0, -1.0)
                 model.ops.synchronize()
                 seconds += time.perf_counter() - began
-        times[loader.length(step)] = max(world.gather(seconds))
+            rounds.append(max(world.gather(seconds)))
+        times[loader.length(step)] = fmean(rounds[cold:])
     model.sums.fill(0)
     return times
 
@@ -537,23 +543,26 @@ def parser():
     )
     group.add_argument("--zero", type=int, choices=(0, 1), default=0, help=what)
 
-    group = flags.add_argument_group("time and money")
+    add_time_flags(flags.add_argument_group("time and money"))
+    group = flags.add_argument_group("a test of the machinery")
+    what = "train on one batch only: its loss must go to 0"
+    group.add_argument("--overfit-batch", action="store_true", help=what)
+    return flags
+
+
+def add_time_flags(group):
+    """Flags about what a run takes, which a plan answers and a run can be given."""
     above = number(float, above=0)
     what = "as many steps as fit into so much time, by the time of the first ones"
     group.add_argument("--hours", type=above, metavar="X", help=what)
     group.add_argument("--dollars", type=above, metavar="X", help="the same for so much money")
     what = "price of the machine, to show what the run costs"
-    group.add_argument("--dollars-per-hour", type=share, metavar="X", help=what)
+    group.add_argument("--dollars-per-hour", type=number(float, low=0), metavar="X", help=what)
     what = "print memory, time and cost of such a run, and do not train; no GPU is needed"
     group.add_argument("--plan", action="store_true", help=what)
     group.add_argument("--gpus", metavar="8xH100", help="for --plan: number and kind; those of this machine")
     what = "print the preset that this machine can train in a day, and why on standard error"
     group.add_argument("--choose", action="store_true", help=what)
-
-    group = flags.add_argument_group("a test of the machinery")
-    what = "train on one batch only: its loss must go to 0"
-    group.add_argument("--overfit-batch", action="store_true", help=what)
-    return flags
 
 
 def parse(argv):

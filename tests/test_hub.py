@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import script
 
-import common
 import data
 import evaluate
 import gpt2

@@ -58,6 +58,7 @@ def test_zero_and_hours_are_planned():
         plan.predict(SimpleNamespace(**vars(flags) | {"zero": zero}), 8, "H100") for zero in (0, 1)
     )
     assert parts.memory["moments"] == whole.memory["moments"] / 8
+    assert parts.memory["parameters"] == whole.memory["parameters"] / 3 * (1 + 2 / 8)  # bf16, float32
     assert parts.update < whole.update and parts.sent < whole.sent
     assert "4,18" in shown("--model", "d12", "--gpus", "1xH100", "--hours", 1).splitlines()[0]
 

@@ -943,6 +943,12 @@ def test_ranks_of_a_launcher_train_as_those_that_a_script_starts(shards, tmp_pat
     assert same_bits(tmp_path / "run" / "step_000020", two_ranks / "step_000020")
 
 
+def test_utilization_is_of_all_gpus():
+    ops = SimpleNamespace(card_name=lambda: "NVIDIA H100 80GB HBM3")
+    model = SimpleNamespace(device="cuda", dtype="bfloat16", ops=ops)
+    assert train.peak_flops(model, SimpleNamespace(size=8)) == (8 * 989.5e12, "MFU")
+
+
 ON_GPUS = (
     test_distributed.EMULATOR
     + """
