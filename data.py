@@ -316,7 +316,7 @@ class LateShard:
         """Return when the shard is there. UserError if nobody downloads it; ends on a request to stop."""
         if self.tokens is not None:
             return
-        directory, had = self.path.parent, common.bytes_there(self.path)
+        directory, had = self.path.parent, hub.bytes_there(self.path)
         progress = common.Progress(f"waiting for {self.path.name}", self.n_bytes - had, form=common.size)
         will_come = True
         while not self.path.exists():
@@ -329,7 +329,7 @@ class LateShard:
                     f"python data.py {meta(directory)['name']} --out {shlex.quote(str(directory))}"
                 )
             if world.rank == 0:
-                progress.add(common.bytes_there(self.path) - had - progress.done_so_far)
+                progress.add(hub.bytes_there(self.path) - had - progress.done_so_far)
             time.sleep(0.1)
             will_come = is_downloading(directory)  # a download that ended now has left the file there
         self.tokens = open_shard(self.path)
@@ -481,6 +481,11 @@ def download_shards(flags):
         with lock:
             wanted = {name: files[name] for name in missing(out, files, first)}
             hub.download(source["repository"], "dataset", source["revision"], wanted, out)
+    if not flags.all:
+        try:
+            hub.fetch_table("hellaswag", "test")  # train.py evaluates it on the way, if it is there
+        except UserError as error:
+            common.say(f"note: no HellaSwag while training, {error}")
     late = missing(out, files, names)
     if late and not is_downloading(out):
         command = [sys.executable, __file__, flags.source, "--all", "--out", out, "--seed", flags.seed]

@@ -59,13 +59,7 @@ def main(argv=None):
     model = make_model(source, config, device, flags)
     model.share(world, zero=flags.zero == 1)
     optimizer = gpt2.AdamW(model, (0.9, flags.beta2), weight_decay=flags.weight_decay, world=world)
-    run.flops_per_token = config.flops_per_token(flags.seq_len)
-    run.peak, run.peak_is = peak_flops(model, world)
-    step_times = measure_steps(model, optimizer, loader, flags, world)
-    run.step_seconds = max(step_times.values())
-    if flags.hours and not checkpoint:
-        flags.steps = steps_in(flags.hours, flags, step_times)
-    print_plan(flags, model, loader, world, run.peak, memory, step_times)
+    plan_run(run, flags, model, optimizer, loader, world, memory)
     run.begin(world, model, optimizer, tokenizer, flags.steps, parameters=config.n_params(), peak=run.peak)
 
     for step in run.steps():
@@ -413,6 +407,17 @@ def steps_in(hours, flags, step_times):
     if steps < 1:
         raise UserError(f"one step takes {duration(run_seconds(1, flags, step_times))}; give more --hours")
     return steps
+
+
+def plan_run(run, flags, model, optimizer, loader, world, memory):
+    """Measure a step and the peak that it is compared with, set --steps from --hours, and print the plan."""
+    run.flops_per_token = model.config.flops_per_token(flags.seq_len)
+    run.peak, run.peak_is = peak_flops(model, world)
+    step_times = measure_steps(model, optimizer, loader, flags, world)
+    run.step_seconds = max(step_times.values())
+    if flags.hours and not run.checkpoint:
+        flags.steps = steps_in(flags.hours, flags, step_times)
+    print_plan(flags, model, loader, world, run.peak, memory, step_times)
 
 
 def print_plan(flags, model, loader, world, peak, memory, step_times):

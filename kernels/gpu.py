@@ -28,6 +28,7 @@ from common import UserError, size
 from kernels import threads
 
 NO_GPU = "" if shutil.which("nvidia-smi") else "no NVIDIA GPU was found, nvidia-smi is missing"
+INSTALL = "make driver installs what this driver can run"
 try:
     import cupy as xp
 
@@ -36,11 +37,11 @@ except ImportError as error:  # CuPy's own message is a page; the message of its
     missing = isinstance(error, ModuleNotFoundError) and error.name == "cupy"
     what = "CuPy is not installed" if missing else f"CuPy cannot be loaded: {error.__cause__ or error}"
     what = f"{NO_GPU}; if there is one, {what}" if NO_GPU else what
-    raise ImportError(f"{what}; python -m pip install -r requirements-cuda.txt") from None
+    raise ImportError(f"{what}; {INSTALL}") from None
 except RuntimeError as error:  # CUDA says 'insufficient' of a missing driver, too
     what = "no NVIDIA GPU was found"
     if "InsufficientDriver" in str(error):
-        what = "the GPU's driver is too old, CUDA 13 needs 580 or newer"
+        what = f"the GPU's driver is too old for this CuPy; {INSTALL}"
     raise ImportError(f"{NO_GPU or what}: {error}") from None
 
 HERE = Path(__file__).parent
@@ -490,7 +491,7 @@ def load(file, kernel, shared=0):
         what = f"kernels/{file}.cu does not compile ({kernel}, sm_{CAPABILITY})"
         raise UserError(f"{what}; this is a bug, please report it with the log:\n{error}") from None
     except (ImportError, OSError, RuntimeError) as error:
-        remedy = "NVRTC may be missing: python -m pip install -r requirements-cuda.txt"
+        remedy = f"NVRTC may be missing: {INSTALL}"
         raise UserError(f"kernels/{file}.cu cannot be compiled or loaded ({error}); {remedy}") from None
     if shared:  # without this 48 KB are the most; CuPy returns the same function for every size
         _allowed[file, kernel] = most = max(shared, _allowed.get((file, kernel), 0))

@@ -130,9 +130,11 @@ def test_commands_and_targets_in_the_readme_and_the_makefile_agree():
 def test_commands_of_the_makefile_work(resumed):
     text = (ROOT / "Makefile").read_text().replace("$(ARGS)", "").replace("$@", "shards/factbook")
     text = re.sub(r"\$\(if \$\(wildcard [^)]*\)\S*,(--\w+)\)", r"\1" if resumed else "", text)
-    text = text.replace("$(RUN)", "runs/factbook").replace("$(SFT)", "runs/sft").replace("$(RL)", "runs/rl")
-    text = text.replace("$(FACTS)", "factbook=1").replace("$(SEED)", "42").replace("$(RLHF)", "runs/rlhf")
-    text = text.replace("$(DATA)", "fineweb").replace("$(MODEL)", "d12")
+    values = dict(RUN="runs/factbook", SFT="runs/sft", RL="runs/rl", RLHF="runs/rlhf", SEED="42", MODEL="d12")
+    for name, value in (
+        values | dict(DATA="fineweb", FACTS="factbook=1", SKILLS="tools=1", PROBLEMS="")
+    ).items():
+        text = text.replace(f"$({name})", value)
     found = [(name, argv) for name, argv in commands(text) if name in SCRIPTS]
     assert {"train", "sample", "data", "extras.plot"} <= {name for name, _ in found}
     assert (["--resume"] in [argv[-1:] for name, argv in found if name == "train"]) == resumed

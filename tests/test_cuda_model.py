@@ -311,11 +311,11 @@ NOT_FOUND = "no NVIDIA GPU was found, nvidia-smi is missing"
 @pytest.mark.parametrize(
     "smi, cupy, says",
     [
-        (True, None, "CuPy is not installed; python -m pip install -r requirements-cuda.txt"),
-        (False, None, f"{NOT_FOUND}; if there is one, CuPy is not installed; python -m pip install"),
-        (True, BROKEN, "CuPy cannot be loaded: libcudart.so.13: no such file; python -m pip install"),
+        (True, None, "CuPy is not installed; make driver"),
+        (False, None, f"{NOT_FOUND}; if there is one, CuPy is not installed; make driver"),
+        (True, BROKEN, "CuPy cannot be loaded: libcudart.so.13: no such file; make driver"),
         (False, BROKEN, f"{NOT_FOUND}; if there is one, CuPy cannot be loaded: libcudart"),
-        (True, RAISES(OLD), f"the GPU's driver is too old, CUDA 13 needs 580 or newer: {OLD}"),
+        (True, RAISES(OLD), "the GPU's driver is too old for this CuPy; make driver"),
         (False, RAISES(OLD), f"{NOT_FOUND}: {OLD}"),  # what CUDA says where there is no driver at all
         (True, RAISES(NONE), f"no NVIDIA GPU was found: {NONE}"),
     ],
@@ -339,7 +339,7 @@ def test_nvrtc_is_missing(monkeypatch):
 
     monkeypatch.setattr(cuda.xp, "RawModule", compile_)
     cuda.load.cache_clear()
-    with pytest.raises(UserError, match=r"gelu.cu cannot be compiled .*libnvrtc.*pip install -r"):
+    with pytest.raises(UserError, match=r"gelu.cu cannot be compiled .*libnvrtc.*make driver"):
         cuda.gelu_forward(cuda.zeros((1, 4)), cuda.zeros((1, 4)))
 
 

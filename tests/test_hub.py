@@ -18,6 +18,7 @@ import script
 import data
 import evaluate
 import gpt2
+import hub
 import rl
 import sample
 import sft
@@ -48,15 +49,15 @@ SHARDS = {VAL: shard(700, 0)} | {train_shard(k): shard(900 + k, k) for k in rang
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def server(tmp_path, monkeypatch):
     """A hub with a few small shards of FineWeb; we are patient for 0.3 seconds."""
-    with fake_hub.FakeHub() as hub:
-        hub.repositories[f"datasets/{REPOSITORY}"] = {"README.md": b"# FineWeb", **SHARDS}
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        monkeypatch.setattr(hub, "PATIENCE", 0.3)
-        monkeypatch.setattr(hub, "PAUSE", 0.1)
+    with fake_hub.FakeHub() as server:
+        server.repositories[f"datasets/{REPOSITORY}"] = {"README.md": b"# FineWeb", **SHARDS}
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setattr("hub.PATIENCE", 0.3)
+        monkeypatch.setattr("hub.PAUSE", 0.1)
         monkeypatch.chdir(tmp_path)
-        yield hub
+        yield server
 
 
 def fineweb(*flags, shards=3):
@@ -74,35 +75,35 @@ def assert_whole(*names):
 # Shards
 
 
-def test_shards_arrive_in_the_order_of_the_first_epoch(hub, monkeypatch):
-    monkeypatch.setattr(hub, "AT_ONCE", 1)
+def test_shards_arrive_in_the_order_of_the_first_epoch(server, monkeypatch):
+    monkeypatch.setattr("hub.AT_ONCE", 1)
     done = fineweb("--all", "--seed", 7, shards=7)
     assert done.status == 0 and "fw: 8 files" in done.out, done
     assert_whole(*SHARDS)
     windows = train.Windows(data.shards("fw", "train"), 10, seed=7)
     walked = [Path(windows.locate(i)[0].filename).name for i in range(windows.n_windows)]
-    asked = [name for name, _ in hub.requests if name.endswith(".bin")]
+    asked = [name for name, _ in server.requests if name.endswith(".bin")]
     assert asked == [VAL, *dict.fromkeys(walked)]
     assert data.meta("fw")["sources"] == [
         {"repository": REPOSITORY, "revision": fake_hub.COMMIT, "license": "ODC-By 1.0"}
     ]
     assert Tokenizer.load("fw").vocab_size == data.meta("fw")["vocab_size"] == 50257
-    hub.requests.clear()
-    assert fineweb("--all", shards=7).status == 0 and not hub.requests, "what is there needs no hub"
+    server.requests.clear()
+    assert fineweb("--all", shards=7).status == 0 and not server.requests, "what is there needs no hub"
     assert fineweb("--all", shards=2).status == 0
     assert len(data.shards("fw", "train")) == 2, "meta.json says what is used"
-    assert [name for name, _ in hub.requests if name.endswith(".bin")] == []
+    assert [name for name, _ in server.requests if name.endswith(".bin")] == []
 
 
-def test_faults_that_pass(hub):
+def test_faults_that_pass(server):
     """Every file has one, and the list several."""
-    hub.faults["revision"], hub.faults["tree"] = [429, 503, 500], [503]
+    server.faults["revision"], server.faults["tree"] = [429, 503, 500], [503]
     faults = "cut", "reset", "slow", "short", "wrong", "whole", 429, 503
     for name, fault in zip(SHARDS, faults, strict=True):
-        hub.faults[name] = [fault]
+        server.faults[name] = [fault]
     assert fineweb("--all", shards=7).status == 0
     assert_whole(*SHARDS)
-    assert not any(hub.faults.values())
+    assert not any(server.faults.values())
 
 
 @pytest.mark.parametrize(
@@ -120,44 +121,44 @@ def test_faults_that_pass(hub):
         (VAL, ["reset"] * 99, [VAL, "there is no connection", "since 0."]),
     ],
 )
-def test_faults_that_stay(hub, name, faults, words):
-    hub.faults[name] = faults
+def test_faults_that_stay(server, name, faults, words):
+    server.faults[name] = faults
     assert script.refused(fineweb("--all"), *words)
     assert not Path("fw", VAL).exists()
 
 
-def test_after_a_failure_the_same_command_goes_on(hub):
-    hub.faults[train_shard(2)] = [404]
+def test_after_a_failure_the_same_command_goes_on(server):
+    server.faults[train_shard(2)] = [404]
     assert script.refused(fineweb("--all"), train_shard(2))
     assert fineweb("--all").status == 0
     assert_whole(VAL, *map(train_shard, (1, 2, 3)))
 
 
-def test_what_the_hub_does_not_have(hub):
+def test_what_the_hub_does_not_have(server):
     assert script.refused(fineweb(shards=8), f"no {train_shard(8)}; lower --shards 8")
-    hub.repositories.clear()
+    server.repositories.clear()
     assert script.refused(fineweb(), REPOSITORY, "does not exist")
     assert not list(Path().iterdir())
 
 
-def test_no_hub_at_all(hub, monkeypatch):
+def test_no_hub_at_all(server, monkeypatch):
     """The status tells the Makefile to train on something else."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     done = fineweb()
     assert done.status == 69 and done.err.count("\n") == 1 and "no connection to http://127" in done.err, done
-    monkeypatch.setenv("HF_ENDPOINT", hub.url)
-    hub.faults["revision"] = ["html"]
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    server.faults["revision"] = ["html"]
     done = fineweb()
     assert done.status == 69 and "does not answer as the hub does" in done.err, done
     assert not list(Path().iterdir())
 
 
-def test_no_client(hub, monkeypatch):
+def test_no_client(server, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert script.refused(fineweb(), "python -m pip install -r requirements-hub.txt")
 
 
-def test_other_data_and_a_full_disk_are_refused(hub, monkeypatch):
+def test_other_data_and_a_full_disk_are_refused(server, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(data.shutil, "disk_usage", lambda path: SimpleNamespace(free=4000))
         assert script.refused(fineweb(), "free there; lower --shards 3")
@@ -170,7 +171,7 @@ def test_other_data_and_a_full_disk_are_refused(hub, monkeypatch):
     assert script.refused(script.run(data.main, "fineweb", "--out", "other"), "other exists already")
 
 
-def test_a_shard_that_was_damaged_later(hub):
+def test_a_shard_that_was_damaged_later(server):
     """A truncated one is found by its size and fetched again; one of another kind is refused by name."""
     assert fineweb("--all").status == 0
     os.truncate(Path("fw", train_shard(2)), 1500)
@@ -191,10 +192,10 @@ def test_a_shard_that_was_damaged_later(hub):
 
 
 @pytest.fixture
-def large_shard(hub):
+def large_shard(server):
     """A file of which the client writes some before it has all: it does so by 10 MiB."""
     content = shard(11 << 20, 1)  # 22 MiB
-    hub.repositories[f"datasets/{REPOSITORY}"] |= {train_shard(1): content, VAL: SHARDS[VAL]}
+    server.repositories[f"datasets/{REPOSITORY}"] |= {train_shard(1): content, VAL: SHARDS[VAL]}
     return content
 
 
@@ -205,9 +206,9 @@ def wait_until(condition, seconds=20):
         time.sleep(0.01)
 
 
-def test_killed_in_the_middle_and_run_again(hub, large_shard):
+def test_killed_in_the_middle_and_run_again(server, large_shard):
     """What a killed process had is not fetched again, and two commands do not get in each other's way."""
-    hub.faults[train_shard(1)] = ["stall"]
+    server.faults[train_shard(1)] = ["stall"]
     command = [sys.executable, ROOT / "data.py", "fineweb", "--out", "fw", "--shards", "1", "--all"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     part = Path("fw", f".{train_shard(1)}.part")
@@ -215,26 +216,26 @@ def test_killed_in_the_middle_and_run_again(hub, large_shard):
     assert data.is_downloading("fw")
     second = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     time.sleep(0.5)
-    assert hub.asked(train_shard(1)) == [0] and second.poll() is None
+    assert server.asked(train_shard(1)) == [0] and second.poll() is None
     first.kill()
     assert second.wait(20) == 0
-    assert hub.asked(train_shard(1)) == [0, 10 << 20]
+    assert server.asked(train_shard(1)) == [0, 10 << 20]
     assert Path("fw", train_shard(1)).read_bytes() == large_shard and not part.exists()
     first.wait()
 
 
-def test_a_connection_that_is_cut_goes_on_where_it_was(hub, large_shard):
-    hub.faults[train_shard(1)] = ["cut", "reset", "whole"]
+def test_a_connection_that_is_cut_goes_on_where_it_was(server, large_shard):
+    server.faults[train_shard(1)] = ["cut", "reset", "whole"]
     assert fineweb("--all", shards=1).status == 0
-    assert hub.asked(train_shard(1)) == [0, 10 << 20, 10 << 20]
+    assert server.asked(train_shard(1)) == [0, 10 << 20, 10 << 20]
     assert Path("fw", train_shard(1)).read_bytes() == large_shard
 
 
-def test_the_rest_arrives_in_the_background(hub):
+def test_the_rest_arrives_in_the_background(server):
     """Training begins with two files; lengths are known, and the loader gives what it would give later."""
     first, *later = data.in_order_of_need(dict.fromkeys(SHARDS), 42)[1:]
     for name in later:
-        hub.faults[name] = ["stall"]
+        server.faults[name] = ["stall"]
     done = fineweb(shards=7)
     assert done.status == 0 and "6 of them arrive in the background, see fw/download.log" in done.out, done
     assert_whole(VAL, first)
@@ -255,7 +256,7 @@ def test_the_rest_arrives_in_the_background(hub):
     world.asked_to_stop = 0
 
     assert fineweb(shards=7).status == 0, "another command leaves the process at work alone"
-    hub.go_on.set()
+    server.go_on.set()
     steps += [next(loader.micro_batches(step, world))[0] for step in range(4, 30)]  # waits
     wait_until(lambda: not data.is_downloading("fw"))
     assert_whole(*SHARDS)
@@ -265,10 +266,10 @@ def test_the_rest_arrives_in_the_background(hub):
         np.testing.assert_array_equal(next(again.micro_batches(step, world))[0], tokens)
 
 
-def test_a_shard_that_will_not_come(hub):
+def test_a_shard_that_will_not_come(server):
     """The process in the background fails: its log says why, the loader says where, the command goes on."""
     late = data.in_order_of_need({VAL: 0, train_shard(1): 0, train_shard(2): 0}, 42)[2]
-    hub.faults[late] = [404]
+    server.faults[late] = [404]
     assert fineweb(shards=2).status == 0
     (shard,) = [shard for shard in data.shards("fw", "train") if isinstance(shard, data.LateShard)]
     with pytest.raises(UserError) as raised:
@@ -300,7 +301,7 @@ def cache(tmp_path, monkeypatch):
     return place
 
 
-def upload(hub, vocab_size):
+def upload(server, vocab_size):
     """Put a small GPT-2 on the hub, in the files that openai-community/gpt2 has, and others; return it."""
     sizes = dict(n_layer=1, n_head=2, n_embd=8, n_positions=128)
     model = gpt2.GPT2(gpt2.GPT2Config(**sizes, vocab_size=vocab_size))
@@ -309,18 +310,18 @@ def upload(hub, vocab_size):
     files = {path.name: path.read_bytes() for path in Path("saved").iterdir()}
     files |= {"tokenizer.json": json.dumps(vocabulary).encode(), "vocab.json": b"{}", "merges.txt": b"#"}
     files |= {"pytorch_model.bin": b"no", "onnx/model.safetensors": b"no", "README.md": b"GPT-2 mini"}
-    hub.repositories[f"models/{NAME}"] = files
+    server.repositories[f"models/{NAME}"] = files
     return model
 
 
-def test_a_checkpoint_by_name_is_fetched_once(hub, cache, monkeypatch, capsys):
-    model = upload(hub, 50257)
-    hub.faults["config.json"], hub.faults["model.safetensors"] = ["wrong"], ["wrong", "cut"]
+def test_a_checkpoint_by_name_is_fetched_once(server, cache, monkeypatch, capsys):
+    model = upload(server, 50257)
+    server.faults["config.json"], server.faults["model.safetensors"] = ["wrong"], ["wrong", "cut"]
     loaded = gpt2.GPT2.from_pretrained(NAME)
     np.testing.assert_array_equal(loaded.flat_params, model.flat_params)
     wanted = ["config.json", "merges.txt", "model.safetensors", "tokenizer.json", "vocab.json"]
     assert sorted(path.name for path in (cache / NAME).glob("*.*")) == wanted
-    assert hub.requests[-1][0] == "config.json", "what makes it a checkpoint comes last"
+    assert server.requests[-1][0] == "config.json", "what makes it a checkpoint comes last"
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # offline
     place = hub.find_checkpoint(NAME)
     assert Tokenizer.load(place).vocab_size == 50257
@@ -328,8 +329,8 @@ def test_a_checkpoint_by_name_is_fetched_once(hub, cache, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("Hello")
 
 
-def test_training_begins_with_a_checkpoint_by_name(hub, cache):
-    upload(hub, 50257)
+def test_training_begins_with_a_checkpoint_by_name(server, cache):
+    upload(server, 50257)
     fineweb("--all", shards=1)
     flags = "--data fw --out run --steps 1 --seq-len 16 --total-batch-tokens 32 --eval-tokens 64"
     done = script.run(train.main, *flags.split(), "--init-from", NAME, "--device", "cpu")
@@ -346,28 +347,28 @@ def test_training_begins_with_a_checkpoint_by_name(hub, cache):
         ("someone/llama", "has no config.json and model.safetensors"),
     ],
 )
-def test_names_of_the_hub_and_others(hub, cache, name, words):
+def test_names_of_the_hub_and_others(server, cache, name, words):
     """One line, and the hub is asked only for what may be a name of its."""
     Path("here").mkdir()
-    hub.repositories["models/someone/llama"] = {"config.json": b"{}", "consolidated.pth": b""}
+    server.repositories["models/someone/llama"] = {"config.json": b"{}", "consolidated.pth": b""}
     with pytest.raises(UserError, match=words) as raised:
         hub.find_checkpoint(name)
     assert "\n" not in str(raised.value)
-    assert bool(hub.requests) == name.startswith("someone/")
+    assert bool(server.requests) == name.startswith("someone/")
 
 
-def test_a_checkpoint_that_came_half_is_none(hub, cache):
-    model = upload(hub, 50257)
-    hub.faults["vocab.json"] = [404]
+def test_a_checkpoint_that_came_half_is_none(server, cache):
+    model = upload(server, 50257)
+    server.faults["vocab.json"] = [404]
     with pytest.raises(UserError, match=r"vocab.json does not exist"):
         gpt2.GPT2.from_pretrained(NAME)
     assert not (cache / NAME / "config.json").exists()
     np.testing.assert_array_equal(gpt2.GPT2.from_pretrained(NAME).flat_params, model.flat_params)
 
 
-def test_rows_that_no_token_has_are_left_out(hub, cache):
+def test_rows_that_no_token_has_are_left_out(server, cache):
     """50304 rows, as nanoGPT writes them; the nine tokens of a chat are new ones."""
-    rows = upload(hub, 50304).params["wte.weight"]
+    rows = upload(server, 50304).params["wte.weight"]
     plain = gpt2.GPT2.from_pretrained(NAME, own_tokens=50257)
     np.testing.assert_array_equal(plain.params["wte.weight"], rows[:50257])
     assert gpt2.GPT2.from_pretrained(NAME).config.vocab_size == 50304

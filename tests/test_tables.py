@@ -108,9 +108,9 @@ def test_a_table_of_the_hub_is_fetched_once(tmp_path, monkeypatch):
     pytest.importorskip("huggingface_hub", reason="requirements-hub.txt is not installed")
     monkeypatch.setenv("HANDMADE_CACHE", str(tmp_path / "cache"))
     content = write_gsm8k(tmp_path / "test.parquet", [NATALIA]).read_bytes()
-    with fake_hub.FakeHub() as hub:
-        hub.repositories["datasets/openai/gsm8k"] = {"main/test-00000-of-00001.parquet": content}
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    with fake_hub.FakeHub() as server:
+        server.repositories["datasets/openai/gsm8k"] = {"main/test-00000-of-00001.parquet": content}
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
         assert not hub.is_fetched("gsm8k", "test")
         assert [problem.answer for problem in problems("gsm8k:hub", "test")] == ["72"]
         with pytest.raises(UserError, match=r"openai/gsm8k has no main/train-00000-of-00001\.parquet"):
