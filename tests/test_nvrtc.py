@@ -94,9 +94,10 @@ def matmuls(capability, monkeypatch):
         for tile in sorted({cuda._tile(S, *mnk, a_t) for mnk in sizes}):
             variant = f"{epilogue}, {flags}, {', '.join(map(str, tile))}>"
             yield f"matmul_float<{variant}" if S == "float" else f"matmul_bf16<{out}, {variant}"
-        for rows, K in itertools.product((1, 4), range(8, 6400, 512)) if not a_t else ():
-            if S == "bf16" and (stages := cuda._skinny_stages(rows, K)):
-                yield f"matmul_skinny<{out}, {epilogue}, {str(b_t).lower()}, {rows}, {stages}>"
+        few = itertools.product((1, 32, 64), (256, 1024, 1536, 4096), range(8, 6400, 512))
+        for MI, BN, stages, _ in filter(None, itertools.starmap(cuda._skinny_tile, few)):
+            if S == "bf16" and not a_t:
+                yield f"matmul_skinny<{out}, {epilogue}, {str(b_t).lower()}, {MI}, {BN}, {stages}>"
 
 
 def hopper_matmuls(monkeypatch):
