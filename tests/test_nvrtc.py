@@ -188,7 +188,7 @@ def variants(capability, monkeypatch):
     names["norm"] = {"global_norm_naive", "square_sums", "global_norm_finish", "plan_update"}
     names["adamw"] = {"adamw_naive", "adamw"}
     if capability < 80:  # neither bf16 nor cp.async
-        new = re.compile(r"bf16|_tensor<|^classifier<")
+        new = re.compile(r"bf16|_tensor<|_skinny<|^classifier<")
         names = {file: {name for name in kernels if not new.search(name)} for file, kernels in names.items()}
     return names
 
