@@ -107,8 +107,10 @@ __device__ inline void normalise(T* out, float* mean, float* rstd, float (&x)[VE
         to_floats<T>(b, load_column(bias, k, C));
 #pragma unroll
         for (int i = 0; i < SIZE; i++) x[k][i] = x[k][i] * r * w[i] + b[i];
-        if (column<T>(k) < C) store_pack(out + column<T>(k), rounded_pack<T>(x[k]));
     }
+#pragma unroll
+    for (int k = 0; k < VECTORS; k++)                       // no load above waits for a store
+        if (column<T>(k) < C) store_pack(out + column<T>(k), rounded_pack<T>(x[k]));
     if (threadIdx.x % WARP == 0) *mean = m, *rstd = r;
 }
 
