@@ -118,7 +118,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     vectors, blocks = cdiv(n.C, 32 * WIDTH[n.S]), cdiv(n.N, 4)  # 16 bytes for each lane of a warp
     if aligned(out, inp, weight, bias) and vectors <= {"bf16": 7, "float": 13}[n.S]:
         kernel = f"layernorm_forward<{n.S}, {vectors}>"
-        launch("layernorm", kernel, min(5 * SMS, blocks), 128, *arguments)
+        launch("layernorm", kernel, min(5 * SMS, blocks), 128, *arguments, overlap=True)
     else:
         launch("layernorm", f"layernorm_forward_rows<{n.S}>", blocks, 128, *arguments)
 
@@ -289,7 +289,7 @@ def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None):
         MI, BN, stages, shared = skinny
         kernel = f"matmul_skinny<{O}, {epilogue}, {str(b_t).lower()}, {MI}, {BN}, {stages}>"
         grid = cdiv(N, BN), cdiv(M, 16 * MI)
-        return launch("matmul", kernel, grid, 256, *arguments, shared=shared)
+        return launch("matmul", kernel, grid, 256, *arguments, shared=shared, overlap=True)
     tile = _tile(S, M, N, K, split=epilogue == "ACCUMULATE")
     BM, BN, BK, WM, WN, *stages = tile
     shared = stages[0] * (BM + BN) * BK * 2 if stages else 0
@@ -505,7 +505,7 @@ def attention_decode(out, qkv, keys, values, lengths, empty_cache=False):
             _finished.append(zeros(SMS, np.uint32))
         (partial,), (finished,) = scratch((blocks * splits * (HS + 2), np.float32)), _finished
     kernel, grid = f"attention_decode<{n.S}, {HP}>", (n.H * splits, n.T, n.B)
-    launch("decode", kernel, grid, 128, out, partial, finished, *arguments, splits)
+    launch("decode", kernel, grid, 128, out, partial, finished, *arguments, splits, overlap=True)
 
 
 # ------------------------------------------------------------------------------------------------------------

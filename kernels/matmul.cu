@@ -318,6 +318,9 @@ matmul_bf16(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int M
 // and K = 3072 a block asks for all that it will ever read at once. A token of GPT-2 124M, by this and all
 // other kernels, took 556 us on an H200 with the version before (tiles of 16 x 32, K walked by one pipeline),
 // and takes 429 us since this one and decode.cu's single launch.
+//
+// B is a weight, which no kernel of a recorded step writes. So a block fills its ring with B while the kernel
+// before it is still at work: programmatic dependent launch (griddepcontrol in ptx.cuh).
 template <typename O, Epilogue EPILOGUE, bool B_T, int MI, int BN, int STAGES>
 __global__ void __launch_bounds__(256)
 matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int M, int N, int K) {
@@ -359,7 +362,10 @@ matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int
         }
     };
 
+    griddepcontrol_launch_dependents();
     for (int block = 0; block < STAGES; block++) load_b(block);
+    if (ADDS_BIAS<EPILOGUE> && threadIdx.x == 0) prefetch_l2(bias + n0);
+    griddepcontrol_wait();
     for (int block = 0; block < STAGES; block++) {
         load_a(block);
         cp_async_commit();                                  // the first group has the B of all stages, too

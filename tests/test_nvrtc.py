@@ -243,7 +243,7 @@ def launches(capability, monkeypatch, training_only=False):
     """{(file, kernel): dynamic shared bytes, the most} of d12's training, and of what else asks for some."""
     found = {}
 
-    def launch(file, kernel, grid, block, *arguments, shared=0):
+    def launch(file, kernel, grid, block, *arguments, shared=0, overlap=False):
         found[file, kernel] = max(shared, found.get((file, kernel), 0))
 
     with monkeypatch.context() as patch:
