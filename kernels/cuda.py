@@ -200,8 +200,8 @@ def _skinny_tile(M, N, K):
     """matmul_skinny's MI, BN and stages, and their bytes; None for many rows, or without room for two stages.
 
     Every block reads its rows whole, for BN columns. It takes half of 64 rows where that gives no more blocks
-    than multiprocessors, and 32 columns where 16 would give more. The stages are as many as K fills and shared
-    memory holds.
+    than multiprocessors, and 32 columns where 16 would give more. There are as many stages as K fills and
+    shared memory holds.
     """
     if M > 64 or (M > 16 and N > 4096):
         return None
