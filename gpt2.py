@@ -276,7 +276,7 @@ class GPT2:
         last = np.arange(B, dtype=np.int32) * T + lengths - 1  # (B,) rows of the B T
         empty_cache = T > 1 and not cache.lengths.any()  # a decode step is the same, however full the cache
         arguments = tokens, cache.lengths, last, cache.keys, cache.values, empty_cache
-        ops.replay(self.recordings, self._decode, *arguments)
+        ops.replay(self.recordings, self._decode, *arguments, overlap=T == 1)
         cache.lengths = cache.lengths + lengths
         return copy_of(self._buffer("next", (B, len(self.wte)), self.exact), ops)[:, : self.config.vocab_size]
 

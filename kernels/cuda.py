@@ -118,7 +118,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     vectors, blocks = cdiv(n.C, 32 * WIDTH[n.S]), cdiv(n.N, 4)  # 16 bytes for each lane of a warp
     if aligned(out, inp, weight, bias) and vectors <= {"bf16": 7, "float": 13}[n.S]:
         kernel = f"layernorm_forward<{n.S}, {vectors}>"
-        launch("layernorm", kernel, min(5 * SMS, blocks), 128, *arguments)
+        launch("layernorm", kernel, min(5 * SMS, blocks), 128, *arguments, overlap=True)
     else:
         launch("layernorm", f"layernorm_forward_rows<{n.S}>", blocks, 128, *arguments)
 
@@ -196,10 +196,22 @@ def _slices(tile, M, N, K, shared):
     return min(range(1, max(1, min(64, K // (8 * BK))) + 1), key=seconds)
 
 
-def _skinny_stages(rows, K):
-    """Stages of matmul_skinny's ring: as many as K fills and shared memory holds; 0 if there is no room."""
-    stages = min(6, cdiv(K, 512), (SHARED - 11264) // ((rows + 1) * 16384))  # less its static shared memory
-    return max(2, stages) if (rows + 1) * 32768 <= SHARED - 11264 else 0
+def _skinny_tile(M, N, K):
+    """matmul_skinny's MI, BN and stages, and their bytes; None for many rows, or without room for two stages.
+
+    Every block reads its rows whole, for BN columns. It takes half of 64 rows where that gives no more blocks
+    than multiprocessors, and 32 columns where 16 would give more. There are as many stages as K fills and
+    shared memory holds.
+    """
+    if M > 64 or (M > 16 and N > 4096):
+        return None
+    rows = 16 if M <= 16 else 32 if M <= 32 or 2 * cdiv(N, 16) <= SMS else 64
+    columns = 32 if M > 16 and cdiv(N, 16) > SMS else 16
+    stage = (rows + columns) * 1024
+    if 2 * stage > SHARED:
+        return None
+    stages = max(2, min(6, cdiv(K, 512), SHARED // stage))
+    return rows // 16, columns, stages, stages * stage
 
 
 HopperTile = collections.namedtuple("HopperTile", "BM BN stages pingpong speed epilogue")
@@ -272,13 +284,12 @@ def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None):
         a, b = a.reshape(-1, M if a_t else K), b.reshape(-1, K if b_t else N)
         out, extra = out.reshape(-1, N), None if extra is None else extra.reshape(-1, N)
         return _hopper_product(out, a, b, a_t, b_t, epilogue, M, N, K, extra, bias, forced)
-    rows = 1 if M <= 16 else 4  # times 16
-    stages = _skinny_stages(rows, K)
-    few = M <= 16 or (M <= 64 and N <= 4096)  # every 16 columns read all of A
-    if S == "bf16" and not a_t and few and stages and not wanted:
-        kernel = f"matmul_skinny<{O}, {epilogue}, {str(b_t).lower()}, {rows}, {stages}>"
-        shared = stages * (rows + 1) * 16384
-        return launch("matmul", kernel, cdiv(N, 16), 256, *arguments, shared=shared)
+    skinny = _skinny_tile(M, N, K) if S == "bf16" and not a_t and not wanted else None
+    if skinny:
+        MI, BN, stages, shared = skinny
+        kernel = f"matmul_skinny<{O}, {epilogue}, {str(b_t).lower()}, {MI}, {BN}, {stages}>"
+        grid = cdiv(N, BN), cdiv(M, 16 * MI)
+        return launch("matmul", kernel, grid, 256, *arguments, shared=shared, overlap=True)
     tile = _tile(S, M, N, K, split=epilogue == "ACCUMULATE")
     BM, BN, BK, WM, WN, *stages = tile
     shared = stages[0] * (BM + BN) * BK * 2 if stages else 0
@@ -494,7 +505,7 @@ def attention_decode(out, qkv, keys, values, lengths, empty_cache=False):
             _finished.append(zeros(SMS, np.uint32))
         (partial,), (finished,) = scratch((blocks * splits * (HS + 2), np.float32)), _finished
     kernel, grid = f"attention_decode<{n.S}, {HP}>", (n.H * splits, n.T, n.B)
-    launch("decode", kernel, grid, 128, out, partial, finished, *arguments, splits)
+    launch("decode", kernel, grid, 128, out, partial, finished, *arguments, splits, overlap=True)
 
 
 # ------------------------------------------------------------------------------------------------------------

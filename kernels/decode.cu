@@ -84,6 +84,10 @@ __global__ void attention_decode_naive(Storage* out, const Storage* qkv, const S
 // run at once: 3856 GB/s, 52.2 us; with 64 registers 3921 GB/s, 51.3 us. Tried, 2026-11-27: cp.async into a ring
 // of 4 stages, where loads under way need no registers. It was the same: 51.9 us, and 8.7 us instead of 8.6 for
 // one row.
+//
+// With T = 1 no other kernel of a recorded step writes this layer's cache, none writes lengths, and the new key
+// is taken from qkv. So a block asks for its first keys while the kernel before it computes qkv: programmatic
+// dependent launch (griddepcontrol in ptx.cuh).
 
 // 16 bytes that stay bits until they are used.
 template <typename Storage> __device__ inline int4 load_bits(const Storage* address) {
@@ -145,7 +149,7 @@ __global__ void __launch_bounds__(8 * DECODE_GROUPS, HP * sizeof(Storage) == 128
 attention_decode(Storage* out, float* partial, unsigned* finished, const Storage* qkv, Storage* keys,
                  Storage* values, const int* lengths, int T, int NH, int HS, int Tmax, int splits) {
     constexpr int WIDTH = Pack<Storage>::size, ACCESSES = HP / 8 / WIDTH;   // of a lane in a key
-    constexpr int KEYS = 4;                                 // under way at once, of each group
+    constexpr int KEYS = 4, STEP = KEYS * DECODE_GROUPS;    // keys under way at once: of a group, of the block
     __shared__ float group_acc[DECODE_GROUPS][HP], group_maximum[DECODE_GROUPS], group_sum[DECODE_GROUPS];
     const int h = blockIdx.x % NH, split = blockIdx.x / NH, t = blockIdx.y, b = blockIdx.z, C = NH * HS;
     const int group = threadIdx.x / 8, lane = threadIdx.x % 8;
@@ -157,27 +161,41 @@ attention_decode(Storage* out, float* partial, unsigned* finished, const Storage
     const size_t cache = (static_cast<size_t>(b) * NH + h) * Tmax * HS;     // this head's (Tmax, HS)
     keys += cache, values += cache;
 
-    const float scale = softmax_scale(HS);
-    int channel[ACCESSES];                                  // beyond the head the last ones, and q is 0
-    float q[ACCESSES][WIDTH], acc[ACCESSES][WIDTH], maximum = NO_SCORE, sum = 0.0f, x[WIDTH];
+    int4 k[KEYS][ACCESSES], v[KEYS][ACCESSES];
+    const auto channel = [&](int a) { return min((8 * a + lane) * WIDTH, HS - WIDTH); };
+    const auto load = [&](int first) {                      // from the cache, where the new key is not yet
 #pragma unroll
-    for (int a = 0; a < ACCESSES; a++) {
-        const int d = (8 * a + lane) * WIDTH;
-        channel[a] = min(d, HS - WIDTH);
-        unpack_bits<Storage>(q[a], load_bits(token + channel[a]));
-        for (int w = 0; w < WIDTH; w++) q[a][w] = d < HS ? q[a][w] * scale : 0.0f, acc[a][w] = 0.0f;
-    }
-    for (int first = begin; first < end; first += KEYS * DECODE_GROUPS) {
-        int4 k[KEYS][ACCESSES], v[KEYS][ACCESSES];
-#pragma unroll
-        for (int i = 0; i < KEYS; i++) {                    // the new key is not in the cache yet
+        for (int i = 0; i < KEYS; i++) {
             const int key = min(first + i * DECODE_GROUPS + group, end - 1);
 #pragma unroll
             for (int a = 0; a < ACCESSES; a++) {
-                const Storage* k_row = key == fresh ? token + C : keys + key * HS;       // (HS,)
-                const Storage* v_row = key == fresh ? token + 2 * C : values + key * HS;  // (HS,)
-                k[i][a] = load_bits(k_row + channel[a]);
-                v[i][a] = load_bits(v_row + channel[a]);
+                k[i][a] = load_bits(keys + key * HS + channel(a));
+                v[i][a] = load_bits(values + key * HS + channel(a));
+            }
+        }
+    };
+    griddepcontrol_launch_dependents();
+    if (T > 1) griddepcontrol_wait();                       // attention_append has written to the cache
+    load(begin);
+    griddepcontrol_wait();
+
+    const float scale = softmax_scale(HS);
+    float q[ACCESSES][WIDTH], acc[ACCESSES][WIDTH], maximum = NO_SCORE, sum = 0.0f, x[WIDTH];
+#pragma unroll
+    for (int a = 0; a < ACCESSES; a++) {
+        const bool inside = (8 * a + lane) * WIDTH < HS;    // else the last channels, and q is 0
+        unpack_bits<Storage>(q[a], load_bits(token + channel(a)));
+        for (int w = 0; w < WIDTH; w++) q[a][w] = inside ? q[a][w] * scale : 0.0f, acc[a][w] = 0.0f;
+    }
+    for (int first = begin; first < end; first += STEP) {
+        if (first > begin) load(first);
+#pragma unroll
+        for (int i = 0; i < KEYS; i++) {
+            if (min(first + i * DECODE_GROUPS + group, end - 1) != fresh) continue;
+#pragma unroll
+            for (int a = 0; a < ACCESSES; a++) {
+                k[i][a] = load_bits(token + C + channel(a));
+                v[i][a] = load_bits(token + 2 * C + channel(a));
             }
         }
         float scores[KEYS], new_maximum = maximum;

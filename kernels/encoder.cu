@@ -22,6 +22,7 @@
 // about 48 and 14 us of 144 at N = 65,536, and where the L2 cache does not keep a strip of dout.
 
 #include "common.cuh"
+#include "ptx.cuh"
 
 // ---- out = wte[tokens] + wpe[position] -------------------------------------------------------------------
 
@@ -53,6 +54,7 @@ encoder_forward(S* out, const int* tokens, const S* wte, const S* wpe, const int
                 int C, int P) {
     constexpr int SIZE = Pack<S>::size, LOADS = 3, STEP = WARP * SIZE;
     const int row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP, lane = threadIdx.x % WARP;
+    griddepcontrol_launch_dependents();                     // programmatic dependent launch: see ptx.cuh
     if (row >= N) return;
     const S* token = wte + size_t(tokens[row]) * C;
     const S* place = wpe + size_t(position(row, T, P, offsets)) * C;

@@ -84,6 +84,7 @@ def _needing(what):
 
 
 _recording = False  # True while replay() records
+_overlapping = False  # True while it records launches that may overlap
 
 
 def _n_bytes(shape, dtype):
@@ -229,10 +230,11 @@ def scratch(*wanted):
 # Recording
 
 RECORD = True  # False: launch every kernel from Python, every time, to debug
+OVERLAP = True  # False: no recorded kernel begins before the one before it has ended, to compare
 RECORDINGS = 384  # that a dictionary holds at most; beyond it the one used least recently is dropped
 
 
-def replay(recordings, function, *arguments):
+def replay(recordings, function, *arguments, overlap=False):
     """function(*arguments), which returns nothing, as a CUDA graph: one launch instead of hundreds.
 
     The first call runs the function, so that kernels are compiled and all memory has its size; the second
@@ -247,6 +249,9 @@ def replay(recordings, function, *arguments):
     recordings is a dictionary of the caller's. It must be cleared when an array is replaced that the function
     uses and that is no argument. The function may launch kernels and fill arrays that it overwrites; it may
     neither wait nor, after its first call, allocate.
+
+    With overlap a recorded kernel may begin before the one before it has ended, if it is launched with
+    overlap=True, too: launch(). Then the function only launches kernels, and writes no parameters.
     """
     arrays = [x for x in arguments if isinstance(x, np.ndarray)]
     key = function.__name__, *map(_identity, arguments)
@@ -265,7 +270,8 @@ def replay(recordings, function, *arguments):
     if RECORD and recording.ran:
         with _needing("some more for a recording is"):
             if recording.graph is None or recording.workspace is not _scratch.buffer:  # which has grown
-                recording.graph, recording.workspace = _recorded(function, recording.inputs), _scratch.buffer
+                recording.graph = _recorded(function, recording.inputs, overlap)
+                recording.workspace = _scratch.buffer
             recording.graph.launch()
     else:
         function(*recording.inputs)
@@ -284,17 +290,17 @@ def _identity(argument):
     return argument
 
 
-def _recorded(function, inputs):
+def _recorded(function, inputs, overlap):
     """The launches of function(*inputs) as a CUDA graph; none of them is made."""
-    global _recording  # noqa: PLW0603
+    global _recording, _overlapping  # noqa: PLW0603
     stream = xp.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
         try:
-            _recording = True
+            _recording, _overlapping = True, overlap and OVERLAP and _can_overlap()
             function(*inputs)
         finally:
-            _recording = False
+            _recording = _overlapping = False
             graph = stream.end_capture()
     return graph
 
@@ -499,10 +505,14 @@ def load(file, kernel, shared=0):
     return function
 
 
-def launch(file, kernel, grid, block, *arguments, shared=0):
+def launch(file, kernel, grid, block, *arguments, shared=0, overlap=False):
     """Launch a kernel. grid and block are numbers or tuples; Python's numbers become int and float.
 
     None becomes a null pointer: CuPy itself would make 0xffffffff of it (its issue 9046).
+
+    overlap is for kernels in whose source every block calls griddepcontrol_wait() (ptx.cuh). In a recording
+    of replay(..., overlap=True) their blocks may begin before the kernel before has ended, to do until they
+    wait what does not depend on that one.
     """
     grid, block = (shape if isinstance(shape, tuple) else (shape,) for shape in (grid, block))
     plain = {int: np.int32, float: np.float32, type(None): lambda _: np.uint64(0)}
@@ -512,4 +522,47 @@ def launch(file, kernel, grid, block, *arguments, shared=0):
         return
     function = load(file, kernel, shared)
     with _needing(f"some more to run {kernel} is"):
-        function(grid, block, arguments, shared_mem=shared)
+        if overlap and _overlapping:
+            _launch_overlapping(function, grid, block, arguments, shared)
+        else:
+            function(grid, block, arguments, shared_mem=shared)
+
+
+class _Attribute(ctypes.Structure):
+    """cuda.h's CUlaunchAttribute, with an int as the value."""
+
+    _fields_ = [("id", ctypes.c_uint64), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+class _Launch(ctypes.Structure):
+    """cuda.h's CUlaunchConfig. sizes are those of the grid and of the block."""
+
+    _fields_ = [
+        ("sizes", ctypes.c_uint * 6),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("n_attributes", ctypes.c_uint),
+    ]
+
+
+def _can_overlap():
+    """Programmatic dependent launch is of compute capability 9.0, and of drivers since CUDA 11.8's."""
+    return CAPABILITY >= 90 and hasattr(_driver(), "cuLaunchKernelEx")
+
+
+def _launch_overlapping(function, grid, block, arguments, shared):
+    """Programmatic dependent launch (CUDA programming guide) by the driver: CuPy's own launch has no
+    attributes. Number 6 is programmatic stream serialization, which capture makes an edge of the graph."""
+    attribute = _Attribute(id=6, value=1)
+    sizes = [*grid, *(1,) * (3 - len(grid)), *block, *(1,) * (3 - len(block))]
+    stream = xp.cuda.get_current_stream().ptr
+    config = _Launch((ctypes.c_uint * 6)(*sizes), shared, stream, ctypes.pointer(attribute), 1)
+    # Each argument as a NumPy number, which has the width of the kernel's parameter, and pointers to them.
+    values = [np.uint64(x.data.ptr) if isinstance(x, xp.ndarray) else x for x in arguments]
+    values = [np.array(value) for value in values]
+    pointers = (ctypes.c_void_p * len(values))(*[value.ctypes.data for value in values])
+    handle = ctypes.c_void_p(function.kernel.ptr)
+    status = _driver().cuLaunchKernelEx(ctypes.byref(config), handle, pointers, None)
+    if status:
+        raise RuntimeError(f"cuLaunchKernelEx refuses {function.name}: error {status}")

@@ -21,6 +21,7 @@
 // it backward by the partials, 16 G C bytes that the L2 cache holds.
 
 #include "common.cuh"
+#include "ptx.cuh"
 
 inline constexpr float EPSILON = 1e-5f;                     // GPT-2's
 
@@ -107,8 +108,10 @@ __device__ inline void normalise(T* out, float* mean, float* rstd, float (&x)[VE
         to_floats<T>(b, load_column(bias, k, C));
 #pragma unroll
         for (int i = 0; i < SIZE; i++) x[k][i] = x[k][i] * r * w[i] + b[i];
-        if (column<T>(k) < C) store_pack(out + column<T>(k), rounded_pack<T>(x[k]));
     }
+#pragma unroll
+    for (int k = 0; k < VECTORS; k++)                       // no load above waits for a store
+        if (column<T>(k) < C) store_pack(out + column<T>(k), rounded_pack<T>(x[k]));
     if (threadIdx.x % WARP == 0) *mean = m, *rstd = r;
 }
 
@@ -123,6 +126,15 @@ layernorm_forward(T* out, float* mean, float* rstd, const T* inp, const T* weigh
 #pragma unroll
         for (int k = 0; k < VECTORS; k++) next[k] = load_bits(inp + size_t(row) * C, k, C);
     };
+    // Programmatic dependent launch (griddepcontrol in ptx.cuh): no kernel of a recorded step writes the
+    // weights, so they come from memory while the kernel before is still at work.
+    griddepcontrol_launch_dependents();
+#pragma unroll
+    for (int k = 0; k < VECTORS; k++) {
+        prefetch_l2(weight + min(column<T>(k), C - 1));
+        prefetch_l2(bias + min(column<T>(k), C - 1));
+    }
+    griddepcontrol_wait();
     if (row < N) load(row);
     for (; row < N; row += step) {
         float x[VECTORS][Pack<T>::size];

@@ -15,7 +15,7 @@
 //   matmul_naive       ceil(M / 8) ceil(N / 32), 1, 1    32, 8               0
 //   matmul_float       ceil(M / BM) ceil(N / BN), 1, S   (BM/TM) (BN/TN)     0
 //   matmul_bf16        ceil(M / BM) ceil(N / BN), 1, S   (BM/WM) (BN/WN) 32  STAGES (BM + BN) BK 2
-//   matmul_skinny      ceil(N / 16), 1, 1                256                 STAGES (MI + 1) 16384
+//   matmul_skinny      ceil(N / BN), ceil(M / 16 MI), 1  256                 STAGES (16 MI + BN) 1024
 //   add_partials       ceil(size / 1024), 1, 1           256                 0
 //   column_sums_naive  ceil(N / 256), 1, 1               256                 0
 //   column_partials    ceil(N / (512 / sizeof T)), S, 1  256                 0
@@ -24,7 +24,8 @@
 //   matmul_float<EPILOGUE, A_T, B_T, BM, BN, BK, TM, TN> and
 //   matmul_bf16<O, EPILOGUE, A_T, B_T, BM, BN, BK, WM, WN, STAGES>
 //       (O* out, O* extra, O* bias, T* a, T* b, int M, int N, int K, int k_slice)     T = float = O; T = bf16
-//   matmul_skinny<O, EPILOGUE, B_T, MI, STAGES>(O* out, O* extra, O* bias, bf16* a, bf16* b, int M, int N, int K)
+//   matmul_skinny<O, EPILOGUE, B_T, MI, BN, STAGES>
+//       (O* out, O* extra, O* bias, bf16* a, bf16* b, int M, int N, int K)
 //   add_partials(float* out, float* partials, size_t size, size_t stride, int slices)
 //   column_sums_naive<T>(float* dbias, T* dout, int rows, int N)
 //   column_partials<T>(float* partials, T* dout, int rows, int N, int rows_per_slice)
@@ -311,49 +312,65 @@ matmul_bf16(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int M
 
 // ---- Version 4, bf16: few rows, as in decoding -----------------------------------------------------------
 
-// For M <= 16 MI rows the work is to read B once, and what counts is how much of it is asked for at a time. A
-// block owns 16 columns and all of K: each of its 8 warps takes every eighth 64 of k, through a ring of STAGES
-// of its own, so that nobody waits for anybody until the 8 sums are added, in their order. With 6 stages and
-// K = 3072 a block asks for all that it will ever read at once. A token of GPT-2 124M, by this and all other
-// kernels, took 556 us on an H200 with the version before (tiles of 16 x 32, K walked by one pipeline), and
-// takes 429 us since this one and decode.cu's single launch.
-template <typename O, Epilogue EPILOGUE, bool B_T, int MI, int STAGES>
+// For few rows the work is to read B once, and what counts is how much of it is asked for at a time. A block
+// owns 16 MI rows, BN columns and all of K: each of its 8 warps takes every eighth 64 of k, through a ring of
+// STAGES of its own, so that nobody waits for anybody until the 8 sums are added, in their order. With 6 stages
+// and K = 3072 a block asks for all that it will ever read at once. A token of GPT-2 124M, by this and all
+// other kernels, took 556 us on an H200 with the version before (tiles of 16 x 32, K walked by one pipeline),
+// and takes 429 us since this one and decode.cu's single launch.
+//
+// B is a weight, which no kernel of a recorded step writes. So a block fills its ring with B while the kernel
+// before it is still at work: programmatic dependent launch (griddepcontrol in ptx.cuh).
+template <typename O, Epilogue EPILOGUE, bool B_T, int MI, int BN, int STAGES>
 __global__ void __launch_bounds__(256)
 matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int M, int N, int K) {
-    constexpr int WARPS = 8, BN = 16, BK = 64, ROWS = 16 * MI, CHUNKS = BK / 8;
+    constexpr int WARPS = 8, BK = 64, ROWS = 16 * MI, NI = BN / 16, CHUNKS = BK / 8;
     constexpr int B_COLS = B_T ? BK : BN, B_CHUNKS = B_COLS / 8;
+    constexpr int RING = STAGES * (ROWS + BN) * BK * 2;     // bytes of a warp
+    constexpr int ROW = BN + 8;                             // floats from one row of sums to the next
+    static_assert(ROWS * ROW * 4 <= RING, "room for the sums of a warp");
     extern __shared__ __align__(16) unsigned char shared_memory[];
-    __shared__ __align__(16) float partial[WARPS][16][BN + 4];
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, n0 = blockIdx.x * BN;
-    bf16* const a_tiles = reinterpret_cast<bf16*>(shared_memory) + warp * STAGES * (ROWS + BN) * BK;
-    bf16* const b_tiles = a_tiles + STAGES * ROWS * BK;     // STAGES x (64, 16), or (16, 64) if B_T
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int m0 = blockIdx.y * ROWS, n0 = blockIdx.x * BN;
+    bf16* const a_tiles = reinterpret_cast<bf16*>(shared_memory + warp * RING);
+    bf16* const b_tiles = a_tiles + STAGES * ROWS * BK;     // STAGES x (64, BN), or (BN, 64) if B_T
     const int blocks = ceil_div(ceil_div(K, BK) - warp, WARPS);     // of this warp, each 64 of k
 
-    auto load = [&](int block) {                            // rows of A from M on stay as they are
-        bf16* const a_tile = a_tiles + block % STAGES * ROWS * BK;
-        bf16* const b_tile = b_tiles + block % STAGES * BN * BK;
+    auto load_a = [&](int block) {                          // rows of A from M on stay as they are
+        bf16* const tile = a_tiles + block % STAGES * ROWS * BK;
         const int k0 = (block * WARPS + warp) * BK;
-        if (block < blocks) {
+        if (block >= blocks) return;
 #pragma unroll
-            for (int i = 0; i < ROWS * CHUNKS / WARP; i++) {
-                const int row = (i * WARP + lane) / CHUNKS, chunk = (i * WARP + lane) % CHUNKS;
-                const int k = k0 + chunk * 8, count = max(0, min(8, K - k));
-                const bf16* const from = a + (size_t)row * K + min(k, K - 8);
-                if (row < M) cp_async_16(a_tile + swizzle<BK>(row, chunk), from, count * 2);
-            }
-#pragma unroll
-            for (int i = 0; i < BN * BK / 8 / WARP; i++) {
-                const int row = (i * WARP + lane) / B_CHUNKS, chunk = (i * WARP + lane) % B_CHUNKS;
-                const int n = n0 + (B_T ? row : chunk * 8), k = k0 + (B_T ? chunk * 8 : row);
-                const bool there = n < N && k < K;
-                const bf16* const from = !there ? b : B_T ? b + (size_t)n * K + k : b + (size_t)k * N + n;
-                cp_async_16(b_tile + swizzle<B_COLS>(row, chunk), from, there ? 16 : 0);
-            }
+        for (int i = 0; i < ROWS * CHUNKS / WARP; i++) {
+            const int row = (i * WARP + lane) / CHUNKS, chunk = (i * WARP + lane) % CHUNKS;
+            const int k = k0 + chunk * 8, count = max(0, min(8, K - k));
+            const bf16* const from = a + (size_t)(m0 + row) * K + min(k, K - 8);
+            if (m0 + row < M) cp_async_16(tile + swizzle<BK>(row, chunk), from, count * 2);
         }
-        cp_async_commit();
     };
-    for (int block = 0; block < STAGES; block++) load(block);
-    float sums[MI][2][4] = {};
+    auto load_b = [&](int block) {
+        bf16* const tile = b_tiles + block % STAGES * BN * BK;
+        const int k0 = (block * WARPS + warp) * BK;
+        if (block >= blocks) return;
+#pragma unroll
+        for (int i = 0; i < BN * BK / 8 / WARP; i++) {
+            const int row = (i * WARP + lane) / B_CHUNKS, chunk = (i * WARP + lane) % B_CHUNKS;
+            const int n = n0 + (B_T ? row : chunk * 8), k = k0 + (B_T ? chunk * 8 : row);
+            const bool there = n < N && k < K;
+            const bf16* const from = !there ? b : B_T ? b + (size_t)n * K + k : b + (size_t)k * N + n;
+            cp_async_16(tile + swizzle<B_COLS>(row, chunk), from, there ? 16 : 0);
+        }
+    };
+
+    griddepcontrol_launch_dependents();
+    for (int block = 0; block < STAGES; block++) load_b(block);
+    if (ADDS_BIAS<EPILOGUE> && threadIdx.x == 0) prefetch_l2(bias + n0);
+    griddepcontrol_wait();
+    for (int block = 0; block < STAGES; block++) {
+        load_a(block);
+        cp_async_commit();                                  // the first group has the B of all stages, too
+    }
+    float sums[MI][2 * NI][4] = {};
     for (int block = 0; block < blocks; block++) {
         cp_async_wait<STAGES - 1>();
         __syncwarp();                                       // every lane's part of the stage is there
@@ -361,34 +378,50 @@ matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int
         const bf16* const b_tile = b_tiles + block % STAGES * BN * BK;
 #pragma unroll
         for (int step = 0; step < BK / 16; step++) {
-            uint32_t b_frags[4], a_frags[4];
-            load_fragment<false, B_T, BN, BK>(b_frags, b_tile, 0, step * 16);
-            const uint32_t left[2] = {b_frags[0], b_frags[1]}, right[2] = {b_frags[2], b_frags[3]};
+            uint32_t b_frags[NI][4], a_frags[4];
+#pragma unroll
+            for (int j = 0; j < NI; j++)
+                load_fragment<false, B_T, BN, BK>(b_frags[j], b_tile, j * 16, step * 16);
 #pragma unroll
             for (int i = 0; i < MI; i++) {
                 load_fragment<true, true, ROWS, BK>(a_frags, a_tile, i * 16, step * 16);
-                mma_m16n8k16(sums[i][0], a_frags, left);
-                mma_m16n8k16(sums[i][1], a_frags, right);
+#pragma unroll
+                for (int j = 0; j < 2 * NI; j++) {
+                    const uint32_t half[2] = {b_frags[j / 2][j % 2 * 2], b_frags[j / 2][j % 2 * 2 + 1]};
+                    mma_m16n8k16(sums[i][j], a_frags, half);
+                }
             }
         }
         __syncwarp();                                       // nobody reads this stage again
-        load(block + STAGES);
+        load_a(block + STAGES);
+        load_b(block + STAGES);
+        cp_async_commit();
     }
+
+    // Each warp leaves its sums (ROWS, BN) where its ring was. Rows of BN + 8 floats keep the banks apart.
+    float* const own = reinterpret_cast<float*>(shared_memory + warp * RING);
 #pragma unroll
-    for (int i = 0; i < MI; i++) {                          // 16 rows at a time
-        __syncthreads();                                    // the rows before have been added up
+    for (int i = 0; i < MI; i++)
 #pragma unroll
-        for (int j = 0; j < 8; j++)
-            partial[warp][lane / 4 + j / 2 % 2 * 8][j / 4 * 8 + lane % 4 * 2 + j % 2] = sums[i][j / 4][j % 4];
-        __syncthreads();
-        constexpr int SIZE = Pack<O>::size, PER_ROW = BN / SIZE;
-        const int row = threadIdx.x / PER_ROW, col = threadIdx.x % PER_ROW * SIZE;
-        if (row < 16 && i * 16 + row < M && n0 + col < N) {
-            float x[SIZE] = {};
-            for (int w = 0; w < WARPS; w++)
-                for (int e = 0; e < SIZE; e++) x[e] += partial[w][row][col + e];
-            finish<EPILOGUE>(out, extra, bias, x, i * 16 + row, n0 + col, N);
+        for (int j = 0; j < 4 * NI; j++) {                  // mma by mma, row lane / 4 and then lane / 4 + 8
+            const float* const pair = &sums[i][j / 2][j % 2 * 2];
+            float* const to = own + (i * 16 + lane / 4 + j % 2 * 8) * ROW + j / 2 * 8 + lane % 4 * 2;
+            *reinterpret_cast<float2*>(to) = make_float2(pair[0], pair[1]);
         }
+    __syncthreads();
+    constexpr int SIZE = Pack<O>::size, PER_ROW = BN / SIZE;
+    for (int p = threadIdx.x; p < ROWS * PER_ROW; p += WARPS * WARP) {
+        const int row = p / PER_ROW, col = p % PER_ROW * SIZE;
+        if (m0 + row >= M || n0 + col >= N) continue;
+        float x[SIZE] = {};
+        for (int w = 0; w < WARPS; w++) {
+            const float* const part = reinterpret_cast<const float*>(shared_memory + w * RING);
+            for (int e = 0; e < SIZE; e += 4) {
+                const Pack<float> four = load_pack(part + row * ROW + col + e);
+                for (int c = 0; c < 4; c++) x[e + c] += four[c];
+            }
+        }
+        finish<EPILOGUE>(out, extra, bias, x, m0 + row, n0 + col, N);
     }
 }
 

@@ -65,6 +65,34 @@ template <int N> __device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
 }
 
+// ---- griddepcontrol: a kernel begins before the kernel before it has ended --------------------------------
+//
+// Programmatic dependent launch, CUDA programming guide; since sm_90. When every block of a kernel has called
+// launch_dependents or has ended, the blocks of the next kernel may begin, if gpu.py launches it with
+// overlap=True. The next kernel's wait returns when the kernel before it has ended and its writes are visible; in
+// a kernel that was launched in any other way it returns at once.
+//
+// Until it has waited a block writes nothing, and reads nothing that a kernel of the same recording writes. And
+// every block of a kernel that is launched with overlap waits. Then no kernel can overtake the one before the
+// last: kernel 3 waits until kernel 2 has ended, and kernel 2 cannot end before its blocks have waited for the
+// end of kernel 1. So launch_dependents may stand at the beginning of a kernel.
+
+__device__ inline void griddepcontrol_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ inline void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Brings the 128 bytes around an address into the L2 cache, without waiting. Any valid address is fine.
+__device__ inline void prefetch_l2(const void* gmem) {
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(gmem));
+}
+
 // ---- tanh in one instruction -----------------------------------------------------------------------------
 
 // Off by 2^-11 of its value at most.

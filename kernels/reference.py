@@ -404,6 +404,6 @@ def free_memory():
     return None
 
 
-def replay(recordings, function, *arguments):
+def replay(recordings, function, *arguments, overlap=False):
     """function(*arguments). A GPU records what it launches, and replays that the next time (gpu.py)."""
     function(*arguments)

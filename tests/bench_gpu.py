@@ -131,7 +131,8 @@ def decoding(s, card):
         rows += [row("attention_decode", B=B, T=s["T"], NH=NH, HS=C // NH), row("sample", B=B, V=s["V"])]
         rows.append(row("sample", "sample, filtered", peer=False, B=B, V=s["V"], top_k=50, top_p=0.9))
         sizes = dict(B=B, context=s["context"], **s["d12"])
-        rows.append(row("decode", "a step of decoding d12", peer=False, **sizes))
+        for work, overlap in ("a step of decoding d12", True), ("without overlapping launches", False):
+            rows.append(row("decode", work, peer=False, overlap=overlap, **sizes))
     return rows
 
 
@@ -503,7 +504,7 @@ class Report:
         for row in self.of("decoding", "attention_decode", B=64) if "H200" in self.card["card"] else ():
             found["decode attention of 64 × 1024 on an H200, µs"] = seconds(row) * 1e6, ""
         for B, what in ((1, "one sequence"), (64, "64 sequences")):
-            for row in self.of("decoding", "decode", B=B):
+            for row in self.of("decoding", "decode", B=B, overlap=True):
                 found[f"decoding {what}, µs a step"] = seconds(row) * 1e6, ""
         rates = {}
         for row in self.of("training"):

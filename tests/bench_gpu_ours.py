@@ -34,6 +34,7 @@ from kernels import cpu  # noqa: E402
 
 try:
     ops = kernels.load("cuda")
+    from kernels import gpu
 except ImportError as error:
     sys.exit(f"there is no GPU to measure ({error}): --emulator tries the script without one")
 xp, cdiv = ops.xp, ops.cdiv
@@ -530,14 +531,22 @@ def sample(B, V, top_k=0, top_p=1.0):
     return Kernel("orrr", make, functools.partial(draw, ops), functools.partial(draw, cpu), moved=4 * B * V)
 
 
-def decode(B, context, **sizes):
-    """A step through model.decode, waited for as who reads the token does, a little beyond the context."""
+def decode(B, context, overlap, **sizes):
+    """A step through model.decode, waited for as who reads the token does, a little beyond the context.
+
+    overlap: whether its kernels begin before the ones before them have ended.
+    """
     model, _ = trained("bfloat16", **sizes)
     cache = model.new_cache(B, sizes["T"])
     model.decode(rng.integers(sizes["V"], size=(B, context)), cache)
     token, n = rng.integers(sizes["V"], size=(B, 1)), 1 if EMULATOR else 20
 
     def measure():
+        if overlap != gpu.OVERLAP:
+            gpu.OVERLAP = overlap
+            model.recordings.clear()
+            for _ in range(2):  # run and recorded
+                model.decode(token, cache)
         start = time.perf_counter()
         for _ in range(n):
             model.decode(token, cache)
@@ -610,7 +619,7 @@ class Traced:
     def __init__(self, cost):
         self.cost, self.calls = cost, []  # (label, FLOP, bytes, launches)
 
-    def replay(self, recordings, function, *arguments):
+    def replay(self, recordings, function, *arguments, overlap=False):
         """Without recording: there are events around every launch."""
         function(*(ops.to_device(x) if isinstance(x, np.ndarray) else x for x in arguments))
 

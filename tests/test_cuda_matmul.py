@@ -204,12 +204,15 @@ def test_bf16(tile, use):
 
 
 @pytest.mark.parametrize("use", [use for use in USES if not use[1]], ids=use_name)
-@pytest.mark.parametrize("rows, stages", [(1, 6), (1, 2), (4, 2)])
-def test_skinny(rows, stages, use):
-    """Few rows: a K that no warp needs to share, one that all share, and one that passes the ring twice."""
+@pytest.mark.parametrize(
+    "MI, BN, stages", [(1, 16, 6), (1, 16, 2), (2, 16, 4), (2, 32, 3), (4, 16, 2), (4, 32, 2)]
+)
+def test_skinny(MI, BN, stages, use):
+    """Few rows: a K that no warp needs to share, one that all share, and one that passes the ring twice; rows
+    for one block, and for two."""
     epilogue, _, b_t, out_dtype = use
     out_dtype = out_dtype or BF16
-    for M, N, K in [(1, 8, 8), (16 * rows - 3, 40, 72), (16 * rows, 24, 2 * 8 * 64 + 520)]:
+    for M, N, K in [(1, 8, 8), (16 * MI - 3, 40, 72), (16 * MI + 5, 24, 2 * 8 * 64 + 520)]:
         a, b = random(1, (M, K), BF16, K**-0.5), random(2, (K, N), BF16)
         bias, extra = random(3, N, out_dtype), random(4, (M, N), out_dtype)
         results = []
@@ -217,9 +220,10 @@ def test_skinny(rows, stages, use):
             out = card.empty((M, N), out_dtype)
             out_extra = card.empty((M, N), out_dtype) if epilogue == "BIAS_GELU" else device(extra)
             arguments = out, out_extra, device(bias), device(a), device(b.T if b_t else b)
-            name = f"matmul_skinny<{NAMES[out_dtype]}, {epilogue}, {str(b_t).lower()}, {rows}, {stages}>"
+            name = f"matmul_skinny<{NAMES[out_dtype]}, {epilogue}, {str(b_t).lower()}, {MI}, {BN}, {stages}>"
             sizes = tuple(map(np.int32, (M, N, K)))
-            launch(name, (cdiv(N, 16),), (256,), arguments + sizes, stages * (rows + 1) * 16384)
+            grid, shared = (cdiv(N, BN), cdiv(M, 16 * MI)), stages * (16 * MI + BN) * 1024
+            launch(name, grid, (256,), arguments + sizes, shared)
             results.append((out.get(), out_extra.get()))
         hold(results, use, a, b, bias, extra, None)
 

@@ -3,6 +3,7 @@
 In the emulator, or on a GPU where there is one (tests/card.py). Read test_cuda.py before.
 """
 
+import ctypes
 import gc
 import itertools
 import json
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import card
 import ml_dtypes
@@ -123,6 +125,69 @@ def test_decoding_is_the_full_forward_pass(config, dtype, tolerance):
         decoded.append((rows, at, model.decode(tokens[rows, at, None], cache)))
     for rows, at, logits in decoded:
         assert np.abs(host(logits) - full[rows, at]).max() < tolerance * np.abs(full).max()
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """In the emulator, cuLaunchKernelEx in Python: runs the kernel with what the pointers point to. Returns
+    the names of the kernels that were launched by it; on a card the driver launches them."""
+    names, launch_overlapping = [], gpu._launch_overlapping
+
+    def counted(function, *arguments):
+        names.append(function.name)
+        launch_overlapping(function, *arguments)
+
+    monkeypatch.setattr(gpu, "_launch_overlapping", counted)
+    if XP.__version__ != "emulator":
+        return names
+    from emulator.launcher import Kernel  # noqa: PLC0415  of tests/, where there is no card
+
+    def launch(config, handle, pointers, extra):
+        kernel = next(x for x in gc.get_objects() if isinstance(x, Kernel) and id(x) == handle.value)
+        config, stream = config._obj, XP.cuda.get_current_stream()
+        attribute = config.attributes[0]
+        assert (config.n_attributes, attribute.id, attribute.value, extra) == (1, 6, 1, None)
+        assert ctypes.sizeof(attribute) == 72 and ctypes.sizeof(config) == 56 and config.stream == stream.ptr
+        sizes = [ctypes.sizeof(ctypes.c_void_p) if ord(p.pointer) else p.bytes for p in kernel.parameters]
+        values = [ctypes.string_at(pointer, size) for pointer, size in zip(pointers, sizes, strict=True)]
+        values = [(ctypes.c_ubyte * len(value))(*value) for value in values]
+        grid, block = kernel.check_shape(tuple(config.sizes[:3]), tuple(config.sizes[3:]), config.shared)
+        stream.submit(lambda: kernel.run(grid, block, (), values, config.shared))
+        return 0
+
+    monkeypatch.setattr(Kernel, "ptr", property(id), raising=False)
+    stand_in = SimpleNamespace(cuLaunchKernelEx=launch)
+    stand_in.cuTensorMapEncodeTiled = gpu._driver().cuTensorMapEncodeTiled
+    monkeypatch.setattr(gpu, "_driver", lambda: stand_in)
+    return names
+
+
+@pytest.mark.parametrize("B", [1, 3, 64])
+def test_overlapping_launches_have_the_same_bits(B, driver, monkeypatch):
+    """30 decode steps and more, with programmatic dependent launch and without; each kernel that is launched
+    so waits, in its source, before it can end."""
+    emulated = XP.__version__ == "emulator"
+    n, sizes = (3, vars(CONFIG)) if emulated else (30, dict(n_positions=64, vocab_size=5000))
+    model, rng = gpt2.GPT2(gpt2.GPT2Config(**sizes), "cuda", "bfloat16", seed=5), np.random.default_rng(7)
+    prompt, steps = (rng.integers(0, 300, shape) for shape in ((B, 5), (n, B, 1)))
+    texts = []
+    for overlap in (False, True) if emulated else (False, True) * 5:
+        monkeypatch.setattr(gpu, "OVERLAP", overlap)
+        model.recordings.clear()
+        driver.clear()
+        cache = model.new_cache(B, 5 + n)
+        logits = [model.decode(prompt, cache), *(model.decode(tokens, cache) for tokens in steps)]
+        texts.append([model.ops.to_host(x).tobytes() for x in logits])
+        assert bool(driver) == (overlap and gpu._can_overlap())
+    assert all(text == texts[0] for text in texts)
+    launched = {name.partition("<")[0] for name in driver}
+    assert launched <= {"layernorm_forward", "matmul_skinny", "attention_decode"}
+    for path in cuda.HERE.glob("*.cu"):
+        for name, body in re.findall(r"^(\w+)\(.*?\{\n(.*?)^\}", path.read_text(), re.MULTILINE | re.DOTALL):
+            if name in launched:
+                launched.remove(name)
+                assert "\n    griddepcontrol_wait();" in body, name  # not under a condition
+    assert not launched
 
 
 def test_rows_that_end_leave_the_recorded_step(monkeypatch):

@@ -94,9 +94,10 @@ def matmuls(capability, monkeypatch):
         for tile in sorted({cuda._tile(S, *mnk, a_t) for mnk in sizes}):
             variant = f"{epilogue}, {flags}, {', '.join(map(str, tile))}>"
             yield f"matmul_float<{variant}" if S == "float" else f"matmul_bf16<{out}, {variant}"
-        for rows, K in itertools.product((1, 4), range(8, 6400, 512)) if not a_t else ():
-            if S == "bf16" and (stages := cuda._skinny_stages(rows, K)):
-                yield f"matmul_skinny<{out}, {epilogue}, {str(b_t).lower()}, {rows}, {stages}>"
+        few = itertools.product((1, 32, 64), (256, 1024, 1536, 4096), range(8, 6400, 512))
+        for MI, BN, stages, _ in filter(None, itertools.starmap(cuda._skinny_tile, few)):
+            if S == "bf16" and not a_t:
+                yield f"matmul_skinny<{out}, {epilogue}, {str(b_t).lower()}, {MI}, {BN}, {stages}>"
 
 
 def hopper_matmuls(monkeypatch):
@@ -187,7 +188,7 @@ def variants(capability, monkeypatch):
     names["norm"] = {"global_norm_naive", "square_sums", "global_norm_finish", "plan_update"}
     names["adamw"] = {"adamw_naive", "adamw"}
     if capability < 80:  # neither bf16 nor cp.async
-        new = re.compile(r"bf16|_tensor<|^classifier<")
+        new = re.compile(r"bf16|_tensor<|_skinny<|^classifier<")
         names = {file: {name for name in kernels if not new.search(name)} for file, kernels in names.items()}
     return names
 
@@ -242,7 +243,7 @@ def launches(capability, monkeypatch, training_only=False):
     """{(file, kernel): dynamic shared bytes, the most} of d12's training, and of what else asks for some."""
     found = {}
 
-    def launch(file, kernel, grid, block, *arguments, shared=0):
+    def launch(file, kernel, grid, block, *arguments, shared=0, overlap=False):
         found[file, kernel] = max(shared, found.get((file, kernel), 0))
 
     with monkeypatch.context() as patch:
