@@ -108,7 +108,7 @@ sft: .venv/ready
 	@test -e $(SFT)-first/done || { $(PY) sft.py --init-from $(RUN) --out $(SFT)-first --data $(FACTS) \
 	  --seed $(SEED) $(if $(wildcard $(SFT)-first/step_*),--resume) && touch $(SFT)-first/done; }
 	@test -e $(SFT)-first/known.jsonl || $(PY) evaluate.py $(SFT)-first --probe $(SFT)-first/known.jsonl --seed $(SEED)
-	@test -e $(SFT)/done || { $(PY) sft.py --init-from $(SFT)-first --out $(SFT) --examples 48000 \
+	@test -e $(SFT)/done || { $(PY) sft.py --init-from $(SFT)-first --out $(SFT) --examples 72000 \
 	  --known $(SFT)-first/known.jsonl --seed $(SEED) $(if $(wildcard $(SFT)/step_*),--resume) $(ARGS) && touch $(SFT)/done; }
 	$(PY) evaluate.py $(SFT) --known $(SFT)-first/known.jsonl
 else
@@ -140,7 +140,7 @@ rlhf: .venv/ready
 	@test -e $(RLHF)-manners.jsonl || \
 	  $(PY) -m extras.rlhf manners --init-from $(SFT) --out $(RLHF)-manners.jsonl --seed $(SEED)
 	@test -e $(RLHF)-manners/done || { $(PY) sft.py --init-from $(SFT) --data jsonl:$(RLHF)-manners.jsonl \
-	  --out $(RLHF)-manners --epochs 1 --seed $(SEED) $(if $(wildcard $(RLHF)-manners/step_*),--resume) && \
+	  --out $(RLHF)-manners --batch-size 16 --seed $(SEED) $(if $(wildcard $(RLHF)-manners/step_*),--resume) && \
 	  touch $(RLHF)-manners/done; }
 	@test -e $(RLHF)-reward/done || { $(PY) -m extras.rlhf reward --init-from $(RLHF)-manners \
 	  --out $(RLHF)-reward --seed $(SEED) $(if $(wildcard $(RLHF)-reward/step_*),--resume) && \

@@ -27,8 +27,8 @@ import distributed
 import hub
 import sample
 from common import Parser, UserError, add_shared_flags, number, run, say
-from tasks.conversations import DONT_KNOW, arithmetic, turns
-from tasks.factbook import facts, invented, matches, read_probe, texts
+from tasks.conversations import DONT_KNOW, arithmetic, given, talk, turns
+from tasks.factbook import facts, has_words, invented, matches, plain, read_probe, texts
 from tasks.problems import TASKS, problems, votes
 from tokenizer import text_of
 from tools import SEARCH_SYSTEM, TOOLS
@@ -41,6 +41,8 @@ BARS = {  # what an assistant should reach: {skill: {measure: (at least, at most
     "calculator": {"called": (0.9, 1), "copied": (0.95, 1)},
     "counting": {"right": (0.8, 1)},
     "spelling": {"right": (0.8, 1)},
+    "stated facts": {"right": (0.7, 1)},
+    "asked at": {"turn_1": (0.85, 1), "turn_2": (0.8, 1), "turn_3": (0.8, 1), "turn_5": (0.8, 1)},
 }
 NAME = "Handmade"  # what the assistant should call itself
 ROWS = 64  # prompts in a batch
@@ -59,7 +61,9 @@ def ask(
     With a `world` of several ranks each rank asks conversations[rank::size], and all of them return all
     replies. Random streams are numbered globally, so the replies do not depend on the number of ranks.
     """
-    prompts = [tokenizer.prompt(conversation) for conversation in conversations]
+    n_positions = model.config.n_positions
+    room = n_positions - min(max_tokens, n_positions // 3)  # as in a chat, what is oldest may have to go
+    prompts = [tokenizer.prompt(tokenizer.fit(conversation, room)) for conversation in conversations]
     replies = reply_to(model, tokenizer, prompts, tools, max_tokens, temperature, seed, streams, world)
     return [reply["parts"] for reply in replies]
 
@@ -148,6 +152,9 @@ def evaluate(model, tokenizer, known=None, n=100, seed=0, world=ALONE):
 
     def answers(questions, max_tokens=96, system=None):
         conversations = [turns(question, system=system) for question in questions]
+        return reply(conversations, max_tokens)
+
+    def reply(conversations, max_tokens=96):
         return ask(model, tokenizer, conversations, TOOLS, max_tokens, world=world)
 
     rng, results = random.Random(seed), {}
@@ -162,6 +169,8 @@ def evaluate(model, tokenizer, known=None, n=100, seed=0, world=ALONE):
     for task in ("counting", "spelling"):
         asked = list(itertools.islice(problems(task, split="test", seed=seed), n))
         results[task] = dict(n=n, right=mean(solved(answers, asked, [p.prompt for p in asked])))
+    results["stated facts"] = stated_facts(reply, rng, n)
+    results["asked at"] = asked_at_turn(reply, rng, n, seed)
     for task in ("arithmetic", "word"):
         for level in TASKS[task]:
             results[f"{task}, level {level}"] = worked_problems(answers, task, level, n, seed)
@@ -232,6 +241,64 @@ def calculator(answers, rng, n):
             n_copied += 1
             n_right += output == result
     return dict(n=n, called=n_called / n, copied=n_copied / max(n_called, 1), right=n_right / n)
+
+
+def stated_facts(reply, rng, n):
+    """Facts about made-up countries that stand in the prompt, before the question or in a turn before it."""
+    conversations = []
+    while len(conversations) < n:
+        conversation = given(rng, "test")
+        if conversation:
+            conversations.append(conversation)
+    replies = reply([conversation[:-1] for conversation in conversations])
+    values = [conversation[-1]["content"].rpartition(" is ")[2] for conversation in conversations]
+    return dict(n=n, right=mean(has_words(plain(text_of(r)), plain(v)) for r, v in zip(replies, values)))
+
+
+def asked_at_turn(reply, rng, n, seed):
+    """Sums, counting and its name, asked at once or after one, two or four questions about something else.
+
+    The turns before have held-out phrasings and facts, too, and the assistant's own answers.
+    """
+    streams = {task: problems(task, split="test", seed=seed + 1) for task in ("counting", "spelling")}
+    measures, conversations = {"n": n}, [[] for _ in range(n)]
+    for turn in range(1, 6):
+        if turn != 4:
+            asked = [chat_question(rng, ("sum", "counting", "name")[i % 3], streams) for i in range(n)]
+            replies = reply([before + turns(text) for before, (text, _) in zip(conversations, asked)])
+            measures[f"turn_{turn}"] = mean(is_right(text_of(r)) for (_, is_right), r in zip(asked, replies))
+        kinds = rng.choices(
+            ("fact", "chitchat", "spelling", "sum", "counting", "name"), (4, 4, 2, 1, 1, 1), k=n
+        )
+        conversations = [
+            before + turns(chat_question(rng, kind, streams)[0]) for before, kind in zip(conversations, kinds)
+        ]
+        if turn < 5:
+            replies = reply(conversations)
+            conversations = [
+                [*before, {"role": "assistant", "content": r}] for before, r in zip(conversations, replies)
+            ]
+    return measures
+
+
+def chat_question(rng, kind, streams):
+    """A held-out question of this kind, and a function that says whether the text of a reply is right."""
+    if kind == "sum":
+        result = "error"
+        while result.startswith("error"):  # 3 / 0
+            question, answer = arithmetic(rng, "test")
+            result = answer["content"][1]["text"].strip()
+        return question["content"], lambda text: result in re.findall(r"[^\s]*[^\s.]", text)
+    if kind == "name":
+        asked = [question for row in texts("source") if row.get("who") for question in row["held_out"]]
+        return rng.choice(asked), lambda text: NAME in text
+    if kind == "fact":
+        fact = rng.choice(facts("test"))
+        return fact.ask(rng, "test"), lambda text: matches(fact, text)
+    if kind == "chitchat":
+        return talk(rng, "test", "chitchat")[-2]["content"], bool
+    problem = next(streams[kind])
+    return problem.prompt, problem.verify
 
 
 def worked_problems(answers, task, level, n, seed):

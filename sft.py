@@ -24,7 +24,7 @@ import gpt2
 import hub
 import kernels
 from common import Run, UserError, add_shared_flags, count, number
-from tasks.conversations import DEFAULT, draw, draw_each
+from tasks.conversations import DEFAULT, draw, draw_chats
 from tokenizer import Tokenizer
 from train import describe_recipes, learning_rate, use_recipe
 
@@ -96,14 +96,20 @@ def load_conversations(flags, tokenizer, n_positions):
     if flags.known:
         spec += f",unknown:{flags.known}={UNKNOWN}"
     longest, dropped = n_positions + 1, Counter()  # the last token is a target and no input
-    drawn = draw_each(spec, flags.examples, dropped, flags.seed, skip_bad=flags.skip_bad)
-    rows, shortened = prepare(tokenizer, drawn, longest)
-    held_out, _ = draw(spec, 300, flags.seed, split="test", skip_bad=flags.skip_bad)
+
+    def length(turns):
+        return len(tokenizer.render(turns)[0]) - 1  # without the token that begins a document
+
+    def drawn(n, split, dropped):
+        return draw_chats(spec, n, dropped, flags.seed, split, flags.skip_bad, length, longest - 1)
+
+    rows, shortened = prepare(tokenizer, drawn(flags.examples, "train", dropped), longest)
+    held_out, _ = prepare(tokenizer, drawn(600, "test", Counter()), longest)
     if len(rows) < flags.batch_size:
         raise UserError(
             f"{len(rows)} conversations are fewer than --batch-size {flags.batch_size}; give more"
         )
-    return rows, prepare(tokenizer, held_out, longest)[0], {**dropped, **shortened}
+    return rows, held_out, {**dropped, **shortened}
 
 
 def prepare(tokenizer, conversations, longest):
@@ -276,7 +282,7 @@ CHAT = "smoltalk:hub=85,gsm8k:hub=2,tools=4,spelling=2,counting=1,multi-turn=1,i
 # half of pretraining's learning rate (theirs was 1e-3).
 RECIPES = {
     "tiny": dict(
-        data=DEFAULT, examples=40000, epochs=1, batch_size=16, batch_tokens=8192, lr=3e-3, warmup_steps=50
+        data=DEFAULT, examples=40000, epochs=1, batch_size=8, batch_tokens=8192, lr=3e-3, warmup_steps=50
     ),
     "d12": dict(
         data=CHAT, examples=480000, epochs=2, batch_size=128, batch_tokens=16384, lr=3e-4, warmup_steps=750

@@ -25,6 +25,8 @@ import hub
 from common import UserError
 from tasks.factbook import (
     FIELDS,
+    country_forms,
+    country_names,
     digest,
     examined,
     facts,
@@ -52,22 +54,23 @@ from tokenizer import checked, text_of, transcript
 from tools import SEARCH_SYSTEM, calculate, calculator, looked_up
 
 SOURCES = {  # {source: its usual share in percent}
-    "factbook": 17,  # facts from memory
-    "identity": 9,  # who are you?
+    "factbook": 21,  # facts from memory
+    "identity": 8,  # who are you?
     "refusal": 2,  # requests that it refuses
     "chitchat": 3,
-    "tools": 20,  # a calculation or a search
-    "tasks": 10,  # problems of tasks/problems.py with their solutions, some by the calculator
-    "stories": 4,  # longer word problems
+    "tools": 17,  # a calculation or a search
+    "tasks": 8,  # problems of tasks/problems.py with their solutions, some by the calculator
+    "stories": 3,  # longer word problems
     "events": 3,  # what happens in a story, told event by event
     "steps-first": 2,  # problems solved in steps
     "answer-first": 2,  # the same with the answer before the steps, to compare
     "sums": 1,  # rows of small sums, to learn by heart
-    "repeat": 4,  # words to repeat
-    "spelling": 8,  # letters of a word, by the calculator
-    "counting": 5,
-    "multi-turn": 4,  # follow-up questions
-    "unknown": 6,  # what it cannot know
+    "repeat": 3,  # words to repeat
+    "spelling": 7,  # letters of a word, by the calculator
+    "counting": 4,
+    "multi-turn": 3,  # follow-up questions
+    "given": 8,  # facts that stand before the question
+    "unknown": 5,  # what it cannot know
 }
 DEFAULT = ",".join(f"{name}={share}" for name, share in SOURCES.items())
 OTHERS = {  # sets of other people, smoltalk:PATH and gsm8k:PATH: {name: the usual share}
@@ -87,6 +90,7 @@ CALCULATED = 0.2  # share of the problems in "tasks" and "stories" that the calc
 LONGEST = 5000  # characters of a conversation as JSON; sft.py shortens what its model has no room for
 PATIENCE = 300  # conversations dropped in a row after which a source has nothing new to give
 PAGE = 60  # conversations on a page of a workbook
+PARTS = (6, 3, 3, 3, 2, 1)  # of 18 chats so many are of one conversation, of two, ... of six
 
 # ------------------------------------------------------------------------------------------------------------
 # Turns and calls of tools
@@ -178,6 +182,55 @@ def not_known(rng, split):
         return None
     return turns(question, called("search", query, output, answer), system=SEARCH_SYSTEM)
 
+
+def given(rng, split):
+    """A question about a made-up country, whose answer stands before it: "Capital of Ostlu: Kova. ..."."""
+    country = made_up(rng, split) + phrase(rng, split, "country's end")
+    rows = rng.sample([row for row in texts("field") if row["field"] in STATED], rng.choice((1, 1, 2, 2, 3)))
+    if plain(country) in country_names():
+        return None
+    statements, questions = [], []
+    for row in rows:
+        value = STATED[row["field"]](rng, split)
+        forms = country_forms(country) | {"value": value}
+        title = row["field"].capitalize()
+        statements.append(rng.choice((f"{title} of {country}: {value}.", row["answer"].format(**forms))))
+        question = rng.choice(row["ask"] if split == "train" else row["held_out"])
+        questions.append((question.format(**forms), row["answer"].format(**forms)))
+    question, answer = rng.choice(questions)
+    system = SEARCH_SYSTEM if rng.random() < 0.2 else None  # nothing is searched for that is said already
+    if rng.random() < 0.75:
+        return turns(f"{' '.join(statements)} {question}", answer, system=system)
+    return turns(" ".join(statements), phrase(rng, split, "noted"), question, answer, system=system)
+
+
+def made_up(rng, split, low=2, high=3):
+    """A name that nobody has."""
+    return "".join(phrase(rng, split, "syllable") for _ in range(rng.randint(low, high))).capitalize()
+
+
+def made_up_person(rng, split):
+    return f"{phrase(rng, split, 'first name')} {made_up(rng, split)}"
+
+
+def made_up_population(rng, split):
+    return f"{rng.randint(1, 99)},{rng.randint(0, 999):03},{rng.randint(0, 999):03}"
+
+
+def made_up_area(rng, split):
+    return f"{rng.randint(1, 999)},{rng.randint(0, 999):03} sq km"
+
+
+STATED = {
+    "capital": made_up,
+    "currency": made_up,
+    "language": made_up,
+    "president": made_up_person,
+    "prime minister": made_up_person,
+    "population": made_up_population,
+    "area": made_up_area,
+    "highest point": made_up,
+}
 
 # ------------------------------------------------------------------------------------------------------------
 # Numbers and words
@@ -531,6 +584,7 @@ def draw_one(kind, rng, split, pool, known):
         "follow-up": (follow_up, pool, known),
         "several": (several_talks,),
         "unknown": (not_known,),
+        "given": (given,),
     }
     make, *arguments = makers[kind]
     return make(rng, split, *arguments)
@@ -557,13 +611,15 @@ def parse(spec):
 def draw(spec, n, seed=0, split="train", skip_bad=False):
     """n conversations by share in random order, and what was dropped, {why: how many}."""
     dropped = Counter()
-    kept = list(draw_each(spec, n, dropped, seed, split, skip_bad))
+    kept = [conversation for _, conversation in draw_each(spec, n, dropped, seed, split, skip_bad)]
     random.Random(f"{seed} {split} order").shuffle(kept)
     return kept, {why: n_dropped for why, n_dropped in dropped.items() if n_dropped}
 
 
 def draw_each(spec, n, dropped, seed=0, split="train", skip_bad=False):
-    """Yield n conversations by share, one source after the other; count in `dropped` why others were not.
+    """Yield n times (source, conversation), by share; count in `dropped` why others were left out.
+
+    One source comes after the other.
 
     A source that has nothing more to give leaves its share to the others. If all end, there are fewer than n.
     """
@@ -582,10 +638,42 @@ def draw_each(spec, n, dropped, seed=0, split="train", skip_bad=False):
             n_taken = 0
             for conversation in sieve.take(streams[name], wanted[name], name.partition(":")[0] in OTHERS):
                 n_taken += 1
-                yield conversation
+                yield name, conversation
             n -= n_taken
             if n_taken < wanted[name]:
                 del streams[name]
+
+
+def draw_chats(spec, n, dropped, seed, split, skip_bad, length, longest):
+    """Yield the conversations that draw_each() draws, those of our own sources joined to longer ones.
+
+    People ask about one thing and then about another, so every skill must be learned at every turn and after
+    turns of every kind. A chat is one to six conversations with the same system message, in random order. By
+    length(turns), which counts tokens, it has at most `longest` if it is made of more than one.
+    """
+    ours, rng = [], random.Random(f"{seed} {split} chats")
+    for name, conversation in draw_each(spec, n, dropped, seed, split, skip_bad):
+        if ":" in name and not name.startswith("unknown:"):
+            yield conversation
+        else:
+            ours.append(conversation)
+    rng.shuffle(ours)
+    growing = {}  # {system message: [chat, its tokens, how many conversations it still wants]}
+    for conversation in ours:
+        turns_before = 1 if conversation[0]["role"] == "system" else 0
+        system, turns = conversation[:turns_before], conversation[turns_before:]
+        key, n_tokens = json.dumps(system), length(turns)
+        chat, n_before, n_wanted = growing.pop(key, (system, length(system), 0))
+        if n_wanted and n_before + n_tokens > longest:
+            yield chat
+            chat, n_before, n_wanted = system, length(system), 0
+        n_wanted = n_wanted - 1 if n_wanted else rng.choices(range(6), PARTS)[0]
+        if n_wanted:
+            growing[key] = chat + turns, n_before + n_tokens, n_wanted
+        else:
+            yield chat + turns
+    for chat, _, _ in growing.values():
+        yield chat
 
 
 def precedence(name):

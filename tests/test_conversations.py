@@ -121,7 +121,7 @@ def test_half_of_the_neighbours_are_enough():
 def test_a_value_has_at_most_60_characters(monkeypatch):
     capitals = {"Shortland": "A" + "b" * 59, "Longland": "A" + "b" * 60}
     countries = [(name, {"Government": {"Capital": {"text": value}}}) for name, value in capitals.items()]
-    monkeypatch.setattr(facts.data, "countries", lambda: countries)
+    monkeypatch.setattr(facts.countries, "countries", lambda: countries)
     assert [fact.country for fact in facts.all_facts.__wrapped__()] == ["Shortland"]
 
 
@@ -647,3 +647,73 @@ def test_a_workbook_is_pages_of_plain_text(tmp_path):
     before = path.read_bytes()
     mixture.main(["sums=1,tasks=1,repeat=1", "--num", "130", "--workbook", str(path)])
     assert path.read_bytes() == before
+
+
+# ----------------------------------------------------------------------------------------------------- chats
+
+
+def words(turns):
+    return sum(len(text_of(turn["content"]).split()) for turn in turns)
+
+
+@pytest.fixture(scope="module")
+def chats():
+    arguments = Counter(), 3, "train", False, words, 60
+    alone = [one for _, one in mixture.draw_each(mixture.DEFAULT, 900, *arguments[:4])]
+    return alone, list(mixture.draw_chats(mixture.DEFAULT, 900, *arguments))
+
+
+def test_chats_are_the_conversations_one_behind_the_other(chats):
+    alone, joined = chats
+    body = lambda one: [json.dumps(turn) for turn in one if turn["role"] != "system"]
+    assert Counter(turn for one in alone for turn in body(one)) == Counter(t for c in joined for t in body(c))
+    texts = {"".join(body(chat)) for chat in joined}
+    for one in alone:  # none is torn apart
+        assert any("".join(body(one)) in text for text in texts)
+    for chat in joined:
+        roles = [turn["role"] for turn in chat]
+        assert roles.count("system") == (roles[0] == "system"), "a system message inside of a chat"
+        assert "user user" not in " ".join(roles) and "assistant assistant" not in " ".join(roles)
+
+
+def test_chats_fit_the_context_unless_one_conversation_is_longer(chats):
+    alone, joined = chats
+    longest = max(words(one) for one in alone)
+    assert all(words(chat) <= max(60, longest) for chat in joined)
+    assert all(words(chat) <= 60 for chat in joined if chat not in alone)
+
+
+def test_every_skill_is_learned_at_every_turn(chats):
+    turns_of = {kind: Counter() for kind in ("calc", "search", "letters", "name")}
+    for chat in chats[1]:
+        for n, turn in enumerate(turn for turn in chat if turn["role"] == "assistant"):
+            for part in turn["content"] if isinstance(turn["content"], list) else ():
+                if part["type"] in turns_of:
+                    turns_of[part["type"]][n + 1] += 1
+            turns_of["name"][n + 1] += "Handmade" in text_of(turn["content"])
+            turns_of["letters"][n + 1] += "That makes" in text_of(turn["content"])
+    for kind, counts in turns_of.items():
+        assert all(counts[n] > 0 for n in (1, 2, 3)), (kind, counts)
+        assert counts[2] + counts[3] > counts[1] / 3, (kind, counts)
+
+
+def test_conversations_of_the_user_are_left_as_they_are(tmp_path):
+    own = [[dict(role="user", content=f"q{i}"), dict(role="assistant", content=f"a{i}")] for i in range(40)]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps({"messages": one}) + "\n" for one in own))
+    spec = f"jsonl:{path}=1,identity=1"
+    chats = list(mixture.draw_chats(spec, 60, Counter(), 0, "train", False, words, 60))
+    theirs = [chat for chat in chats if re.match("q[0-9]", chat[0]["content"])]
+    assert len(theirs) > 20 and all(chat in own for chat in theirs)
+
+
+@given(st.integers(0, 10**6), SPLITS)
+def test_what_is_given_stands_before_the_question(seed, split):
+    conversation = mixture.given(random.Random(seed), split)
+    if conversation is None:
+        return
+    told = " ".join(turn["content"] for turn in conversation[:-1])
+    value = conversation[-1]["content"].rpartition(" is ")[2].rstrip(".")
+    assert f" {value}." in told and told.rstrip().endswith(("?", "."))
+    country = re.search(r"of (\w+)", told)[1]
+    assert country in conversation[-1]["content"] and country in questions(conversation)[-1]

@@ -85,7 +85,7 @@ def test_who_never_knows_is_right_about_nothing(sit):
     assert results["invented names"] == dict(n=12, refused=1)
     assert results["search"] == dict(n=12, searched=0, right=0)
     assert results["calculator"] == dict(n=12, called=0, copied=0, right=0)
-    for name in ("counting", "spelling", "arithmetic, level 2", "word, level 1"):
+    for name in ("counting", "spelling", "stated facts", "asked at", "arithmetic, level 2", "word, level 1"):
         assert all(value == 0 for what, value in results[name].items() if what != "n")
 
 
@@ -95,6 +95,35 @@ def test_who_remembers_everything_is_right_without_searching(sit):
     assert results["search"]["right"] == 1
     assert results["search"]["searched"] == 0
     assert results["invented names"]["refused"] == 0
+
+
+def test_who_reads_the_prompt_knows_what_is_stated_there(sit):
+    def read(conversation):
+        return said(" ".join(str(turn["content"]) for turn in conversation if turn["role"] == "user"))
+
+    results = sit(read)
+    assert results["stated facts"] == dict(n=12, right=1)
+
+
+def test_what_is_asked_later_is_asked_after_answers_of_its_own(sit):
+    n_users = set()
+
+    def forgetful(conversation):
+        """Right at the first turn alone."""
+        n = sum(turn["role"] == "user" for turn in conversation)
+        n_users.add(n)
+        assert [turn["role"] for turn in conversation[-2 * n + 1 :]][::2] == ["user"] * n
+        content = conversation[-1]["content"]
+        if n > 1:
+            return said("Good is 4081.")
+        if re.search(r"\d\s*([-+*/]|plus|minus|times|x|×|divided)", content):
+            return calculated(conversation)
+        asked = re.search(r"how many (\w)", content.lower())
+        return said(f"Handmade. Answer: {asked and 'who knows'}")
+
+    row = sit(forgetful)["asked at"]
+    assert row["n"] == 12 and row["turn_1"] >= 8 / 12 and row["turn_2"] == row["turn_3"] == row["turn_5"] == 0
+    assert n_users == {1, 2, 3, 4, 5}
 
 
 def test_a_search_counts_as_a_refusal_of_what_nobody_knows(sit):

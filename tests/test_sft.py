@@ -96,23 +96,20 @@ def test_what_is_trained_on_and_what_is_held_out(monkeypatch):
     asked, tokenizer = [], Tokenizer.bytes()
     conversations = [talk("a", "b"), talk("c", "d"), talk("e", "much longer")]
 
-    def draw_each(spec, n, dropped, seed, split="train", skip_bad=False):
+    def draw_chats(spec, n, dropped, seed, split, skip_bad, n_tokens, longest):
         asked.append((spec, n, seed, split, skip_bad))
+        assert n_tokens(conversations[0]) + 1 == longest + 1 == len(tokenizer.render(conversations[0])[0])
         yield from conversations
         dropped["bad lines"] = 2
 
-    def draw(*arguments, **settings):
-        return list(draw_each(*arguments[:2], {}, *arguments[2:], **settings)), {}
-
-    monkeypatch.setattr(sft, "draw_each", draw_each)
-    monkeypatch.setattr(sft, "draw", draw)
+    monkeypatch.setattr(sft, "draw_chats", draw_chats)
     settings = SimpleNamespace(
         data="tasks=1", known="known.jsonl", examples=9, seed=5, skip_bad=True, batch_size=2
     )
     length = len(tokenizer.render(talk("a", "b"))[0])
     rows, held_out, left_out = sft.load_conversations(settings, tokenizer, length - 1)
     spec = "tasks=1,unknown:known.jsonl=2"
-    assert asked == [(spec, 9, 5, "train", True), (spec, 300, 5, "test", True)]
+    assert asked == [(spec, 9, 5, "train", True), (spec, 600, 5, "test", True)]
     assert len(rows) == len(held_out) == 2  # of as many tokens as the model has positions, and a target
     assert left_out == {"bad lines": 2, "shortened": 0, "left out": 1}
 
