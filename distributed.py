@@ -13,7 +13,8 @@ With one rank none of this does anything. On GPUs there is one rank a GPU, and N
 the ranks share memory, one rank a core for a small model: an operation takes a fraction of a millisecond
 there, and waking a second thread for it a tenth of one, sixty times a pass, so two processes are faster than
 two threads. All else is the same code: how ranks find each other, who updates what, stopping and failing.
-The few calls of NCCL (the class Nccl) have run on the emulator's NCCL alone, never on two GPUs.
+The few calls of NCCL (the class Nccl) have run with one rank on an H200, and with several in the emulator
+alone: never on two GPUs.
 
 A script starts its ranks itself, on one machine. torchrun, mpirun and srun start them on one or on several;
 then the launcher's environment variables say which rank a process is, and where rank 0 listens. Read gpt2.py

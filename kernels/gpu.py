@@ -230,8 +230,8 @@ def scratch(*wanted):
 # Recording
 
 RECORD = True  # False: launch every kernel from Python, every time, to debug
-# Whether a recorded decode step's kernels begin before the ones before them have ended. It has not run on a card
-# yet, so it is off; bench_gpu.py measures both.
+# Whether a recorded decode step's kernels begin before the ones before them have ended. It has not run on a
+# card yet, so it is off; bench_gpu.py measures both.
 OVERLAP = False
 RECORDINGS = 384  # that a dictionary holds at most; beyond it the one used least recently is dropped
 
