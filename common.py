@@ -9,9 +9,11 @@ import contextlib
 import errno
 import fcntl
 import glob
+import io
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -25,6 +27,8 @@ import numpy as np
 # script says itself which file is missing, and anywhere else ENOENT is a bug of ours.
 NO_PLACE = ["EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG", "EFBIG"]
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line break
+
 # With several ranks the number of a pipe that holds one byte: the rank that reads it may say why all end.
 first_word = None
 
@@ -36,7 +40,13 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call main() as a script does: a user's error is one line on standard error, exit status 2."""
+    """Call main() as a script does: a user's error is one line on standard error, exit status 2.
+
+    Bytes that are no text, on standard input, and letters that the terminal's encoding lacks end no script.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not if a caller has put something else in its place
+            stream.reconfigure(errors="replace")
     try:
         main()
     except UserError as error:
@@ -48,6 +58,10 @@ def run(main):
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         sys.stderr.close()
         sys.exit(141)
+    except MemoryError as error:
+        what = str(error).partition(" with shape")[0]
+        say_why(f"error: not enough memory{f': {what}' if what else ''}; ask for less at once")
+        sys.exit(2)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not full and errno.errorcode.get(error.errno) not in NO_PLACE:
@@ -114,6 +128,11 @@ def say(text):
     """Tell the person something that is not the answer: on standard error."""
     progress_line_gone = "\r\033[K" if sys.stderr.isatty() else ""
     print(progress_line_gone + text, file=sys.stderr, flush=True)
+
+
+def printable(text):
+    """The text without the control characters that move a terminal's cursor or set its clipboard."""
+    return CONTROL.sub("\ufffd", text)
 
 
 def colour():

@@ -17,6 +17,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -79,13 +80,10 @@ def text_files(paths):
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            for file in sorted(path.rglob("*")):
-                hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-                if file.suffix in SUFFIXES and file.is_file() and not hidden:
-                    found.append(file)
+            found += [file for file in sorted(files_below(path)) if file.suffix.lower() in SUFFIXES]
         elif not path.exists():
             raise UserError(f"there is no file {path}; correct the path")
-        elif path.suffix not in SUFFIXES:
+        elif path.suffix.lower() not in SUFFIXES:
             raise UserError(f"cannot read {path}; give {types}, or pipe text in: … | python data.py text -")
         else:
             found.append(path)
@@ -94,11 +92,32 @@ def text_files(paths):
     return list(dict.fromkeys(found))
 
 
+def files_below(folder):
+    """Yield the files in a folder and in those below it, linked ones too, but not what is hidden."""
+
+    def refuse(error):
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}; allow it, or name other folders")
+
+    seen = set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.realpath(place) in seen:  # a link to a folder around it
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(place) / name for name in names if not name.startswith("."))
+
+
 def read_texts(paths, longest):
-    """Yield the documents in the files, `longest` characters each at most; invalid UTF-8 becomes U+FFFD."""
+    """Yield the documents in the files, `longest` characters each at most; invalid UTF-8 becomes U+FFFD.
+
+    Files of Windows that begin with a mark of UTF-16 are read as that.
+    """
     for path in paths:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            texts = json_lines(file, longest) if path.suffix == ".jsonl" else pieces(file, longest)
+        with open(path, "rb") as file:
+            is_utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+        with open(path, encoding="utf-16" if is_utf16 else "utf-8-sig", errors="replace") as file:
+            texts = json_lines(file, longest) if path.suffix.lower() == ".jsonl" else pieces(file, longest)
             for text in texts:
                 yield None, text
 

@@ -585,7 +585,7 @@ def print_columns(prompts, texts_of_models):
             columns.append(column)
         print(f"{'=' * 40}\n{prompt}\n")
         for cells in itertools.zip_longest(*columns, fillvalue=""):
-            print("  ".join(f"{cell:{width}}" for cell in cells).rstrip())
+            print(common.printable("  ".join(f"{cell:{width}}" for cell in cells).rstrip()))
         print()
 
 

@@ -523,7 +523,7 @@ class GPT2:
             if target == "wte.weight":
                 value = value[:own]  # noqa: PLW2901
             if new and target == "wte.weight":
-                added = np.tile(value.mean(axis=0, keepdims=True), (new, 1))
+                added = np.tile(value.mean(axis=0, keepdims=True, dtype=np.float64), (new, 1))
                 value = np.concatenate([value, added])  # noqa: PLW2901
             if target not in missing and not np.array_equal(
                 value.astype(model.exact), model.ops.to_host(model.master[target])
@@ -803,6 +803,11 @@ def read_tensors(directory):
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{index} is damaged; fetch or save the checkpoint again") from None
+    if not (directory / names[0]).exists() and (directory / "pytorch_model.bin").exists():
+        raise UserError(
+            f"{directory} has its weights as pytorch_model.bin, a pickle, which may run any code; save them "
+            "as model.safetensors: transformers' save_pretrained() does"
+        )
     for name in names:
         with open_tensors(directory / name) as file:
             for key in file.keys():  # noqa: SIM118  (the file is no dict)

@@ -17,7 +17,6 @@ import codecs
 import contextlib
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -350,7 +349,6 @@ HELP = f"""/reset          begin a new conversation; the system message stays
 /save PATH      append the conversation to a file of messages, one line of JSON
 /help           this list
 Ctrl-C stops an answer and keeps what was written. End of input (Ctrl-D) ends the chat."""
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # would move the cursor or set the clipboard
 
 
 def chat(model, tokenizer, **settings):
@@ -410,7 +408,7 @@ def print_events(events):
                 text = f"\n({note})"
             case {"text": text}:
                 pass
-        text = CONTROL.sub("\ufffd", text)
+        text = common.printable(text)
         faint = common.colour() and "text" not in event
         print(f"\033[2m{text}\033[0m" if faint else text, end="", flush=True)
 
@@ -458,7 +456,6 @@ def load_assistant(directory, flags):
 
 def main(argv=None):
     flags = parser().parse_args(argv)
-    sys.stdout.reconfigure(errors="replace")  # a character that the terminal's encoding lacks becomes "?"
     prompt = read_prompt(flags)
     model, tokenizer, checkpoint = load(flags.directory, flags)
     assistant = is_assistant(checkpoint) and not flags.raw
@@ -472,7 +469,7 @@ def main(argv=None):
 
     def on_token(completion, shown, logits):
         if streaming:
-            print(shown, end="", flush=True)
+            print(common.printable(shown), end="", flush=True)
         if flags.show_probs:
             candidates[completion.index].append(most_probable(model, logits, settings))
 
@@ -490,7 +487,7 @@ def main(argv=None):
         print()
     else:
         for i, completion in enumerate(completions):
-            print("" if i == 0 else f"\n{'-' * 40}\n", heading, completion.text, sep="")
+            print("" if i == 0 else f"\n{'-' * 40}\n", heading, common.printable(completion.text), sep="")
             if flags.show_probs:
                 print_candidates(completion, candidates[i], tokenizer)
     if any(completion.finish == "context" for completion in completions):
@@ -544,7 +541,7 @@ def read_prompt(flags):
         if path is None:
             return flags.prompt
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        return data.decode().removesuffix("\n").removesuffix("\r")
+        return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except OSError as error:
         raise UserError(f"--prompt-file {path}: {error.strerror}; give the path of a text file") from None
     except UnicodeDecodeError as error:

@@ -218,7 +218,7 @@ N_SPECIAL = 1 + len(CHAT_TOKENS)
 #
 # In Python it is a list of turns {"role": one of ROLES, "content": ...}. The content is a str or a list of
 # parts {"type": "text" | "search" | "calc" | "output", "text": ...}. Only the assistant's content may have
-# parts that are not text.
+# parts that are not text. A turn of the assistant with "weight": 0 is not learned.
 ROLES = ("system", "user", "assistant")
 CALLS = ("search", "calc")  # the types of the parts that call a tool
 TYPE_OF_START = {f"<|{kind}_start|>": kind for kind in (*CALLS, "output")}
@@ -361,7 +361,7 @@ class Tokenizer:
         rendered to the same ids again.
         """
         role, content = turn["role"], turn["content"]
-        learned = int(role == "assistant")
+        learned = int(role == "assistant" and turn.get("weight") != 0)
         pieces = [(self._header(role), 0)]
         for part in as_parts(content):
             kind = part["type"]
@@ -489,7 +489,8 @@ def as_parts(content):
 def checked(messages, training=False):
     """Messages from outside as a conversation that has nothing else in it. UserError says what is wrong.
 
-    Empty messages are left out. For training only the system's may be empty, and the assistant must speak.
+    A message of the assistant with "weight": 0 is not learned, as OpenAI's files have it. Empty messages are
+    left out. For training only the system's may be empty, and the assistant must speak.
     """
     if not isinstance(messages, list):
         raise UserError('there is no list of "messages"')
@@ -510,6 +511,8 @@ def checked(messages, training=False):
             raise UserError(f"the content of message {number} ({role}) is not {wanted}")
         if any(part["text"].strip() for part in parts):
             conversation.append({"role": role, "content": content if isinstance(content, str) else parts})
+            if role == "assistant" and message.get("weight") == 0:
+                conversation[-1]["weight"] = 0
         elif training and role != "system":
             raise UserError(f"message {number} ({role}) is empty")
     if training and "assistant" not in [turn["role"] for turn in conversation]:

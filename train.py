@@ -83,7 +83,7 @@ def main(argv=None):
             report_hellaswag(run, done, hellaswag_items)
         if run.is_due(done, flags.sample_every) and world.rank == 0:
             text = continuation(model, tokenizer, flags.sample_tokens, seed=done)
-            run.say(f"step {done}, a sample:\n{text}\n")
+            run.say(f"step {done}, a sample:\n{common.printable(text)}\n")
             run.log("sample", step=done, text=text)
 
     run.say(f"done: {run.checkpoint_path(flags.steps)}, {run.skipped} steps left out")
@@ -249,6 +249,11 @@ def model_config(flags, tokenizer, source):
     wanted = {name: getattr(flags, name) for name in names if getattr(flags, name)}
     if source:
         config = gpt2.read_config(source)
+        if (source / "tokenizer.json").exists() and Tokenizer.load(source).ranks != tokenizer.ranks:
+            raise UserError(
+                f"{flags.data} has another vocabulary than {source}; make shards with data.py "
+                f"--tokenizer {source / 'tokenizer.json'}"
+            )
         for name, value in wanted.items():
             if value != getattr(config, name):
                 flag = f"--{name.replace('_', '-')} {value}"

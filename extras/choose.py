@@ -15,7 +15,7 @@ before this file.
 import json
 
 import sample
-from common import Parser, UserError, run
+from common import Parser, UserError, printable, run
 from tasks.problems import TASKS, Problem, marked, votes
 from tokenizer import text_of
 
@@ -57,7 +57,7 @@ def main(argv=None):
         print(f"[of {len(texts)} texts, {', '.join(counts)}]")
     else:
         text = completions[chosen].text
-        print(text if assistant else prompt + text)
+        print(printable(text if assistant else prompt + text))
         mean = f"mean log-probability {completions[chosen].mean_logprob:.3f}"
         verdict = f"; {len(correct)} of them right" if flags.verify else ""
         print(f"[{mean}, the best of {len(texts)}{verdict}]")

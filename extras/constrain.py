@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import sample
-from common import Parser, UserError, run
+from common import Parser, UserError, printable, run
 
 LIMIT = 50_000  # states of an automaton, 1 kB each; usual are some hundreds
 LONGEST = 10_000  # bytes of a shortest match
@@ -304,7 +304,7 @@ def main(argv=None):
         print(json.dumps(report | {"only": flags.only, "regex": flags.regex}, ensure_ascii=False))
     else:
         for completion in completions:
-            print(completion.text)
+            print(printable(completion.text))
 
 
 def parser():

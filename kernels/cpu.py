@@ -26,7 +26,6 @@ from kernels.reference import (  # noqa: F401  constants, and what a device offe
     assign,
     elapsed,
     empty,
-    free_memory,
     now,
     plan_update,
     read_later,
@@ -37,7 +36,7 @@ from kernels.reference import (  # noqa: F401  constants, and what a device offe
     zeros,
 )
 from kernels.sampling import sample  # noqa: F401  one of the operations
-from kernels.threads import by_rows, parallel, pieces, scratch, tiles
+from kernels.threads import by_rows, free_memory, parallel, pieces, scratch, tiles  # noqa: F401
 
 
 def row_sums(x):

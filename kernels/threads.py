@@ -14,6 +14,7 @@ import os
 import queue
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -77,6 +78,45 @@ def parallel(body, blocks):
         errors = [done.get() for _ in range(helpers)]
     for error in filter(None, errors):
         raise error
+
+
+def free_memory():
+    """Bytes that this process can still allocate, or None where the system does not say.
+
+    That is what the machine has, and no more than a container leaves it (Linux control groups, version 2 and
+    1). What files have in memory can be given back, and counts as free.
+    """
+    free = [1024 * fields_of("/proc/meminfo").get("MemAvailable:", math.inf)]
+    for line in text_of("/proc/self/cgroup").splitlines():
+        _, kinds, path = line.split(":", 2)
+        if kinds == "":  # version 2
+            root, limit, used, files = "/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif kinds == "memory":
+            root, limit = "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
+            used, files = "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        group = Path(root + path)
+        while str(group).startswith(root):  # a group has the limits of those around it, too
+            if text_of(group / limit).strip().isdigit():  # not "max"
+                cache = fields_of(group / "memory.stat").get(files, 0)
+                free.append(int(text_of(group / limit)) - int(text_of(group / used)) + cache)
+            group = group.parent
+    return None if min(free) == math.inf else max(0, min(free))
+
+
+def fields_of(path):
+    """{first word: the number behind it} of a file's lines."""
+    lines = [line.split() for line in text_of(path).splitlines()]
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
+
+
+def text_of(path):
+    """The text of a file of the system, "" if there is none."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
 
 
 def pieces(n, length):

@@ -636,7 +636,7 @@ def draw_each(spec, n, dropped, seed=0, split="train", skip_bad=False):
         wanted = Counter(rng.choices(list(streams), weights, k=n))
         for name in sorted(streams, key=precedence):
             n_taken = 0
-            for conversation in sieve.take(streams[name], wanted[name], name.partition(":")[0] in OTHERS):
+            for conversation in sieve.take(streams[name], wanted[name], not is_ours(name)):
                 n_taken += 1
                 yield name, conversation
             n -= n_taken
@@ -653,10 +653,10 @@ def draw_chats(spec, n, dropped, seed, split, skip_bad, length, longest):
     """
     ours, rng = [], random.Random(f"{seed} {split} chats")
     for name, conversation in draw_each(spec, n, dropped, seed, split, skip_bad):
-        if ":" in name and not name.startswith("unknown:"):
-            yield conversation
-        else:
+        if is_ours(name):
             ours.append(conversation)
+        else:
+            yield conversation
     rng.shuffle(ours)
     growing = {}  # {system message: [chat, its tokens, how many conversations it still wants]}
     for conversation in ours:
@@ -676,6 +676,11 @@ def draw_chats(spec, n, dropped, seed, split, skip_bad, length, longest):
         yield chat
 
 
+def is_ours(name):
+    """Whether a source's conversations are made here."""
+    return ":" not in name or name.startswith("unknown:")
+
+
 def precedence(name):
     """The order of the sources. Where two contradict, the first is kept: the user's own, then ours."""
     source, _, path = name.partition(":")
@@ -691,9 +696,10 @@ class Sieve:
         self.answers = {}  # {digest of what was said before: digest of what the assistant said then}
 
     def take(self, stream, n, curated=False):
-        """Yield the next n that pass; fewer if the stream ends, or if PATIENCE in a row do not pass."""
+        """Yield the next n that pass; fewer if the stream ends, as files do, or if of a source that never
+        ends PATIENCE in a row do not pass."""
         n_passed = in_a_row = 0
-        while n_passed < n and in_a_row < PATIENCE:
+        while n_passed < n and (curated or in_a_row < PATIENCE):
             conversation = next(stream, None)
             if conversation is None:
                 break
@@ -731,7 +737,7 @@ REPETITION = re.compile(
 def fault(conversation, split, curated=False):
     """What is wrong with a conversation by itself, or None.
 
-    Those of a curated set may be long and may repeat themselves: its makers have looked at that.
+    Those of a file may be long and may repeat themselves: its makers have looked at that.
     """
     if not curated and len(json.dumps(conversation, ensure_ascii=False)) > LONGEST:
         return "too long"

@@ -136,7 +136,7 @@ def split_of(key):
 # ------------------------------------------------------------------------------------------------------------
 # Is an answer right? The form is forgiven; two answers at once are always wrong, so that a list cannot win.
 
-MARK = re.compile(r"\banswer\b[*_ ]*:", re.IGNORECASE)
+MARK = re.compile(r"\banswer\b[*_ ]*:|^####|\\boxed\{(?=[^{}]*\})", re.IGNORECASE | re.MULTILINE)
 NUMBER = re.compile(
     r"""(-?)\$?[ ]?                                 # sign, dollar
         ((?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?)      # 1,234 or 1234, and .5
@@ -150,11 +150,16 @@ MULTIPLIERS = {"dozen", "hundred", "thousand", "million", "billion"}  # "9 dozen
 
 
 def marked(text):
-    """The line after the last "Answer:", without decoration such as ** and quotes; None if there is none."""
-    after = MARK.split(text)[1:]
-    if not after:
+    """The line after the last "Answer:", without decoration such as ** and quotes; None if there is none.
+
+    "#### 9", as in GSM8K, and "\\boxed{9}" mark an answer, too.
+    """
+    marks = list(MARK.finditer(text))
+    if not marks:
         return None
-    line = after[-1].strip(" *_").partition("\n")[0]
+    line = text[marks[-1].end() :].strip(" *_\n").partition("\n")[0]
+    if marks[-1][0].endswith("{"):
+        line = line.partition("}")[0]
     return line.strip(" *_`\"'").rstrip(" .!*_`\"'")
 
 
@@ -163,7 +168,8 @@ def numeric(line, prompt=""):
 
     '$1,234.50' is one, and so is '9 apples' if the prompt speaks of apples.
     """
-    match = NUMBER.fullmatch(line.lower()) if len(line) < 100 else None
+    line = line.lower().replace("\u2212", "-")  # the minus sign of typesetters
+    match = NUMBER.fullmatch(line) if len(line) < 100 else None
     if match is None or not match[2]:
         return None
     if "%" in line and not re.search("%|percent", prompt):

@@ -482,3 +482,16 @@ def test_what_is_rendered_is_the_example_in_the_file():
     lines = Path(tokenizer.__file__).read_text(encoding="utf-8").split("\n")
     first = next(i for i, line in enumerate(lines) if line.startswith("#   <|endoftext|>"))
     assert shown == "".join(line.removeprefix("#").strip() for line in lines[first : first + 2])
+
+
+def test_a_message_of_weight_0_is_read_and_not_learned():
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "no", "weight": 0},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "yes", "weight": 1},
+    ]
+    tokenizer = Tokenizer.bytes()
+    tokens, mask = tokenizer.render(checked(messages, training=True))
+    assert tokenizer.decode([token for token, m in zip(tokens, mask) if m]) == "yes<|im_end|>"
+    assert "no<|im_end|>" in tokenizer.decode(tokens)

@@ -19,6 +19,7 @@ import script
 import common
 import hub
 from common import UserError
+from kernels import threads
 
 ROOT = Path(common.__file__).parent
 
@@ -608,3 +609,43 @@ def test_save_checkpoint_keeps_the_newest(tmp_path):
     save(6, 1)
     assert names(tmp_path) == ["step_000006"]
     assert script.tree(tmp_path / "step_000006")["config.json"] == b""
+
+
+def test_out_of_memory_is_one_line():
+    done = script.run(lambda argv: np.empty(1 << 62, np.uint8))
+    assert script.refused(done, "not enough memory", "ask for less at once")
+    assert script.refused(script.run(lambda argv: (_ for _ in ()).throw(MemoryError)), "not enough memory")
+
+
+def test_bytes_that_are_no_text_end_no_script(tmp_path):
+    code = "import common; common.run(lambda: print(common.printable(input()), 'größer \u20ac \\x1b'))"
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    for encoding in ("latin-1", "ascii", "utf-8"):
+        environment["PYTHONIOENCODING"] = encoding
+        done = subprocess.run(
+            [sys.executable, "-c", code], input=b"caf\xe9 \xff\x1b]0;x\n", capture_output=True, cwd=ROOT,
+            env=environment, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0 and not done.stderr, (encoding, done)
+        assert b"\x1b]" not in done.stdout
+
+
+def test_free_memory_is_what_a_container_leaves(tmp_path, monkeypatch):
+    files = {
+        "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 1000000 kB\n",
+        "/proc/self/cgroup": "0::/a/b\n",
+        "/sys/fs/cgroup/a/b/memory.max": "max\n",
+        "/sys/fs/cgroup/a/memory.max": "250000\n",
+        "/sys/fs/cgroup/a/memory.current": "200000\n",
+        "/sys/fs/cgroup/a/memory.stat": "anon 5\ninactive_file 30000\n",
+    }
+    monkeypatch.setattr(threads, "text_of", lambda path: files.get(str(path), ""))
+    assert threads.free_memory() == 80000
+    files["/sys/fs/cgroup/a/memory.max"] = "max\n"
+    assert threads.free_memory() == 1024000000
+    files |= {"/proc/self/cgroup": "7:cpu:/x\n4:memory:/x\n"}
+    files |= {"/sys/fs/cgroup/memory/x/memory.limit_in_bytes": "5000\n"}
+    files |= {"/sys/fs/cgroup/memory/x/memory.usage_in_bytes": "9000\n"}
+    assert threads.free_memory() == 0
+    files.clear()
+    assert threads.free_memory() is None

@@ -717,3 +717,14 @@ def test_what_is_given_stands_before_the_question(seed, split):
     assert f" {value}." in told and told.rstrip().endswith(("?", "."))
     country = re.search(r"of (\w+)", told)[1]
     assert country in conversation[-1]["content"] and country in questions(conversation)[-1]
+
+
+def test_files_are_read_to_their_end_and_long_ones_are_kept(tmp_path):
+    """The rules for what we make ourselves are not for what the user has made."""
+    repeated = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    long = [{"role": "user", "content": "Tell me all."}, {"role": "assistant", "content": "word " * 2000}]
+    path = tmp_path / "own.jsonl"
+    rows = [repeated] * 1000 + [long]
+    path.write_text("".join(json.dumps({"messages": one}) + "\n" for one in rows))
+    kept = [mixture.draw(f"jsonl:{path}", 5, split=split)[0] for split in ("train", "test")]
+    assert long in kept[0] + kept[1]

@@ -652,3 +652,28 @@ def test_large_files_stream(here):
     assert float(done.stdout.split()[-2]) < 100, done.stdout
     kept = data.meta("out")["kept"]
     assert kept["train"]["bytes"] + kept["val"]["bytes"] == os.path.getsize("big.txt")
+
+
+def test_what_windows_and_linked_folders_have_is_read(here, tmp_path_factory):
+    (here / "in").mkdir()
+    (here / "in" / "A.TXT").write_bytes("Paris ist schön".encode("utf-16"))
+    (here / "in" / "b.Md").write_bytes("zwei".encode("utf-16-be").join([b"\xfe\xff", b""]))
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    write(elsewhere / "c.txt", "linked")
+    (here / "in" / "link").symlink_to(elsewhere)
+    (elsewhere / "around").symlink_to(here / "in")  # without end
+    assert prepare("in") == ["Paris ist schön", "linked", "zwei"]
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(here, monkeypatch):
+    write(here / "in/secret/a.txt", "no")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read everything
+    with pytest.raises(UserError, match="secret cannot be read: Permission denied; allow it"):
+        run("text in --out out")

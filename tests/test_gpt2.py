@@ -9,6 +9,7 @@ import math
 import os
 import tracemalloc
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -824,3 +825,21 @@ def test_a_vocabulary_grows_when_sft_begins(tmp_path):
     np.testing.assert_allclose(grown.logits(tokens)[..., :30], before.logits(tokens), atol=1e-6)
     grown.forward([[30, 38]], [[38, 31]])  # the new ones can be read and said
     assert GPT2.from_pretrained(tmp_path, vocab_size=20).config.vocab_size == 30  # it never shrinks
+
+
+def test_added_tokens_are_the_mean_also_of_a_bfloat16_checkpoint(tmp_path):
+    model = gpt2.GPT2(gpt2.GPT2Config(1, 1, 8, 8, 2000), seed=None)
+    model.set("wte.weight", np.full((2000, 8), 0.1005, np.float32))
+    model.save_pretrained(tmp_path)
+    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    tensors = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    grown = gpt2.GPT2.from_pretrained(tmp_path, vocab_size=2009).params["wte.weight"]
+    np.testing.assert_array_equal(grown[2000:], np.broadcast_to(grown[:1], (9, 8)))
+
+
+def test_weights_in_a_pickle_are_refused_with_the_way_out(tmp_path):
+    gpt2.GPT2(gpt2.GPT2Config(1, 1, 8, 8, 9)).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model.bin, a pickle.*save_pretrained"):
+        gpt2.GPT2.from_pretrained(tmp_path)

@@ -573,3 +573,24 @@ def test_the_command_line():
     assert script.refused(script.run(tasks.main, "sums"), "sums", "arithmetic")
     assert script.refused(script.run(tasks.main, "word", "--level", 9), "level 9")
     assert script.refused(script.run(tasks.main, "word", "--num", 0), "--num")
+
+
+@pytest.mark.parametrize(
+    "text, right",
+    [
+        ("Answer:\n9", 1),
+        ("So it is 9.\n#### 9", 1),
+        ("It is \\boxed{9}.", 1),
+        ("It is \\boxed{9} and not \\boxed{8}.", 0),
+        ("Answer: 8 #### 9", 0),  # a mark of GSM8K's begins a line
+        ("\\boxed{9", 0),
+        ("Answer:\n\n", 0),
+    ],
+)
+def test_an_answer_may_be_marked_as_others_mark_it(text, right):
+    assert tasks.Problem("word", "How many?", "", "9").verify(text) == right
+
+
+def test_a_minus_of_typesetters_is_a_minus():
+    problem = tasks.Problem("arithmetic", "What is 2 - 5?", "", "-3")
+    assert problem.verify("Answer: \u22123") == 1 and problem.verify("Answer: 3") == 0

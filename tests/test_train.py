@@ -1121,6 +1121,11 @@ def test_a_checkpoint_of_another_shape_is_refused(shards, tmp_path, whole):
     model.save_pretrained(tmp_path / "other")
     other = go(*new, "--init-from", tmp_path / "other")
     assert script.refused(other, "300 tokens", str(Tokenizer.bytes().vocab_size), "--data")
+    copy = shutil.copytree(whole / "step_000020", tmp_path / "copy")  # as many tokens, but other ones
+    tokenizer = Tokenizer("bpe", {bytes([byte]): 255 - byte for byte in reversed(range(256))})
+    tokenizer.save(copy)
+    other = go(*new, "--init-from", copy)
+    assert script.refused(other, "another vocabulary", f"data.py --tokenizer {copy / 'tokenizer.json'}")
     assert script.tree(whole) == before and not (tmp_path / "new").exists()
 
 
