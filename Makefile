@@ -3,8 +3,8 @@ PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=
 
-# What to train: tiny on a laptop. On a machine with a GPU train.py looks at the cards and the disk, and if it finds
-# that they are enough for a larger model, runs/model keeps which. MODEL=d12 asks for one.
+# What to train: tiny on a laptop. On a machine with a GPU train.py looks at the cards and the disk and chooses.
+# MODEL=d12 asks for a larger model; once its training begins, runs/model keeps which it is for the other targets.
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 MODEL ?= $(if $(wildcard runs/model),$(shell cat runs/model))
 ifeq ($(MODEL)$(GPU),)
@@ -12,9 +12,10 @@ MODEL := tiny
 endif
 DATA ?= fineweb
 RUN ?= runs/$(if $(filter-out tiny,$(MODEL)),$(MODEL),factbook)
-SFT ?= runs/sft
-RL ?= runs/rl
-RLHF ?= runs/rlhf
+SIZE := $(patsubst %,-%,$(filter-out tiny,$(MODEL)))
+SFT ?= runs/sft$(SIZE)
+RL ?= runs/rl$(SIZE)
+RLHF ?= runs/rlhf$(SIZE)
 SEED ?= 42
 # What the first assistant learns from: the facts above all, since the second is taught only those that it
 # knows; and what every other skill is made of, to copy and to calculate.
@@ -33,10 +34,10 @@ help:
 	@echo "              with a GPU: download FineWeb and train GPT-2 on it. MODEL=tiny, d12, d24 says which,"
 	@echo "              DATA=fineweb-edu takes pages that teach something"
 	@echo "make sample   let it write:  make sample ARGS='--prompt \"Capital:\" --num-samples 3'"
-	@echo "make sft      make an assistant of it, with tools (8 to 15 minutes), and evaluate it"
+	@echo "make sft      make an assistant of it, with tools (8 to 26 minutes), and evaluate it"
 	@echo "make chat     talk to the assistant; make chat-web: in the browser"
-	@echo "make rl       let it practise problems whose answers can be checked (3 to 5 minutes)"
-	@echo "make rlhf     let it learn to please a reward model, and to fool it (6 to 10 minutes)"
+	@echo "make rl       let it practise problems whose answers can be checked (3 to 8 minutes)"
+	@echo "make rlhf     let it learn to please a reward model, and to fool it (6 to 12 minutes)"
 	@echo "make plot     draw its loss and learning rate"
 	@echo "make figures  draw the figures of the README from the runs of these"
 	@echo "make test     lint, and run all tests"
@@ -91,11 +92,11 @@ train: .venv/ready
 	if [ $$status = 69 ]; then echo "training the tiny model on the World Factbook instead"; \
 	  exec $(MAKE) --no-print-directory train MODEL=tiny; fi; \
 	[ $$status = 0 ] || exit $$status; \
+	mkdir -p runs && echo $(MODEL) >runs/model; \
 	exec $(PY) train.py --model $(MODEL) --data shards/$(DATA) --out $(RUN) $(if $(wildcard $(RUN)/step_*),--resume) $(ARGS)
 else
 train: .venv/ready
-	@model=$$($(PY) train.py --choose) && mkdir -p runs && { [ $$model = tiny ] || echo $$model >runs/model; } && \
-	  exec $(MAKE) --no-print-directory train MODEL=$$model
+	@model=$$($(PY) train.py --choose) && exec $(MAKE) --no-print-directory train MODEL=$$model
 endif
 
 sample: .venv/ready

@@ -220,7 +220,7 @@ class Progress:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files that are whole or not there, and pinned packages, fetched once
+# Files that are whole or not there
 
 
 def write_whole(path, content):
@@ -291,8 +291,10 @@ SHARED_FLAGS = {
     "resume": dict(action="store_true", help="go on from the newest checkpoint of RUN, with its flags"),
     "batch-tokens": dict(type=number(int, low=1), help="tokens of a micro-batch at most, padding included"),
     "lr": dict(type=number(float, above=0), help="highest learning rate"),
-    "warmup-steps": dict(type=number(int, low=0), help="steps in which it rises to that"),
-    "final-lr": dict(type=number(float, 0, 1), default=0.0, help="rate at the end, as a share of that"),
+    "warmup-steps": dict(type=number(int, low=0), help="steps of linear warm-up to --lr"),
+    "final-lr": dict(
+        type=number(float, 0, 1), default=0.0, help="learning rate at the end, as a part of --lr"
+    ),
     "weight-decay": dict(type=number(float, low=0), default=0.1, help="on matrices and embeddings"),
     "grad-clip": dict(type=number(float, above=0), default=1.0, help="largest norm of the gradient"),
     "save-every": dict(
@@ -365,10 +367,7 @@ def checkpoints(run):
 
 
 def newest_checkpoint(directory):
-    """The directory itself if it is a checkpoint, else the newest of the run; UserError if there is none.
-
-    The name of a model on the hub is a checkpoint, too: see from_hub().
-    """
+    """The directory itself if it is a checkpoint, else the newest of the run; UserError if there is none."""
     directory = Path(directory)
     if (directory / "config.json").is_file():
         return directory
@@ -470,6 +469,9 @@ class Run:
         if "steps" in flags:
             self._require_steps_left(flags.steps, "--steps")
 
+        self.ranks = getattr(
+            flags, "ranks", None
+        )  # as given, None if it follows from the machine: it may be another one
         self.z = getattr(flags, "outlier_z", 0.0)
         self.since = 0  # the first step that others are compared with
         self.skipped_in_a_row = 0
@@ -666,7 +668,8 @@ class Run:
         self.flush()
         self.optimizer.collect()
         if self.is_first:
-            state = dict(skipped=self.skipped, losses=self.losses, norms=self.norms, flags=vars(self.flags))
+            state = dict(skipped=self.skipped, losses=self.losses, norms=self.norms)
+            state["flags"] = {**vars(self.flags), "ranks": self.ranks}
             if self.stage:
                 state["stage"] = self.stage
             state.update(self.also_saved)

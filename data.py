@@ -9,7 +9,7 @@
 The file follows the text on its way, a section for every step. main() reads all documents twice, one at a
 time, so that your files are never whole in memory: first to draw the split and to learn a vocabulary, then to
 tokenize. The last section, which downloads FineWeb, can be skipped, and so can tasks/countries.py, which
-cleans the Factbook's HTML. Read tokenizer.py before this file and train.py after it.
+cleans the Factbook's HTML. Read tokenizer.py before this file.
 """
 
 import fcntl
@@ -340,7 +340,10 @@ class LateShard:
         will_come = True
         while not self.path.exists():
             if world.asked_to_stop:
-                common.say(f"stopped while waiting for {self.path.name}; the last checkpoint stands")
+                common.say_why(
+                    f"stopped while waiting for {self.path.name}; the last checkpoint stands, go on with "
+                    "--resume"
+                )
                 raise SystemExit(128 + world.asked_to_stop)
             if not will_come:
                 raise UserError(
@@ -360,7 +363,7 @@ class LateShard:
 
 def parser():
     number = common.number
-    flags = common.Parser(prog="data.py", description=__doc__.split("\n\n")[0])
+    flags = common.Parser(prog="data.py", description="\n\n".join(__doc__.split("\n\n")[:2]))
     add = flags.add_argument_group("what to read").add_argument
     words = "where the text comes from"
     sources = ("factbook", "text", "shakespeare", *HUB)
@@ -387,7 +390,7 @@ def parser():
         help="draws the split; order of downloads",
     )
     add = flags.add_argument_group("download, for fineweb and fineweb-edu").add_argument
-    words = f"training shards of 100 million tokens; as many as --out has, or {SHARDS}"
+    words = f"training shards of 100 million tokens, 0.2 GB each; as many as --out has, or {SHARDS}"
     add("--shards", type=number(int, low=1), metavar="N", help=words)
     add("--all", action="store_true", help="wait for all shards, and leave none to the background")
     add = flags.add_argument_group("output").add_argument

@@ -17,8 +17,8 @@ The few calls of NCCL (the class Nccl) have run with one rank on an H200, and wi
 alone: never on two GPUs.
 
 A script starts its ranks itself, on one machine. torchrun, mpirun and srun start them on one or on several;
-then the launcher's environment variables say which rank a process is, and where rank 0 listens. Read gpt2.py
-before this file and train.py after it.
+then the launcher's environment variables say which rank a process is, and where rank 0 listens. Read train.py
+before this file.
 """
 
 import atexit
@@ -111,7 +111,7 @@ def choose_ranks(wanted, n_params, device, rows):
         divisors = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
         raise UserError(f"--ranks {ranks} does not divide the {rows} rows of an update; {divisors} do")
     if gpus and ranks > gpus and not launched:
-        raise UserError(f"--ranks {ranks} are more than the GPUs here, {gpus}; every rank needs one")
+        raise UserError(f"--ranks {ranks} are more than the GPUs here; give --ranks {gpus} or fewer")
     return ranks
 
 
@@ -128,7 +128,7 @@ def start(size, script, argv):
     launched = "RANK" in os.environ
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", size))
     if world_size != size:
-        remedy = "leave --ranks out, or unset RANK and WORLD_SIZE"
+        remedy = f"give --ranks {world_size}, or unset RANK and WORLD_SIZE"
         raise UserError(f"--ranks {size}, but WORLD_SIZE is {world_size} here; {remedy}")
     if size == 1:
         return World(0, 1)
@@ -356,12 +356,12 @@ class World:
             return [value]
         mine = [self.asked_to_stop, value]
         if self.rank == 0:
-            everyone = [mine] + [self._heard(rank) for rank in range(1, self.size)]
+            everyone = [mine] + [self._receive_from(rank) for rank in range(1, self.size)]
             for rank in range(1, self.size):
-                self._tell(rank, everyone)
+                self._send_to(rank, everyone)
         else:
-            self._tell(0, mine)
-            everyone = self._heard(0)
+            self._send_to(0, mine)
+            everyone = self._receive_from(0)
         self.stop = max(asked for asked, _ in everyone)
         return [value for _, value in everyone]
 
@@ -369,23 +369,23 @@ class World:
         """Wait until every rank is here."""
         self.gather(None)
 
-    def _tell(self, rank, value):
+    def _send_to(self, rank, value):
         try:
             _send(self.sockets[max(0, rank - 1)], value)
         except OSError:
-            self._end_with_the_other()
+            self._abort()
 
-    def _heard(self, rank):
+    def _receive_from(self, rank):
         """What another rank sends: its part of an exchange."""
         connection = self.sockets[max(0, rank - 1)]
         try:
             return _receive(connection)
         except TimeoutError:
-            self._end_all(
+            self._abort_all(
                 f"rank {rank} hangs: nothing came from it for {connection.gettimeout():.0f} seconds"
             )
         except OSError:
-            self._end_with_the_other()
+            self._abort()
 
     # -- sums and shares -----------------------------------------------------------------------------------
 
@@ -486,12 +486,12 @@ class World:
                 if self.closing:  # close() has killed a rank that did not end by itself
                     return
                 killed = self.lifelines.index(lifeline) + 1 if self.rank == 0 else 0
-                self._end_all(f"rank {killed} was killed")
+                self._abort_all(f"rank {killed} was killed")
         if self.rank > 0:
             time.sleep(30)
             os._exit(1)  # rank 0 has ended, and this one hangs
 
-    def _end_all(self, why):
+    def _abort_all(self, why):
         """End all ranks at once. Nothing is saved, since an update may be half done."""
         say_why(f"error: {why}; the last checkpoint stands, go on with --resume")
         for lifeline in self.lifelines:
@@ -503,7 +503,7 @@ class World:
             process.kill()
         os._exit(1)
 
-    def _end_with_the_other(self):
+    def _abort(self):
         """End, because the other process has: it said why, or it was killed and _watch() says so."""
         self.other_ended.wait(2)
         raise SystemExit(1)

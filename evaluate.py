@@ -41,8 +41,8 @@ BARS = {  # what an assistant should reach: {skill: {measure: (at least, at most
     "calculator": {"called": (0.9, 1), "copied": (0.95, 1)},
     "counting": {"right": (0.8, 1)},
     "spelling": {"right": (0.8, 1)},
-    "stated facts": {"right": (0.7, 1)},
-    "asked at": {"turn_1": (0.85, 1), "turn_2": (0.8, 1), "turn_3": (0.8, 1), "turn_5": (0.8, 1)},
+    "given facts": {"right": (0.7, 1)},
+    "by turn": {"turn_1": (0.85, 1), "turn_2": (0.8, 1), "turn_3": (0.8, 1), "turn_5": (0.8, 1)},
 }
 NAME = "Handmade"  # what the assistant should call itself
 ROWS = 64  # prompts in a batch
@@ -169,8 +169,8 @@ def evaluate(model, tokenizer, known=None, n=100, seed=0, world=ALONE):
     for task in ("counting", "spelling"):
         asked = list(itertools.islice(problems(task, split="test", seed=seed), n))
         results[task] = dict(n=n, right=mean(solved(answers, asked, [p.prompt for p in asked])))
-    results["stated facts"] = stated_facts(reply, rng, n)
-    results["asked at"] = asked_at_turn(reply, rng, n, seed)
+    results["given facts"] = given_facts(reply, rng, n)
+    results["by turn"] = by_turn(reply, rng, n, seed)
     for task in ("arithmetic", "word"):
         for level in TASKS[task]:
             results[f"{task}, level {level}"] = worked_problems(answers, task, level, n, seed)
@@ -243,7 +243,7 @@ def calculator(answers, rng, n):
     return dict(n=n, called=n_called / n, copied=n_copied / max(n_called, 1), right=n_right / n)
 
 
-def stated_facts(reply, rng, n):
+def given_facts(reply, rng, n):
     """Facts about made-up countries that stand in the prompt, before the question or in a turn before it."""
     conversations = []
     while len(conversations) < n:
@@ -255,10 +255,10 @@ def stated_facts(reply, rng, n):
     return dict(n=n, right=mean(has_words(plain(text_of(r)), plain(v)) for r, v in zip(replies, values)))
 
 
-def asked_at_turn(reply, rng, n, seed):
-    """Sums, counting and its name, asked at once or after one, two or four questions about something else.
+def by_turn(reply, rng, n, seed):
+    """Sums, counting and its name, asked at turns 1, 2, 3 and 5 of a chat.
 
-    The turns before have held-out phrasings and facts, too, and the assistant's own answers.
+    The turns before are questions of every kind, in held-out phrasings, with the assistant's own answers.
     """
     streams = {task: problems(task, split="test", seed=seed + 1) for task in ("counting", "spelling")}
     measures, conversations = {"n": n}, [[] for _ in range(n)]

@@ -140,9 +140,9 @@ class GPT2:
     def _forward(self, tokens, targets, weights, rows, places):
         """What forward() computes, and a GPU records.
 
-        The n tokens that have a weight are the `rows` (n,) of the N = B T tokens, and targets and weights are
-        theirs, (n,) each. places (N,) says which of the n a token is, and n if it is none. rows and places
-        are None where every token has a weight.
+        rows (n,) are the indices of the n tokens that have a weight, among the N = B T; targets and weights
+        (n,) are theirs. places (N,) is the inverse: for each token its index among the n, or n, which is a
+        row of zeros, if it has no weight. Both are None where every token has a weight.
         """
         ops, C, V, (B, T) = self.ops, self.config.n_embd, self.config.vocab_size, tokens.shape
         a = self._activations("training", B, T, self.config.n_layer, backward=True)
@@ -153,6 +153,8 @@ class GPT2:
             ops.take_rows(x, a.ln_f.reshape(-1, C), rows)  # (n, C)
 
         losses = self._buffer("losses", (len(x),), self.exact)
+        # The classifier's part of dwte has a buffer of its own until backward() adds it, so that a forward
+        # pass without a backward pass changes no gradient.
         if self.dwte_head is None:
             self.dwte_head = ops.empty(self.wte.shape, self.exact)
         self.dwte_head.fill(0)
@@ -197,7 +199,7 @@ class GPT2:
         a.dx (B, T, C) is the gradient of the residual stream: each layernorm_backward adds to it.
         """
         a, ops = self._activations("training", *tokens.shape, self.config.n_layer, backward=True), self.ops
-        ops.residual_forward(self.dwte, self.dwte, self.dwte_head)
+        ops.residual_forward(self.dwte, self.dwte, self.dwte_head)  # (Vp, C) an addition: dwte += dwte_head
         inputs = [a.embedded] + [s.out for s in a.layers]  # of each layer, and of ln_f
         a.dx.fill(0)
         w, dw, db = self._gradients("ln_f")
@@ -274,7 +276,9 @@ class GPT2:
                 f"the model's context is {self.config.n_positions}"
             )
         last = np.arange(B, dtype=np.int32) * T + lengths - 1  # (B,) rows of the B T
-        empty_cache = T > 1 and not cache.lengths.any()  # a decode step is the same, however full the cache
+        empty_cache = (
+            T > 1 and not cache.lengths.any()
+        )  # False for decode steps: one recording for all of them
         arguments = tokens, cache.lengths, last, cache.keys, cache.values, empty_cache
         ops.replay(self.recordings, self._decode, *arguments, overlap=T == 1)
         cache.lengths = cache.lengths + lengths
@@ -378,8 +382,9 @@ class GPT2:
                 self.set(name, np.ones(shape, np.float32))
                 continue
             value = rng.standard_normal(shape, np.float32)
-            value *= 0.02 / (2 * self.config.n_layer) ** (0.5 if name.endswith("c_proj.weight") else 0)
-            self.set(name, value)
+            into_the_stream = name.endswith("c_proj.weight")
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if into_the_stream else 0.02
+            self.set(name, std * value)
 
     def set(self, name, value):
         """Give a parameter the values of a NumPy array of its shape."""
@@ -621,10 +626,10 @@ class AdamW:
         copy = None if model.type == model.exact else self._own(model.flat_params)
         n = len(arrays[0])
         decayed = min(max(model.n_decayed - self.part.start, 0), n)
-        for some, decay in ((slice(0, decayed), weight_decay), (slice(decayed, n), 0.0)):
-            if some.start < some.stop:
-                copied = None if copy is None else copy[some]
-                ops.adamw(*[a[some] for a in arrays], self.plan, *betas, eps, decay, copied)
+        for elements, decay in ((slice(0, decayed), weight_decay), (slice(decayed, n), 0.0)):
+            if elements.start < elements.stop:
+                copied = None if copy is None else copy[elements]
+                ops.adamw(*[a[elements] for a in arrays], self.plan, *betas, eps, decay, copied)
 
     def _own(self, array):
         """This rank's part of a flat buffer; all of one that is no longer than that (with zero)."""

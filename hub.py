@@ -207,7 +207,7 @@ def _fetch_file(client, url, path, wanted):
         if size_of(part) > wanted["bytes"]:
             part.unlink()
         _append(client, url, part, wanted["bytes"])
-        if size_of(part) == wanted["bytes"] and checksum(part, wanted["checksum"]):
+        if size_of(part) == wanted["bytes"] and has_checksum(part, wanted["checksum"]):
             os.replace(part, path)
             return
         part.unlink()
@@ -237,7 +237,7 @@ def _append(client, url, part, n_bytes):
             return
 
 
-def checksum(path, wanted):
+def has_checksum(path, wanted):
     """Whether a file has this checksum: a sha256, or git's sha1 for small files, as the hub has them."""
     if len(wanted) == 64:
         return sha256(path) == wanted

@@ -32,7 +32,7 @@ import hub
 import kernels
 from common import Run, UserError, add_shared_flags, number, write_whole
 from sample import load_assistant
-from sft import ON_GPU, config_of, micro_batches, share, size_of
+from sft import ON_GPU, config_of, micro_batches, recipe_name, share
 from tasks.conversations import turns
 from tasks.problems import Problem, problems
 from tokenizer import text_of, transcript, visible
@@ -79,7 +79,7 @@ def train(flags, checkpoint, argv, reward=verified, score=None, script=__file__,
     """
     run = Run(command, flags, checkpoint, stage="rl")
     config = config_of(flags, checkpoint)
-    device, flags.dtype = kernels.choose(flags.device, flags.dtype, on_gpu=ON_GPU[size_of(config)])
+    device, flags.dtype = kernels.choose(flags.device, flags.dtype, on_gpu=ON_GPU[recipe_name(config)])
     flags.ranks = distributed.choose_ranks(flags.ranks, config.n_params(), device, flags.prompts)
     world = distributed.start(flags.ranks, script, argv)
 
@@ -210,7 +210,7 @@ def collect(model, tokenizer, stream, step, flags, reward, world):
         for rollout, value in zip(rollouts, reward(rollouts)):
             rollout.reward = float(value)
         for group in new_groups:
-            kept += choose(group, flags.method, flags.std)
+            kept += set_advantages(group, flags.method, flags.std)
         groups += new_groups
         n_with_signal = sum(has_signal(group) for group in groups)
         if n_with_signal == flags.prompts:
@@ -222,7 +222,7 @@ def collect(model, tokenizer, stream, step, flags, reward, world):
 # Advantages and weights: the policy gradient
 
 
-def choose(group, method, std=False):
+def set_advantages(group, method, std=False):
     """Set the advantages of a group's rollouts; return those to learn from, none if the group has no signal.
 
     grpo takes all, unless all are equally good. best-of imitates the best right one, of equals the shortest.
@@ -528,7 +528,7 @@ def parse(argv):
         if "what" in before or before.get("reward") == "model":  # its reward is not the verifier's
             command = f"python -m extras.rlhf {before.get('what', 'policy')}"
             raise UserError(f"{flags.out} is a run of RLHF; go on with: {command} --out {flags.out} --resume")
-    use_recipe(flags, RECIPES[size_of(config_of(flags, checkpoint))])
+    use_recipe(flags, RECIPES[recipe_name(config_of(flags, checkpoint))])
     check_flags(flags, checkpoint)
     return flags, checkpoint
 

@@ -13,6 +13,7 @@ tokenizer.py first, rl.py next; tasks/conversations.py makes the conversations.
 """
 
 import functools
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -24,7 +25,7 @@ import gpt2
 import hub
 import kernels
 from common import Run, UserError, add_shared_flags, count, number
-from tasks.conversations import DEFAULT, draw, draw_chats
+from tasks.conversations import DEFAULT, draw_chats
 from tokenizer import Tokenizer
 from train import describe_recipes, learning_rate, use_recipe
 
@@ -41,7 +42,7 @@ def main(argv=None):
     # The other ranks, which read the conversations at the same time
     source = checkpoint or hub.find_checkpoint(flags.init_from)
     config = gpt2.read_config(source)
-    device, flags.dtype = kernels.choose(flags.device, flags.dtype, on_gpu=ON_GPU[size_of(config)])
+    device, flags.dtype = kernels.choose(flags.device, flags.dtype, on_gpu=ON_GPU[recipe_name(config)])
     flags.ranks = distributed.choose_ranks(flags.ranks, config.n_params(), device, flags.batch_size)
     world = distributed.start(flags.ranks, __file__, argv)
 
@@ -96,9 +97,7 @@ def load_conversations(flags, tokenizer, n_positions):
     if flags.known:
         spec += f",unknown:{flags.known}={UNKNOWN}"
     longest, dropped = n_positions + 1, Counter()  # the last token is a target and no input
-
-    def length(turns):
-        return len(tokenizer.render(turns)[0]) - 1  # without the token that begins a document
+    length = functools.partial(n_tokens, tokenizer)
 
     def drawn(n, split, dropped):
         return draw_chats(spec, n, dropped, flags.seed, split, flags.skip_bad, length, longest - 1)
@@ -110,6 +109,11 @@ def load_conversations(flags, tokenizer, n_positions):
             f"{len(rows)} conversations are fewer than --batch-size {flags.batch_size}; give more"
         )
     return rows, held_out, {**dropped, **shortened}
+
+
+def n_tokens(tokenizer, turns):
+    """How many tokens some turns are, without the one that begins a document."""
+    return len(tokenizer.render(turns)[0]) - 1
 
 
 def prepare(tokenizer, conversations, longest):
@@ -194,7 +198,7 @@ def micro_batches(rows, most_tokens, n_positions):
 
     Rows are taken by length, the longest first. A micro-batch ends where it is full, or where the padding
     that all shorter rows would need from here on costs more than one more pass. (The best cuts, which dynamic
-    programming finds, would save 5% of the work on batches of 16 of the default mixture.)
+    programming finds, would save 5% of the work on batches of 16 single conversations.)
     """
     rows = sorted((row for row in rows if np.any(row[1][1:])), key=row_length, reverse=True)
     lengths = [min(-(-(row_length(row) - 1) // 8) * 8, n_positions) for row in rows]  # multiples of 8
@@ -254,8 +258,10 @@ def print_plan(run, rows, left_out):
 def show(flags):
     """Print --show conversations as one flat stream; the targets are bright, or stand between brackets."""
     tokenizer = Tokenizer.load(hub.find_checkpoint(flags.init_from)).with_chat_tokens()
-    conversations, _ = draw(flags.data, flags.show, flags.seed, skip_bad=flags.skip_bad)
-    for conversation in conversations:
+    length, longest = functools.partial(n_tokens, tokenizer), config_of(flags, None).n_positions
+    n = 6 * flags.show  # as a chat may be of six
+    chats = draw_chats(flags.data, n, Counter(), flags.seed, "train", flags.skip_bad, length, longest)
+    for conversation in itertools.islice(chats, flags.show):
         tokens, mask = tokenizer.render(conversation)
         print(f"{marked(tokenizer, tokens, mask)}\n({len(tokens)} tokens, {sum(mask)} of them targets)\n")
 
@@ -335,7 +341,7 @@ def parser():
 def parse(argv):
     """The flags, with the recipe's values where none are given, and the checkpoint to go on from or None."""
     flags, checkpoint = common.parse_run(parser(), argv)
-    use_recipe(flags, RECIPES[size_of(config_of(flags, checkpoint))])
+    use_recipe(flags, RECIPES[recipe_name(config_of(flags, checkpoint))])
     return flags, checkpoint
 
 
@@ -344,7 +350,7 @@ def config_of(flags, checkpoint):
     return gpt2.read_config(checkpoint or hub.find_checkpoint(flags.init_from))
 
 
-def size_of(config):
+def recipe_name(config):
     """The name of the recipe for a model of this size."""
     return "tiny" if config.n_params() <= distributed.SMALL else "d12"
 

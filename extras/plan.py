@@ -149,7 +149,7 @@ def show(flags):
     print(f"          forward and backward {plan.passes * 1e3:.0f} ms, update {plan.update * 1e3:.1f} ms,")
     print(f"          sums over GPUs {plan.sums * 1e3:.1f} ms for {size(int(plan.sent))} that each sends")
     print(f"run       {duration(seconds)}{dollars}")
-    print(f"others    {train.published(flags, 'fineweb' if name == 'factbook' else name)}")
+    print(f"published {train.published(flags, 'fineweb' if name == 'factbook' else name)}")
     if published:
         print(f"          llm.c published {published} ms a step on 8 x {card}")
     if card != "H200":

@@ -79,7 +79,8 @@ def _needing(what):
         free, total = DEVICE.mem_info
         raise UserError(
             f"the GPU's memory is full: {what} needed, {size(free)} of {size(total)} are free; lower "
-            "--batch-size, use --recompute or --dtype bfloat16, or choose a smaller --model"
+            "--batch-size or use --recompute (train.py), lower --batch-tokens (sft.py, rl.py) or "
+            "--num-samples (sample.py), or take a smaller model"
         ) from None
 
 
@@ -252,8 +253,9 @@ def replay(recordings, function, *arguments, overlap=False):
     uses and that is no argument. The function may launch kernels and fill arrays that it overwrites; it may
     neither wait nor, after its first call, allocate.
 
-    With overlap a recorded kernel may begin before the one before it has ended, if it is launched with
-    overlap=True, too: launch(). Then the function only launches kernels, and writes no parameters.
+    With overlap, a kernel that is launched with overlap=True, too, may begin before the one before it has
+    ended. The function must then launch kernels only, and none of them may write parameters, which the next
+    kernel may be reading already.
     """
     arrays = [x for x in arguments if isinstance(x, np.ndarray)]
     key = function.__name__, *map(_identity, arguments)
@@ -270,7 +272,7 @@ def replay(recordings, function, *arguments, overlap=False):
     if arrays:
         _upload(recording.buffer, arrays)
     if RECORD and recording.ran:
-        with _needing("some more for a recording is"):
+        with _needing("memory for a recording is"):
             if recording.graph is None or recording.workspace is not _scratch.buffer:  # which has grown
                 recording.graph = _recorded(function, recording.inputs, overlap)
                 recording.workspace = _scratch.buffer
@@ -492,7 +494,7 @@ def load(file, kernel, shared=0):
         raise UserError(f"kernels/{file}.cu: {needs}, {has}; use a GPU of sm_80 or newer, or --device cpu")
     try:
         code = (HERE / f"{file}.cu").read_text()
-        with _needing(f"some more to load kernels/{file}.cu is"):
+        with _needing(f"memory to load kernels/{file}.cu is"):
             module = xp.RawModule(code=code, options=_options(file), name_expressions=[kernel])
             function = module.get_function(kernel)
     except xp.cuda.compiler.CompileException as error:
@@ -523,7 +525,7 @@ def launch(file, kernel, grid, block, *arguments, shared=0, overlap=False):
         _planned[file, kernel] = shared
         return
     function = load(file, kernel, shared)
-    with _needing(f"some more to run {kernel} is"):
+    with _needing(f"memory to run {kernel} is"):
         if overlap and _overlapping:
             _launch_overlapping(function, grid, block, arguments, shared)
         else:

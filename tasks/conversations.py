@@ -5,7 +5,8 @@
     python -m tasks.conversations smoltalk:hub                                some of a set of the hub
 
 A reader of the course can skip this file. The one thing to know: draw() returns n conversations, which are
-lists of {"role": ..., "content": ...}; the same seed draws the same ones. None is a duplicate or contradicts
+lists of {"role": ..., "content": ...}, and draw_chats() joins ours to the chats that sft.py trains on; the
+same seed draws the same ones. None is a duplicate or contradicts
 another, and none that trains asks a question of the evaluation.
 
 A small model learns what is short, regular and can be copied. So a call of a tool repeats the tokens of the
@@ -90,7 +91,7 @@ CALCULATED = 0.2  # share of the problems in "tasks" and "stories" that the calc
 LONGEST = 5000  # characters of a conversation as JSON; sft.py shortens what its model has no room for
 PATIENCE = 300  # conversations dropped in a row after which a source has nothing new to give
 PAGE = 60  # conversations on a page of a workbook
-PARTS = (6, 3, 3, 3, 2, 1)  # of 18 chats so many are of one conversation, of two, ... of six
+CHAT_LENGTHS = (6, 3, 3, 3, 2, 1)  # of 18 chats so many have one conversation, two, ... six
 
 # ------------------------------------------------------------------------------------------------------------
 # Turns and calls of tools
@@ -186,12 +187,14 @@ def not_known(rng, split):
 def given(rng, split):
     """A question about a made-up country, whose answer stands before it: "Capital of Ostlu: Kova. ..."."""
     country = made_up(rng, split) + phrase(rng, split, "country's end")
-    rows = rng.sample([row for row in texts("field") if row["field"] in STATED], rng.choice((1, 1, 2, 2, 3)))
+    rows = rng.sample(
+        [row for row in texts("field") if row["field"] in GIVEN_VALUES], rng.choice((1, 1, 2, 2, 3))
+    )
     if plain(country) in country_names():
         return None
     statements, questions = [], []
     for row in rows:
-        value = STATED[row["field"]](rng, split)
+        value = GIVEN_VALUES[row["field"]](rng, split)
         forms = country_forms(country) | {"value": value}
         title = row["field"].capitalize()
         statements.append(rng.choice((f"{title} of {country}: {value}.", row["answer"].format(**forms))))
@@ -221,7 +224,7 @@ def made_up_area(rng, split):
     return f"{rng.randint(1, 999)},{rng.randint(0, 999):03} sq km"
 
 
-STATED = {
+GIVEN_VALUES = {
     "capital": made_up,
     "currency": made_up,
     "language": made_up,
@@ -648,8 +651,9 @@ def draw_chats(spec, n, dropped, seed, split, skip_bad, length, longest):
     """Yield the conversations that draw_each() draws, those of our own sources joined to longer ones.
 
     People ask about one thing and then about another, so every skill must be learned at every turn and after
-    turns of every kind. A chat is one to six conversations with the same system message, in random order. By
-    length(turns), which counts tokens, it has at most `longest` if it is made of more than one.
+    turns of every kind. A chat is one to six conversations with the same system message, in random order. One
+    of several conversations has at most `longest` tokens, counted by length(turns). Other people's
+    conversations come first, as they are.
     """
     ours, rng = [], random.Random(f"{seed} {split} chats")
     for name, conversation in draw_each(spec, n, dropped, seed, split, skip_bad):
@@ -658,21 +662,23 @@ def draw_chats(spec, n, dropped, seed, split, skip_bad, length, longest):
         else:
             yield conversation
     rng.shuffle(ours)
-    growing = {}  # {system message: [chat, its tokens, how many conversations it still wants]}
+    open_chats = {}  # {system message: (chat, its tokens, conversations still to add)}
     for conversation in ours:
-        turns_before = 1 if conversation[0]["role"] == "system" else 0
-        system, turns = conversation[:turns_before], conversation[turns_before:]
-        key, n_tokens = json.dumps(system), length(turns)
-        chat, n_before, n_wanted = growing.pop(key, (system, length(system), 0))
-        if n_wanted and n_before + n_tokens > longest:
+        n_system = 1 if conversation[0]["role"] == "system" else 0
+        system, rest = conversation[:n_system], conversation[n_system:]
+        key, n_tokens = json.dumps(system), length(rest)
+        chat, n_before, n_to_add = open_chats.pop(key, (system, length(system), 0))
+        if n_to_add and n_before + n_tokens > longest:  # no room: this chat ends here
             yield chat
-            chat, n_before, n_wanted = system, length(system), 0
-        n_wanted = n_wanted - 1 if n_wanted else rng.choices(range(6), PARTS)[0]
-        if n_wanted:
-            growing[key] = chat + turns, n_before + n_tokens, n_wanted
+            chat, n_before, n_to_add = system, length(system), 0
+        if n_to_add == 0:  # a new chat: draw how many conversations it gets
+            n_to_add = rng.choices(range(1, 7), CHAT_LENGTHS)[0]
+        chat, n_to_add = chat + rest, n_to_add - 1
+        if n_to_add:
+            open_chats[key] = chat, n_before + n_tokens, n_to_add
         else:
-            yield chat + turns
-    for chat, _, _ in growing.values():
+            yield chat
+    for chat, _, _ in open_chats.values():
         yield chat
 
 

@@ -471,7 +471,7 @@ def test_ranks_that_do_not_fit_are_refused(monkeypatch):
         distributed.choose_ranks(4, 1, "cpu", 6)
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setattr(distributed, "gpu_count", lambda: 2)
-    with pytest.raises(UserError, match="--ranks 3 are more than the GPUs here, 2"):
+    with pytest.raises(UserError, match="--ranks 3 are more than the GPUs here; give --ranks 2 or fewer"):
         distributed.choose_ranks(3, 1, "cuda", 6)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert distributed.start(1, "script.py", []).size == 1

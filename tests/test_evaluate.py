@@ -85,7 +85,7 @@ def test_who_never_knows_is_right_about_nothing(sit):
     assert results["invented names"] == dict(n=12, refused=1)
     assert results["search"] == dict(n=12, searched=0, right=0)
     assert results["calculator"] == dict(n=12, called=0, copied=0, right=0)
-    for name in ("counting", "spelling", "stated facts", "asked at", "arithmetic, level 2", "word, level 1"):
+    for name in ("counting", "spelling", "given facts", "by turn", "arithmetic, level 2", "word, level 1"):
         assert all(value == 0 for what, value in results[name].items() if what != "n")
 
 
@@ -102,7 +102,7 @@ def test_who_reads_the_prompt_knows_what_is_stated_there(sit):
         return said(" ".join(str(turn["content"]) for turn in conversation if turn["role"] == "user"))
 
     results = sit(read)
-    assert results["stated facts"] == dict(n=12, right=1)
+    assert results["given facts"] == dict(n=12, right=1)
 
 
 def test_what_is_asked_later_is_asked_after_answers_of_its_own(sit):
@@ -121,7 +121,7 @@ def test_what_is_asked_later_is_asked_after_answers_of_its_own(sit):
         asked = re.search(r"how many (\w)", content.lower())
         return said(f"Handmade. Answer: {asked and 'who knows'}")
 
-    row = sit(forgetful)["asked at"]
+    row = sit(forgetful)["by turn"]
     assert row["n"] == 12 and row["turn_1"] >= 8 / 12 and row["turn_2"] == row["turn_3"] == row["turn_5"] == 0
     assert n_users == {1, 2, 3, 4, 5}
 

@@ -95,6 +95,8 @@ def test_with_a_gpu_train_py_chooses_and_the_choice_stays(machine):
     Path("runs/d12/step_000010").mkdir(parents=True)
     assert make(machine, "train", "ARGS=--hours 1")[2] == [data, d12 + " --resume --hours 1"]
     assert make(machine, "sample")[2] == ["sample.py runs/d12"]
+    assert make(machine, "chat")[2] == ["sample.py runs/sft-d12 --chat"], "the assistant of another model"
+    assert make(machine, "chat", "MODEL=tiny")[2] == ["sample.py runs/sft --chat"]
     edu = [
         "data.py fineweb-edu --out shards/fineweb-edu",
         "train.py --model d24 --data shards/fineweb-edu --out x",
@@ -118,5 +120,6 @@ def test_without_the_hub_the_factbook_is_there(machine):
     status, said, asked = make(machine, "train", "MODEL=d12", hub=69)
     assert status == 0 and "training the tiny model on the World Factbook instead" in said
     assert asked == [data, "train.py --out runs/factbook"]
+    assert make(machine, "sample")[2] == ["sample.py runs/factbook"], "what was chosen was not trained"
     status, said, asked = make(machine, "train", "MODEL=d12", hub=2)
     assert status == 2 and asked == [data], "any other failure is one"

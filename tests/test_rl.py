@@ -176,19 +176,21 @@ def of_rewards(*rewards, lengths=(3, 3, 3, 3)):
 
 
 def test_groups_without_signal_teach_nothing():
-    assert rl.choose(of_rewards(0, 0, 0), "grpo") == rl.choose(of_rewards(1, 1, 1), "grpo") == []
-    assert rl.choose(of_rewards(0, 0, 0), "best-of") == []
-    assert [a.advantage for a in rl.choose(of_rewards(1, 0), "grpo")] == [0.5, -0.5]
+    assert (
+        rl.set_advantages(of_rewards(0, 0, 0), "grpo") == rl.set_advantages(of_rewards(1, 1, 1), "grpo") == []
+    )
+    assert rl.set_advantages(of_rewards(0, 0, 0), "best-of") == []
+    assert [a.advantage for a in rl.set_advantages(of_rewards(1, 0), "grpo")] == [0.5, -0.5]
 
 
 def test_best_of_imitates_the_shortest_right_rollout():
     group = of_rewards(0, 1, 1, 1, lengths=(1, 5, 3, 3))
-    assert rl.choose(group, "best-of") == [group[2]] and group[2].advantage == 1
+    assert rl.set_advantages(group, "best-of") == [group[2]] and group[2].advantage == 1
     group = of_rewards(1, 1, lengths=(9, 3))
     group[0].reward = 7.0  # somebody likes the first better
-    assert rl.choose(group, "best-of")[0] is group[0]
+    assert rl.set_advantages(group, "best-of")[0] is group[0]
     group[1].reward, group[1].correct = 9.0, 0.0  # and the second most of all, but it is wrong
-    assert rl.choose(group, "best-of")[0] is group[0]
+    assert rl.set_advantages(group, "best-of")[0] is group[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -222,7 +224,7 @@ def kept_of(groups, std=False):
     for group, values in zip(groups, rewards):
         for rollout, reward in zip(group, values):
             rollout.reward = float(reward)
-    return [rollout for group in groups for rollout in rl.choose(group, "grpo", std)]
+    return [rollout for group in groups for rollout in rl.set_advantages(group, "grpo", std)]
 
 
 def n_sampled(kept):
@@ -287,7 +289,7 @@ def test_kl_is_none_at_the_beginning_and_its_estimate_is_that_of_the_definition(
 
 
 def test_what_is_imitated_has_the_weights_of_sft(two_armed):
-    kept = [rollout for group in sampled(two_armed) for rollout in rl.choose(group, "best-of")]
+    kept = [rollout for group in sampled(two_armed) for rollout in rl.set_advantages(group, "best-of")]
     for epoch in (0, 1):
         found = gradient(two_armed, kept, epoch, method="best-of")
         accumulate(two_armed, [(rollout.tokens, rollout.sampled / n_sampled(kept)) for rollout in kept])
@@ -371,7 +373,7 @@ def test_outputs_of_tools_come_from_the_tool_and_have_no_weight(calculating):
         assert completion[~chosen].tolist() == output * len(outputs)
     for rollout in group:
         rollout.reward = rollout.length
-    kept = rl.choose(group, "grpo")
+    kept = rl.set_advantages(group, "grpo")
     for (tokens, weights), rollout in zip(
         rl.policy_gradient_rows(calculating, kept, None, 0, flags(), ONE),
         sorted(kept, key=lambda rollout: len(rollout.tokens)),
@@ -473,7 +475,7 @@ def practise(model, steps=15, sign=1, **changed):
     reference = clone(model) if settings.kl else None
     for step in range(steps):
         groups = sampled(model, first=step << 32)
-        kept = [rollout for group in groups for rollout in rl.choose(group, settings.method)]
+        kept = [rollout for group in groups for rollout in rl.set_advantages(group, settings.method)]
         for rollout in kept:
             rollout.advantage *= sign
         for epoch in range(settings.epochs if kept else 0):
@@ -660,7 +662,7 @@ def test_measures_of_a_step_by_hand():
     right[1].logprobs[:] = -0.5
     right[1].sampled[:1] = False  # a tool's output
     right[2].finished = False
-    rl.choose(right, "grpo")
+    rl.set_advantages(right, "grpo")
     seen = []
 
     def score(problem, parts, finished):
