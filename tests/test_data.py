@@ -199,7 +199,7 @@ def test_factbook_says_nothing_twice(pages):
 
 
 def test_factbook_is_prepared(here, pages, monkeypatch):
-    monkeypatch.setattr(data, "factbook", lambda: pages)  # extracted once, for all tests
+    monkeypatch.setattr(countries, "factbook", lambda: pages)  # extracted once, for all tests
     run("factbook --out out")
     about = data.meta("out")
     assert about["sources"] == [countries.FACTBOOK] and about["left_out"] == pages[1]

@@ -803,7 +803,7 @@ def assistant(checkpoint, tmp_path, monkeypatch):
         return tmp_path / name
 
     models, load = {}, gpt2.GPT2.from_pretrained
-    choose = lambda place, *rest: models.get(place) or load(place, *rest)
+    choose = lambda place, *rest, **more: models.get(place) or load(place, *rest, **more)
     monkeypatch.setattr(gpt2.GPT2, "from_pretrained", choose)
     return make
 
