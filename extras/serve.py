@@ -48,11 +48,6 @@ class Server(http.server.ThreadingHTTPServer):
         page = PAGE.read_text(encoding="utf-8").replace("{{model}}", html.escape(name))
         self.page, self.policy = page.encode(), content_security_policy(page)
         super().__init__(("127.0.0.1", port), Handler)
-        port = self.server_address[1]
-        self.hosts = [f"127.0.0.1:{port}", f"localhost:{port}"]
-        if port == 80:  # browsers leave the default port out
-            self.hosts += ["127.0.0.1", "localhost"]
-        self.origins = [f"http://{host}" for host in self.hosts]
 
 
 def content_security_policy(page):
@@ -103,11 +98,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def check_sender(self):
         """Refuse requests of other pages. If one has made its own name mean 127.0.0.1 (DNS rebinding), the
-        browser sends that name as Host; if it addresses this server directly, its name is in Origin."""
+        browser sends that name as Host; if it addresses this server directly, its name is in Origin. The port
+        may be another one, as with ssh -L 9000:localhost:8000."""
         hosts = self.headers.get_all("Host", [])
-        if len(hosts) != 1 or hosts[0] not in self.server.hosts:
+        if len(hosts) != 1 or not re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d+)?", hosts[0]):
             raise Refused(403, "this server is known as 127.0.0.1 and localhost only")
-        if self.headers.get("Origin") not in (None, *self.server.origins):
+        if self.headers.get("Origin") not in (None, f"http://{hosts[0]}"):
             raise Refused(403, "only this server's own page may ask")
 
     def in_queue(self, respond):

@@ -191,7 +191,7 @@ QUESTION = {"messages": [user("?")]}
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "", None, "[::1]:{port}"]
+    "host", ["evil.example", "evil.example:{port}", "127.0.0.1.evil", "localhost:x", "", None, "[::1]:{port}"]
 )
 @pytest.mark.parametrize("path", ["/", "/answer", "/tokens"])
 def test_another_name_is_refused(quiet, host, path):
@@ -228,8 +228,8 @@ def test_another_origin_is_refused(quiet, origin, path):
 
 def test_our_own_names_and_origins_are_served():
     with serving(speaker(lambda question: "x")) as server:
-        for name in ("127.0.0.1", "localhost"):
-            host = f"{name}:{server.server_address[1]}"
+        port = server.server_address[1]
+        for host in (f"127.0.0.1:{port}", f"localhost:{port}", "localhost:9000", "127.0.0.1"):  # ssh -L
             for origin in (None, f"http://{host}"):
                 assert ask(server, "GET", "/", Host=host, Origin=origin).status == 200
                 assert events(ask(server, body=QUESTION, Host=host, Origin=origin))[-1] == {"end": True}
