@@ -155,17 +155,19 @@ def _start_processes(size, script, arguments, server, memory):
     processes, inherited, port = [], (memory, common.first_word), server.getsockname()[1]
     # A new rank inherits that Ctrl-C is ignored, until it calls catch_signals(): rank 0 ends, and it follows.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for rank in range(1, size):
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
-        environment = os.environ | {name: str(number) for name, number in numbers.items()}
-        environment |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "STARTED_BY_RANK_0": "1",
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parent), *sys.path]),
-        }
-        command = [sys.executable, str(script), *arguments]
-        processes.append(subprocess.Popen(command, env=environment, pass_fds=inherited))
-    signal.signal(signal.SIGINT, handler)
+    try:
+        for rank in range(1, size):
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+            environment = os.environ | {name: str(number) for name, number in numbers.items()}
+            environment |= {
+                "MASTER_ADDR": "127.0.0.1",
+                "STARTED_BY_RANK_0": "1",
+                "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parent), *sys.path]),
+            }
+            command = [sys.executable, str(script), *arguments]
+            processes.append(subprocess.Popen(command, env=environment, pass_fds=inherited))
+    finally:
+        signal.signal(signal.SIGINT, handler)
     return processes
 
 

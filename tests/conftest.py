@@ -15,6 +15,8 @@ from kernels import threads as pool
 
 # A script that runs in the process of the tests is the only rank: it starts no others (script.environment).
 os.environ.update(RANK="0", WORLD_SIZE="1")
+# A shell lets a job in the background ignore Ctrl-C, and what the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
