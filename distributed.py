@@ -493,14 +493,16 @@ class World:
             time.sleep(30)
             os._exit(1)  # rank 0 has ended, and this one hangs
 
+    def _say_at_last(self, word):
+        """Send the last word of this rank, ENDED or FAILED, to those that it is connected with."""
+        for lifeline in self.lifelines:
+            with contextlib.suppress(OSError):  # that rank has ended
+                lifeline.sendall(word)
+
     def _abort_all(self, why):
         """End all ranks at once. Nothing is saved, since an update may be half done."""
         say_why(f"error: {why}; the last checkpoint stands, go on with --resume")
-        for lifeline in self.lifelines:
-            try:
-                lifeline.sendall(FAILED)
-            except OSError:  # that rank has ended
-                pass
+        self._say_at_last(FAILED)
         for process in self.processes:
             process.kill()
         os._exit(1)
@@ -513,11 +515,7 @@ class World:
     def close(self):
         """End this rank's part; rank 0 waits for the others, which end when they find that it is gone."""
         self.closing = True
-        for lifeline in self.lifelines:
-            try:
-                lifeline.sendall(ENDED)
-            except OSError:  # that rank has ended
-                pass
+        self._say_at_last(ENDED)
         for other in self.sockets:
             other.close()
         deadline = time.monotonic() + 5
