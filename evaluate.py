@@ -267,18 +267,18 @@ def by_turn(reply, rng, n, seed):
             asked = [chat_question(rng, ("sum", "counting", "name")[i % 3], streams) for i in range(n)]
             replies = reply([before + turns(text) for before, (text, _) in zip(conversations, asked)])
             measures[f"turn_{turn}"] = mean(is_right(text_of(r)) for (_, is_right), r in zip(asked, replies))
+        if turn == 5:
+            return measures
         kinds = rng.choices(
             ("fact", "chitchat", "spelling", "sum", "counting", "name"), (4, 4, 2, 1, 1, 1), k=n
         )
         conversations = [
             before + turns(chat_question(rng, kind, streams)[0]) for before, kind in zip(conversations, kinds)
         ]
-        if turn < 5:
-            replies = reply(conversations)
-            conversations = [
-                [*before, {"role": "assistant", "content": r}] for before, r in zip(conversations, replies)
-            ]
-    return measures
+        replies = reply(conversations)
+        conversations = [
+            [*before, {"role": "assistant", "content": r}] for before, r in zip(conversations, replies)
+        ]
 
 
 def chat_question(rng, kind, streams):
