@@ -6,8 +6,8 @@
 
 A reader of the course can skip this file. The one thing to know: draw() returns n conversations, which are
 lists of {"role": ..., "content": ...}, and draw_chats() joins ours to the chats that sft.py trains on; the
-same seed draws the same ones. None is a duplicate or contradicts
-another, and none that trains asks a question of the evaluation.
+same seed draws the same ones. None is a duplicate or contradicts another, and none that trains asks a
+question of the evaluation.
 
 A small model learns what is short, regular and can be copied. So a call of a tool repeats the tokens of the
 question, and the answer repeats those of the tool's output. The sentences are in texts.jsonl. Read
