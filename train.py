@@ -138,10 +138,7 @@ class Windows:
     def __init__(self, shards, T, seed):
         self.shards, self.T, self.seed = [shard for shard in shards if len(shard) > T], T, seed
         if not self.shards:
-            longest = max((len(shard) for shard in shards), default=0)
-            raise UserError(
-                f"the text has {longest} tokens, --seq-len {T} needs {T + 1}; add text or lower it"
-            )
+            raise too_short("the text", shards, T)
         self.counts = [max(1, len(shard) // T - 1) for shard in self.shards]  # with room for the offset
         self.n_windows = sum(self.counts)
         self._window_order = functools.lru_cache(maxsize=2)(self._make_window_order)
@@ -180,6 +177,15 @@ def learning_rate(step, steps, lr, warmup_steps, final):
     return lr * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
+def too_short(what, shards, T):
+    """The UserError that says why no shard has a row of T tokens and their targets."""
+    lengths = [len(shard) for shard in shards]
+    if sum(lengths) <= T:
+        return UserError(f"{what} has {sum(lengths)} tokens, --seq-len {T} needs {T + 1}; add text or lower it")
+    what = f"{what} is in {len(lengths)} shards of at most {max(lengths)} tokens, --seq-len {T} needs {T + 1}"
+    return UserError(f"{what} in one; lower it, or make larger shards with data.py --shard-tokens")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Validation and samples
 
@@ -188,7 +194,7 @@ def validation_batches(shards, T, flags):
     """[(tokens, targets), ...], (up to B, T) each, from the beginning of the validation text, in order."""
     windows = [s[i : i + T + 1] for s in shards for i in range(0, len(s) - T, T)]
     if not windows:
-        raise UserError(f"the validation text is shorter than --seq-len {T} + 1 tokens; add text or lower it")
+        raise too_short("the validation text", shards, T)
     windows = windows[: max(1, flags.eval_tokens // T)]
     B = flags.batch_size * flags.seq_len // T
     blocks = [np.stack(windows[i : i + B]).astype(np.int32) for i in range(0, len(windows), B)]

@@ -236,11 +236,15 @@ def test_steps_follow_one_another_through_the_epochs():
 
 
 def test_a_text_shorter_than_a_window_is_refused():
-    with pytest.raises(UserError, match=r"16 tokens, --seq-len 16 needs 17"):
+    with pytest.raises(UserError, match=r"the text has 16 tokens, --seq-len 16 needs 17; add text"):
+        Windows(counting(16), 16, 0)
+    with pytest.raises(UserError, match=r"the text is in 2 shards of at most 16 tokens, .*--shard-tokens"):
         Windows(counting(3, 16), 16, 0)
     assert Windows(counting(3, 17), 16, 0).n_windows == 1
-    with pytest.raises(UserError, match="validation text is shorter than --seq-len 16"):
+    with pytest.raises(UserError, match="validation text has 16 tokens, --seq-len 16 needs 17; add text"):
         validation(counting(16), 16, 2, 100)
+    with pytest.raises(UserError, match="validation text is in 2 shards of at most 16 tokens"):
+        validation(counting(3, 16), 16, 2, 100)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1173,7 +1177,8 @@ DAMAGE = {
     "wrong version": (lambda train, _: overwrite(train[0], 4, [7], "<i4"), "version 7"),
     "token": (lambda train, _: overwrite(train[1], 1030, [266], "<u2"), "token 266", "ends at 265", "02.bin"),
     "no tokenizer": (lambda _, d: (d / "tokenizer.json").unlink(), "no tokenizer", "data.py"),
-    "short text": (lambda train, _: shorten(train, 16), "16 tokens", "--seq-len 16 needs 17", "add text"),
+    "short text": (lambda train, _: shorten(train, 1), "--seq-len 16 needs 17", "add text"),
+    "small shards": (lambda train, _: shorten(train, 16), "at most 16 tokens", "--shard-tokens"),
     "short validation": (lambda _, d: shorten(d.glob("*_val_*"), 16), "validation text", "add text"),
 }  # fmt: skip
 
