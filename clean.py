@@ -1,0 +1,394 @@
+"""Your own text, cleaned as the web is cleaned before a language model reads it.
+
+    python data.py text pages/ crawl.warc.gz --clean                    all steps that need no file of yours
+    python data.py text pages/ --clean --no-c4 --language de            in German, without C4's rules
+    python data.py text notes/ --near-duplicates --personal-data drop   two steps alone
+
+The steps are those of FineWeb (Penedo et al. 2024), which Karpathy's lecture shows. Each is a flag, and they
+come in this order, the cheapest first, except that the language is found before the rules that assume one:
+
+    blocklist         drops what comes from the domains in a file, and from their sub-domains
+    exact duplicates  drops a document of the same words as one before, and a page of the same bytes
+    extraction        takes the main text out of a page, by trafilatura
+    language          drops what scores less than --min-share for the language
+    gopher            drops what breaks a rule of Gopher (Rae et al. 2021) for quality or repetition
+    c4                drops the lines and pages that break a rule of C4 (Raffel et al. 2020)
+    decontamination   drops what shares 13 words in a row with the tests of a model
+    personal data     masks e-mail addresses, telephone numbers and the like, or drops their documents
+    near duplicates   drops a document that is nearly one before: Jaccard similarity 0.8 of sets of 5 words
+    paragraphs        drops a paragraph that stood before, in this document or in an earlier one
+
+Up to personal data a step looks at one document alone, and several processes share that work. What compares
+a document with those before it is done in the main process, in the order of the documents. So the result is
+the same for any number of processes. All this comes before the split into training and validation, which is
+data.py's; your files are only read.
+
+The score of a language is the probability that fastText's classifier lid.176 gives it for the whole document,
+as in FineWeb, which keeps what scores 0.65 for English. For a page in two languages that is roughly the share
+of each. Words are what white space and punctuation separate. Chinese, Japanese and Thai do not separate them:
+for these only the steps that count no words are of use.
+
+Left out are C4's removal of spans of three sentences that occur twice, and Gopher's of documents that are
+alike, in whose place the last two steps stand; C4's language filter (langdetect, 0.99), in whose place the
+language step stands; and Gopher's SafeSearch filter, which is Google's own. C4's list of bad words is yours
+to give (--bad-words). It drops much that is harmless, and FineWeb does without.
+
+Read formats.py before this file.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import re
+import signal
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from urllib.parse import urlsplit
+
+import numpy as np
+
+import common
+from cleaning import duplicates, formats, rules
+from cleaning.counts import Counts
+from cleaning.duplicates import hash64, ngrams, paragraphs, words_of
+from common import UserError
+
+# ------------------------------------------------------------------------------------------------------------
+# The pipeline
+
+PRESET = {  # what --clean sets, unless another flag says otherwise
+    "web": True,
+    "language": "en",
+    "gopher": True,
+    "c4": True,
+    "personal_data": "mask",
+    "near_duplicates": True,
+    "repeated_paragraphs": True,
+}
+FILES = ("blocklist", "bad_words", "decontaminate")  # flags that name files
+
+
+def add_flags(parser):
+    """Add the flags of this file to data.py's."""
+    group = parser.add_argument_group("cleaning, for text; clean.py says what the steps do")
+    add = group.add_argument
+    switch = functools.partial(add, action=argparse.BooleanOptionalAction, default=None)
+    add("--clean", action="store_true", help="every step that needs no file; --no-c4 leaves one out")
+    switch("--web", help="in folders, read .html, .htm, .xhtml, .warc and .gz, too")
+    add("--blocklist", metavar="FILE", help="drop what comes from these domains, one a line")
+    add("--language", metavar="CODE", help="drop other languages: a code, such as en, or any")
+    share = common.number(float, low=0, high=1)
+    add("--min-share", type=share, default=0.65, metavar="X", help="lowest score for --language")
+    switch("--gopher", help="drop what Gopher's rules of quality and repetition drop")
+    switch("--c4", help="drop the lines and pages that C4's rules drop; they are made for English")
+    add("--bad-words", metavar="FILE", help="drop pages that have one of these words, one a line")
+    words = "rules of --gopher and --c4 to leave out, such as gopher:stop-words or c4:curly-bracket"
+    add("--skip-rules", nargs="+", default=[], metavar="RULE", help=words)
+    words = "drop what shares 13 words in a row with these tests: text, or JSON lines"
+    add("--decontaminate", nargs="+", default=[], metavar="FILE", help=words)
+    words = "e-mail addresses, telephone, card and social security numbers, IP addresses"
+    add("--personal-data", choices=("keep", "mask", "drop"), help=words)
+    switch("--near-duplicates", help="drop documents that are nearly one before")
+    switch("--repeated-paragraphs", help="drop paragraphs that stood before")
+    add("--show-dropped", action="store_true", help="print three examples of what each rule dropped")
+    n = common.number(int, low=1)
+    add("--processes", type=n, default=cores(), metavar="N", help="processes that clean")
+
+
+def cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def steps_asked(flags):
+    """The flags of the steps that are asked for, {name: value}; --clean stands for those of PRESET."""
+    asked = {name: getattr(flags, name) for name in [*PRESET, *FILES]}
+    if flags.clean:
+        asked |= {name: value for name, value in PRESET.items() if asked[name] is None}
+    off = {"language": "any", "personal_data": "keep"}
+    return {name: value for name, value in asked.items() if value and value != off.get(name)}
+
+
+def is_needed(paths, flags):
+    """Whether data.py cannot read the files as they are: they are no plain text, or a step is asked for."""
+    others = [path for path in paths if formats.is_gzip(path) or formats.suffix_of(path) in formats.WEB]
+    return bool(others or steps_asked(flags))
+
+
+def clean(paths, flags, out):
+    """Clean the documents in the files into a new file `out`, JSON lines; return what meta.json says of it.
+
+    Prints a table of what each step dropped. UserError if nothing is left.
+    """
+    steps = steps_asked(flags)
+    blocked = read_blocklist(flags.blocklist) if flags.blocklist else set()
+    settings = steps, flags.min_share, flags.skip_rules, duplicates.read_tests(flags.decontaminate)
+    Cleaner(*settings)  # its errors come before anything is read
+    counts, reader, earlier = Counts(), formats.Reader(flags.document_chars), duplicates.Earlier()
+    progress = common.Progress("cleaning", sum(path.stat().st_size for path in paths), form=common.size)
+    documents = first_look(reader.documents(paths), blocked, counts)
+    with (
+        open(out, "w", encoding="utf-8") as file,
+        contextlib.closing(in_order(in_batches(documents), settings, flags.processes)) as results,
+    ):
+        for cleaned, counts_of_batch in results:
+            counts.add(counts_of_batch)
+            for document in cleaned:
+                text = earlier.without_repeats(document, counts)
+                if text:
+                    counts.enter("kept", text)
+                    file.write(json.dumps({"text": text}) + "\n")
+            progress.add(reader.bytes_read - progress.done_so_far)
+    progress.done()
+    print(counts.table())
+    if flags.show_dropped:
+        print(counts.shown())
+    if "kept" not in counts.steps:
+        raise UserError(f"cleaning leaves nothing: {counts.worst()}; give other files, or leave a step out")
+    return {
+        "flags": steps | {"min_share": flags.min_share, "skip_rules": flags.skip_rules},
+        "steps": counts.as_json(),
+        "encodings": reader.encodings + counts.encodings,
+        "damaged": reader.damaged,
+        "records that are no pages": reader.no_pages,
+    }
+
+
+def first_look(documents, blocked, counts):
+    """Yield the documents that come from no blocked domain and that are not the same as one before."""
+    seen = duplicates.HashTable()
+    for document in documents:
+        content = document.content
+        if blocked:
+            counts.enter("blocklist", content)
+            if is_blocked(document.url, blocked):
+                counts.drop("blocklist", "blocked domain", document, content)
+                continue
+        counts.enter("exact duplicates", content)
+        words = content if document.is_page else " ".join(content.split()).encode()
+        key = np.array([hash64(words)], np.uint64)
+        if words and seen.get(key)[0] is None:
+            seen.put(key, 0)
+            yield document
+        else:
+            counts.drop("exact duplicates", "same as one before" if words else "empty", document, content)
+
+
+def read_blocklist(path):
+    """The domains in a file, a set: one a line, or as in /etc/hosts behind an address; # begins a comment."""
+    domains = set()
+    for where, line in lines_of(path):
+        name = line.split()[-1].lower().removeprefix("*.").strip(".")
+        if len(line.split()) > 2 or not re.fullmatch(r"[^\s/:@]+", name):
+            raise UserError(f"{where} is no domain such as example.org; correct or delete it")
+        domains.add(name)
+    return domains
+
+
+def lines_of(path):
+    """[(where, line), ...] of a file that lists things, without comments; UserError if it lists none."""
+    lines = enumerate(formats.read_text(path).split("\n"), 1)
+    found = [(f"{path}, line {n}", line.partition("#")[0].strip()) for n, line in lines]
+    found = [(where, line) for where, line in found if line]
+    if not found:
+        raise UserError(f"{path} lists nothing; give a file with one entry a line")
+    return found
+
+
+def is_blocked(url, blocked):
+    """Whether the domain of an address, or one that it is a sub-domain of, is blocked."""
+    try:
+        host = (urlsplit(url if "//" in url else f"//{url}").hostname or "").strip(".")
+    except ValueError:  # no address
+        return False
+    labels = host.split(".")
+    return any(".".join(labels[i:]) in blocked for i in range(len(labels)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One document
+
+
+@dataclass
+class Cleaned:
+    """What is left of a document, and the hashes with which it is compared with others."""
+
+    where: str
+    text: str
+    bands: np.ndarray | None = None  # (N_BANDS,) uint64
+    signature: np.ndarray | None = None  # (N_BANDS * ROWS,) uint8
+    paragraphs: np.ndarray | None = None  # (n,) uint64, 0 for a short one
+
+
+class Cleaner:
+    """Takes documents through the steps that look at one document alone; every process has one."""
+
+    def __init__(self, steps, min_share, skip, tests):
+        self.steps, self.min_share, self.tests = steps, min_share, tests  # tests: (n,) uint64, sorted
+        unknown = [rule for rule in skip if rule not in rules.RULES]
+        if unknown:
+            raise UserError(f"--skip-rules {unknown[0]} is none of {', '.join(rules.RULES)}")
+        language = steps.get("language")
+        self.language = rules.Language(language) if language else None
+        if language not in (None, "en"):
+            skip = [*skip, "gopher:stop-words"]  # they are English
+        self.rules = [rule for rule in rules.RULES if rule not in skip and rule.partition(":")[0] in steps]
+        self.bad_words = (
+            {line.lower() for _, line in lines_of(steps["bad_words"])} if "bad_words" in steps else ()
+        )
+
+    def clean_batch(self, documents):
+        """What is left of a list of Documents, [Cleaned, ...], and the Counts of what was dropped."""
+        counts = Counts()
+        cleaned = [self.clean(document, counts) for document in documents]
+        return [document for document in cleaned if document], counts
+
+    def clean(self, document, counts):
+        """What is left of a Document, a Cleaned; None if it is dropped."""
+        text, steps = document.content, self.steps
+        if document.is_page:
+            counts.enter("extraction", text)
+            text, rule = formats.main_text(document, counts)
+            if rule:
+                return counts.drop("extraction", rule, document, document.content)
+            markup = len(document.content) - len(text.encode())
+            counts.cut("extraction", "markup, menus, boilerplate", n_bytes_cut=markup)
+        if self.language:
+            counts.enter("language", text)
+            if self.language.score(text) < self.min_share:
+                return counts.drop(
+                    "language", f"{self.language.code} below {self.min_share:g}", document, text
+                )
+        words = words_of(text)  # [str, ...]
+        if "gopher" in steps:
+            counts.enter("gopher", text)
+            rule = self.broken(rules.GOPHER_QUALITY, rules.gopher_quality, text, words)
+            rule = rule or self.broken(rules.GOPHER_REPETITION, rules.gopher_repetition, text, words)
+            if rule:
+                return counts.drop("gopher", rule, document, text)
+        if "c4" in steps or self.bad_words:
+            counts.enter("c4", text)
+            left, rule, cut = rules.c4(text, words, self.rules, self.bad_words)
+            if rule:
+                return counts.drop("c4", rule, document, text)
+            for rule, line in cut:
+                counts.cut("c4", rule, document, line)
+            text, words = (left, words_of(left)) if left != text else (text, words)
+        if len(self.tests):
+            counts.enter("decontamination", text)
+            if (duplicates.find(ngrams(words, duplicates.TEST_WORDS), self.tests) >= 0).any():
+                return counts.drop(
+                    "decontamination", f"{duplicates.TEST_WORDS} words of a test", document, text
+                )
+        if "personal_data" in steps:
+            counts.enter("personal data", text)
+            masked, found = rules.mask_personal_data(text)
+            if found and steps["personal_data"] == "drop":
+                return counts.drop("personal data", ", ".join(sorted(found)), document, text)
+            for kind, n in found.items():
+                counts.cut("personal data", f"{kind}, masked", n_parts=n)
+            text = masked
+        cleaned = Cleaned(document.where, text)
+        if "near_duplicates" in steps:
+            cleaned.bands, cleaned.signature = duplicates.minhash(words)
+        if "repeated_paragraphs" in steps:
+            hashes = [hash64(part.encode()) if duplicates.is_long(part) else 0 for part in paragraphs(text)]
+            cleaned.paragraphs = np.array(hashes, np.uint64)
+        return cleaned
+
+    def broken(self, ranges, measure, text, words):
+        """The first of the rules {rule: (low, high)} of Gopher that a document breaks, or None."""
+        measures = measure(text, words)
+        for rule, (low, high) in ranges.items():
+            if f"gopher:{rule}" in self.rules and not low <= measures[rule] <= high:
+                return rule
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Processes
+
+BATCH_BYTES, BATCH_DOCUMENTS = 1 << 19, 256
+
+
+def in_batches(documents):
+    """Yield the documents in lists of about BATCH_BYTES."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.content)
+        if size >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def in_order(batches, settings, processes):
+    """Yield what Cleaner.clean_batch() makes of each batch, in their order; `processes` of them work on it.
+
+    Few batches are under way at a time, so that memory does not hold the text.
+    """
+    if processes == 1:
+        yield from map(Cleaner(*settings).clean_batch, batches)
+        return
+    context = multiprocessing.get_context("spawn")  # not fork: this process has threads
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the others
+    workers, pipes = [], []
+    for _ in range(processes):
+        pipe, theirs = context.Pipe()
+        workers.append(context.Process(target=work, args=(theirs, settings), daemon=True))
+        workers[-1].start()
+        theirs.close()
+        pipes.append(pipe)
+    signal.signal(signal.SIGINT, before)
+    try:
+        yield from share_out(iter(batches), pipes)
+    except (EOFError, ConnectionError):
+        remedy = "free some memory, or give fewer --processes"
+        raise UserError(
+            f"a process that cleaned was killed, perhaps because memory is full; {remedy}"
+        ) from None
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.join()
+
+
+def share_out(batches, pipes):
+    """Send every batch to a process that waits for one; yield their results in the order of the batches."""
+    idle, under_way, results = list(pipes), {}, {}  # under_way: {pipe: number of its batch}
+    n_sent, n_yielded, is_over = 0, 0, False
+    while not is_over or under_way or results:
+        while idle and not is_over and n_sent - n_yielded < 4 * len(pipes):
+            batch = next(batches, None)
+            is_over = batch is None
+            if not is_over:
+                pipe = idle.pop()
+                pipe.send(batch)
+                under_way[pipe], n_sent = n_sent, n_sent + 1
+        for pipe in wait(under_way) if under_way and n_yielded not in results else []:
+            result = pipe.recv()
+            if isinstance(result, Exception):
+                raise result
+            results[under_way.pop(pipe)] = result
+            idle.append(pipe)
+        if n_yielded in results:
+            yield results.pop(n_yielded)
+            n_yielded += 1
+
+
+def work(pipe, settings):
+    """What a process does: clean the batches that come through the pipe, until its other end is closed."""
+    cleaner = Cleaner(*settings)
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            batch = pipe.recv()
+            try:
+                result = cleaner.clean_batch(batch)
+            except Exception as error:
+                result = error
+            pipe.send(result)

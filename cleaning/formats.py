@@ -1,0 +1,404 @@
+"""Files become documents: plain text, JSON lines, web pages and web archives, each of them also as .gz.
+
+    .txt .md              one document a file; a long one is cut at blank lines
+    .jsonl                one document a line, {"text": "…"}; its address, if it has one, under "url"
+    .html .htm .xhtml     one page a file; trafilatura takes the main text out of the markup
+    .warc                 an archive of the web, as Common Crawl's: one page a record
+
+The encoding of a file is found out, not assumed. Damage is named, with its file and record, and counted, and
+what follows it is read. Memory holds the document in hand only. data.py, which is read before this file,
+needs pieces() and json_rows(); the others are for clean.py, which is read next.
+"""
+
+import codecs
+import contextlib
+import gzip
+import io
+import json
+import logging
+import re
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import common
+from common import UserError
+from tokenizer import utf8
+
+LONGEST_LINE = 1 << 26  # characters; a .jsonl file with a longer line is not a list of documents
+TEXT = (".txt", ".md", ".jsonl")
+WEB = (".html", ".htm", ".xhtml", ".warc")  # these need requirements-clean.txt
+
+# Common Crawl cuts pages off at 5 MiB. The time of trafilatura grows with the square of the length: on one
+# core of an EPYC 1 MB takes 0.8 seconds, 5 MB take 8 and 20 MB 193.
+LARGEST_PAGE = 5 << 20  # bytes
+
+
+@dataclass
+class Document:
+    """A document as it was found."""
+
+    where: str  # its file, and the line or record in it
+    content: str | bytes  # bytes for a page, whose encoding is not known yet
+    url: str = ""
+    is_page: bool = False
+    charset: str | None = None  # what a server said of a page
+
+
+@contextlib.contextmanager
+def extra(what):
+    """With this, an import of what requirements-clean.txt has: UserError if it is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        remedy = "python -m pip install -r requirements-clean.txt"
+        raise UserError(f"{what} needs {error.name}; install it: {remedy}") from None
+
+
+def suffix_of(path):
+    """The suffix that says what is in a file, in small letters: .html for page.HTML.gz."""
+    path = Path(path)
+    return (Path(path.stem) if is_gzip(path) else path).suffix.lower()
+
+
+def is_gzip(path):
+    return Path(path).suffix.lower() == ".gz"
+
+
+def read_text(path):
+    """The text of a small file; UserError if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"{path}: {reason}; give a text file") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Text files
+
+
+def pieces(file, longest):
+    """Yield an open file's text as one document, or cut into several of at most `longest` characters."""
+    text = ""
+    while block := file.read(longest):
+        text += block
+        while len(text) > longest:
+            end = end_of_piece(text, longest)
+            yield text[:end]
+            text = text[end:]
+    yield text
+
+
+def end_of_piece(text, longest):
+    """Where to cut: at the last blank line among the first `longest` characters; else at a line, or a space.
+
+    A piece is never shorter than half of that: if it would be, it is cut after exactly `longest` characters.
+    """
+    for gap in ("\n\n", "\n", " "):
+        end = text.rfind(gap, 0, longest) + len(gap)
+        if end > longest // 2:
+            return end
+    return longest
+
+
+def json_rows(file, name):
+    """Yield (where, row) of an open .jsonl file's lines; row["text"] is a str, "" for a blank line."""
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        where = f"{name}, line {number}"
+        if len(line) > LONGEST_LINE:
+            limit = common.count(LONGEST_LINE)
+            raise UserError(f"{where} has over {limit} characters; cut the document into several lines")
+        try:
+            row = json.loads(line) if line.strip() else {"text": ""}
+            row["text"] = utf8(row["text"]).decode()
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise UserError(f'{where} is not of the form {{"text": "…"}}; correct or delete it') from None
+        yield where, row
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Encodings
+
+BOMS = {  # the longest first: that of UTF-32 begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+SAMPLE = 1 << 16  # bytes that charset-normalizer sees of a file: what is around letters that are no ASCII
+NOT_ASCII = re.compile(rb"[^\n]{0,80}[\x80-\xff]+[^\n]{0,80}")
+
+
+def encoding_of(blocks):
+    """The encoding of the text that these bytes are, given as an iterable of blocks.
+
+    A byte order mark decides. Else it is UTF-8 if all of it is, or if more of its letters than not are: then
+    it is damaged, and a few become U+FFFD. Else charset-normalizer guesses.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    marked, sample, valid, invalid = None, b"", 0, 0  # letters that are no ASCII, and what is no letter
+    for block in blocks:
+        if marked is None:
+            marked = byte_order(block)
+            if marked:
+                return marked
+        if block.isascii():
+            continue
+        text = decoder.decode(block)
+        here = text.count("\ufffd") - block.count("\ufffd".encode())
+        invalid += here
+        valid += len(text) - len(text.encode("ascii", "ignore")) - here
+        if here and len(sample) < SAMPLE:
+            sample += b"\n".join(NOT_ASCII.findall(block))[:SAMPLE]
+    if invalid <= valid:
+        return "utf-8"
+    with extra("a text that is not UTF-8"):
+        import charset_normalizer  # noqa: PLC0415
+    guess = charset_normalizer.from_bytes(sample).best()
+    return guess.encoding if guess else "utf-8"
+
+
+def byte_order(block):
+    """The encoding that the first bytes of a text reveal, "" if none."""
+    for bom, encoding in BOMS.items():
+        if block.startswith(bom):
+            return encoding
+    for start, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
+        if block[start::2].count(0) > len(block) // 4:  # every other byte of ASCII is 0
+            return encoding
+    return ""
+
+
+def decode_page(content, charset):
+    """The text of a page and its encoding.
+
+    Many pages in UTF-8 say that they are something else, and hardly any other text is valid UTF-8 by
+    accident. So what a page says, in its <meta> or by its server, counts only if it is not UTF-8.
+    """
+    encoding = byte_order(content)
+    if not encoding:
+        meta = re.search(rb"<(?:meta|\?xml)[^>]*?(?:charset|encoding)\s*=\s*[\"']?([\w-]+)", content[:4096])
+        named = charset or (meta and meta[1].decode("ascii", "replace")) or ""
+        try:
+            codecs.lookup(named)
+        except LookupError:
+            named = ""
+        is_utf8 = b"\x1b" not in content and decodes(content, "utf-8")  # ISO-2022-JP is ASCII and escapes
+        if not is_utf8 and named.lower() in ("iso-8859-1", "latin-1", "latin1", "ascii", "us-ascii"):
+            named = "cp1252"  # as all browsers read it
+        if is_utf8:
+            encoding = "utf-8"
+        else:
+            encoding = named if named and decodes(content, named) else encoding_of([content])
+    return content.decode(encoding, "replace"), encoding
+
+
+def decodes(content, encoding):
+    try:
+        content.decode(encoding)
+        return True
+    except (UnicodeDecodeError, LookupError):
+        return False
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading
+
+GZIP_MEMBER, WARC_RECORD = re.compile(rb"\x1f\x8b\x08"), re.compile(rb"(?<=\n)WARC/1\.[01]\r\n")
+CANONICAL = re.compile(rb"<link[^>]*\brel=[\"']?canonical[\"']?[^>]*>", re.I)
+
+
+class Reader:
+    """Reads files: `for document in reader.documents(paths)`. Then it knows what could not be read."""
+
+    def __init__(self, longest):
+        self.longest = longest  # characters of a document in a text file, which may be larger than memory
+        self.encodings = Counter()  # of the text files
+        self.damaged = Counter()  # {what: how many}
+        self.no_pages = Counter()  # records of archives that are something else: {what: how many}
+        self.noted = set()
+        self.bytes_read = 0  # of the files, in which a .gz is small
+
+    def documents(self, paths):
+        """Yield the Documents in the files, in their order."""
+        for path in paths:
+            with open(path, "rb") as raw:
+                before = self.bytes_read
+                for document in self._documents_of(path, raw):
+                    self.bytes_read = before + raw.tell()
+                    yield document
+
+    def _documents_of(self, path, raw):
+        suffix = suffix_of(path)
+        if suffix == ".warc":
+            yield from self._archive(path, raw)
+            return
+        file = gzip.GzipFile(fileobj=raw) if is_gzip(path) else raw
+        if suffix in WEB:
+            content = self._read(path, file, LARGEST_PAGE + 1)
+            yield Document(str(path), content, canonical_url(content), is_page=True)
+            return
+        encoding = encoding_of(iter(lambda: self._read(path, file, 1 << 20), b""))
+        self.encodings[encoding] += 1
+        file.seek(0)
+        blocks = Blocks(lambda n: self._read(path, file, n))
+        text = io.TextIOWrapper(io.BufferedReader(blocks, 1 << 16), encoding, errors="replace")
+        if suffix == ".jsonl":
+            for where, row in json_rows(text, path):
+                yield Document(where, row["text"], row["url"] if isinstance(row.get("url"), str) else "")
+        else:
+            for number, piece in enumerate(pieces(text, self.longest), 1):
+                yield Document(f"{path}, part {number}" if number > 1 else str(path), piece)
+
+    def _read(self, path, file, n):
+        """Up to n bytes of an open file. A damaged .gz ends where the damage is."""
+        try:
+            return file.read(n)
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            self._note("compressed files", f"{path} is damaged; what comes before the damage is read")
+            return b""
+
+    def _note(self, kind, text):
+        """Count a damage, once, and tell the person, unless there have been many."""
+        if text in self.noted:
+            return
+        self.noted.add(text)
+        self.damaged[kind] += 1
+        if self.damaged[kind] <= 5:
+            common.say(f"note: {text}" + ("; further ones are counted only" * (self.damaged[kind] == 5)))
+
+    def _archive(self, path, raw):
+        """Yield the pages in a WARC file. Behind a damaged record it goes on with the next whole one."""
+        with extra(path):
+            from warcio import archiveiterator  # noqa: PLC0415
+        file = single_member(raw) if is_gzip(path) else raw
+        mark = GZIP_MEMBER if file is raw and is_gzip(path) else WARC_RECORD
+        start, number = 0, 0
+        while start is not None:
+            file.seek(start)
+            records = archiveiterator.ArchiveIterator(file)
+            try:
+                while True:
+                    number += 1
+                    with contextlib.redirect_stderr(io.StringIO()):  # what it warns of we say ourselves
+                        record = next(records, None)
+                    if record is None:
+                        return
+                    page = self._page(record, f"{path}, record {number}")
+                    if page:
+                        yield page
+            except (archiveiterator.ArchiveLoadFailed, EOFError, ValueError, OSError, zlib.error):
+                self._note("records of archives", f"{path}, record {number} is damaged; going on behind it")
+                start = next_record(file, max(start, records.offset) + 1, mark)
+
+    def _page(self, record, where):
+        """The Document of a record if a server has sent it as a page, else None."""
+        http = record.http_headers
+        kind = (http.get_header("content-type") or "").lower() if http else ""
+        if record.rec_type != "response":
+            what = record.rec_type
+        elif http and http.get_statuscode() != "200":
+            what = f"status {http.get_statuscode()}"
+        elif kind and "html" not in kind:
+            what = kind.partition(";")[0].strip()
+        else:
+            what = ""
+        if what:
+            self.no_pages[what] += 1
+            return None
+        content = record.content_stream().read(LARGEST_PAGE + 1)
+        if len(content) <= LARGEST_PAGE and record.raw_stream.limit:
+            raise EOFError  # the file ends within the record
+        charset = re.search(r"charset=[\"']?([\w-]+)", kind)
+        url = (record.rec_headers.get_header("WARC-Target-URI") or "").strip("<>")
+        return Document(where, content, url, is_page=True, charset=charset and charset[1])
+
+
+class Blocks(io.RawIOBase):
+    """An open file of which read(n) is this function."""
+
+    def __init__(self, read_block):
+        self.read_block = read_block
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        block = self.read_block(len(buffer))
+        buffer[: len(block)] = block
+        return len(block)
+
+
+def canonical_url(page):
+    """The address that a page gives as its own, "" if it gives none."""
+    link = CANONICAL.search(page[: 1 << 16])
+    address = link and re.search(rb"\bhref=[\"']?([^\"'\s>]+)", link[0])
+    return address[1].decode("utf-8", "replace") if address else ""
+
+
+def single_member(raw):
+    """An open .warc.gz as warcio reads it: with a member of gzip for every record, or else decompressed."""
+    try:
+        text = zlib.decompressobj(31).decompress(raw.read(1 << 16))
+    except zlib.error:
+        return raw
+    raw.seek(0)
+    return gzip.GzipFile(fileobj=raw) if len(re.findall(rb"^WARC/\d", text, re.M)) > 1 else raw
+
+
+def next_record(file, start, mark):
+    """Where in an open file, from `start` on, the pattern `mark` first matches; None if nowhere."""
+    file.seek(start)
+    block = file.read(1 << 20)
+    while block:
+        found = mark.search(block)
+        if found:
+            return start + found.start()
+        tail, rest = block[-16:], file.read(1 << 20)  # the mark may lie across two blocks
+        if not rest:
+            return None
+        start += len(block) - len(tail)
+        block = tail + rest
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The main text of a page
+
+
+def main_text(document, counts):
+    """The main text of a page, a paragraph a line, and None; or "" and why it has none."""
+    if len(document.content) > LARGEST_PAGE:
+        return "", f"larger than {common.size(LARGEST_PAGE)}"
+    with extra(document.where):
+        import trafilatura  # noqa: PLC0415
+    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # it has something to say of many pages
+    page, encoding = decode_page(document.content, document.charset)
+    counts.encodings[encoding] += 1
+    page = re.sub(r"^\s*<\?xml[^>]*\?>", "", page)  # lxml refuses a text that names an encoding
+    try:
+        tree = trafilatura.load_html(page)
+        if tree is None:
+            return "", "no HTML"
+        join_lines(tree)
+        # With deduplicate=True it would compare with the pages that this process had before.
+        text = trafilatura.extract(tree, fast=True, include_comments=False, deduplicate=False)
+    except Exception:  # whatever a page does to the parser, the others are read
+        return "", "trafilatura fails"
+    text = re.sub(r"\s*\n\s*", "\n", text or "").strip()
+    return text, None if text else "no main text"
+
+
+def join_lines(tree):
+    """Make line breaks in a page spaces, as browsers do, but for <pre>: a paragraph becomes one line."""
+    kept = {element for pre in tree.iter("pre", "textarea") for element in pre.iter()}
+    for element in tree.iter():
+        if element.text and element not in kept and isinstance(element.tag, str):
+            element.text = re.sub(r"\s+", " ", element.text)
+        if element.tail and (element not in kept or element.tag in ("pre", "textarea")):
+            element.tail = re.sub(r"\s+", " ", element.tail)
