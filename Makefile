@@ -69,7 +69,7 @@ driver:
 	esac; \
 	$(PIP) -r $$file -r requirements-hub.txt || $(OFFLINE)
 
-.venv/dev: .venv/ready requirements-dev.txt requirements-gym.txt requirements-hub.txt
+.venv/dev: .venv/ready requirements-dev.txt requirements-gym.txt requirements-hub.txt requirements-clean.txt
 	@echo "installing what the tests need"
 	@$(PIP) -r requirements-dev.txt || $(OFFLINE)
 	@$(PIP) -r requirements-gym.txt || echo "note: no reasoning-gym (a C compiler?); its tests will be skipped"
