@@ -53,7 +53,7 @@ import numpy as np
 import common
 from cleaning import duplicates, formats, rules
 from cleaning.counts import Counts
-from cleaning.duplicates import hash64, ngrams, paragraphs, words_of
+from cleaning.duplicates import TEST_WORDS, hash64, ngrams, paragraphs, words_of
 from common import UserError
 
 # ------------------------------------------------------------------------------------------------------------
@@ -236,9 +236,8 @@ class Cleaner:
         if language not in (None, "en"):
             skip = [*skip, "gopher:stop-words"]  # they are English
         self.rules = [rule for rule in rules.RULES if rule not in skip and rule.partition(":")[0] in steps]
-        self.bad_words = (
-            {line.lower() for _, line in lines_of(steps["bad_words"])} if "bad_words" in steps else ()
-        )
+        bad_words = lines_of(steps["bad_words"]) if "bad_words" in steps else []
+        self.bad_words = {" ".join(words_of(line)) for _, line in bad_words}
 
     def clean_batch(self, documents):
         """What is left of a list of Documents, [Cleaned, ...], and the Counts of what was dropped."""
@@ -259,9 +258,8 @@ class Cleaner:
         if self.language:
             counts.enter("language", text)
             if self.language.score(text) < self.min_share:
-                return counts.drop(
-                    "language", f"{self.language.code} below {self.min_share:g}", document, text
-                )
+                rule = f"{self.language.code} below {self.min_share:g}"
+                return counts.drop("language", rule, document, text)
         words = words_of(text)  # [str, ...]
         if "gopher" in steps:
             counts.enter("gopher", text)
@@ -279,10 +277,8 @@ class Cleaner:
             text, words = (left, words_of(left)) if left != text else (text, words)
         if len(self.tests):
             counts.enter("decontamination", text)
-            if (duplicates.find(ngrams(words, duplicates.TEST_WORDS), self.tests) >= 0).any():
-                return counts.drop(
-                    "decontamination", f"{duplicates.TEST_WORDS} words of a test", document, text
-                )
+            if (duplicates.find(ngrams(words, TEST_WORDS), self.tests) >= 0).any():
+                return counts.drop("decontamination", f"{TEST_WORDS} words of a test", document, text)
         if "personal_data" in steps:
             counts.enter("personal data", text)
             masked, found = rules.mask_personal_data(text)

@@ -222,23 +222,22 @@ class Earlier:
 
     def new_paragraphs(self, document, counts):
         """The text of a document without its paragraphs that stood before; "" if no long one is left."""
-        left, n_long, text = [], 0, document.text
-        for i, paragraph in enumerate(paragraphs(text)):
-            key = document.paragraphs[i : i + 1]
-            if key[0] and self.paragraphs.get(key)[0] is not None:
+        text, keys = document.text, document.paragraphs.tolist()
+        before = self.paragraphs.get(document.paragraphs)
+        left, new = [], set()  # new: the hashes of long paragraphs that are left
+        for paragraph, key, number in zip(paragraphs(text), keys, before):
+            if key and (number is not None or key in new):
                 counts.cut("paragraphs", "stood before", document, paragraph)
                 continue
-            if key[0]:
-                self.paragraphs.put(key, 0)
-                n_long += 1
             left.append(paragraph)
-        if len(left) == len(document.paragraphs):
-            return text
-        if n_long == 0:
-            rest = separator(text).join(left)
+            if key:
+                new.add(key)
+        self.paragraphs.put(np.array(sorted(new), np.uint64), 0)
+        rest = separator(text).join(left)
+        if not new and len(left) < len(keys):
             counts.drop("paragraphs", "nothing else in the document", document, rest)
             return ""
-        return separator(text).join(left)
+        return rest
 
 
 def is_long(paragraph):

@@ -154,7 +154,7 @@ def c4(text, words, rules, bad_words):
         return "", "lorem-ipsum", []
     if "c4:curly-bracket" in rules and "{" in text:
         return "", "curly-bracket", []
-    if bad_words and not bad_words.isdisjoint(words):
+    if has_any(bad_words, words):
         return "", "bad-words", []
     lines, cut = [], []
     for line in paragraphs(text):
@@ -170,6 +170,14 @@ def c4(text, words, rules, bad_words):
     if "c4:sentences" in rules and len(SENTENCE_END.findall(left)) < 3:
         return "", "sentences", []
     return left, None, cut
+
+
+def has_any(phrases, words):
+    """Whether a list of words has one of the phrases, a set of words or of words with spaces between."""
+    for n in {phrase.count(" ") + 1 for phrase in phrases}:
+        if any(" ".join(words[i : i + n]) in phrases for i in range(len(words) - n + 1)):
+            return True
+    return False
 
 
 def c4_line(line, rules):

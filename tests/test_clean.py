@@ -206,10 +206,13 @@ def test_gopher_drops_very_long_documents():
 def test_c4_drops_pages(rule, tmp_path):
     good, bad = C4_CASES[rule]
     bad_words = tmp_path / "bad.txt"
-    bad_words.write_text("# a list\nass\n")
+    bad_words.write_text("# a list\nass\ndonkey's Tail\n")
     bad_words = bad_words if rule == "bad-words" else None
     assert verdict(good, f"c4:{rule}", bad_words) == (good, [])
     assert verdict(bad, f"c4:{rule}", bad_words) == (None, [rule])
+    if bad_words:
+        assert verdict("A tail, or the donkey's.", f"c4:{rule}", bad_words)[0]
+        assert not verdict("This is the donkey's tail.", f"c4:{rule}", bad_words)[0]
 
 
 @pytest.mark.parametrize("gap", ["\n", "\n\n"])
