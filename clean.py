@@ -53,7 +53,7 @@ import numpy as np
 import common
 from cleaning import duplicates, formats, rules
 from cleaning.counts import Counts
-from cleaning.duplicates import TEST_WORDS, hash64, ngrams, paragraphs, words_of
+from cleaning.duplicates import TEST_WORDS, hash64, hashes_of, ngrams, paragraphs, words_of
 from common import UserError
 
 # ------------------------------------------------------------------------------------------------------------
@@ -275,9 +275,10 @@ class Cleaner:
             for rule, line in cut:
                 counts.cut("c4", rule, document, line)
             text, words = (left, words_of(left)) if left != text else (text, words)
+        hashes = hashes_of(words)  # (n_words,)
         if len(self.tests):
             counts.enter("decontamination", text)
-            if (duplicates.find(ngrams(words, TEST_WORDS), self.tests) >= 0).any():
+            if (duplicates.find(ngrams(hashes, TEST_WORDS), self.tests) >= 0).any():
                 return counts.drop("decontamination", f"{TEST_WORDS} words of a test", document, text)
         if "personal_data" in steps:
             counts.enter("personal data", text)
@@ -289,10 +290,10 @@ class Cleaner:
             text = masked
         cleaned = Cleaned(document.where, text)
         if "near_duplicates" in steps:
-            cleaned.bands, cleaned.signature = duplicates.minhash(words)
+            cleaned.bands, cleaned.signature = duplicates.minhash(hashes)
         if "repeated_paragraphs" in steps:
-            hashes = [hash64(part.encode()) if duplicates.is_long(part) else 0 for part in paragraphs(text)]
-            cleaned.paragraphs = np.array(hashes, np.uint64)
+            parts = [hash64(part.encode()) if duplicates.is_long(part) else 0 for part in paragraphs(text)]
+            cleaned.paragraphs = np.array(parts, np.uint64)
         return cleaned
 
     def broken(self, ranges, measure, text, words):

@@ -35,7 +35,8 @@ class Language:
 
     def score(self, text):
         """The probability that a text is in this language."""
-        return self.scores(text)[self.code]
+        (best,) = self.detector.detect(text, k=1)  # faster than all of them
+        return best["score"] if best["lang"] == self.code else self.scores(text)[self.code]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -102,20 +103,23 @@ def gopher_repetition(text, words):
         characters_repeated = n_characters - sum(map(len, distinct))
         measures[f"characters-of-repeated-{name}"] = characters_repeated / max(n_characters, 1)
     lengths, hashes = np.array([len(word) for word in words]), hashes_of(words)  # (n_words,)
-    starts, grams = np.arange(len(words)), np.zeros(len(words), np.uint64)
-    for n in range(1, 11):
+    starts, grams = np.arange(len(words)), longer(np.uint64(0), hashes, 1)
+    for n in range(2, 11):
         # A repeated n-gram begins with a repeated one of n - 1 words, so the others are looked at no more.
         starts = starts[starts <= len(words) - n]
+        rule = f"top-{n}-gram" if n < 5 else f"repeated-{n}-grams"
+        measures[rule] = 0.0
+        if len(starts) == 0:
+            continue
         grams = longer(grams[: len(starts)], hashes[starts + n - 1], n)
         _, first, which, counts = np.unique(grams, return_index=True, return_inverse=True, return_counts=True)
-        is_repetition = np.ones(len(grams), bool)
-        is_repetition[first] = False
-        if 2 <= n <= 4:
-            is_top = which == counts.argmax() if is_repetition.any() else is_repetition
-            measures[f"top-{n}-gram"] = share_of_characters(starts[is_top], n, lengths)
-        elif n >= 5:
-            measures[f"repeated-{n}-grams"] = share_of_characters(starts[is_repetition], n, lengths)
         is_repeated = counts[which] > 1
+        counted = is_repeated.copy()
+        if n < 5:
+            counted &= which == counts.argmax()
+        else:
+            counted[first] = False
+        measures[rule] = share_of_characters(starts[counted], n, lengths)
         starts, grams = starts[is_repeated], grams[is_repeated]
     return measures
 

@@ -372,7 +372,10 @@ def test_minhash_finds_what_is_alike():
         sets = [{tuple(words[i : i + 5]) for i in range(396)} for words in (first, second)]
         jaccard = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
         earlier = duplicates.Earlier()
-        both = [clean.Cleaned("x", "", *duplicates.minhash(words)) for words in (first, second)]
+        both = [
+            clean.Cleaned("x", "", *duplicates.minhash(duplicates.hashes_of(words)))
+            for words in (first, second)
+        ]
         assert not earlier.is_near(both[0])
         alike[seed, n_other], found[seed, n_other] = jaccard, earlier.is_near(both[1])
     above = [found[key] for key in alike if alike[key] > 0.88]
