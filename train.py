@@ -181,7 +181,9 @@ def too_short(what, shards, T):
     """The UserError that says why no shard has a row of T tokens and their targets."""
     lengths = [len(shard) for shard in shards]
     if sum(lengths) <= T:
-        return UserError(f"{what} has {sum(lengths)} tokens, --seq-len {T} needs {T + 1}; add text or lower it")
+        return UserError(
+            f"{what} has {sum(lengths)} tokens, --seq-len {T} needs {T + 1}; add text or lower it"
+        )
     what = f"{what} is in {len(lengths)} shards of at most {max(lengths)} tokens, --seq-len {T} needs {T + 1}"
     return UserError(f"{what} in one; lower it, or make larger shards with data.py --shard-tokens")
 
