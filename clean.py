@@ -126,7 +126,8 @@ def clean(paths, flags, out):
     steps = steps_asked(flags)
     blocked = read_blocklist(flags.blocklist) if flags.blocklist else set()
     settings = steps, flags.min_share, flags.skip_rules, duplicates.read_tests(flags.decontaminate)
-    Cleaner(*settings)  # its errors come before anything is read
+    formats.require(paths)
+    Cleaner(*settings)  # its errors come before anything is read, too
     counts, reader, earlier = Counts(), formats.Reader(flags.document_chars), duplicates.Earlier()
     progress = common.Progress("cleaning", sum(path.stat().st_size for path in paths), form=common.size)
     documents = first_look(reader.documents(paths), blocked, counts)
@@ -143,6 +144,10 @@ def clean(paths, flags, out):
                     file.write(json.dumps({"text": text}) + "\n")
             progress.add(reader.bytes_read - progress.done_so_far)
     progress.done()
+    if counts.without_address:
+        common.say(
+            f"note: {counts.without_address:,} documents have no address that could be on the blocklist"
+        )
     print(counts.table())
     if flags.show_dropped:
         print(counts.shown())
@@ -164,6 +169,7 @@ def first_look(documents, blocked, counts):
         content = document.content
         if blocked:
             counts.enter("blocklist", content)
+            counts.without_address += not document.url
             if is_blocked(document.url, blocked):
                 counts.drop("blocklist", "blocked domain", document, content)
                 continue

@@ -88,7 +88,7 @@ def text_files(paths, web=False, web_in_folders=False):
                     (found if file.exists() else broken_links).append(file)
         elif not path.exists():
             raise UserError(f"there is no file {path}; correct the path")
-        elif web if is_gzip else suffix in named:
+        elif suffix in (*named, "") if web and is_gzip else suffix in named and not is_gzip:
             found.append(path)
         else:
             types = ", ".join(named)

@@ -24,6 +24,7 @@ class Counts:
         self.dropped = {}  # {(step, rule): Counter(documents=…, parts=…, bytes=…)}
         self.examples = {}  # {(step, rule): [(where, the beginning), ...]}
         self.encodings = Counter()  # of pages
+        self.without_address = 0  # documents that came to the blocklist so
 
     def enter(self, step, content):
         """A document, or what is left of it, comes to a step."""

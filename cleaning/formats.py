@@ -3,7 +3,7 @@
     .txt .md              one document a file; a long one is cut at blank lines
     .jsonl                one document a line, {"text": "…"}; its address, if it has one, under "url"
     .html .htm .xhtml     one page a file; trafilatura takes the main text out of the markup
-    .warc                 an archive of the web, as Common Crawl's: one page a record
+    .warc .wet            an archive of the web, as Common Crawl's: one page a record, or its text
 
 The encoding of a file is found out, not assumed. Damage is named, with its file and record, and counted, and
 what follows it is read. Memory holds the document in hand only. data.py, which is read before this file,
@@ -28,7 +28,7 @@ from tokenizer import utf8
 
 LONGEST_LINE = 1 << 26  # characters; a .jsonl file with a longer line is not a list of documents
 TEXT = (".txt", ".md", ".jsonl")
-WEB = (".html", ".htm", ".xhtml", ".warc")  # these need requirements-clean.txt
+WEB = (".html", ".htm", ".xhtml", ".warc", ".wet")  # these need requirements-clean.txt
 
 # Common Crawl cuts pages off at 5 MiB. The time of trafilatura grows with the square of the length: on one
 # core of an EPYC 1 MB takes 0.8 seconds, 5 MB take 8 and 20 MB 193.
@@ -54,6 +54,17 @@ def extra(what):
     except ImportError as error:
         remedy = "python -m pip install -r requirements-clean.txt"
         raise UserError(f"{what} needs {error.name}; install it: {remedy}") from None
+
+
+def require(paths):
+    """UserError, before the work begins, if something is not installed that reading these files may need."""
+    pages = [path for path in paths if suffix_of(path) in WEB]
+    with extra(pages[0] if pages else "cleaning"):
+        import charset_normalizer  # noqa: F401, PLC0415
+
+        if pages:
+            import trafilatura  # noqa: F401, PLC0415
+            import warcio  # noqa: F401, PLC0415
 
 
 def suffix_of(path):
@@ -157,8 +168,8 @@ def encoding_of(blocks):
             sample += b"\n".join(NOT_ASCII.findall(block))[:SAMPLE]
     if invalid <= valid:
         return "utf-8"
-    with extra("a text that is not UTF-8"):
-        import charset_normalizer  # noqa: PLC0415
+    import charset_normalizer  # noqa: PLC0415  an extra, see require()
+
     guess = charset_normalizer.from_bytes(sample).best()
     return guess.encoding if guess else "utf-8"
 
@@ -235,7 +246,7 @@ class Reader:
 
     def _documents_of(self, path, raw):
         suffix = suffix_of(path)
-        if suffix == ".warc":
+        if suffix in (".warc", ".wet"):
             yield from self._archive(path, raw)
             return
         file = gzip.GzipFile(fileobj=raw) if is_gzip(path) else raw
@@ -279,8 +290,8 @@ class Reader:
 
     def _archive(self, path, raw):
         """Yield the pages in a WARC file. Behind a damaged record it goes on with the next whole one."""
-        with extra(path):
-            from warcio import archiveiterator  # noqa: PLC0415
+        from warcio import archiveiterator  # noqa: PLC0415
+
         file = single_member(raw) if is_gzip(path) else raw
         mark = GZIP_MEMBER if file is raw and is_gzip(path) else WARC_RECORD
         start, number = 0, 0
@@ -302,10 +313,12 @@ class Reader:
                 start = next_record(file, max(start, records.offset) + 1, mark)
 
     def _page(self, record, where):
-        """The Document of a record if a server has sent it as a page, else None."""
+        """The Document of a record if it is a page as a server sent it, or a page's text, else None."""
         http = record.http_headers
         kind = (http.get_header("content-type") or "").lower() if http else ""
-        if record.rec_type != "response":
+        if record.rec_type == "conversion":  # of .wet
+            what = ""
+        elif record.rec_type != "response":
             what = record.rec_type
         elif http and http.get_statuscode() != "200":
             what = f"status {http.get_statuscode()}"
@@ -321,6 +334,8 @@ class Reader:
             raise EOFError  # the file ends within the record
         charset = re.search(r"charset=[\"']?([\w-]+)", kind)
         url = (record.rec_headers.get_header("WARC-Target-URI") or "").strip("<>")
+        if record.rec_type == "conversion":
+            return Document(where, content.decode("utf-8", "replace"), url)
         return Document(where, content, url, is_page=True, charset=charset and charset[1])
 
 
@@ -380,8 +395,8 @@ def main_text(document, counts):
     """The main text of a page, a paragraph a line, and None; or "" and why it has none."""
     if len(document.content) > LARGEST_PAGE:
         return "", f"larger than {common.size(LARGEST_PAGE)}"
-    with extra(document.where):
-        import trafilatura  # noqa: PLC0415
+    import trafilatura  # noqa: PLC0415
+
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # it has something to say of many pages
     page, encoding = decode_page(document.content, document.charset)
     counts.encodings[encoding] += 1
