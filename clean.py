@@ -143,6 +143,7 @@ def clean(paths, flags, out):
                     counts.enter("kept", text)
                     file.write(json.dumps({"text": text}) + "\n")
             progress.add(reader.bytes_read - progress.done_so_far)
+    progress.add(reader.bytes_read - progress.done_so_far)
     progress.done()
     if counts.without_address:
         common.say(

@@ -141,6 +141,7 @@ BOMS = {  # the longest first: that of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+META = re.compile(rb"<(?:meta|\?xml)[^>]*?(?:charset|encoding)\s*=\s*[\"']?([\w-]+)", re.I)
 SAMPLE = 1 << 16  # bytes that charset-normalizer sees of a file: what is around letters that are no ASCII
 NOT_ASCII = re.compile(rb"[^\n]{0,80}[\x80-\xff]+[^\n]{0,80}")
 
@@ -192,28 +193,23 @@ def decode_page(content, charset):
     accident. So what a page says, in its <meta> or by its server, counts only if it is not UTF-8.
     """
     encoding = byte_order(content)
+    if not encoding and b"\x1b" not in content and decodes(content, "utf-8"):  # escapes: ISO-2022-JP
+        encoding = "utf-8"
     if not encoding:
-        meta = re.search(rb"<(?:meta|\?xml)[^>]*?(?:charset|encoding)\s*=\s*[\"']?([\w-]+)", content[:4096])
-        named = charset or (meta and meta[1].decode("ascii", "replace")) or ""
-        try:
-            codecs.lookup(named)
-        except LookupError:
-            named = ""
-        is_utf8 = b"\x1b" not in content and decodes(content, "utf-8")  # ISO-2022-JP is ASCII and escapes
-        if not is_utf8 and named.lower() in ("iso-8859-1", "latin-1", "latin1", "ascii", "us-ascii"):
+        meta = META.search(content[:4096])
+        named = (charset or (meta and meta[1].decode("ascii", "replace")) or "").lower()
+        if named in ("iso-8859-1", "latin-1", "latin1", "ascii", "us-ascii"):
             named = "cp1252"  # as all browsers read it
-        if is_utf8:
-            encoding = "utf-8"
-        else:
-            encoding = named if named and decodes(content, named) else encoding_of([content])
+        encoding = named if decodes(content, named) else encoding_of([content])
     return content.decode(encoding, "replace"), encoding
 
 
 def decodes(content, encoding):
+    """Whether bytes are text in an encoding, given by its name; not if Python does not know it."""
     try:
         content.decode(encoding)
         return True
-    except (UnicodeDecodeError, LookupError):
+    except (UnicodeError, LookupError):
         return False
 
 
@@ -243,6 +239,7 @@ class Reader:
                 for document in self._documents_of(path, raw):
                     self.bytes_read = before + raw.tell()
                     yield document
+                self.bytes_read = before + raw.seek(0, io.SEEK_END)
 
     def _documents_of(self, path, raw):
         suffix = suffix_of(path)
@@ -258,18 +255,18 @@ class Reader:
         self.encodings[encoding] += 1
         file.seek(0)
         blocks = Blocks(lambda n: self._read(path, file, n))
-        text = io.TextIOWrapper(io.BufferedReader(blocks, 1 << 16), encoding, errors="replace")
+        decoded = io.TextIOWrapper(io.BufferedReader(blocks, 1 << 16), encoding, errors="replace")
         if suffix != ".jsonl":
-            for number, piece in enumerate(pieces(text, self.longest), 1):
+            for number, piece in enumerate(pieces(decoded, self.longest), 1):
                 yield Document(f"{path}, part {number}" if number > 1 else str(path), piece)
             return
-        for where, row in json_rows(text, path):
+        for where, row in json_rows(decoded, path):
             url = row["url"] if isinstance(row.get("url"), str) else ""
-            is_long = len(row["text"]) > LARGEST_PAGE  # steps would take much memory for it
-            for piece in (
-                pieces(io.StringIO(row["text"], newline=""), self.longest) if is_long else [row["text"]]
-            ):
-                yield Document(where, piece, url)
+            texts = [row["text"]]
+            if len(row["text"]) > LARGEST_PAGE:  # the steps would take much memory for it
+                texts = pieces(io.StringIO(row["text"], newline=""), self.longest)
+            for text in texts:
+                yield Document(where, text, url)
 
     def _read(self, path, file, n):
         """Up to n bytes of an open file. A damaged .gz ends where the damage is."""
@@ -320,7 +317,9 @@ class Reader:
             what = ""
         elif record.rec_type != "response":
             what = record.rec_type
-        elif http and http.get_statuscode() != "200":
+        elif not http:
+            what = record.rec_headers.get_header("Content-Type") or "no HTTP"
+        elif http.get_statuscode() != "200":
             what = f"status {http.get_statuscode()}"
         elif kind and "html" not in kind:
             what = kind.partition(";")[0].strip()

@@ -163,9 +163,9 @@ def c4(text, words, rules, bad_words):
     lines, cut = [], []
     for line in paragraphs(text):
         rule = c4_line(line.strip(), rules)
-        if rule:
+        if rule and line.strip():
             cut.append((rule, line))
-        else:
+        elif not rule:
             lines.append(line)
     left = separator(text).join(lines)
     if "c4:citation" in rules:
@@ -173,7 +173,7 @@ def c4(text, words, rules, bad_words):
         left = CITATION.sub("", left)
     if "c4:sentences" in rules and len(SENTENCE_END.findall(left)) < 3:
         return "", "sentences", []
-    return left, None, cut
+    return (left, None, cut) if left.strip() else ("", "no line left", [])
 
 
 def has_any(phrases, words):

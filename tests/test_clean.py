@@ -223,6 +223,10 @@ def test_c4_cuts_lines(rule, gap):
     assert verdict(gap.join([good, good]), f"c4:{rule}") == (gap.join([good, good]), [])
 
 
+def test_a_document_that_c4_cuts_whole_is_dropped():
+    assert verdict("Not one\nline ends", "c4:terminal-punctuation") == (None, ["no line left"])
+
+
 def test_c4_cuts_citations():
     assert verdict("So [1] it is [citation needed].", "c4:citation") == ("So it is.", ["citation"])
     assert verdict("So a[i] is [it].", "c4:citation") == ("So a[i] is [it].", [])
