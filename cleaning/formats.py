@@ -294,23 +294,29 @@ class Reader:
         start, number = 0, 0
         while start is not None:
             file.seek(start)
-            records = archiveiterator.ArchiveIterator(file)
+            records, at = archiveiterator.ArchiveIterator(file), None  # at: where record `number` begins
             try:
                 while True:
-                    number += 1
                     with contextlib.redirect_stderr(io.StringIO()):  # what it warns of we say ourselves
                         record = next(records, None)
+                    if records.err_count:
+                        raise ValueError("the record does not end where it says")
                     if record is None:
                         return
+                    number, at = number + 1, records.offset
                     page = self._page(record, f"{path}, record {number}")
                     if page:
                         yield page
-            except (archiveiterator.ArchiveLoadFailed, EOFError, ValueError, OSError, zlib.error):
+            except Exception:  # warcio has many for damaged records, AttributeError among them
+                is_next = at is None or (records.offset > at and not records.err_count)
+                number += is_next
                 self._note("records of archives", f"{path}, record {number} is damaged; going on behind it")
-                start = next_record(file, max(start, records.offset) + 1, mark)
+                start = next_record(file, (records.offset if is_next else at) + 1, mark)
 
     def _page(self, record, where):
         """The Document of a record if it is a page as a server sent it, or a page's text, else None."""
+        if not hasattr(record.raw_stream, "limit"):
+            raise ValueError("the record does not say how long it is")
         http = record.http_headers
         kind = (http.get_header("content-type") or "").lower() if http else ""
         if record.rec_type == "conversion":  # of .wet
@@ -330,7 +336,9 @@ class Reader:
             return None
         content = record.content_stream().read(LARGEST_PAGE + 1)
         if len(content) <= LARGEST_PAGE and record.raw_stream.limit:
-            raise EOFError  # the file ends within the record
+            raise EOFError("the file ends within the record")
+        if WARC_RECORD.search(content):
+            raise ValueError("the record goes on into the next one")
         charset = re.search(r"charset=[\"']?([\w-]+)", kind)
         url = (record.rec_headers.get_header("WARC-Target-URI") or "").strip("<>")
         if record.rec_type == "conversion":

@@ -580,6 +580,20 @@ def test_damaged_records_cost_no_other_record(here, compress, harm):
         assert reader.damaged == {"records of archives": 1}
 
 
+@settings(max_examples=60)
+@given(st.booleans(), st.integers(0, 5), st.floats(0, 1), st.integers(0, 300), st.binary(max_size=50))
+def test_any_damage_of_an_archive_is_survived(tmp_path_factory, compress, bad, place, n, new):
+    """n bytes of a record are replaced by others: the other records are read, or the damage is counted."""
+    records = warc(WARC[4:] * 2, compress)
+    start = int(place * len(records[bad]))
+    records[bad] = records[bad][:start] + new + records[bad][start + n :]
+    path = tmp_path_factory.mktemp("archive") / ("a.warc.gz" if compress else "a.warc")
+    path.write_bytes(b"".join(records))
+    reader = formats.Reader(10**6)
+    n_read = len(list(reader.documents([path])))
+    assert n_read >= 4 and (n_read >= 5 or reader.damaged)
+
+
 def test_damaged_record_is_named(here):
     records = warc(WARC)
     Path("a.warc.gz").write_bytes(b"".join([*records[:5], b"rubbish" * 9, *records[6:]]))
