@@ -265,11 +265,14 @@ class GPT2:
         """
         ops, tokens = self.ops, self._checked(tokens)
         B, T = tokens.shape
-        lengths = np.full(B, T, np.int32) if lengths is None else np.asarray(lengths, np.int32)
-        if len(cache.lengths) != B or lengths.shape != (B,) or not 1 <= lengths.min() <= lengths.max() <= T:
-            raise ValueError(
-                f"{B} rows of {T} tokens, lengths {lengths}, a cache of {len(cache.lengths)} rows"
-            )
+        if lengths is None:
+            lengths = np.full(B, T, np.int32)
+        else:
+            lengths = np.asarray(lengths, np.int32)
+            if lengths.shape != (B,) or not 1 <= lengths.min() <= lengths.max() <= T:
+                raise ValueError(f"{B} rows of {T} tokens, lengths {lengths}")
+        if len(cache.lengths) != B:
+            raise ValueError(f"{B} rows of tokens, a cache of {len(cache.lengths)} rows")
         if cache.lengths.max() + T > cache.length:
             raise UserError(
                 f"{cache.lengths.max()} + {T} tokens do not fit the room for {cache.length}; "
