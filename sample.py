@@ -272,6 +272,11 @@ class Assistant:
         forbidden = [special[f"<|{name}|>"] for name in ("im_start", "im_sep", "output_start", "output_end")]
         self.mask = ~np.isin(np.arange(tokenizer.vocab_size), forbidden)  # (V,)
 
+    def fitting(self, conversation):
+        """The conversation without its oldest turns, if there are too many; UserError if not even the system
+        message and the last turn fit."""
+        return self.tokenizer.fit(conversation, room_for_prompt(self.model, self.max_tokens))
+
     def answer(self, conversation, show):
         """Answer the last turn. Returns the content of the assistant's turn, [] if there are no words in it.
 
@@ -279,8 +284,8 @@ class Assistant:
         {"tool": "calc" or "search", "call": text}, {"output": text}, {"note": a remark of this program}.
         Ctrl-C ends the answer and keeps what has been generated, except a call that has no output yet.
         """
-        tokenizer, n_positions = self.tokenizer, self.model.config.n_positions
-        kept = tokenizer.fit(conversation, n_positions - min(self.max_tokens, n_positions // 3))
+        tokenizer = self.tokenizer
+        kept = self.fitting(conversation)
         ids, events, notes = [], AnswerEvents(), []
 
         def on_token(completion, shown, logits):
@@ -306,6 +311,12 @@ class Assistant:
             content.pop()
         show(events.new(content, complete=True) + notes)
         return content if any(part["text"].strip() for part in content) else []
+
+
+def room_for_prompt(model, max_tokens):
+    """How many tokens a prompt may have, so that the answer has max_tokens, or a third of a small context."""
+    n_positions = model.config.n_positions
+    return n_positions - min(max_tokens, n_positions // 3)
 
 
 def is_unfinished(part):
@@ -371,7 +382,8 @@ def chat(model, tokenizer, **settings):
                 case ["/reset"]:
                     turns = []
                 case ["/system", *text]:
-                    system = [{"role": "system", "content": text[0]}] if text else []
+                    asked = [{"role": "system", "content": text[0]}] if text else []
+                    system = assistant.fitting(asked)
                 case ["/save", path]:
                     saved = json.dumps({"messages": checked(system + turns, True)}, ensure_ascii=False)
                     with open(os.path.expanduser(path), "a", encoding="utf-8", errors="replace") as file:
