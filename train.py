@@ -139,9 +139,8 @@ class Windows:
         self.shards, self.T, self.seed = [shard for shard in shards if len(shard) > T], T, seed
         if not self.shards:
             longest = max((len(shard) for shard in shards), default=0)
-            raise UserError(
-                f"the text has {longest} tokens, --seq-len {T} needs {T + 1}; add text or lower it"
-            )
+            what = f"the longest of {len(shards)} shards" if len(shards) > 1 else "the text"
+            raise UserError(f"{what} has {longest} tokens, --seq-len {T} needs {T + 1}; add text or lower it")
         self.counts = [max(1, len(shard) // T - 1) for shard in self.shards]  # with room for the offset
         self.n_windows = sum(self.counts)
         self._window_order = functools.lru_cache(maxsize=2)(self._make_window_order)
@@ -188,7 +187,8 @@ def validation_batches(shards, T, flags):
     """[(tokens, targets), ...], (up to B, T) each, from the beginning of the validation text, in order."""
     windows = [s[i : i + T + 1] for s in shards for i in range(0, len(s) - T, T)]
     if not windows:
-        raise UserError(f"the validation text is shorter than --seq-len {T} + 1 tokens; add text or lower it")
+        what = "each validation shard" if len(shards) > 1 else "the validation text"
+        raise UserError(f"{what} is shorter than --seq-len {T} + 1 tokens; add text or lower it")
     windows = windows[: max(1, flags.eval_tokens // T)]
     B = flags.batch_size * flags.seq_len // T
     blocks = [np.stack(windows[i : i + B]).astype(np.int32) for i in range(0, len(windows), B)]

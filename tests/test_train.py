@@ -236,11 +236,15 @@ def test_steps_follow_one_another_through_the_epochs():
 
 
 def test_a_text_shorter_than_a_window_is_refused():
-    with pytest.raises(UserError, match=r"16 tokens, --seq-len 16 needs 17"):
+    with pytest.raises(UserError, match=r"the longest of 2 shards has 16 tokens, --seq-len 16 needs 17"):
         Windows(counting(3, 16), 16, 0)
+    with pytest.raises(UserError, match=r"the text has 16 tokens"):
+        Windows(counting(16), 16, 0)
     assert Windows(counting(3, 17), 16, 0).n_windows == 1
     with pytest.raises(UserError, match="validation text is shorter than --seq-len 16"):
         validation(counting(16), 16, 2, 100)
+    with pytest.raises(UserError, match="each validation shard is shorter than --seq-len 16"):
+        validation(counting(16, 16), 16, 2, 100)
 
 
 # ------------------------------------------------------------------------------------------------------------
