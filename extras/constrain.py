@@ -307,6 +307,7 @@ def main(argv=None):
     else:
         for completion in completions:
             print(printable(completion.text))
+    sample.say_speed(flags, completions)
 
 
 def parser():

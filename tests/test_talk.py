@@ -298,6 +298,11 @@ def test_a_conversation_through_a_pipe(monkeypatch):
     assert done.out == "So: [calc 3*17 → 51] It is 51 \N{GRINNING FACE}.\n" * 2 and done.err == ""
 
 
+def test_a_chat_tells_its_speed_if_asked(monkeypatch):
+    done = typed(monkeypatch, speaker(lambda question: "yes"), "?", tell_speed=True)
+    assert re.fullmatch(r"yes\n\(4 tokens: the first after \S+ ms, then \S+ a second\)\n", done.out)
+
+
 def test_reset_system_and_save(monkeypatch, tmp_path):
     model = speaker(lambda question: f"you said {question}")
     one, two = tmp_path / "one.jsonl", tmp_path / "two words.jsonl"
