@@ -35,6 +35,7 @@ SHARD_TOKENS, TEXT_BYTES = 100_000_000, 256_000_000  # of larger data so much is
 LONGEST = 1 << 24  # characters or tokens: a longer document is cut
 KEYS = 1_000_000  # texts of which it is remembered how often they came, some 200 bytes each
 SAMPLE, SHOWN = 1000, 10  # documents at random: whose language is found out, and that are printed
+MANY = 20  # files: of more the sources are their folders
 ENOUGH = 100  # bytes: of shorter documents repetition and letters say little
 PARAGRAPH = 40  # bytes: what is shorter is a title, or an item of a list
 UNCLEAR = 0.2  # a language of less confidence is none
@@ -82,6 +83,10 @@ class Document:
     key: int  # a hash of its text
     ids: object = None  # (n,) token ids, an array or a list; None: not encoded yet
     turns: list = None  # of a conversation
+
+    def is_empty(self):
+        has_tokens = self.ids is not None and len(self.ids) > 0  # those of shards have no text unless wanted
+        return not has_tokens and not self.text.strip()
 
 
 def digest(content):
@@ -145,7 +150,9 @@ def look_at_files(paths, tokenizer, seed):
     look = Look(tokenizer.with_chat_tokens(), unit, n_bytes / TEXT_BYTES, seed)
     progress = common.Progress("looking", n_bytes, form=size)
     for path in paths:
-        for batch in batches(conversations(path, look.bad) if unit == "conversation" else texts(path)):
+        source = path.name if len(paths) <= MANY else str(path.parent)
+        documents = conversations(path, source, look.bad) if look.talk else texts(path, source)
+        for batch in batches(documents):
             look.add(batch)
             progress.add(sum(len(document.text) for document in batch))
     if look.lengths:
@@ -166,11 +173,11 @@ def batches(documents, n_bytes=1 << 22):
         yield batch
 
 
-def texts(path):
+def texts(path, source):
     """Yield the documents of a text file."""
     for _, text in data.read_texts([path], LONGEST):
         content = utf8(text)
-        yield Document(path.name, content, digest(b" ".join(content.split())))
+        yield Document(source, content, digest(b" ".join(content.split())))
 
 
 def has_conversations(path):
@@ -185,7 +192,7 @@ def has_conversations(path):
     return isinstance(row, list) or (isinstance(row, dict) and "messages" in row)
 
 
-def conversations(path, bad):
+def conversations(path, source, bad):
     """Yield the conversations of a file; why sft.py would refuse a line is appended to `bad`."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -199,8 +206,8 @@ def conversations(path, bad):
                 bad.append(f"{path}, line {number}: {error}")
                 continue
             content = utf8("\n".join(f"{turn['role']}: {transcript(turn['content'])}" for turn in turns))
-            source = row["source"] if isinstance(row.get("source"), str) else path.name
-            yield Document(source, content, digest(content), turns=turns)
+            where = row["source"] if isinstance(row.get("source"), str) else source
+            yield Document(where, content, digest(content), turns=turns)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -221,7 +228,7 @@ class Look:
         self.tokenizer, self.unit = tokenizer, unit
         self.every = max(1, round(times_too_large))
         self.rng = random.Random(seed)
-        self.n_documents = self.n_empty = self.n_damaged = 0
+        self.n_documents = self.n_empty = self.n_damaged = self.n_with_nul = 0
         self.lengths = array("Q")  # tokens of each document looked into
         self.counts = np.zeros(tokenizer.vocab_size, np.int64)  # (V,) how often each token is there
         self.sources = {}  # {source: Counter of documents, bytes, tokens}
@@ -238,7 +245,7 @@ class Look:
     def add(self, documents):
         """Count some documents, and look into those that are wanted."""
         self.n_documents += len(documents)
-        filled = [document for document in documents if document.text.strip() or document.ids is not None]
+        filled = [document for document in documents if not document.is_empty()]
         self.n_empty += len(documents) - len(filled)
         for document in filled:
             self.copies.add(document.key, document.text)
@@ -259,6 +266,7 @@ class Look:
         text, n_tokens, n_before = document.text, len(document.ids), len(self.lengths)
         self.lengths.append(n_tokens)
         self.n_damaged += b"\xef\xbf\xbd" in text
+        self.n_with_nul += b"\0" in text
         source = self.sources.setdefault(document.source, Counter())
         source.update(documents=1, bytes=len(text), tokens=n_tokens)
         for paragraph in paragraphs(text):
@@ -303,6 +311,7 @@ class Look:
             "languages": languages(self.sample),
             "empty": self.n_empty,
             "with_replacement_characters": self.n_damaged,
+            "with_nul": self.n_with_nul,
             "bad_lines": {"n": len(self.bad), "first": self.bad[:3]},
             "duplicates": self.copies.facts(),
             "paragraphs": self.paragraphs.facts(),
@@ -537,6 +546,8 @@ def findings(facts):
         yield f"empty {unit}s: {facts['empty']:,}"
     if facts["with_replacement_characters"]:
         yield f"{unit}s with U+FFFD, bytes that were no text: {facts['with_replacement_characters']:,}"
+    if facts["with_nul"]:
+        yield f"{unit}s with NUL characters, no text or in another encoding: {facts['with_nul']:,}"
     if facts["bad_lines"]["n"]:
         yield f"bad lines: {facts['bad_lines']['n']:,}; the first is {facts['bad_lines']['first'][0]}"
     if facts["talk"] and facts["talk"]["several_answers"]:
