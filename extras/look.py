@@ -36,6 +36,7 @@ LONGEST = 1 << 24  # characters or tokens: a longer document is cut
 KEYS = 1_000_000  # texts of which it is remembered how often they came, some 200 bytes each
 SAMPLE, SHOWN = 1000, 10  # documents at random: whose language is found out, and that are printed
 MANY = 20  # files: of more the sources are their folders
+SOURCES = 10_000  # of more the rest is one source
 ENOUGH = 100  # bytes: of shorter documents repetition and letters say little
 PARAGRAPH = 40  # bytes: what is shorter is a title, or an item of a list
 UNCLEAR = 0.2  # a language of less confidence is none
@@ -203,7 +204,9 @@ def conversations(path, source, bad):
                 row = row if isinstance(row, dict) else {"messages": row}
                 turns = checked(row.get("messages"), training=True)
             except (UserError, ValueError, RecursionError) as error:
-                bad.append(f"{path}, line {number}: {error}")
+                bad.append(
+                    f"{path}, line {number}: {error}" if len(bad) < 3 else ""
+                )  # the others are counted
                 continue
             content = utf8("\n".join(f"{turn['role']}: {transcript(turn['content'])}" for turn in turns))
             where = row["source"] if isinstance(row.get("source"), str) else source
@@ -267,8 +270,9 @@ class Look:
         self.lengths.append(n_tokens)
         self.n_damaged += b"\xef\xbf\xbd" in text
         self.n_with_nul += b"\0" in text
-        source = self.sources.setdefault(document.source, Counter())
-        source.update(documents=1, bytes=len(text), tokens=n_tokens)
+        is_new = document.source not in self.sources
+        source = "others" if is_new and len(self.sources) >= SOURCES else document.source
+        self.sources.setdefault(source, Counter()).update(documents=1, bytes=len(text), tokens=n_tokens)
         for paragraph in paragraphs(text):
             self.paragraphs.add(digest(paragraph), paragraph)
 

@@ -115,7 +115,7 @@ def test_the_page_says_what_to_look_at_first(tmp_path, texts):
     assert any(line.startswith("     98%  a.txt: 1 documents") for line in lines), done.out
 
 
-def test_conversations_and_questions_with_several_answers(tmp_path, quick):
+def test_conversations_and_questions_with_several_answers(tmp_path, quick, monkeypatch):
     def line(*contents, **more):
         roles = ("user", "assistant") * 2
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
@@ -123,7 +123,7 @@ def test_conversations_and_questions_with_several_answers(tmp_path, quick):
 
     lines = [
         line("Who are you?", "A model."),
-        line("who are you", "A person.", source="others"),
+        line("who are you", "A person.", source="web"),
         line("Who are you?", "A model.", "And you?", "Me, too."),
         line("What is 2 + 2?", "4"),
         line("What is 2 + 2?", "4"),
@@ -136,7 +136,7 @@ def test_conversations_and_questions_with_several_answers(tmp_path, quick):
     facts = facts_of(path)
     talk = facts["talk"]
     assert facts["unit"] == "conversation" and facts["documents"] == 6
-    assert {name: n["documents"] for name, n in facts["sources"].items()} == {"talk.jsonl": 5, "others": 1}
+    assert {name: n["documents"] for name, n in facts["sources"].items()} == {"talk.jsonl": 5, "web": 1}
     assert facts["bad_lines"]["n"] == 2 and "line 7: the assistant never" in facts["bad_lines"]["first"][0]
     assert (talk["questions"], talk["asked_again"], talk["several_answers"]) == (4, 2, 1)
     assert talk["examples"] == [["Who are you?", [["A model.", 2], ["A person.", 1]]]]
@@ -147,7 +147,9 @@ def test_conversations_and_questions_with_several_answers(tmp_path, quick):
     assert facts["tokens"] == n_tokens and talk["targets"] * n_tokens == pytest.approx(
         sum(sum(mask) for _, mask in renders)
     )
+    monkeypatch.setattr(look, "SOURCES", 1)
     page = script.run(data.main, "inspect", path).out
+    assert "talk.jsonl: 5 conversations" in page and "others: 1 conversations" in page
     assert "! questions with several answers: 1\n" in page and "! bad lines: 2; the first is" in page
     assert "Who are you? -> 2 x A model. | 1 x A person." in page
 
@@ -156,7 +158,7 @@ def test_of_large_data_a_sample_tells_the_same(tmp_path, quick, monkeypatch):
     """Every fifth document is looked into, every n-th hash is kept; copies stay with their originals."""
     rng = random.Random(1)
     texts = [sentence(rng) for _ in range(2000)]
-    made_shards(tmp_path, texts + texts[:1000], 50_000)
+    made_shards(tmp_path, [*texts, *texts[:1000]], 50_000)
     whole = facts_of(tmp_path)
     monkeypatch.setattr(look, "SHARD_TOKENS", sum(map(len, texts)) * 1.5 / 5)
     monkeypatch.setattr(look, "KEYS", 500)
