@@ -31,7 +31,7 @@ import data
 from common import UserError, count, size
 from tokenizer import Tokenizer, as_parts, checked, transcript, utf8, visible
 
-SHARD_TOKENS, TEXT_BYTES = 100_000_000, 256_000_000  # of larger data so much is looked into
+SHARD_TOKENS, TEXT_BYTES = 100_000_000, 100_000_000  # of larger data so much is looked into
 LONGEST = 1 << 24  # characters or tokens: a longer document is cut
 KEYS = 1_000_000  # texts of which it is remembered how often they came, some 200 bytes each
 SAMPLE, SHOWN = 1000, 10  # documents at random: whose language is found out, and that are printed
