@@ -63,7 +63,7 @@ def show(flags):
     if flags.json:
         print(json.dumps({"paths": flags.paths, **facts, "picture": str(out)}, ensure_ascii=False))
     else:
-        print(page(name, facts))
+        print(common.printable(page(name, facts)))
     draw(name, look, facts, out)
     common.say(f"the picture: {out}")
 
@@ -336,7 +336,10 @@ def non_letters(text):
 
 
 def paragraphs(text):
-    """Those of a text, as bytes: what blank lines separate, or its lines if these are long; no short ones."""
+    """The paragraphs of a text as bytes, without short ones.
+
+    Blank lines separate them. A text whose lines are long has a paragraph in each.
+    """
     are_lines_short = len(text) < 100 * (text.count(b"\n") + 1)
     pieces = text.split(b"\n\n" if are_lines_short and b"\n\n" in text else b"\n")
     return [piece for piece in map(bytes.strip, pieces) if len(piece) >= PARAGRAPH]
@@ -435,9 +438,8 @@ class Talk:
     def __init__(self):
         self.n = self.n_targets = self.n_tokens = self.n_with_calls = 0
         self.user_turns, self.systems = Counter(), Counter()
-        self.questions = Bounded(
-            KEYS // 10
-        )  # {hash of all that was said before: (question, {answer: times})}
+        # {hash of all that was said before an answer: (what was said last, {answer: how often})}
+        self.questions = Bounded(KEYS // 10)
 
     def add(self, turns, tokenizer):
         """Add a conversation; return its tokens, as sft.py trains on them."""
@@ -446,14 +448,13 @@ class Talk:
         self.n_tokens += len(mask) - 1
         self.n_targets += sum(mask)
         self.user_turns[sum(turn["role"] == "user" for turn in turns)] += 1
-        self.n_with_calls += any(
-            part["type"] != "text" for turn in turns for part in as_parts(turn["content"])
-        )
+        parts = [part for turn in turns for part in as_parts(turn["content"])]
+        self.n_with_calls += any(part["type"] != "text" for part in parts)
         before = last = ""
         for turn in turns:
             words = " ".join(transcript(turn["content"]).split())
-            if turn["role"] == "system" and (words in self.systems or len(self.systems) < 1000):
-                self.systems[words] += 1
+            if turn["role"] == "system" and (words[:200] in self.systems or len(self.systems) < 1000):
+                self.systems[words[:200]] += 1
             if turn["role"] == "assistant":
                 entry = self.questions.entry(digest(utf8(before)), (last[:200], Counter()))
                 if entry:
@@ -508,7 +509,8 @@ def page(name, facts):
         parts.append(section("turns and answers", talk_lines(facts["talk"])))
     for kind, form in EXTREMES.items():
         lines = [f"{form.format(value)}: {flat(text)}" for value, text in facts["extremes"][kind]]
-        parts.append(section(kind, lines))
+        if lines:
+            parts.append(section(kind, lines))
     lines = [f"{i}. {flat(text)}" for i, text in enumerate(facts["random"], 1)]
     parts.append(section(f"{len(lines)} of {facts['looked_into']:,} {unit}s, at random", lines, most=3))
     return "\n".join(parts)
@@ -643,10 +645,9 @@ def draw(name, look, facts, out):
     bars(spoken, "languages", facts["languages"] or {}, most=10)
 
     for what, repeats in ((f"{unit}s", look.copies), ("paragraphs", look.paragraphs)):
-        texts_of = Counter(n for n, _ in repeats.times.values())  # {how often: texts that are so often there}
-        copies.loglog(
-            sorted(texts_of), [texts_of[n] for n in sorted(texts_of)], "o", markersize=3, label=what
-        )
+        texts_of = Counter(n for n, _ in repeats.times.values()) or {1: 0}  # {how often: so many texts}
+        times, n_texts = zip(*sorted(texts_of.items()))
+        copies.loglog(times, n_texts, "o", markersize=3, label=what)
     copies.set(title="copies", xlabel="how often the same text is there", ylabel="texts")
     copies.legend()
     for axis in (copies.xaxis, copies.yaxis):
