@@ -61,8 +61,7 @@ def ask(
     With a `world` of several ranks each rank asks conversations[rank::size], and all of them return all
     replies. Random streams are numbered globally, so the replies do not depend on the number of ranks.
     """
-    n_positions = model.config.n_positions
-    room = n_positions - min(max_tokens, n_positions // 3)  # as in a chat, what is oldest may have to go
+    room = sample.room_for_prompt(model, max_tokens)  # as in a chat, what is oldest may have to go
     prompts = [tokenizer.prompt(tokenizer.fit(conversation, room)) for conversation in conversations]
     replies = reply_to(model, tokenizer, prompts, tools, max_tokens, temperature, seed, streams, world)
     return [reply["parts"] for reply in replies]

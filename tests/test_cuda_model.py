@@ -303,7 +303,7 @@ def test_nothing_waits_for_the_card_inside_a_step(shards, tmp_path, monkeypatch)
     """The order in which train.py asks the card for work and reads results, a letter for each.
 
     F forward, B backward, A AdamW; c a copy to be read later is asked for, r it is read; ! anything else that
-    waits for the card.
+    waits for the card. After the first step alone it waits, to show what the update did.
     """
     order, read_later = [], cuda.read_later
 
@@ -336,7 +336,7 @@ def test_nothing_waits_for_the_card_inside_a_step(shards, tmp_path, monkeypatch)
     ]:
         logged(place, name, letter)
     monkeypatch.setattr(cuda, "read_later", later)
-    sizes = "--n-layer 1 --n-head 2 --n-embd 32 --seq-len 16 --total-batch-tokens 64 --batch-size 2 --steps 4"
+    sizes = "--n-layer 1 --n-head 2 --n-embd 32 --seq-len 16 --total-batch-tokens 64 --batch-size 2 --steps 5"
     rare = "--eval-every 0 --sample-every 0 --save-every 0"
     train.main(f"--data {shards} --device cuda {sizes} {rare} --out {tmp_path / 'run'}".split())
     step = "FB" * 2 + "A" + "cc"  # loss and norm are read when the next step has been asked for
