@@ -250,8 +250,8 @@ def whole_directory(place):
     for left_over in place.parent.glob(f".{glob.escape(place.name)}.*.part"):
         if not _alive(left_over.name.split(".")[-2]):
             shutil.rmtree(left_over, ignore_errors=True)  # its process was killed
-    beside.mkdir(parents=True)
     try:
+        beside.mkdir(parents=True)  # in here, so that Ctrl-C removes it from its first moment on
         yield beside
         for path in (*beside.iterdir(), beside):
             _flush(path)

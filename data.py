@@ -6,6 +6,7 @@
     python data.py shakespeare      the plays and poems; the last tenth of the text validates
     python data.py fineweb          10 billion tokens of the web, as shards that others have made
     python data.py fineweb-edu      the same of pages that teach something
+    python data.py inspect PATH...  what is in shards, texts or conversations: a page and a picture
 
 The file follows the text on its way, a section for every step. main() reads all documents twice, one at a
 time, so that your files are never whole in memory: first to draw the split and to learn a vocabulary, then to
@@ -344,9 +345,10 @@ def parser():
     flags = common.Parser(prog="data.py", description="\n\n".join(__doc__.split("\n\n")[:2]))
     add = flags.add_argument_group("what to read").add_argument
     words = "where the text comes from"
-    sources = ("factbook", "text", "shakespeare", *HUB)
+    sources = ("factbook", "text", "shakespeare", *HUB, "inspect")
     add("source", nargs="?", choices=sources, default="factbook", help=words)
-    add("paths", nargs="*", metavar="PATH", help="for text: files, folders, - for standard input")
+    words = "for text: files, folders, - for standard input; for inspect: the same, or shards"
+    add("paths", nargs="*", metavar="PATH", help=words)
     words = "more texts, as for text, which train and never validate"
     add("--train-also", nargs="+", default=[], metavar="PATH", help=words)
     words = "a longer document becomes several, cut at blank lines"
@@ -373,7 +375,8 @@ def parser():
     add("--shards", type=number(int, low=1), metavar="N", help=words)
     add("--all", action="store_true", help="wait for all shards, and leave none to the background")
     add = flags.add_argument_group("output").add_argument
-    add("--out", metavar="DIR", help="a new folder; shards/NAME if not given")
+    add("--out", metavar="DIR", help="a new folder; shards/NAME if not given. For inspect: the picture")
+    add("--json", action="store_true", help="for inspect: one JSON object, for programs")
     add("--name", help="what the names of the shards begin with; the source if not given")
     limit = number(int, low=1, high=2**31 - 1)
     add("--shard-tokens", type=limit, default=100_000_000, metavar="N", help="tokens in one shard")
@@ -410,10 +413,14 @@ def find_sources(flags, standard_input):
 
 def main(argv=None):
     flags = parser().parse_intermixed_args(argv)
-    if (flags.source == "text") != bool(flags.paths):
-        raise UserError("give files with text, and only there: python data.py text PATH...")
+    if (flags.source in ("text", "inspect")) != bool(flags.paths):
+        raise UserError("text and inspect take paths, and only they: python data.py text PATH...")
     if flags.source != "text" and clean.steps_asked(flags):
         raise UserError("only your own text is cleaned: python data.py text PATH... --clean")
+    if flags.source == "inspect":
+        from extras import look  # noqa: PLC0415  the course can do without
+
+        return look.show(flags)
     if flags.source in HUB:
         return download_shards(flags)
     name = flags.name or flags.source

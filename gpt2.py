@@ -265,20 +265,23 @@ class GPT2:
         """
         ops, tokens = self.ops, self._checked(tokens)
         B, T = tokens.shape
-        lengths = np.full(B, T, np.int32) if lengths is None else np.asarray(lengths, np.int32)
-        if len(cache.lengths) != B or lengths.shape != (B,) or not 1 <= lengths.min() <= lengths.max() <= T:
-            raise ValueError(
-                f"{B} rows of {T} tokens, lengths {lengths}, a cache of {len(cache.lengths)} rows"
-            )
+        if lengths is None:
+            lengths = np.full(B, T, np.int32)
+        else:
+            lengths = np.asarray(lengths, np.int32)
+            if lengths.shape != (B,) or not 1 <= lengths.min() <= lengths.max() <= T:
+                raise ValueError(f"{B} rows of {T} tokens, lengths {lengths}")
+        if len(cache.lengths) != B:
+            raise ValueError(f"{B} rows of tokens, a cache of {len(cache.lengths)} rows")
         if cache.lengths.max() + T > cache.length:
             raise UserError(
                 f"{cache.lengths.max()} + {T} tokens do not fit the room for {cache.length}; "
                 f"the model's context is {self.config.n_positions}"
             )
-        last = np.arange(B, dtype=np.int32) * T + lengths - 1  # (B,) rows of the B T
-        empty_cache = (
-            T > 1 and not cache.lengths.any()
-        )  # False for decode steps: one recording for all of them
+        last, empty_cache = None, False  # the same for all decode steps: they share a recording
+        if T > 1:
+            last = np.arange(B, dtype=np.int32) * T + lengths - 1  # (B,) rows of the B T
+            empty_cache = not cache.lengths.any()
         arguments = tokens, cache.lengths, last, cache.keys, cache.values, empty_cache
         ops.replay(self.recordings, self._decode, *arguments, overlap=T == 1)
         cache.lengths = cache.lengths + lengths
@@ -287,7 +290,7 @@ class GPT2:
     def _decode(self, tokens, offsets, last, keys, values, empty_cache):
         """What decode() computes, and a GPU records: the logits (B, Vp) go to the buffer "next".
 
-        offsets (B,) are the rows' lengths before, last (B,) says which of the B T tokens end the rows.
+        offsets (B,) are the rows' lengths before; last (B,) says which of the B T tokens end them, if T > 1.
         """
         (B, T), C, ops = tokens.shape, self.config.n_embd, self.ops
         a = self._activations("decoding", B, T, 1)

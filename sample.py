@@ -4,6 +4,7 @@
     python sample.py RUN --prompt "What is 3 * 17?"                    an assistant answers, with its tools
     python sample.py RUN --num-samples 3 --temperature 0.7 --top-p 0.95
     python sample.py RUN --prompt "Population:" --show-probs           the candidates at every step
+    python sample.py RUN --prompt "The" --speed | less                 also says how many tokens a second came
     python sample.py RUN --chat                                        a conversation
 
 Sampling alternates two steps: the model reads tokens and returns logits for the next one (all of the prompt
@@ -18,6 +19,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +63,7 @@ def generate(
         stream = index if streams is None else streams[index]
         rows.append(Completion(index, list(prompt), stream, tokenizer))
 
+    began = time.perf_counter()
     batch = rows  # the rows of the cache; more than half of them are not finished
     cache, logits = prefill(model, prompts, max_tokens)  # logits (B, V)
     while True:
@@ -68,6 +71,7 @@ def generate(
             masks = [None if row.pending or row.finish else allowed(row) for row in batch]  # B masks (V,)
             logits = apply_masks(ops, logits, masks)  # (B, V)
         tokens, logprobs = sample_tokens(ops, logits, batch, seed, temperature, top_k, top_p, min_p)
+        seconds = time.perf_counter() - began
 
         for i, row in enumerate(batch):
             if row.finish:
@@ -76,6 +80,7 @@ def generate(
                 int(tokens[i]), float(logprobs[0, i]), float(logprobs[1, i]),
                 stop_tokens, stop_texts, max_tokens, n_positions,
             )  # fmt: skip
+            row.seconds.append(seconds)
             if on_token:
                 row.pending += on_token(row, shown, logits[i]) or []
 
@@ -160,6 +165,7 @@ class Completion:
         self.pending = []  # tokens from on_token() that are still to be appended
         self.logprobs = []  # of each token under the distribution it was sampled from; 0 if forced
         self.full_logprobs = []  # of each under the model's own, unfiltered softmax; 0 if forced
+        self.seconds = []  # from the call of generate() until each token was there
         self.text = ""  # what may be shown: without the stop token or stop text
         self.held = ""  # the end of the text, held back while it could be the beginning of a stop text
         self.finish = None  # "stop", "length" (max_tokens) or "context" (the model's n_positions)
@@ -202,6 +208,24 @@ class Completion:
             self.finish = "stop"
         self.text += shown
         return shown
+
+
+def speed(completions):
+    """How fast generate() was: how many tokens it made in how many seconds, when the first token was there,
+    and how many came in a second after it (None if that was all), a dict."""
+    tokens = sum(len(row.ids) for row in completions)
+    first = min(row.seconds[0] for row in completions)
+    seconds = max(row.seconds[-1] for row in completions)
+    rate = (tokens - len(completions)) / (seconds - first) if seconds > first else None
+    return dict(tokens=tokens, seconds=seconds, first_token_seconds=first, tokens_per_second=rate)
+
+
+def speed_text(completions):
+    """speed() as a person reads it: '63 tokens: the first after 12 ms, then 512 a second'."""
+    measured = speed(completions)
+    n, rate = measured["tokens"], measured["tokens_per_second"]
+    text = f"{n} token{'s' * (n > 1)}: the first after {measured['first_token_seconds'] * 1e3:.3g} ms"
+    return f"{text}, then {common.count(rate)} a second" if rate else text
 
 
 def release(text, stop_texts, last):
@@ -258,19 +282,29 @@ class Host:
 
 
 class Assistant:
-    """A model that answers conversations, its tools and its sampling: temperature, top_k, top_p, min_p."""
+    """A model that answers conversations, its tools and its sampling: temperature, top_k, top_p, min_p.
 
-    def __init__(self, model, tokenizer, tools=TOOLS, max_tokens=256, seed=SEED, **sampling):
+    With tell_speed every answer ends with a note of how fast it came.
+    """
+
+    def __init__(
+        self, model, tokenizer, tools=TOOLS, max_tokens=256, seed=SEED, tell_speed=False, **sampling
+    ):
         tokenizer.prompt([])  # raises if there are no chat tokens
         special = tokenizer.special_tokens
         self.model, self.tokenizer, self.max_tokens, self.sampling = model, tokenizer, max_tokens, sampling
         self.host = Host(tokenizer, tools)
-        self.seed = seed
+        self.seed, self.tell_speed = seed, tell_speed
         self.n_answers = 0  # the stream of the next answer: a repeated question may get another answer
         self.stop_tokens = {special["<|im_end|>"], tokenizer.eot}
         # Only the host writes outputs and the headers of turns, so the model may not sample these tokens.
         forbidden = [special[f"<|{name}|>"] for name in ("im_start", "im_sep", "output_start", "output_end")]
         self.mask = ~np.isin(np.arange(tokenizer.vocab_size), forbidden)  # (V,)
+
+    def fitting(self, conversation):
+        """The conversation without its oldest turns, if there are too many; UserError if not even the system
+        message and the last turn fit."""
+        return self.tokenizer.fit(conversation, room_for_prompt(self.model, self.max_tokens))
 
     def answer(self, conversation, show):
         """Answer the last turn. Returns the content of the assistant's turn, [] if there are no words in it.
@@ -279,8 +313,8 @@ class Assistant:
         {"tool": "calc" or "search", "call": text}, {"output": text}, {"note": a remark of this program}.
         Ctrl-C ends the answer and keeps what has been generated, except a call that has no output yet.
         """
-        tokenizer, n_positions = self.tokenizer, self.model.config.n_positions
-        kept = tokenizer.fit(conversation, n_positions - min(self.max_tokens, n_positions // 3))
+        tokenizer = self.tokenizer
+        kept = self.fitting(conversation)
         ids, events, notes = [], AnswerEvents(), []
 
         def on_token(completion, shown, logits):
@@ -300,12 +334,20 @@ class Assistant:
             )  # fmt: skip
             if completion.finish in NOTES:
                 notes = [{"note": NOTES[completion.finish]}]
+            if self.tell_speed:
+                notes.append({"note": speed_text([completion])})
 
         content = tokenizer.parts(ids)
         while content and is_unfinished(content[-1]):
             content.pop()
         show(events.new(content, complete=True) + notes)
         return content if any(part["text"].strip() for part in content) else []
+
+
+def room_for_prompt(model, max_tokens):
+    """How many tokens a prompt may have, so that the answer has max_tokens, or a third of a small context."""
+    n_positions = model.config.n_positions
+    return n_positions - min(max_tokens, n_positions // 3)
 
 
 def is_unfinished(part):
@@ -371,7 +413,8 @@ def chat(model, tokenizer, **settings):
                 case ["/reset"]:
                     turns = []
                 case ["/system", *text]:
-                    system = [{"role": "system", "content": text[0]}] if text else []
+                    asked = [{"role": "system", "content": text[0]}] if text else []
+                    system = assistant.fitting(asked)
                 case ["/save", path]:
                     saved = json.dumps({"messages": checked(system + turns, True)}, ensure_ascii=False)
                     with open(os.path.expanduser(path), "a", encoding="utf-8", errors="replace") as file:
@@ -461,7 +504,7 @@ def main(argv=None):
     assistant = is_assistant(checkpoint) and not flags.raw
     settings = settings_of(flags, assistant)
     if flags.chat:
-        return chat(model, tokenizer, **settings)
+        return chat(model, tokenizer, tell_speed=flags.speed, **settings)
 
     streaming = flags.num_samples == 1 and not (flags.json or flags.show_probs)
     heading = f"{prompt}\n" if assistant and prompt else prompt
@@ -493,6 +536,7 @@ def main(argv=None):
     if any(completion.finish == "context" for completion in completions):
         full = f"the model's context of {model.config.n_positions} tokens is full"
         say(f"note: the text ends here because {full}; a shorter prompt leaves more room")
+    say_speed(flags, completions)
 
 
 def parser():
@@ -531,6 +575,8 @@ def add_flags(flags, num_samples=1):
 
     group = flags.add_argument_group("output and machine")
     group.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    words = "say when the first token came and how many a second followed; on a terminal always"
+    group.add_argument("--speed", action="store_true", help=words)
     add_shared_flags(group, "device", "dtype")
 
 
@@ -557,6 +603,12 @@ def settings_of(flags, assistant):
         temperature = default_temperature(assistant, flags.num_samples)
     names = ("max_tokens", "top_k", "top_p", "min_p", "seed")
     return {"temperature": temperature} | {name: getattr(flags, name) for name in names}
+
+
+def say_speed(flags, completions):
+    """Say how fast the texts came, on standard error: with --speed, or to a person at a terminal."""
+    if flags.speed or (sys.stderr.isatty() and not flags.json):
+        say(speed_text(completions))
 
 
 def default_temperature(assistant, n):
@@ -630,7 +682,8 @@ def json_report(flags, settings, checkpoint, prompt, completions):
     names = ("text", "finish", "ids", "forced", "logprobs", "full_logprobs", "mean_logprob")
     samples = [{name: getattr(completion, name) for name in names} for completion in completions]
     settings = {"num_samples": flags.num_samples, "stop": flags.stop, **settings}
-    return dict(checkpoint=str(checkpoint), prompt=prompt, settings=settings, samples=samples)
+    about = dict(checkpoint=str(checkpoint), prompt=prompt, settings=settings, speed=speed(completions))
+    return about | {"samples": samples}
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from tokenizer import Tokenizer
 from train import describe_recipes, learning_rate, use_recipe
 
 UNKNOWN = 2  # percent of the mixture: questions that the probe found it cannot answer
+TOO_LONG = "too long before the assistant speaks"  # why a conversation is left out
 PASS_COST = 128  # what forward and backward cost besides their tokens, in tokens: tiny model, 2 cores
 
 
@@ -104,11 +105,16 @@ def load_conversations(flags, tokenizer, n_positions):
 
     rows, shortened = prepare(tokenizer, drawn(flags.examples, "train", dropped), longest)
     held_out, _ = prepare(tokenizer, drawn(600, "test", Counter()), longest)
+    left_out = {**dropped, **shortened}
     if len(rows) < flags.batch_size:
-        raise UserError(
-            f"{len(rows)} conversations are fewer than --batch-size {flags.batch_size}; give more"
-        )
-    return rows, held_out, {**dropped, **shortened}
+        what = f"{len(rows)} conversations are fewer than --batch-size {flags.batch_size}"
+        raise UserError(f"{what}; give more; left out or shortened: {reasons(left_out)}")
+    return rows, held_out, left_out
+
+
+def reasons(left_out):
+    """{why: how many} as a person reads it."""
+    return ", ".join(f"{n} {why}" for why, n in left_out.items() if n) or "nothing"
 
 
 def n_tokens(tokenizer, turns):
@@ -117,12 +123,12 @@ def n_tokens(tokenizer, turns):
 
 
 def prepare(tokenizer, conversations, longest):
-    """[(tokens, mask)] of at most `longest` tokens each, and {"shortened" or "left out": how many}.
+    """[(tokens, mask)] of at most `longest` tokens each, and {"shortened" or TOO_LONG: how many}.
 
     A conversation that is too long loses its last turns. If nothing is left for the assistant to say, the
     conversation is left out.
     """
-    rows, counts = [], {"shortened": 0, "left out": 0}
+    rows, counts = [], {"shortened": 0, TOO_LONG: 0}
     end_of_turn = tokenizer.encode_special("<|im_end|>")
     dtype = np.min_scalar_type(tokenizer.vocab_size)  # uint16 as a rule: a set may have 400M tokens
     for conversation in conversations:
@@ -131,7 +137,7 @@ def prepare(tokenizer, conversations, longest):
         ends = np.flatnonzero(tokens == end_of_turn) + 1  # (turns,)
         n = int(ends[ends <= longest].max(initial=0))
         if not mask[:n].any():
-            counts["left out"] += 1
+            counts[TOO_LONG] += 1
             continue
         counts["shortened"] += n < len(tokens)
         rows.append((tokens[:n].copy(), mask[:n].copy()))  # a slice would keep the rest in memory
@@ -246,10 +252,9 @@ def print_plan(run, rows, left_out):
     flags = run.flags
     n_tokens = sum(len(tokens) for tokens, _ in rows)
     n_targets = sum(int(mask.sum()) for _, mask in rows)
-    reasons = ", ".join(f"{n} {why}" for why, n in left_out.items() if n)
     share_of_targets = n_targets / n_tokens
     print(f"data      {len(rows)} conversations, {count(n_tokens)} tokens, {share_of_targets:.0%} targets")
-    print(f"          left out or shortened: {reasons or 'nothing'}")
+    print(f"          left out or shortened: {reasons(left_out)}")
     print(
         f"training  {run.n_steps} steps of {flags.batch_size} conversations, each seen {flags.epochs} times"
     )

@@ -342,7 +342,7 @@ class Tokenizer:
         """The conversation, without as many of its oldest turns as must go for prompt() to fit `room` tokens.
 
         An answer is dropped together with its question. System turns and the last user turn are never
-        dropped: UserError if they do not fit.
+        dropped: if they do not fit, a UserError says which of them is too long.
         """
         lengths = [sum(len(ids) for ids, _ in self._pieces(turn)) for turn in conversation]
         frame = len(self.prompt([]))
@@ -352,7 +352,8 @@ class Tokenizer:
             needed = frame + sum(lengths[i] for i in kept)
             if needed <= room:
                 return [conversation[i] for i in kept]
-        raise UserError(f"the last turn takes {needed} tokens and there is room for {room}; shorten it")
+        n_system = sum(lengths[i] for i in kept if conversation[i]["role"] == "system")
+        raise UserError(what_is_too_long(n_system, needed - frame - n_system, room - frame))
 
     def _pieces(self, turn):
         """The turn's tokens piece by piece, [(ids, mask), ...]: its header, its parts, its <|im_end|>.
@@ -466,6 +467,19 @@ class Tokenizer:
 def text_of(content):
     """The words of a turn's content, without tool calls and their outputs."""
     return "".join(part["text"] for part in as_parts(content) if part["type"] == "text")
+
+
+def what_is_too_long(n_system, n_last, room):
+    """Why a system message and the last message, of so many tokens, do not fit, and which to shorten."""
+    if n_system == 0:
+        return f"the last message takes {n_last} tokens and there is room for {room}; shorten it"
+    if n_last == 0:
+        return f"the system message takes {n_system} tokens and there is room for {room}; shorten it"
+    both = f"the system message takes {n_system} tokens and the last message {n_last}"
+    longer, other = ("system", n_last) if n_system > n_last else ("last", n_system)
+    fits = room - other  # tokens of the longer one
+    remedy = f"shorten the {longer} message to {fits} tokens" if fits > 0 else "shorten both"
+    return f"{both}, and there is room for {room} together; {remedy}"
 
 
 def transcript(content):

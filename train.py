@@ -29,7 +29,7 @@ import hub
 import kernels
 from common import Run, UserError, add_shared_flags, count, duration, number, size
 from evaluate import hellaswag, hellaswag_text, read_hellaswag
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, visible
 
 
 def main(argv=None):
@@ -61,6 +61,7 @@ def main(argv=None):
     optimizer = gpt2.AdamW(model, (0.9, flags.beta2), weight_decay=flags.weight_decay, world=world)
     plan_run(run, flags, model, optimizer, loader, world, memory)
     run.begin(world, model, optimizer, tokenizer, flags.steps, parameters=config.n_params(), peak=run.peak)
+    before = None if run.start or world.rank else right_tokens(model, loader, world)
 
     for step in run.steps():
         for tokens, targets, weights in run.until_stopped(step, loader.micro_batches(step, world)):  # (B, T)
@@ -68,11 +69,11 @@ def main(argv=None):
             model.backward()
         world.all_reduce(model.sums)
         lr = learning_rate(step, flags.steps, flags.lr, flags.warmup_steps, flags.final_lr)
-        since = (
-            flags.short_steps if step >= flags.short_steps else 0
-        )  # compared are losses of rows of one length
+        since = flags.short_steps if step >= flags.short_steps else 0  # compare rows of one length
         optimizer.step(lr, flags.grad_clip, *run.limits(step, since))
         run.report(step, lr, tokens=flags.total_batch_tokens)
+        if step == 0 and world.rank == 0:
+            report_first_update(run, loader, before, right_tokens(model, loader, world))
 
         done = step + 1
         run.save_if_due(done)  # before anything that may fail
@@ -186,6 +187,37 @@ def too_short(what, shards, T):
         )
     what = f"{what} is in {len(lengths)} shards of at most {max(lengths)} tokens, --seq-len {T} needs {T + 1}"
     return UserError(f"{what} in one; lower it, or make larger shards with data.py --shard-tokens")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What one update does: the right tokens become more probable, and so all the others less
+
+
+def right_tokens(model, loader, world):
+    """The probability that the model gives to every right token of the first row of training, (T,)."""
+    tokens, targets, _ = next(loader.micro_batches(0, world))  # (B, T)
+    losses = model.losses(tokens[:1], targets[:1])  # (1, T): minus the logarithms of the probabilities
+    return np.exp(-model.ops.to_host(losses)[0].astype(np.float64))
+
+
+def report_first_update(run, loader, before, after):
+    """Say and log what the first update did to right tokens (T,) of a row; the one of median change is shown.
+
+    The row is one of many in the batch, so some of its tokens may become less probable.
+    """
+    if np.array_equal(before, after):
+        return  # the step was left out
+    i = int(np.argsort(after / before)[len(before) // 2])
+    tokens, targets, _ = next(loader.micro_batches(0, run.world))
+    bytes_of = run.tokenizer.token_bytes
+    context = visible(b"".join(bytes_of(int(token)) for token in tokens[0, max(0, i - 7) : i + 1]))
+    right, n_more = visible(bytes_of(int(targets[0, i]))), int(np.sum(after > before))
+    run.say(
+        f'step 1, one update: "{right}" after "{context}" {before[i]:.4%} -> {after[i]:.4%}, the others '
+        f"{1 - before[i]:.4%} -> {1 - after[i]:.4%}; {n_more} of {len(before)} right tokens rose"
+    )
+    values = dict(right=right, context=context, before=before[i], after=after[i])
+    run.log("update", step=1, more_probable=n_more, of=len(before), **values)
 
 
 # ------------------------------------------------------------------------------------------------------------

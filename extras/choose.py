@@ -61,6 +61,7 @@ def main(argv=None):
         mean = f"mean log-probability {completions[chosen].mean_logprob:.3f}"
         verdict = f"; {len(correct)} of them right" if flags.verify else ""
         print(f"[{mean}, the best of {len(texts)}{verdict}]")
+    sample.say_speed(flags, completions)
 
 
 def most_probable(completions, indices):

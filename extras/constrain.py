@@ -218,11 +218,12 @@ def choices(texts):
 class Guide:
     """Which tokens may come next: guide(completion) is the mask (V,) for sample.generate(allowed=guide).
 
-    `max_tokens` is the room for a completion: what is asked for, or less in a model's small context. The stop
-    token needs none of it, since generate() ends there by itself.
+    `max_tokens` is the room for a completion: what is asked for, or less in a model's small context, and
+    `remedy` what to do if it is too little. The stop token needs none of it, since generate() ends there by
+    itself.
     """
 
-    def __init__(self, tokenizer, automaton, stop_token, max_tokens):
+    def __init__(self, tokenizer, automaton, stop_token, max_tokens, remedy="allow more"):
         self.tokenizer, self.automaton = tokenizer, automaton
         self.stop_token, self.max_tokens = stop_token, max_tokens
         self.lengths = tokenizer.token_lengths[: tokenizer.eot]  # (n,) bytes of each, no special tokens
@@ -231,9 +232,7 @@ class Guide:
         self.ends = functools.lru_cache(256)(self.find_ends)  # 200 kB each for 50,257 tokens
         if not self(SimpleNamespace(ids=[])).any():
             needed = self.tokens_left(automaton.start)
-            raise UserError(
-                f"a shortest text of this form takes {needed} tokens, not {max_tokens}; allow more"
-            )
+            raise UserError(f"a shortest text of this form takes {needed} tokens, not {max_tokens}; {remedy}")
 
     def __call__(self, completion):
         state, missing = self.automaton.start, self.automaton.missing
@@ -291,10 +290,13 @@ def main(argv=None):
     model, tokenizer, checkpoint = sample.load(flags.directory, flags)
     assistant, guide = sample.is_assistant(checkpoint) and not flags.raw, None
     settings = sample.settings_of(flags, assistant)
-    room = model.config.n_positions + 1 - len(sample.prompt_ids(tokenizer, prompt, assistant))
+    n_positions, max_tokens, remedy = model.config.n_positions, flags.max_tokens, "raise --max-tokens"
+    room = n_positions + 1 - len(sample.prompt_ids(tokenizer, prompt, assistant))
+    if room < max_tokens:
+        remedy = f"the prompt leaves no more of the model's context of {n_positions}: shorten it or the form"
     if room > 0:  # else generate() says that the prompt is too long
-        room = min(room, flags.max_tokens)
-        guide = Guide(tokenizer, automaton, sample.end_token(tokenizer, assistant), room)
+        end = sample.end_token(tokenizer, assistant)
+        guide = Guide(tokenizer, automaton, end, min(room, max_tokens), remedy)
     completions = sample.complete(
         model, tokenizer, [prompt] * flags.num_samples, assistant, stop_texts=flags.stop, allowed=guide,
         **settings,
@@ -305,6 +307,7 @@ def main(argv=None):
     else:
         for completion in completions:
             print(printable(completion.text))
+    sample.say_speed(flags, completions)
 
 
 def parser():

@@ -125,7 +125,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refused(411, "say how long the request is")
         if int(length) > LONGEST:
             self.rfile.read(min(int(length), 16 * LONGEST))  # a client reads only when it has sent everything
-            raise Refused(413, f"the conversation has more than {LONGEST} bytes; begin a new one")
+            what = f"the request, with system message and conversation, has more than {LONGEST} bytes"
+            raise Refused(413, f"{what}; begin a new conversation, or shorten the message")
         try:
             request = json.loads(self.rfile.read(int(length)))
             return checked(request.get("messages") if isinstance(request, dict) else None, False)

@@ -109,7 +109,10 @@ def empty(shape, dtype=np.float32):
     return _allocate(xp.empty, shape, dtype)
 
 
-_uploads = collections.deque()  # (event, pinned array) of copies to the GPU, the oldest first
+_uploads = collections.deque()  # (event, pinned array, its address) of copies to the GPU, the oldest first
+_free = collections.defaultdict(list)  # bytes: the same of copies that are done
+KEPT = 1 << 20  # bytes: pinned arrays up to this size are kept for later copies
+HOST_TO_DEVICE, DEVICE_TO_DEVICE = 1, 3  # cudaMemcpyKind
 
 
 def to_device(array):
@@ -128,27 +131,34 @@ def assign(out, array):
     if out.shape != array.shape or out.dtype != array.dtype or not all(x.flags.c_contiguous for x in arrays):
         raise ValueError(f"assign: {array.dtype} {array.shape} to {out.dtype} {out.shape}, or not contiguous")
     if len(arrays) == 1:
-        _upload(out.reshape(-1).view(np.uint8), [array])
+        _upload(out.reshape(-1).view(np.uint8), [array], [slice(0, array.nbytes)])
     else:
-        device_to_device, stream = 3, xp.cuda.get_current_stream()
-        xp.cuda.runtime.memcpyAsync(out.data.ptr, array.data.ptr, array.nbytes, device_to_device, stream.ptr)
+        stream = xp.cuda.get_current_stream()
+        xp.cuda.runtime.memcpyAsync(out.data.ptr, array.data.ptr, array.nbytes, DEVICE_TO_DEVICE, stream.ptr)
 
 
-def _upload(buffer, arrays):
-    """Copy NumPy arrays into a buffer of bytes on the GPU, to their _slices, without waiting.
+def _upload(buffer, arrays, slices):
+    """Copy NumPy arrays into slices of a buffer of bytes on the GPU, without waiting.
 
     They are copied into pinned memory, from which the GPU fetches them by itself, so the caller may change
-    them at once. The pinned memory is kept until its event says that the GPU has fetched it; then it goes
-    back to CuPy's pool, from which a later call gets it again.
+    them at once. An event says when the GPU has fetched them. Then event and memory serve a later copy of as
+    many bytes: making both anew takes as long as everything else that Python does for a decode step.
     """
-    stream, pinned, fetched = xp.cuda.get_current_stream(), _pinned(buffer.shape, np.uint8), xp.cuda.Event()
+    n_bytes, stream = _n_bytes(buffer.shape, np.uint8), xp.cuda.get_current_stream()
     while _uploads and _uploads[0][0].done:
-        _uploads.popleft()
-    for part, array in zip(_slices([(array.size, array.dtype) for array in arrays]), arrays):
+        done = _uploads.popleft()
+        if done[1].size <= KEPT:
+            _free[done[1].size].append(done)
+    if _free[n_bytes]:
+        fetched, pinned, address = _free[n_bytes].pop()
+    else:
+        fetched, pinned = xp.cuda.Event(), _pinned(buffer.shape, np.uint8)
+        address = pinned.ctypes.data
+    for part, array in zip(slices, arrays):
         pinned[part].view(array.dtype).reshape(array.shape)[...] = array
-    buffer.set(pinned, stream)
+    xp.cuda.runtime.memcpyAsync(buffer.data.ptr, address, n_bytes, HOST_TO_DEVICE, stream.ptr)
     fetched.record(stream)
-    _uploads.append((fetched, pinned))
+    _uploads.append((fetched, pinned, address))
 
 
 def _slices(wanted):
@@ -231,9 +241,8 @@ def scratch(*wanted):
 # Recording
 
 RECORD = True  # False: launch every kernel from Python, every time, to debug
-# Whether a recorded decode step's kernels begin before the ones before them have ended. It has not run on a
-# card yet, so it is off; bench_gpu.py measures both.
-OVERLAP = False
+# Whether the kernels of a recorded decode step begin before the ones before them have ended.
+OVERLAP = True
 RECORDINGS = 384  # that a dictionary holds at most; beyond it the one used least recently is dropped
 
 
@@ -265,12 +274,13 @@ def replay(recordings, function, *arguments, overlap=False):
         buffer = empty(slices[-1].stop if slices else 0, np.uint8)
         views = (buffer[part].view(x.dtype).reshape(x.shape) for part, x in zip(slices, arrays))
         inputs = [next(views) if isinstance(x, np.ndarray) else x for x in arguments]
-        recording = SimpleNamespace(buffer=buffer, inputs=inputs, graph=None, ran=False, workspace=None)
+        recording = SimpleNamespace(buffer=buffer, slices=slices, inputs=inputs, graph=None, workspace=None)
+        recording.ran = False
         if not any(name == function.__name__ for name, *_ in recordings):
             _compile_side_by_side(function, inputs)
 
     if arrays:
-        _upload(recording.buffer, arrays)
+        _upload(recording.buffer, arrays, recording.slices)
     if RECORD and recording.ran:
         with _needing("memory for a recording is"):
             if recording.graph is None or recording.workspace is not _scratch.buffer:  # which has grown

@@ -83,35 +83,43 @@ __global__ void matmul_naive(O* out, O* extra, const O* bias, const T* a, const 
 
 // ---- The epilogue of the faster versions -----------------------------------------------------------------
 
-// 16 bytes of outputs, x, at (row, col) go to memory. `extra` (M, N) is the pre-activation that BIAS_GELU
-// writes and GELU_GRAD reads, or the residual that BIAS_RESIDUAL reads.
+// 16 bytes of outputs, x, go to memory, at elements from the beginning. `extra` (M, N) is the pre-activation that
+// BIAS_GELU writes and GELU_GRAD reads, or the residual that BIAS_RESIDUAL reads. b and e are 16 bytes of the bias
+// and of `extra`, where they are read.
 template <Epilogue EPILOGUE, typename O>
-__device__ inline void finish(O* out, O* extra, const O* bias, float (&x)[Pack<O>::size], int row, int col,
-                              int N) {
+__device__ inline void finish(O* out, O* extra, const Pack<O>& b, const Pack<O>& e, float (&x)[Pack<O>::size],
+                              size_t at) {
     constexpr int SIZE = Pack<O>::size;
-    const size_t at = (size_t)row * N + col;
-    if constexpr (ADDS_BIAS<EPILOGUE>) {
-        const Pack<O> b = load_pack(bias + col);
+    if constexpr (ADDS_BIAS<EPILOGUE>)
         for (int i = 0; i < SIZE; i++) x[i] += to_float(b[i]);
-    }
     if constexpr (EPILOGUE == BIAS_GELU) {
         const Pack<O> pre = rounded_pack<O>(x);
         store_pack(extra + at, pre);
         for (int i = 0; i < SIZE; i++) x[i] = gelu(to_float(pre[i]));
     }
-    if constexpr (EPILOGUE == BIAS_RESIDUAL) {          // out = residual + inp @ weight + bias
-        const Pack<O> residual = load_pack(extra + at);
-        for (int i = 0; i < SIZE; i++) x[i] += to_float(residual[i]);
-    }
-    if constexpr (EPILOGUE == GELU_GRAD) {              // dpre = (dout @ weight.T) * gelu'(pre)
-        const Pack<O> pre = load_pack(extra + at);
-        for (int i = 0; i < SIZE; i++) x[i] *= gelu_grad(to_float(pre[i]));
-    }
+    if constexpr (EPILOGUE == BIAS_RESIDUAL)            // out = residual + inp @ weight + bias
+        for (int i = 0; i < SIZE; i++) x[i] += to_float(e[i]);
+    if constexpr (EPILOGUE == GELU_GRAD)                // dpre = (dout @ weight.T) * gelu'(pre)
+        for (int i = 0; i < SIZE; i++) x[i] *= gelu_grad(to_float(e[i]));
     if constexpr (EPILOGUE == ACCUMULATE) {             // dweight += inp.T @ dout
         const Pack<O> before = load_pack(out + at);
         for (int i = 0; i < SIZE; i++) x[i] += to_float(before[i]);
     }
     store_pack(out + at, rounded_pack<O>(x));
+}
+
+template <Epilogue EPILOGUE>
+inline constexpr bool READS_EXTRA = EPILOGUE == BIAS_RESIDUAL || EPILOGUE == GELU_GRAD;
+
+// The same of the outputs at (row, col), with bias (N,) and `extra` in memory.
+template <Epilogue EPILOGUE, typename O>
+__device__ inline void finish(O* out, O* extra, const O* bias, float (&x)[Pack<O>::size], int row, int col,
+                              int N) {
+    const size_t at = (size_t)row * N + col;
+    Pack<O> b, e;
+    if constexpr (ADDS_BIAS<EPILOGUE>) b = load_pack(bias + col);
+    if constexpr (READS_EXTRA<EPILOGUE>) e = load_pack(extra + at);
+    finish<EPILOGUE>(out, extra, b, e, x, at);
 }
 
 // ---- Version 2, float32: tiles in shared memory, 8 x 8 outputs in the registers of a thread ------------------
@@ -317,10 +325,13 @@ matmul_bf16(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int M
 // STAGES of its own, so that nobody waits for anybody until the 8 sums are added, in their order. With 6 stages
 // and K = 3072 a block asks for all that it will ever read at once. A token of GPT-2 124M, by this and all
 // other kernels, took 556 us on an H200 with the version before (tiles of 16 x 32, K walked by one pipeline),
-// and 429 us with this one and decode.cu's single launch; its tiles for more than 16 rows are not measured yet.
+// and 429 us with this one and decode.cu's single launch. Its tiles for more than 16 rows
+// took a step of 64 sequences from 708 to 652 us of the GPU.
 //
 // B is a weight, which no kernel of a recorded step writes. So a block fills its ring with B while the kernel
-// before it is still at work: programmatic dependent launch (griddepcontrol in ptx.cuh).
+// before it is still at work: programmatic dependent launch (griddepcontrol in ptx.cuh). The GPU's 300 us of a
+// token became 229, the 652 us of 64 became 598. Room in the ring for 4 of A's 16 rows, so that more of the
+// next kernel's rings fit beside this one's, changed nothing: 231 us.
 template <typename O, Epilogue EPILOGUE, bool B_T, int MI, int BN, int STAGES>
 __global__ void __launch_bounds__(256)
 matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int M, int N, int K) {
@@ -362,10 +373,19 @@ matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int
         }
     };
 
+    // The outputs are in places of 16 bytes, and thread p finishes place p. What it adds there is asked for now:
+    // it comes as slowly as the last products.
+    constexpr int SIZE = Pack<O>::size, PER_ROW = BN / SIZE, PLACES = ROWS * PER_ROW;
+    static_assert(PLACES <= WARPS * WARP || EPILOGUE == STORE, "one place for a thread");
+    const int row = threadIdx.x / PER_ROW, col = threadIdx.x % PER_ROW * SIZE;
+    const bool inside = threadIdx.x < PLACES && m0 + row < M && n0 + col < N;
+    Pack<O> b_pack, extra_pack;
+
     griddepcontrol_launch_dependents();
     for (int block = 0; block < STAGES; block++) load_b(block);
-    if (ADDS_BIAS<EPILOGUE> && threadIdx.x == 0) prefetch_l2(bias + n0);
+    if (ADDS_BIAS<EPILOGUE> && inside) b_pack = load_pack(bias + n0 + col);
     griddepcontrol_wait();
+    if (READS_EXTRA<EPILOGUE> && inside) extra_pack = load_pack(extra + (size_t)(m0 + row) * N + n0 + col);
     for (int block = 0; block < STAGES; block++) {
         load_a(block);
         cp_async_commit();                                  // the first group has the B of all stages, too
@@ -409,8 +429,7 @@ matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int
             *reinterpret_cast<float2*>(to) = make_float2(pair[0], pair[1]);
         }
     __syncthreads();
-    constexpr int SIZE = Pack<O>::size, PER_ROW = BN / SIZE;
-    for (int p = threadIdx.x; p < ROWS * PER_ROW; p += WARPS * WARP) {
+    for (int p = threadIdx.x; p < PLACES; p += WARPS * WARP) {
         const int row = p / PER_ROW, col = p % PER_ROW * SIZE;
         if (m0 + row >= M || n0 + col >= N) continue;
         float x[SIZE] = {};
@@ -421,7 +440,7 @@ matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int
                 for (int c = 0; c < 4; c++) x[e + c] += four[c];
             }
         }
-        finish<EPILOGUE>(out, extra, bias, x, m0 + row, n0 + col, N);
+        finish<EPILOGUE>(out, extra, b_pack, extra_pack, x, (size_t)(m0 + row) * N + n0 + col);
     }
 }
 

@@ -781,11 +781,17 @@ def parser():
     add = flags.add_argument_group("output").add_argument
     words = "write them to a JSONL file instead, as pages of plain text for data.py --train-also"
     add("--workbook", metavar="PATH", help=words)
+    words = (
+        "write them to a JSONL file instead, each with its source, for data.py inspect or sft.py's jsonl:PATH"
+    )
+    add("--jsonl", metavar="PATH", help=words)
     return flags
 
 
 def main(argv=None):
     flags = parser().parse_args(argv)
+    if flags.jsonl:
+        return write_jsonl(flags)
     kept, dropped = draw(flags.spec, flags.num, flags.seed, flags.split)
     if flags.workbook:
         return write_workbook(flags.workbook, kept)
@@ -794,6 +800,14 @@ def main(argv=None):
             print(f"{turn['role']}: {transcript(turn['content'])}")
         print()
     common.say(f"dropped: {', '.join(f'{n} {why}' for why, n in dropped.items()) or 'nothing'}")
+
+
+def write_jsonl(flags):
+    """The conversations as messages, one source after the other."""
+    dropped, lines = Counter(), []
+    for source, conversation in draw_each(flags.spec, flags.num, dropped, flags.seed, flags.split):
+        lines.append(json.dumps({"source": source, "messages": conversation}, ensure_ascii=False) + "\n")
+    common.write_whole(Path(flags.jsonl), "".join(lines).encode())
 
 
 def write_workbook(path, conversations):

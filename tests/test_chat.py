@@ -313,10 +313,29 @@ def test_fit_drops_the_oldest_turns_and_no_more_than_needed(conversation, room):
         if len(BYTES.prompt(kept)) <= room:
             assert BYTES.fit(conversation, room) == kept
             return
-    with pytest.raises(
-        UserError, match=f"takes {len(BYTES.prompt(kept))} tokens and there is room for {room}"
-    ):
+    with pytest.raises(UserError) as caught:
         BYTES.fit(conversation, room)
+    parts = [turn for turn in kept if turn["role"] == "system"], [t for t in kept if t["role"] != "system"]
+    frame = len(BYTES.prompt([]))
+    n_system, n_last = (len(BYTES.prompt(part)) - frame for part in parts)
+    words = [f"the system message takes {n_system} tokens"] * (n_system > 0)
+    words += [f"last message {'' if n_system else 'takes '}{n_last}"] * (n_last > 0)
+    words += [f"there is room for {room - frame}", "shorten"]
+    assert all(word in str(caught.value) for word in words), (words, caught.value)
+
+
+@pytest.mark.parametrize(
+    "n_system, n_last, why",
+    [
+        (90, 0, "the system message takes 90 tokens and there is room for 60; shorten it"),
+        (0, 90, "the last message takes 90 tokens and there is room for 60; shorten it"),
+        (90, 9, "room for 60 together; shorten the system message to 51 tokens"),
+        (9, 90, "room for 60 together; shorten the last message to 51 tokens"),
+        (70, 61, "room for 60 together; shorten both"),
+    ],
+)
+def test_the_message_that_is_too_long_is_the_one_that_is_blamed(n_system, n_last, why):
+    assert tokenizer.what_is_too_long(n_system, n_last, 60).endswith(why)
 
 
 def test_fit_keeps_the_system_message_and_the_last_question():
@@ -324,7 +343,7 @@ def test_fit_keeps_the_system_message_and_the_last_question():
     assert BYTES.fit(conversation, 1000) == conversation
     shortest = [system("s"), user("e")]
     assert BYTES.fit(conversation, len(BYTES.prompt(shortest))) == shortest
-    with pytest.raises(UserError, match="shorten it"):
+    with pytest.raises(UserError, match="shorten the system message to 9 tokens"):
         BYTES.fit(conversation, len(BYTES.prompt(shortest)) - 1)
 
 

@@ -340,8 +340,9 @@ FLOORS = [  # a file may import those of the floors below its own; a new file ge
     {"train"},
     {"sft"},
     {"rl"},
-    # The course never imports these, but for train.py --plan and --choose, which are the plan's own.
-    {"extras.choose", "extras.constrain", "extras.plan", "extras.plot", "extras.rlhf", "extras.serve"},
+    # The course never imports these, but for what is theirs: train.py --plan and --choose, data.py inspect.
+    {"extras.choose", "extras.constrain", "extras.plan", "extras.plot", "extras.rlhf", "extras.serve"}
+    | {"extras.look"},
 ]
 
 
@@ -367,7 +368,7 @@ def test_imports_go_down_only():
         assert name in floor, f"{path.name} is on no floor: where does it belong?"
         others = {"kernels" if full.startswith("kernels") else full for full in imported(path)}
         for other in others & set(floor) - {name}:
-            if (name, other) == ("train", "extras.plan"):
+            if (name, other) in (("train", "extras.plan"), ("data", "extras.look")):
                 continue
             assert floor[other] < floor[name], f"{path.name} imports {other}: that is not downwards"
 
@@ -389,6 +390,7 @@ def test_there_is_no_framework():
         "huggingface_hub",  # an extra, for downloads
         "pyarrow",  # an extra, for parquet
         *CLEANING,
+        "py3langid",  # an extra, for languages
     }
     allowed |= set(sys.stdlib_module_names) | {path.stem for path in ROOT.glob("*.py")} | set(PACKAGES)
     for path in SOURCES:
@@ -407,6 +409,7 @@ def test_what_is_imported_is_required():
         "huggingface_hub",  # another
         "pyarrow",  # another
         *CLEANING,
+        "py3langid",  # another
     } <= set(required)
 
 

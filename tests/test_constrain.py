@@ -387,8 +387,9 @@ def test_the_defaults_of_the_command(checkpoints):
     [
         (["--only", "yes,,no"], "an empty choice"),
         (["--regex", "("], "is no regular expression"),
-        (["--regex", "a{300}"], "takes 300 tokens, not 48"),
-        (["--regex", "a{30}", "--max-tokens", "29"], "takes 30 tokens, not 29"),
+        (["--regex", "a{300}"], "takes 300 tokens, not 48; the prompt leaves no more of the model's context"),
+        (["--regex", "a{30}", "--prompt", "x" * 20], "takes 30 tokens, not 28; the prompt leaves no more"),
+        (["--regex", "a{30}", "--max-tokens", "29"], "takes 30 tokens, not 29; raise --max-tokens"),
         (["--only", "a", "--regex", "b"], "not allowed with"),
         ([], "--only --regex"),
         (["--prompt", "x" * 60, "--only", "yes,no"], "the prompt has 61 tokens"),

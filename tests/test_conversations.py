@@ -638,6 +638,15 @@ def test_what_is_repeated_was_said():
     assert min(kinds.values()) > 20, "words, and rows of dots or numbers"
 
 
+def test_conversations_are_written_as_they_are_read(tmp_path):
+    path = tmp_path / "some.jsonl"
+    mixture.main(["sums=1,tasks=1", "--num", "12", "--jsonl", str(path)])
+    drawn = list(mixture.draw_each("sums=1,tasks=1", 12, Counter(), seed=42))
+    conversations, n_bad = mixture.read(path)
+    assert (n_bad, [one for _, one in drawn]) == (0, conversations)
+    assert [json.loads(line)["source"] for line in path.open()] == [source for source, _ in drawn]
+
+
 def test_a_workbook_is_pages_of_plain_text(tmp_path):
     path = tmp_path / "workbook.jsonl"
     mixture.main(["sums=1,tasks=1,repeat=1", "--num", "130", "--workbook", str(path)])

@@ -313,7 +313,7 @@ def test_to_device_does_not_wait():
             copies.append(cuda.to_device(array))
             array.fill(-1)
         if cuda.xp.__version__ == "emulator":  # which does nothing before somebody waits
-            assert [event.done for event, _ in gpu._uploads][-5:] == [False] * 5
+            assert [event.done for event, *_ in gpu._uploads][-5:] == [False] * 5
         for i, copy in enumerate(copies):
             assert (cuda.to_host(copy) == i).all()
         assert cuda.to_device(copies[0]) is copies[0]
@@ -323,6 +323,16 @@ def test_to_device_does_not_wait():
         )
         cuda.to_device(np.zeros(1))
     assert len(gpu._uploads) <= 2  # what was done is forgotten
+
+
+def test_memory_of_copies_that_are_done_serves_later_ones(monkeypatch):
+    """Pinned memory is made once for copies of a size that follow each other, and not at all for the next."""
+    cuda.synchronize()
+    made, alloc = [], cuda.xp.cuda.alloc_pinned_memory
+    monkeypatch.setattr(cuda.xp.cuda, "alloc_pinned_memory", lambda n: made.append(n) or alloc(n))
+    for i in range(4):
+        assert (cuda.to_host(cuda.to_device(np.full(1237, i, np.int16))) == i).all()
+    assert len(made) <= 1
 
 
 def test_assigning_is_of_equal_arrays():

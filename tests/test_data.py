@@ -479,8 +479,8 @@ def test_damaged_meta(here):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("text", "give files with text"),
-        ("factbook two.jsonl", "give files with text"),
+        ("text", "text and inspect take paths"),
+        ("factbook two.jsonl", "text and inspect take paths"),
         ("text missing.txt", "there is no file missing.txt"),
         ("text table.csv", "cannot read table.csv; give .txt, .md, .jsonl"),
         ("text empty", "no .txt, .md, .jsonl in empty"),

@@ -2,6 +2,7 @@
 choose, where everything is exact; with a small GPT-2; and from the command line."""
 
 import io
+import itertools
 import json
 import math
 import re
@@ -667,6 +668,27 @@ def test_cli_json(checkpoint, capsys):
     assert text == answer["samples"][0]["text"] + "\n", "the first of several samples is the one made alone"
 
 
+def clock(monkeypatch):
+    """Let every look at the clock be a quarter of a second after the one before."""
+    ticks = itertools.count()
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: next(ticks) / 4)
+
+
+def test_cli_says_how_fast_the_tokens_came_if_a_person_may_want_it(checkpoint, capsys, monkeypatch):
+    clock(monkeypatch)
+    flags = [checkpoint, "--prompt", "The", "--max-tokens", 9, "--temperature", 0]
+    text, asked = cli(capsys, *flags), cli(capsys, *flags, "--speed")
+    words = "9 tokens: the first after 250 ms, then 4 a second\n"
+    assert (text.err, asked.err, asked.out) == ("", words, text.out)
+    assert cli(capsys, *flags[:3], "--max-tokens", 1, "--speed").err == "1 token: the first after 250 ms\n"
+    answer = json.loads(cli(capsys, *flags, "--num-samples", 3, "--json").out)
+    fast = dict(tokens=27, seconds=2.25, first_token_seconds=0.25, tokens_per_second=12.0)
+    assert answer["speed"] == fast
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cli(capsys, *flags).err.endswith(words)
+    assert cli(capsys, *flags, "--json").err == ""
+
+
 def test_cli_show_probs_marks_the_drawn_token(checkpoint, capsys):
     out = cli(capsys, checkpoint, "--prompt", "A", "--max-tokens", 7, "--show-probs", "--temperature", 1).out
     rows = [line for line in out.splitlines() if line[:4].strip().isdigit()]
@@ -844,7 +866,9 @@ def test_cli_chat_gets_the_model_and_the_settings(assistant, monkeypatch):
     sample.main([str(run), "--chat", "--max-tokens", "7", "--top-k", "3"])
     [(talked, settings)] = calls
     filters = dict(top_p=1.0, min_p=0.0)
-    assert settings == dict(temperature=0.3, top_k=3, max_tokens=7, seed=sample.SEED, **filters)
+    assert settings == dict(
+        temperature=0.3, top_k=3, max_tokens=7, seed=sample.SEED, tell_speed=False, **filters
+    )
     assert isinstance(talked[0], Fake) and talked[1].vocab_size == 266 and len(talked) == 2
 
 

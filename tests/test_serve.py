@@ -278,14 +278,21 @@ def test_requests_of_another_kind_are_refused(quiet):
         assert refused(ask(quiet, method, path, None if method == "GET" else QUESTION), 404)
 
 
+def test_a_system_message_that_is_too_long_is_named(quiet):
+    long = {"role": "system", "content": "x" * 10_000}
+    (event,) = events(ask(quiet, body={"messages": [long, user("?")]}))
+    assert "system message takes 10009 tokens" in event["error"]
+    assert "shorten the system message" in event["error"] or "shorten both" in event["error"]
+
+
 def test_a_request_that_is_too_large_is_refused(quiet, monkeypatch):
     monkeypatch.setattr(serve, "LONGEST", 20_000)
     body = json.dumps({"messages": [user("x" * serve.LONGEST)]}).encode()
-    assert refused(ask(quiet, body=body), 413, "begin a new one")
+    assert refused(ask(quiet, body=body), 413, "begin a new conversation, or shorten")
     monkeypatch.setattr(
         serve, "LONGEST", 1_000_000
     )  # what is still on its way is taken, or nobody would hear
-    assert refused(ask(quiet, body=b"x" * 15_000_000), 413, "begin a new one")
+    assert refused(ask(quiet, body=b"x" * 15_000_000), 413, "begin a new conversation, or shorten")
     monkeypatch.setattr(serve, "LONGEST", 20_000)
     fits = json.dumps({"messages": [user("x" * (serve.LONGEST - 60))]}).encode()
     assert serve.LONGEST - 20 < len(fits) <= serve.LONGEST
@@ -665,7 +672,7 @@ def test_errors_in_a_browser_are_shown(page, monkeypatch):
         monkeypatch.setattr(serve, "LONGEST", 10)
         page.fill("#text", "")
         say(page, "hello")
-        page.locator(".error", has_text="begin a new one").wait_for()
+        page.locator(".error", has_text="begin a new conversation").wait_for()
         assert page.input_value("#text") == "hello"  # to be sent again
 
 

@@ -82,7 +82,7 @@ def test_what_is_too_long_loses_turns_at_the_end_or_is_left_out():
     tokenizer = Tokenizer.bytes()
     two = talk("a", "b") + talk("c" * 40, "d")
     rows, counts = sft.prepare(tokenizer, [two, talk("e" * 60, "f"), talk("g", "h")], 40)
-    assert counts == {"shortened": 1, "left out": 1}
+    assert counts == {"shortened": 1, sft.TOO_LONG: 1}
     assert [list(tokens) for tokens, _ in rows] == [
         tokenizer.render(talk("a", "b"))[0],
         tokenizer.render(talk("g", "h"))[0],
@@ -111,7 +111,10 @@ def test_what_is_trained_on_and_what_is_held_out(monkeypatch):
     spec = "tasks=1,unknown:known.jsonl=2"
     assert asked == [(spec, 9, 5, "train", True), (spec, 600, 5, "test", True)]
     assert len(rows) == len(held_out) == 2  # of as many tokens as the model has positions, and a target
-    assert left_out == {"bad lines": 2, "shortened": 0, "left out": 1}
+    assert left_out == {"bad lines": 2, "shortened": 0, sft.TOO_LONG: 1}
+    settings.batch_size = 3  # that they are too few has a reason
+    with pytest.raises(common.UserError, match=f"2 .* fewer than --batch-size 3; .* 1 {sft.TOO_LONG}"):
+        sft.load_conversations(settings, tokenizer, length - 1)
 
 
 CONTENT = [

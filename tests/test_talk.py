@@ -195,7 +195,9 @@ def test_the_prompt_has_the_room_that_the_answer_leaves(max_tokens, room):
     talker = assistant(speaker(lambda question: "x", n_positions=90), max_tokens=max_tokens)
     question = "?" * (room - len(BYTES.prompt([user("")])))
     assert talker.answer([user(question)], lambda events: None)
-    with pytest.raises(UserError, match=f"takes {room + 1} tokens and there is room for {room}"):
+    frame = len(BYTES.prompt([]))
+    words = f"takes {room + 1 - frame} tokens and there is room for {room - frame}"
+    with pytest.raises(UserError, match=words):
         talker.answer([user(question + "?")], lambda events: None)
 
 
@@ -296,6 +298,11 @@ def test_a_conversation_through_a_pipe(monkeypatch):
     assert done.out == "So: [calc 3*17 → 51] It is 51 \N{GRINNING FACE}.\n" * 2 and done.err == ""
 
 
+def test_a_chat_tells_its_speed_if_asked(monkeypatch):
+    done = typed(monkeypatch, speaker(lambda question: "yes"), "?", tell_speed=True)
+    assert re.fullmatch(r"yes\n\(4 tokens: the first after \S+ ms, then \S+ a second\)\n", done.out)
+
+
 def test_reset_system_and_save(monkeypatch, tmp_path):
     model = speaker(lambda question: f"you said {question}")
     one, two = tmp_path / "one.jsonl", tmp_path / "two words.jsonl"
@@ -343,6 +350,19 @@ def test_mistakes_do_not_end_the_chat(monkeypatch, tmp_path):
     for error, word in zip(errors, ["never speaks", "never speaks", "/save", "/rest", "shorten", "no/where"]):
         assert word in error
     assert not (tmp_path / "x").exists()
+
+
+def test_a_system_message_that_is_too_long_is_blamed_itself_and_at_once(monkeypatch):
+    """Not the question after it; and the one before it stays."""
+    model = speaker(lambda question: "fine", n_positions=100)  # 67 for the prompt, 12 of them its frame
+    done = typed(monkeypatch, model, "/system Be kind.", "/system " + "long " * 20, "?", "why " * 9)
+    assert done.out == "fine\n" and "Be kind." in BYTES.decode(model.cache.rows[0])
+    too_long, both = done.err.splitlines()
+    assert too_long == "error: the system message takes 108 tokens and there is room for 55; shorten it"
+    assert both == (
+        "error: the system message takes 17 tokens and the last message 42, and there is room for 55 "
+        "together; shorten the last message to 38 tokens"
+    )
 
 
 def test_help_names_every_command(monkeypatch):

@@ -302,6 +302,41 @@ def test_evaluation_in_a_run_is_that_of_its_checkpoint(whole, shards):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# What one update does
+
+
+def test_the_first_update_is_shown_and_changes_nothing(start, shards, whole, tmp_path, monkeypatch):
+    """Its numbers are those of the models before and after it; a run that goes on says nothing."""
+    done = start("run", "--save-every", 1, "--keep", 20)
+    words = (
+        r'^step 1, one update: "(.*)" after "(.*)" (.*)% -> (.*)%, the others (.*)% -> (.*)%; (\d+) of 16 '
+    )
+    said = re.search(words, done.err, re.M).groups()
+    [event] = events(tmp_path / "run", "update")
+    assert said[:2] == (event["right"], event["context"])
+    shares = [event["before"], event["after"], 1 - event["before"], 1 - event["after"]]
+    assert [float(number) / 100 for number in said[2:6]] == pytest.approx(shares, abs=1e-6)
+    loader = DataLoader(data.shards(shards, "train"), train.parse(TINY)[0])
+    loader.flags.batch_size = 4
+    rows = next(loader.micro_batches(0, SimpleNamespace(rank=0, size=1)))
+    after = gpt2.GPT2.from_pretrained(tmp_path / "run" / "step_000001")
+    before = gpt2.GPT2(after.config, seed=42)
+    one, two = (np.exp(-model.losses(rows[0][:1], rows[1][:1])[0]) for model in (before, after))
+    i = int(np.argsort(two / one)[len(one) // 2])
+    assert (event["before"], event["after"]) == pytest.approx((one[i], two[i]), rel=1e-5)
+    assert event["more_probable"] == (two > one).sum() > event["of"] / 2 == 8
+    assert int(said[6]) == event["more_probable"]
+
+    assert same_bits(tmp_path / "run" / "step_000020", whole / "step_000020")
+    monkeypatch.setattr(train, "right_tokens", lambda *_: None)
+    monkeypatch.setattr(train, "report_first_update", lambda *_: None)
+    start("other")
+    assert same_bits(tmp_path / "run" / "step_000020", tmp_path / "other" / "step_000020")
+    monkeypatch.undo()
+    assert "one update" not in start("run", "--resume", "--steps", 22).err
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The learning rate, and steps to leave out
 
 
@@ -524,8 +559,8 @@ def test_the_log_and_the_plain_lines_say_all_of_a_step(start, tmp_path):
     kinds = [(e["event"], e["step"]) for e in common.read_log(tmp_path / "run")]
     steps = [("step", n) for n in range(1, 6)]
     ends = [("checkpoint", 5), ("eval", 5), ("sample", 5)]
-    assert kinds == [("start", 0), *steps[:2], ("sample", 2), steps[2], ("eval", 3), steps[3], ("sample", 4),
-                     steps[4], *ends]  # fmt: skip
+    assert kinds == [("start", 0), steps[0], ("update", 1), steps[1], ("sample", 2), steps[2], ("eval", 3),
+                     steps[3], ("sample", 4), steps[4], *ends]  # fmt: skip
     samples = [e["text"] for e in events(tmp_path / "run", "sample")]
     assert all(f"a sample:\n{common.printable(text)}" in done.err for text in samples)
     final = events(tmp_path / "run", "eval")[-1]

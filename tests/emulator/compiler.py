@@ -75,11 +75,15 @@ def sanitizer_environment():
 
 @functools.cache
 def flags(races=False):
-    """The options for every kernel; what makes errors loud comes last."""
+    """The options for every kernel; what makes errors loud comes last.
+
+    With -O1 a kernel compiles in three quarters of -O2's time and runs 1.15 times as long. On a fresh machine the
+    tests spend five times as long compiling as running.
+    """
     clang = "clang" in compiler_version()
     common = [
         "-std=c++17",
-        "-O2",
+        "-O1",
         "-g1",
         "-gdwarf-4",
         "-fPIC",
