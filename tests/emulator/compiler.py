@@ -77,8 +77,8 @@ def sanitizer_environment():
 def flags(races=False):
     """The options for every kernel; what makes errors loud comes last.
 
-    With -O1 a kernel compiles in three quarters of -O2's time and runs 1.15 times as long. On a fresh machine the
-    tests spend five times as long compiling as running.
+    With -O1 a kernel compiles in three quarters of the time of -O2, and runs 1.15 times as long. On a fresh
+    machine the tests spend five times as long compiling as running.
     """
     clang = "clang" in compiler_version()
     common = [
