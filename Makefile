@@ -146,7 +146,7 @@ rlhf: .venv/ready
 	@test -e $(RLHF)-reward/done || { $(PY) -m extras.rlhf reward --init-from $(RLHF)-manners \
 	  --out $(RLHF)-reward --seed $(SEED) $(if $(wildcard $(RLHF)-reward/step_*),--resume) && \
 	  touch $(RLHF)-reward/done; }
-	$(PY) -m extras.rlhf policy --init-from $(RLHF)-manners --out $(RLHF) --reward-model $(RLHF)-reward \
+	$(PY) -m extras.rlhf policy --init-from $(RLHF)-manners --out $(RLHF) --reward-model $(RLHF)-reward --std \
 	  --seed $(SEED) $(if $(wildcard $(RLHF)/step_*),--resume) $(ARGS)
 	$(PY) -m extras.plot $(RLHF)
 
