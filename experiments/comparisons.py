@@ -84,8 +84,10 @@ def of_groups(groups):
     return compared
 
 
-def fit(judge, pairs, steps, seed, per_step=32):
+def fit(judge, pairs, steps, seed, per_step):
     """Train a RewardModel on pairs (better, worse) of rollouts, per_step of them at a time."""
+    if not pairs:
+        raise UserError("no answer is better than another: there is nothing that a reward model could learn")
     model, optimizer = judge.model, gpt2.AdamW(judge.model, weight_decay=0.0)
     for step in range(steps):
         order = np.random.default_rng([seed, step]).permutation(len(pairs))[:per_step]

@@ -36,12 +36,12 @@ MEASURES = "held-out pairs in order", "true score at first", "best", "last"
 
 def main(argv=None):
     flags = parser().parse_args(argv)
-    size = dict(rounds=3, fit=24, steps=30, prompts=8)
+    size = dict(comparisons=400, rounds=3, fit=24, pairs=32, steps=30, prompts=8)
     if flags.quick:
-        size = dict(rounds=2, fit=2, steps=2, prompts=2)
+        size = dict(comparisons=16, rounds=2, fit=1, pairs=4, steps=2, prompts=2)
     path = flags.comparisons or Path(flags.out or "runs/experiments") / "comparisons.jsonl"
     if flags.comparisons is None:
-        comparisons.write_example(path, rlhf.questions(settings(0), "train", 400))
+        comparisons.write_example(path, rlhf.questions(settings(0), "train", size["comparisons"]))
     comparisons.read(path)  # a bad line should show before the work
     jobs = [(seed, flags.init_from, path, size) for seed in range(flags.seeds)]
     seeds = on_all_cores(play_rounds, jobs, flags.quick)  # of each a list with a dict for every round
@@ -71,11 +71,11 @@ def play_rounds(seed, init_from, path, size):
     random.Random(seed).shuffle(compared)
     held_out, compared = compared[: len(compared) // 8], compared[len(compared) // 8 :]
     of_file = {prompt: (winner, loser) for prompt, winner, loser in compared}
-    ours = {problem.prompt: problem for problem in rlhf.questions(settings(0), "train", 400)}
+    ours = {problem.prompt: problem for problem in rlhf.questions(settings(0), "train", size["comparisons"])}
     problems = [ours.get(prompt, Problem("", prompt, "", answer="")) for prompt in of_file]
     for _ in range(size["rounds"]):
         judge = rlhf.RewardModel(*load_assistant(init_from, flags), test_groups=[])
-        comparisons.fit(judge, comparisons.pairs(judge.tokenizer, compared), size["fit"], seed)
+        comparisons.fit(judge, comparisons.pairs(judge.tokenizer, compared), size["fit"], seed, size["pairs"])
         scores, exploits = practise(judge, problems, init_from, flags, size)
         in_order = comparisons.share_in_order(judge, comparisons.pairs(judge.tokenizer, held_out))
         result = dict(zip(MEASURES, (in_order, scores[0], max(scores), scores[-1])))

@@ -36,9 +36,9 @@ METHODS = "verifier (pass@N)", "reward model", "majority vote", "log-probability
 
 def main(argv=None):
     flags = parser().parse_args(argv)
-    size = dict(problems=20, n=128, train=80, fit=24, beams=16, repeats=50)
+    size = dict(problems=20, n=128, train=80, fit=24, pairs=32, beams=16, repeats=50)
     if flags.quick:
-        size = dict(problems=2, n=8, train=8, fit=2, beams=2, repeats=4)
+        size = dict(problems=2, n=8, train=8, fit=1, pairs=4, beams=2, repeats=4)
     jobs = [(seed, flags.init_from, size) for seed in range(flags.seeds)]
     seeds = on_all_cores(measure, jobs, flags.quick)  # of each {method: [share of right answers for every N]}
 
@@ -66,7 +66,7 @@ def measure(seed, init_from, size):
     judge = rlhf.RewardModel(*sample.load_assistant(init_from, flags), test_groups=[])
     practised = stories("train", size["train"], seed)
     groups = rl.sample_rollouts(judge.model, judge.tokenizer, practised, flags, 1 << 32, ALONE)
-    comparisons.fit(judge, comparisons.of_groups(groups), size["fit"], seed)
+    comparisons.fit(judge, comparisons.of_groups(groups), size["fit"], seed, size["pairs"])
 
     model, tokenizer = sample.load_assistant(init_from, flags)
     asked, flags.attempts = stories("test", size["problems"], seed), size["n"]
