@@ -18,7 +18,7 @@ import script
 import common
 
 ROOT = Path(common.__file__).parent
-PACKAGES = ("kernels", "tasks", "extras")
+PACKAGES = ("kernels", "tasks", "extras", "experiments")
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).glob("*.py"))])
 
 
@@ -75,7 +75,7 @@ def test_the_scripts_are_found():
 # What is written about commands
 
 COMMAND = re.compile(
-    r"(?:python3?|\$\(PY\)|\.venv/bin/python) (?:-m ((?:tasks|extras)\.\w+)|(\w+)\.py)\b([^`\n]*)"
+    r"(?:python3?|\$\(PY\)|\.venv/bin/python) (?:-m ((?:tasks|extras|experiments)\.\w+)|(\w+)\.py)\b([^`\n]*)"
 )
 WORDS = re.compile(
     r"""(?:"[^"]*"|'[^']*'|(?!\s{3}|\s[#|>[]|&&|;|[.,:)]+(?:\s|$)).)*"""
@@ -338,6 +338,8 @@ FLOORS = [  # a file may import those of the floors below its own; a new file ge
     {"rl"},
     # The course never imports these, but for train.py --plan and --choose, which are the plan's own.
     {"extras.choose", "extras.constrain", "extras.plan", "extras.plot", "extras.rlhf", "extras.serve"},
+    {"experiments.report"},
+    {name for name in SCRIPTS if name.startswith("experiments.")},
 ]
 
 
