@@ -1,7 +1,7 @@
-"""Comparisons of answers: a file of them, and a reward model that learns them.
+"""Comparisons of answers: a file of them, and what a reward model reads.
 
 A line of the file is {"prompt": ..., "winner": ..., "loser": ...}: a person has compared two answers to the
-prompt. preferences.py and test_time.py train on comparisons; extras/rlhf.py has the mathematics.
+prompt. preferences.py and test_time.py train reward models on comparisons, by fit_reward() of updates.py.
 """
 
 import itertools
@@ -13,10 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 
 import common
-import gpt2
 from common import UserError
 from extras import rlhf
-from sft import micro_batches
 from tasks.conversations import turns
 from tokenizer import as_parts, text_of
 
@@ -67,7 +65,7 @@ def write_example(path, problems):
 
 
 def pairs(tokenizer, comparisons):
-    """[(better, worse)] as fit() takes them, for [(prompt, winner, loser)]."""
+    """[(better, worse)] as a RewardModel reads them, for [(prompt, winner, loser)]."""
     read_as = []
     for prompt, *texts in comparisons:
         both = [tokenizer.render(turns(prompt, text))[0] for text in texts]
@@ -76,29 +74,12 @@ def pairs(tokenizer, comparisons):
 
 
 def of_groups(groups):
-    """[(right, wrong)] of the rollouts of each group of rl.py, for fit()."""
+    """[(right, wrong)] of the rollouts of each group of rl.py."""
     compared = []
     for group in groups:
         right, wrong = ([rollout for rollout in group if rollout.correct == value] for value in (1, 0))
         compared += itertools.product(right, wrong)
     return compared
-
-
-def fit(judge, pairs, steps, seed, per_step):
-    """Train a RewardModel on pairs (better, worse) of rollouts, per_step of them at a time."""
-    if not pairs:
-        raise UserError("no answer is better than another: there is nothing that a reward model could learn")
-    model, optimizer = judge.model, gpt2.AdamW(judge.model, weight_decay=0.0)
-    for step in range(steps):
-        order = np.random.default_rng([seed, step]).permutation(len(pairs))[:per_step]
-        rollouts = [rollout for i in order for rollout in pairs[i]]  # better, worse, better, ...
-        numbers = [(i, i + 1) for i in range(0, len(rollouts), 2)]
-        _, pull, _ = rlhf.preference_loss(judge.values(rollouts), numbers)  # (2 per_step,)
-        rows = judge.rows(rollouts, pull)
-        for tokens, targets, weights in micro_batches(rows, 8192, model.config.n_positions):
-            model.forward(tokens, targets, weights)  # (B, T) each
-            model.backward()
-        optimizer.step(1e-3, max_norm=1.0)
 
 
 def share_in_order(judge, pairs):

@@ -22,10 +22,9 @@ from matplotlib import pyplot as plt
 import common
 import gpt2
 import rl
-from common import add_shared_flags
 from experiments import comparisons
 from experiments.report import ALONE, draw_spread, make_parser, on_all_cores, print_table, save_figure
-from experiments.think_longer import learn
+from experiments.updates import fit_reward, learn
 from extras import rlhf
 from sample import load_assistant
 from tasks.problems import Problem
@@ -75,7 +74,7 @@ def play_rounds(seed, init_from, path, size):
     problems = [ours.get(prompt, Problem("", prompt, "", answer="")) for prompt in of_file]
     for _ in range(size["rounds"]):
         judge = rlhf.RewardModel(*load_assistant(init_from, flags), test_groups=[])
-        comparisons.fit(judge, comparisons.pairs(judge.tokenizer, compared), size["fit"], seed, size["pairs"])
+        fit_reward(judge, comparisons.pairs(judge.tokenizer, compared), size["fit"], seed, size["pairs"])
         scores, exploits = practise(judge, problems, init_from, flags, size)
         in_order = comparisons.share_in_order(judge, comparisons.pairs(judge.tokenizer, held_out))
         result = dict(zip(MEASURES, (in_order, scores[0], max(scores), scores[-1])))
@@ -107,10 +106,9 @@ def practise(judge, problems, init_from, flags, size):
 
 
 def parser():
-    flags = make_parser("preferences", __doc__)
-    group = flags.add_argument_group("model and comparisons")
-    add_shared_flags(group, "init-from", init_from="runs/rlhf-manners")
-    group.add_argument("--comparisons", metavar="FILE", help="people's; some are written if not given")
+    flags = make_parser("preferences", __doc__, init_from="runs/rlhf-manners")
+    what = "comparisons of people; some of our own are written if not given"
+    flags.add_argument("--comparisons", metavar="FILE", help=what)
     return flags
 
 

@@ -24,9 +24,9 @@ import common
 import evaluate
 import rl
 import sample
-from common import add_shared_flags
 from experiments import comparisons
 from experiments.report import ALONE, draw_spread, make_parser, on_all_cores, print_table, save_figure
+from experiments.updates import fit_reward
 from extras import rlhf
 from tasks.problems import problems, votes
 from tokenizer import text_of
@@ -66,7 +66,7 @@ def measure(seed, init_from, size):
     judge = rlhf.RewardModel(*sample.load_assistant(init_from, flags), test_groups=[])
     practised = stories("train", size["train"], seed)
     groups = rl.sample_rollouts(judge.model, judge.tokenizer, practised, flags, 1 << 32, ALONE)
-    comparisons.fit(judge, comparisons.of_groups(groups), size["fit"], seed, size["pairs"])
+    fit_reward(judge, comparisons.of_groups(groups), size["fit"], seed, size["pairs"])
 
     model, tokenizer = sample.load_assistant(init_from, flags)
     asked, flags.attempts = stories("test", size["problems"], seed), size["n"]
@@ -110,9 +110,7 @@ def choose(group, judge, repeats, seed):
 
 
 def parser():
-    flags = make_parser("test_time", __doc__)
-    add_shared_flags(flags.add_argument_group("model"), "init-from", init_from="runs/sft")
-    return flags
+    return make_parser("test_time", __doc__, init_from="runs/sft")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ from matplotlib import pyplot as plt
 import common
 import gpt2
 import rl
-from common import add_shared_flags
 from experiments.report import ALONE, draw_spread, make_parser, on_all_cores, print_table, save_figure
+from experiments.updates import learn
 from sample import load_assistant
-from sft import micro_batches
 
 MEASURES = "right", "tokens", "tokens of right answers", "tokens of wrong answers", "cut off", "calls"
 
@@ -66,20 +65,6 @@ def practise(seed, init_from, size):
     return measures
 
 
-def learn(model, optimizer, groups, flags, lr):
-    """One update by the policy gradient, from the rewards of groups of rollouts."""
-    kept = []
-    for group in groups:
-        kept += rl.set_advantages(group, "grpo", flags.std)
-    if not kept:
-        return
-    rows = rl.policy_gradient_rows(model, kept, None, 0, flags, ALONE)
-    for tokens, targets, weights in micro_batches(rows, flags.batch_tokens, model.config.n_positions):
-        model.forward(tokens, targets, weights)  # (B, T) each
-        model.backward()
-    optimizer.step(lr, max_norm=1.0)
-
-
 def measure(rollouts):
     """MEASURES of some rollouts, all of them means; 0 for the length of answers that there are none of."""
     right = np.array([rollout.correct > 0 for rollout in rollouts])  # (N,)
@@ -97,9 +82,7 @@ def measure(rollouts):
 
 
 def parser():
-    flags = make_parser("think_longer", __doc__)
-    add_shared_flags(flags.add_argument_group("model"), "init-from", init_from="runs/sft")
-    return flags
+    return make_parser("think_longer", __doc__, init_from="runs/sft")
 
 
 if __name__ == "__main__":

@@ -338,7 +338,8 @@ FLOORS = [  # a file may import those of the floors below its own; a new file ge
     {"rl"},
     # The course never imports these, but for train.py --plan and --choose, which are the plan's own.
     {"extras.choose", "extras.constrain", "extras.plan", "extras.plot", "extras.rlhf", "extras.serve"},
-    {"experiments.report"},
+    {"experiments.report", "experiments.comparisons"},
+    {"experiments.updates"},
     {name for name in SCRIPTS if name.startswith("experiments.")},
 ]
 

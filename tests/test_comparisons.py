@@ -12,6 +12,7 @@ import gpt2
 import rl
 from common import UserError
 from experiments import comparisons, preferences, test_time, think_longer
+from experiments.updates import fit_reward
 from extras import rlhf
 from tasks.problems import Problem, problems
 
@@ -77,7 +78,7 @@ def test_a_reward_model_learns_what_people_prefer():
     compared = [("Say it.", word, f"{word} and {word}") for word in words]
     judge = rlhf.RewardModel(gpt2.GPT2(CONFIG, seed=1), BYTES, test_groups=[])
     pairs = comparisons.pairs(BYTES, compared)
-    comparisons.fit(judge, pairs[:64], steps=12, seed=0, per_step=16)
+    fit_reward(judge, pairs[:64], steps=12, seed=0, per_step=16)
     assert comparisons.share_in_order(judge, pairs[64:]) > 0.9
     assert comparisons.share_in_order(judge, [pair[::-1] for pair in pairs[64:]]) < 0.1
 
