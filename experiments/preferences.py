@@ -35,7 +35,7 @@ MEASURES = "held-out pairs in order", "true score at first", "best", "last"
 
 def main(argv=None):
     flags = parser().parse_args(argv)
-    size = dict(comparisons=400, rounds=3, fit=24, pairs=32, steps=30, prompts=8)
+    size = dict(comparisons=400, rounds=3, fit=20, pairs=24, steps=25, prompts=8)
     if flags.quick:
         size = dict(comparisons=16, rounds=2, fit=1, pairs=4, steps=2, prompts=2)
     path = flags.comparisons or Path(flags.out or "runs/experiments") / "comparisons.jsonl"
@@ -107,8 +107,8 @@ def practise(judge, problems, init_from, flags, size):
 
 def parser():
     flags = make_parser("preferences", __doc__, init_from="runs/rlhf-manners")
-    what = "comparisons of people; some of our own are written if not given"
-    flags.add_argument("--comparisons", metavar="FILE", help=what)
+    group = flags.add_argument_group("what people prefer")
+    group.add_argument("--comparisons", metavar="FILE", help="a file; one of our own is written if not given")
     return flags
 
 

@@ -36,7 +36,7 @@ METHODS = "verifier (pass@N)", "reward model", "majority vote", "log-probability
 
 def main(argv=None):
     flags = parser().parse_args(argv)
-    size = dict(problems=20, n=128, train=80, fit=24, pairs=32, beams=16, repeats=50)
+    size = dict(problems=16, n=128, train=48, fit=20, pairs=24, beams=16, repeats=50)
     if flags.quick:
         size = dict(problems=2, n=8, train=8, fit=1, pairs=4, beams=2, repeats=4)
     jobs = [(seed, flags.init_from, size) for seed in range(flags.seeds)]

@@ -27,7 +27,7 @@ MEASURES = "right", "tokens", "tokens of right answers", "tokens of wrong answer
 
 def main(argv=None):
     flags = parser().parse_args(argv)
-    size = dict(steps=4, prompts=2, window=2) if flags.quick else dict(steps=100, prompts=12, window=10)
+    size = dict(steps=4, prompts=2, window=2) if flags.quick else dict(steps=100, prompts=8, window=10)
     jobs = [(seed, flags.init_from, size) for seed in range(flags.seeds)]
     seeds = on_all_cores(practise, jobs, flags.quick)  # of each {measure: [a mean for every window]}
 
