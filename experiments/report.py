@@ -3,8 +3,9 @@
 An experiment is a script with a parser() and a main(), which ends with print_table() and save_figure().
 """
 
-import concurrent.futures
+import functools
 import multiprocessing
+import signal
 import time
 from pathlib import Path
 from statistics import fmean
@@ -54,12 +55,8 @@ def read_text(quick, directory="shards/factbook"):
     return Tokenizer.load(directory), *splits
 
 
-def load_base(name, quick):
-    """A base model (a run, a checkpoint or a hub name) with the chat tokens, and its tokenizer; if quick, a
-    random small model."""
-    if quick:
-        tokenizer = Tokenizer.bytes()
-        return gpt2.GPT2(gpt2.GPT2Config(1, 2, 32, 512, tokenizer.vocab_size)), tokenizer
+def load_base(name):
+    """A base model (a run, a checkpoint or a hub name) with the chat tokens, and its tokenizer."""
     checkpoint = hub.find_checkpoint(name)
     base = Tokenizer.load(checkpoint)
     tokenizer = base.with_chat_tokens()
@@ -105,19 +102,23 @@ def on_all_cores(work, jobs, quick=False):
     """
     if quick:
         return [work(*job) for job in jobs]
-    results, progress = [None] * len(jobs), common.Progress(work.__name__, total=len(jobs))
-    cores, context = threads.thread_count(), multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(cores, context, use_one_thread) as processes:
-        index_of = {processes.submit(work, *job): i for i, job in enumerate(jobs)}
-        for done in concurrent.futures.as_completed(index_of):
-            results[index_of[done]] = done.result()
+    results, progress = [], common.Progress(work.__name__, total=len(jobs))
+    with multiprocessing.get_context("spawn").Pool(threads.thread_count(), begin_worker) as pool:
+        for result in pool.imap(functools.partial(call, work), jobs):
+            results.append(result)
             progress.add(1)
     progress.done()
     return results
 
 
-def use_one_thread():
+def begin_worker():
+    """Ctrl-C is for the process that started this one, and then ends both."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threads.THREADS = 1
+
+
+def call(work, job):
+    return work(*job)
 
 
 def spread(values, form=".2f"):
@@ -128,7 +129,7 @@ def spread(values, form=".2f"):
 
 def print_table(heads, rows, form=".2f"):
     """Print rows of cells as a Markdown table; a cell that is a list has the values of all seeds."""
-    cells = [heads]
+    cells = [list(map(str, heads))]
     for row in rows:
         cells.append([spread(cell, form) if isinstance(cell, list) else str(cell) for cell in row])
     widths = [max(map(len, column)) for column in zip(*cells)]
