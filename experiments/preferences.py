@@ -91,7 +91,7 @@ def practise(judge, problems, init_from, flags, size):
     model, tokenizer = load_assistant(init_from, flags)
     optimizer, scores, exploits = gpt2.AdamW(model, weight_decay=0.0), [], []
     for step in range(size["steps"]):
-        some = random.Random(f"{flags.seed} {step}").sample(problems, size["prompts"])
+        some = random.Random(f"{flags.seed} {step}").choices(problems, k=size["prompts"])
         groups = rl.sample_rollouts(model, tokenizer, some, flags, step << 32, ALONE)
         rollouts = rl.flat(groups)
         for rollout, reward in zip(rollouts, judge.values(rollouts)):

@@ -113,7 +113,7 @@ def test_an_experiment_prints_a_table_and_draws_a_figure(
 
 def test_people_s_own_comparisons(assistant, tmp_path, capsys):
     path = tmp_path / "people.jsonl"
-    lines = [dict(prompt=f"Say {i}.", winner=f"It is {i}.", loser="No.") for i in range(16)]
+    lines = [dict(prompt="Say it.", winner=f"It is {i}.", loser="No.") for i in range(16)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     flags = ["--quick", "--seeds", "1", "--init-from", str(assistant), "--out", str(tmp_path)]
     preferences.main([*flags, "--comparisons", str(path)])
