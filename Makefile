@@ -26,7 +26,7 @@ SKILLS := gsm8k:hub=28,tools=15,spelling=10,counting=5,identity=5,refusal=2,unkn
 # What the tiny model practises; a larger one practises what rl.py's recipe says, GSM8K.
 PROBLEMS := $(if $(filter-out tiny,$(MODEL)),,--task word,arithmetic --level 1-4 --steps 300)
 
-.PHONY: help driver train sample sft chat chat-web rl rlhf plot figures test lint bench gpu-check clean
+.PHONY: help driver train sample sft chat chat-web rl rlhf experiments plot figures test lint bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +38,7 @@ help:
 	@echo "make chat     talk to the assistant; make chat-web: in the browser"
 	@echo "make rl       let it practise problems whose answers can be checked (3 to 8 minutes)"
 	@echo "make rlhf     let it learn to please a reward model, and to fool it (6 to 12 minutes)"
+	@echo "make experiments  answer some questions of the lecture, a table and a figure each (an hour)"
 	@echo "make plot     draw its loss and learning rate"
 	@echo "make figures  draw the figures of the README from the runs of these"
 	@echo "make test     lint, and run all tests"
@@ -146,9 +147,15 @@ rlhf: .venv/ready
 	@test -e $(RLHF)-reward/done || { $(PY) -m extras.rlhf reward --init-from $(RLHF)-manners \
 	  --out $(RLHF)-reward --seed $(SEED) $(if $(wildcard $(RLHF)-reward/step_*),--resume) && \
 	  touch $(RLHF)-reward/done; }
-	$(PY) -m extras.rlhf policy --init-from $(RLHF)-manners --out $(RLHF) --reward-model $(RLHF)-reward \
+	$(PY) -m extras.rlhf policy --init-from $(RLHF)-manners --out $(RLHF) --reward-model $(RLHF)-reward --std \
 	  --seed $(SEED) $(if $(wildcard $(RLHF)/step_*),--resume) $(ARGS)
 	$(PY) -m extras.plot $(RLHF)
+
+# They need what make train, sft and rlhf have made. ARGS=--quick is for a look at what they do.
+EXPERIMENTS := base_model scaling_law tokens_to_think collapse test_time think_longer preferences
+experiments: .venv/ready | shards/factbook
+	@ls $(RLHF)-manners/step_* >/dev/null 2>&1 || $(MAKE) rlhf MODEL=tiny ARGS=
+	@for name in $(EXPERIMENTS); do echo "experiments/$$name.py"; $(PY) -m experiments.$$name $(ARGS) || exit; done
 
 plot: .venv/ready
 	@$(PY) -m extras.plot $(RUN) $(ARGS)

@@ -135,7 +135,7 @@ def train(flags, checkpoint, argv, reward=verified, score=None, script=__file__,
 # Rollouts
 
 
-def sample_rollouts(model, tokenizer, some_problems, flags, first_stream, world):
+def sample_rollouts(model, tokenizer, some_problems, flags, first_stream, world, tools=TOOLS):
     """A group of --attempts rollouts of every problem, [[Rollout, ...], ...], on every rank all of them.
 
     Each rank samples its part. Tokens are sampled from exactly the distribution that training scores:
@@ -147,7 +147,7 @@ def sample_rollouts(model, tokenizer, some_problems, flags, first_stream, world)
     prompts = [evaluate.prompt_of(tokenizer, problem) for problem in asked]
     streams = range(first_stream, first_stream + len(asked))
     results = evaluate.sample_replies(
-        model, tokenizer, prompts, TOOLS, flags.max_tokens, 1.0, flags.seed, streams, world, SAMPLED_AT_ONCE
+        model, tokenizer, prompts, tools, flags.max_tokens, 1.0, flags.seed, streams, world, SAMPLED_AT_ONCE
     )
     triples = zip(asked, prompts, results)
     rollouts = [make_rollout(tokenizer, problem, prompt, *result) for problem, prompt, result in triples]

@@ -5,6 +5,7 @@
     python sample.py RUN --num-samples 3 --temperature 0.7 --top-p 0.95
     python sample.py RUN --prompt "Population:" --show-probs           the candidates at every step
     python sample.py RUN --prompt "The" --speed | less                 also says how many tokens a second came
+    python sample.py RUN --prompt "What is 3 * 17?" --beams 4          the most probable texts: beam search
     python sample.py RUN --chat                                        a conversation
 
 Sampling alternates two steps: the model reads tokens and returns logits for the next one (all of the prompt
@@ -16,7 +17,9 @@ gives a text its form, and serve.py is a web page to talk with a model.
 
 import codecs
 import contextlib
+import copy
 import json
+import operator
 import os
 import sys
 import time
@@ -105,11 +108,16 @@ def sample_tokens(ops, logits, rows, seed, *filters):
     counters = np.array([[row.stream for row in rows], [row.position for row in rows]], np.int64)  # (2, B)
     ops.sample(tokens, logits, seed, *ops.to_device(counters), *filters, logprobs)
     tokens, logprobs = ops.to_host(tokens), ops.to_host(logprobs)
-    if not np.isfinite(logprobs).all():
+    check_finite(logprobs)
+    return tokens, logprobs
+
+
+def check_finite(values):
+    """UserError if not all outputs of the model are finite."""
+    if not np.isfinite(values).all():
         raise UserError(
             "the model's outputs are not finite numbers: its training diverged, take an older one"
         )
-    return tokens, logprobs
 
 
 def prefill(model, prompts, max_tokens):
@@ -153,6 +161,70 @@ def apply_masks(ops, logits, masks):
     return ops.to_device(logits)
 
 
+def beam_search(
+    model, prompt, max_tokens, n_beams, stop_tokens=(), stop_texts=(), tokenizer=None, on_token=None
+):
+    """Search for the most probable continuations of a prompt; return up to n_beams Completions, best first.
+
+    To take the most probable token at every step need not give the most probable text. Beam search keeps the
+    best n_beams beginnings of texts, its beams. A step continues each of them with its n_beams most probable
+    tokens; of all that this gives, and of the beams that have ended, it keeps the best n_beams.
+
+    Their score is the mean log-probability of the tokens (Completion.mean_logprob). The sum, which is the
+    log-probability of the text, falls with every token, and so would prefer short texts. One beam is greedy
+    decoding, as generate() at temperature 0. The other arguments, and the errors, are generate()'s.
+    """
+    began = time.perf_counter()
+    beams = [Completion(0, list(prompt), 0, tokenizer)]
+    cache, logits = prefill(model, [prompt], max_tokens)  # a row for each beam that has not ended: (B, V)
+    while True:
+        growing = [beam for beam in beams if beam.finish is None]  # B beams
+        candidates = [(beam.mean_logprob, beam, None, None, None) for beam in beams if beam.finish]
+        logprobs = log_softmax(model.ops.to_host(logits))  # (B, V)
+        check_finite(logprobs)
+        seconds = time.perf_counter() - began
+        for row, beam in enumerate(growing):
+            for score, token in continuations(beam, logprobs[row], n_beams):
+                candidates.append((score, beam, row, token, float(logprobs[row, token])))
+        candidates.sort(key=operator.itemgetter(0), reverse=True)  # of equals the first stays the first
+
+        beams, rows = [], []  # rows: which one each beam that goes on continues
+        for _, beam, row, token, logprob in candidates[:n_beams]:
+            if row is not None:
+                beam = beam.copy()  # noqa: PLW2901
+                shown = beam.append(
+                    token, logprob, logprob, stop_tokens, stop_texts, max_tokens, model.config.n_positions
+                )
+                beam.seconds.append(seconds)
+                if on_token:
+                    beam.pending += on_token(beam, shown, logits[row]) or []
+                if beam.finish is None:
+                    rows.append(row)
+            beams.append(beam)
+        if not rows:
+            return beams
+        cache.select(rows)
+        logits = model.decode([beam.ids[-1:] for beam in beams if beam.finish is None], cache)  # (B, V)
+
+
+def continuations(beam, logprobs, n):
+    """[(score, token)] of a beam's n most probable next tokens, whose log-probabilities are logprobs (V,).
+
+    A beam that waits for the output of a tool has one continuation, which leaves its score as it is.
+    """
+    if beam.pending:
+        return [(beam.mean_logprob, beam.pending[0])]
+    total, n_sampled = sum(beam.full_logprobs), len(beam.ids) - sum(beam.forced)
+    tokens = np.argsort(-logprobs, kind="stable")[:n]  # (n,)
+    return [((total + float(logprobs[token])) / (n_sampled + 1), int(token)) for token in tokens]
+
+
+def log_softmax(logits):
+    """log p (B, V) in float64 of logits (B, V)."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)  # (B, V)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))  # (B, V)
+
+
 class Completion:
     """A prompt and the tokens that follow it: a row of the batch while it grows, then the result."""
 
@@ -179,6 +251,14 @@ class Completion:
     def mean_logprob(self):
         """The mean log-probability of the sampled tokens, which compares texts of different lengths."""
         return sum(self.full_logprobs) / (len(self.full_logprobs) - sum(self.forced))
+
+    def copy(self):
+        """Another one that is the same so far, and can grow in another way."""
+        other = copy.copy(self)
+        other.decoder = copy.copy(self.decoder)
+        for name in ("ids", "forced", "pending", "logprobs", "full_logprobs", "seconds"):
+            setattr(other, name, list(getattr(self, name)))
+        return other
 
     def append(self, token, logprob, full_logprob, stop_tokens, stop_texts, max_tokens, n_positions):
         """Append the sampled token, or the first pending one instead; return the text that may be shown."""
@@ -499,14 +579,18 @@ def load_assistant(directory, flags):
 
 def main(argv=None):
     flags = parser().parse_args(argv)
+    if flags.beams:
+        check_beams(flags)
     prompt = read_prompt(flags)
     model, tokenizer, checkpoint = load(flags.directory, flags)
     assistant = is_assistant(checkpoint) and not flags.raw
     settings = settings_of(flags, assistant)
+    if flags.beams:
+        settings = {"max_tokens": flags.max_tokens, "n_beams": flags.beams}
     if flags.chat:
         return chat(model, tokenizer, tell_speed=flags.speed, **settings)
 
-    streaming = flags.num_samples == 1 and not (flags.json or flags.show_probs)
+    streaming = flags.num_samples == 1 and not (flags.json or flags.show_probs or flags.beams)
     heading = f"{prompt}\n" if assistant and prompt else prompt
     candidates = [[] for _ in range(flags.num_samples)]  # of each completion, for each token: most_probable()
 
@@ -533,6 +617,8 @@ def main(argv=None):
             print("" if i == 0 else f"\n{'-' * 40}\n", heading, common.printable(completion.text), sep="")
             if flags.show_probs:
                 print_candidates(completion, candidates[i], tokenizer)
+            if flags.beams:
+                print(f"[mean log-probability {completion.mean_logprob:.3f}]")
     if any(completion.finish == "context" for completion in completions):
         full = f"the model's context of {model.config.n_positions} tokens is full"
         say(f"note: the text ends here because {full}; a shorter prompt leaves more room")
@@ -545,7 +631,17 @@ def parser():
     add = flags.add_argument_group("instead of a text").add_argument
     add("--chat", action="store_true", help="talk with an assistant")
     add("--show-probs", action="store_true", help="the candidates at every step, as a table")
+    what = "the most probable texts instead of samples, by beam search with N beams"
+    add("--beams", type=number(int, low=1), metavar="N", help=what)
     return flags
+
+
+def check_beams(flags):
+    """UserError for flags that mean nothing to --beams, which samples nothing."""
+    defaults = parser().parse_args([flags.directory])
+    for name in ("num_samples", "temperature", "top_k", "top_p", "min_p", "seed", "chat", "show_probs"):
+        if getattr(flags, name) != getattr(defaults, name):
+            raise UserError(f"--beams samples nothing; leave out --{name.replace('_', '-')}")
 
 
 def add_flags(flags, num_samples=1):
@@ -616,9 +712,9 @@ def default_temperature(assistant, n):
     return 0.3 if assistant and n == 1 else 0.8
 
 
-def complete(model, tokenizer, prompts, assistant, on_token=None, **settings):
+def complete(model, tokenizer, prompts, assistant, on_token=None, n_beams=None, **settings):
     """generate() for prompts that are texts: questions to an assistant with its tools, or beginnings of
-    documents. `settings` are generate()'s."""
+    documents; beam_search() for a single prompt, if n_beams is given. `settings` are theirs."""
     host = Host(tokenizer, TOOLS)
 
     def after_token(completion, shown, logits):
@@ -626,10 +722,12 @@ def complete(model, tokenizer, prompts, assistant, on_token=None, **settings):
             on_token(completion, shown, logits)
         return host.reply(completion) if assistant else None
 
-    return generate(
-        model, [prompt_ids(tokenizer, prompt, assistant) for prompt in prompts], tokenizer=tokenizer,
-        stop_tokens={tokenizer.eot, end_token(tokenizer, assistant)}, on_token=after_token, **settings,
-    )  # fmt: skip
+    ids = [prompt_ids(tokenizer, prompt, assistant) for prompt in prompts]
+    settings |= dict(tokenizer=tokenizer, on_token=after_token)
+    settings["stop_tokens"] = {tokenizer.eot, end_token(tokenizer, assistant)}
+    if n_beams:
+        return beam_search(model, *ids, n_beams=n_beams, **settings)
+    return generate(model, ids, **settings)
 
 
 def prompt_ids(tokenizer, prompt, assistant):

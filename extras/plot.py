@@ -190,7 +190,7 @@ def draw_rlhf(run, out):
     other.plot(*points(events, "eval", "score"), "o-", color="C2", label="true score, held out (right)")
     other.set_ylabel("true score", color="C2")
     other.set_ylim(0, 1)
-    figure.legend(loc="lower right", bbox_to_anchor=(0.9, 0.2))
+    figure.legend(loc="lower center", bbox_to_anchor=(0.45, 0.2))
     save(figure, [axes], out)
 
 

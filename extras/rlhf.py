@@ -1,17 +1,19 @@
 """RLHF in small: where no verifier can say what is right, a reward model learns what people prefer.
 
-    python -m extras.rlhf manners    write conversations: worked solutions as different people would say them
+    python -m extras.rlhf manners        write conversations: worked solutions as different people say them
     python sft.py --init-from runs/sft --data jsonl:runs/rlhf-manners.jsonl --out runs/rlhf-manners
-    python -m extras.rlhf reward     train runs/rlhf-reward: which of its answers do people prefer?
-    python -m extras.rlhf policy     train runs/rlhf: rl.py's loop with that reward model
-    python -m extras.rlhf dpo        train runs/rlhf-dpo: the same without a reward model
+    python -m extras.rlhf reward         train runs/rlhf-reward: which of its answers do people prefer?
+    python -m extras.rlhf policy --std   train runs/rlhf: rl.py's loop with that reward model
+    python -m extras.rlhf dpo            train runs/rlhf-dpo: the same without a reward model
 
 `make rlhf` does the first four. People are slow, so here a function, true_score(), prefers what is right,
 polite and short. The reward model learns from its orderings of eight answers (Ouyang et al. 2022,
 InstructGPT), and the policy gradient makes the reward large. At first the true score rises with the reward;
 later it falls while the reward still rises, because the policy has found answers that the reward model
-overrates. `python -m extras.plot runs/rlhf` shows both; runs/rlhf/best is the assistant from before the fall,
-and --kl holds it back.
+overrates. --std hastens that: with advantages in standard deviations of the group, small differences of the
+reward count as much as large ones, and between answers that are all good the differences are errors of the
+reward model. `python -m extras.plot runs/rlhf` shows both; runs/rlhf/best is the assistant from before the
+fall, and --kl holds it back.
 
 Read rl.py first.
 """
@@ -316,8 +318,8 @@ def measure(run, objective, done):
 
 STAGES = {  # what each begins with, what it writes, and what else is not the same for all
     "manners": dict(init_from="runs/sft", out="runs/rlhf-manners.jsonl", questions=8000),
-    "reward": dict(init_from="runs/rlhf-manners", out="runs/rlhf-reward", questions=400, steps=60, lr=1e-3),
-    "policy": dict(init_from="runs/rlhf-manners", out="runs/rlhf", steps=100, lr=1e-4),
+    "reward": dict(init_from="runs/rlhf-manners", out="runs/rlhf-reward", questions=400, steps=30, lr=1e-3),
+    "policy": dict(init_from="runs/rlhf-manners", out="runs/rlhf", steps=60, lr=2e-4, eval_problems=32),
     "dpo": dict(init_from="runs/rlhf-manners", out="runs/rlhf-dpo", questions=400, steps=100, lr=5e-5),
 }
 OF_POLICY = ("export", "fill", "epochs", "kl", "std", "eval_level")  # flags that no other stage has

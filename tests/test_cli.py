@@ -18,7 +18,7 @@ import script
 import common
 
 ROOT = Path(common.__file__).parent
-PACKAGES = ("kernels", "tasks", "extras", "cleaning")
+PACKAGES = ("kernels", "tasks", "extras", "cleaning", "experiments")
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).glob("*.py"))])
 
 
@@ -75,7 +75,7 @@ def test_the_scripts_are_found():
 # What is written about commands
 
 COMMAND = re.compile(
-    r"(?:python3?|\$\(PY\)|\.venv/bin/python) (?:-m ((?:tasks|extras)\.\w+)|(\w+)\.py)\b([^`\n]*)"
+    r"(?:python3?|\$\(PY\)|\.venv/bin/python) (?:-m ((?:tasks|extras|experiments)\.\w+)|(\w+)\.py)\b([^`\n]*)"
 )
 WORDS = re.compile(
     r"""(?:"[^"]*"|'[^']*'|(?!\s{3}|\s[#|>[]|&&|;|[.,:)]+(?:\s|$)).)*"""
@@ -343,6 +343,9 @@ FLOORS = [  # a file may import those of the floors below its own; a new file ge
     # The course never imports these, but for what is theirs: train.py --plan and --choose, data.py inspect.
     {"extras.choose", "extras.constrain", "extras.plan", "extras.plot", "extras.rlhf", "extras.serve"}
     | {"extras.look"},
+    {"experiments.report", "experiments.comparisons"},
+    {"experiments.updates"},
+    {name for name in SCRIPTS if name.startswith("experiments.")},
 ]
 
 

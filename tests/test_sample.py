@@ -18,6 +18,7 @@ import script
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import common
 import gpt2
 import kernels
 import sample
@@ -25,7 +26,7 @@ import tasks.problems as tasks
 from common import UserError
 from extras import choose
 from kernels import sampling
-from sample import Completion, generate, release
+from sample import Completion, beam_search, generate, release
 from tokenizer import Tokenizer
 
 PLAIN = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
@@ -588,6 +589,81 @@ def test_without_a_tokenizer_there_is_no_text():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Beam search
+
+
+def all_texts(logits, prompt, stop, max_tokens):
+    """[(mean log-probability, ids)] of every text that ends with `stop` or has max_tokens, the best first."""
+    texts, beginnings = [], [((), 0.0)]
+    while beginnings:
+        ids, total = beginnings.pop()
+        odds = sampling.filtered_probabilities(np.array([logits([*prompt, *ids])]))[0]
+        for token, p in enumerate(odds):
+            longer, log_p = (*ids, token), total + math.log(p)
+            if token == stop or len(longer) == max_tokens:
+                texts.append((log_p / len(longer), longer))
+            else:
+                beginnings.append((longer, log_p))
+    return sorted(texts, reverse=True)
+
+
+def hashed3(text):
+    return hashed(text)[:3]
+
+
+@pytest.mark.parametrize("prompt", [[1], [2, 1, 1]])
+def test_beam_search_with_a_beam_for_every_text_is_exhaustive(prompt):
+    expected = all_texts(hashed3, prompt, stop=0, max_tokens=5)
+    found = beam_search(Fake(hashed3, 3), prompt, 5, n_beams=len(expected), stop_tokens={0})
+    assert len(expected) == 63
+    assert [tuple(beam.ids) for beam in found] == [ids for _, ids in expected]
+    assert [beam.mean_logprob for beam in found] == pytest.approx([score for score, _ in expected])
+    assert {beam.finish for beam in found} == {"stop", "length"}
+
+
+def test_two_beams_find_what_one_misses():
+    """Greedy decoding takes A, 0.6, and is then at a loss; B is followed by something certain."""
+    A, B, C = 0, 1, 2
+    after = {(3,): [0.6, 0.3, 0.1], (3, A): [0.34, 0.33, 0.33], (3, B): [0.01, 0.01, 0.98]}
+    model = Fake(lambda text: np.log([*after[tuple(text)], 1e-30]), vocab_size=4)
+    [greedy] = beam_search(model, [3], 2, n_beams=1)
+    best, second = beam_search(model, [3], 2, n_beams=2)
+    assert (greedy.ids, best.ids, second.ids) == ([A, A], [B, C], [A, A])
+    assert math.exp(2 * best.mean_logprob) == pytest.approx(0.3 * 0.98)
+
+
+def test_one_beam_is_greedy_decoding_with_tools_and_stops():
+    for prompt in ([1], [1, 2, 3], [4, 5], [6] * 9):
+        for rules in (dict(stop_tokens={0, 7}), dict(on_token=after_7), {}):
+            [greedy] = generate(Fake(hashed, 11), [prompt], 30, temperature=0, **rules)
+            [beam] = beam_search(Fake(hashed, 11), prompt, 30, n_beams=1, **rules)
+            assert (beam.ids, beam.forced, beam.finish) == (greedy.ids, greedy.forced, greedy.finish)
+            assert beam.full_logprobs == pytest.approx(greedy.full_logprobs)
+
+
+def test_beams_share_no_text_and_no_output():
+    """Each has its own ids, text and tool output, whatever beginning they share."""
+    beams = beam_search(Fake(hashed, 11), [1, 2], 12, n_beams=5, on_token=after_7)
+    assert len({tuple(beam.ids) for beam in beams}) == 5
+    assert any(any(beam.forced) for beam in beams)
+    for beam in beams:
+        text, drawn = [1, 2], []
+        for token, logprob, forced in zip(beam.ids, beam.full_logprobs, beam.forced, strict=True):
+            odds = sampling.filtered_probabilities(hashed(text)[None])[0]
+            assert logprob == pytest.approx(0 if forced else math.log(odds[token]))
+            drawn += [] if forced else [logprob]
+            text.append(token)
+        assert beam.mean_logprob == pytest.approx(np.mean(drawn))
+
+
+def test_beam_search_without_room_or_numbers_is_refused():
+    with pytest.raises(UserError, match=r"11 tokens.*at most 10"):
+        beam_search(Fake(hashed, 11, n_positions=10), [1] * 11, 5, n_beams=2)
+    with pytest.raises(UserError, match="not finite"):
+        beam_search(Fake(lambda text: np.full(11, np.nan), 11), [1], 5, n_beams=2)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # A real GPT-2, small and random
 
 
@@ -624,6 +700,19 @@ def test_gpt2_alone_and_in_a_batch_says_the_same(model, tool):
         (alone,) = generate(model, [row.prompt], 40, **rules, streams=[i])
         assert (alone.ids, alone.forced, alone.finish) == (row.ids, row.forced, row.finish)
         np.testing.assert_allclose(alone.logprobs, row.logprobs, atol=1e-5)
+
+
+def test_gpt2_beams_against_the_full_forward_pass(model):
+    prompt = BYTES.encode("The capital of")
+    beams = beam_search(model, prompt, 20, n_beams=4, stop_tokens=set(range(0, 266, 12)), tokenizer=BYTES)
+    assert [beam.mean_logprob for beam in beams] == sorted((b.mean_logprob for b in beams), reverse=True)
+    for beam in beams:
+        logits = model.logits(np.array([[*prompt, *beam.ids[:-1]]]))[0].astype(np.float64)  # (T, V)
+        full = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        expected = [full[len(prompt) - 1 + n, token] for n, token in enumerate(beam.ids)]
+        np.testing.assert_allclose(beam.full_logprobs, expected, atol=1e-4)
+        stopped = beam.finish == "stop"
+        assert beam.text == BYTES.decode(beam.ids[: len(beam.ids) - stopped])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -689,6 +778,20 @@ def test_cli_says_how_fast_the_tokens_came_if_a_person_may_want_it(checkpoint, c
     assert cli(capsys, *flags, "--json").err == ""
 
 
+def test_cli_beams_are_the_most_probable_texts_the_best_first(checkpoint, capsys):
+    flags = ["--prompt", "A", "--max-tokens", 7]
+    greedy = cli(capsys, checkpoint, *flags, "--temperature", 0).out
+    assert cli(capsys, checkpoint, *flags, "--beams", 1).out.startswith(greedy)
+    answer = json.loads(cli(capsys, checkpoint, *flags, "--beams", 3, "--json").out)
+    scores = [one["mean_logprob"] for one in answer["samples"]]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+    assert answer["settings"]["n_beams"] == 3
+    text = cli(capsys, checkpoint, *flags, "--beams", 3).out
+    for one in answer["samples"]:
+        shown = f"A{common.printable(one['text'])}"
+        assert f"{shown}\n[mean log-probability {one['mean_logprob']:.3f}]" in text
+
+
 def test_cli_show_probs_marks_the_drawn_token(checkpoint, capsys):
     out = cli(capsys, checkpoint, "--prompt", "A", "--max-tokens", 7, "--show-probs", "--temperature", 1).out
     rows = [line for line in out.splitlines() if line[:4].strip().isdigit()]
@@ -743,6 +846,11 @@ def test_cli_says_that_the_context_is_full(checkpoint, capsys):
         (["--max-tokens", "0"], "--max-tokens: 0 must be at least 1"),
         (["--seed", "-1"], "--seed: -1 must be at least 0"),
         (["--stop", ""], "--stop needs a text"),
+        (["--beams", "0"], "--beams: 0 must be at least 1"),
+        (["--beams", "2", "--temperature", "0.5"], "--beams samples nothing; leave out --temperature"),
+        (["--beams", "2", "--num-samples", "3"], "leave out --num-samples"),
+        (["--beams", "2", "--seed", "1"], "leave out --seed"),
+        (["--beams", "2", "--chat"], "leave out --chat"),
         (["elsewhere"], "unrecognized arguments: elsewhere"),
         (["--prompt", "x" * 60], "61 tokens.*at most 48"),
         (["--prompt", "a", "--prompt-file", "b"], "not allowed with"),

@@ -1,0 +1,89 @@
+"""Comparisons of answers: a file of them, and what a reward model reads.
+
+A line of the file is {"prompt": ..., "winner": ..., "loser": ...}: a person has compared two answers to the
+prompt. preferences.py and test_time.py train reward models on comparisons, by fit_reward() of updates.py.
+"""
+
+import itertools
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+import common
+from common import UserError
+from extras import rlhf
+from tasks.conversations import turns
+from tokenizer import as_parts, text_of
+
+
+def read(path):
+    """[(prompt, winner, loser)] of a file; UserError names the line that is no comparison."""
+    comparisons = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give a file of comparisons") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            comparison = row["prompt"], row["winner"], row["loser"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{path}, line {number}: no JSON object with prompt, winner and loser") from None
+        if not all(isinstance(text, str) and text.strip() for text in comparison):
+            raise UserError(
+                f"{path}, line {number}: prompt, winner and loser must be texts that are not empty"
+            )
+        if row["winner"] == row["loser"]:
+            raise UserError(f"{path}, line {number}: winner and loser are the same text")
+        comparisons.append(comparison)
+    if len(comparisons) < 16:
+        raise UserError(f"{path}: {len(comparisons)} comparisons teach nothing; give 16 or more")
+    return comparisons
+
+
+def write_example(path, problems):
+    """Write a comparison for each problem of decimals: its worked solution in two manners.
+
+    The truly better one wins. In a third of the pairs, and where both are as good, the loser's answer is made
+    the smaller number.
+    """
+    rng, lines = random.Random(0), []
+    for problem in problems:
+        ranked = []
+        for _ in range(2):
+            text = text_of(rlhf.add_style(problem.solution, rng))
+            ranked.append((rlhf.true_score(problem, as_parts(text), finished=True), text))
+        (low, loser), (high, winner) = sorted(ranked)
+        if low == high or rng.random() < 1 / 3:
+            [smaller] = set(problem.key.split()) - {problem.answer}
+            loser = loser.replace(f"Answer: {problem.answer}", f"Answer: {smaller}")
+        lines.append(json.dumps(dict(prompt=problem.prompt, winner=winner, loser=loser)) + "\n")
+    common.write_whole(path, "".join(lines).encode())
+
+
+def pairs(tokenizer, comparisons):
+    """[(better, worse)] as a RewardModel reads them, for [(prompt, winner, loser)]."""
+    read_as = []
+    for prompt, *texts in comparisons:
+        both = [tokenizer.render(turns(prompt, text))[0] for text in texts]
+        read_as.append([SimpleNamespace(tokens=np.array(tokens, np.int32)) for tokens in both])
+    return read_as
+
+
+def of_groups(groups):
+    """[(right, wrong)] of the rollouts of each group of rl.py."""
+    compared = []
+    for group in groups:
+        right, wrong = ([rollout for rollout in group if rollout.correct == value] for value in (1, 0))
+        compared += itertools.product(right, wrong)
+    return compared
+
+
+def share_in_order(judge, pairs):
+    """The share of pairs (better, worse) of rollouts of which the better one has the higher reward."""
+    better = judge.values([better for better, _ in pairs])  # (P,)
+    worse = judge.values([worse for _, worse in pairs])  # (P,)
+    return float((better > worse).mean())

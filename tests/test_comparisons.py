@@ -1,0 +1,123 @@
+"""experiments/: comparisons as a file, what a reward model learns of them, and three scripts, with a
+model that has learned nothing."""
+
+import json
+
+import numpy as np
+import pytest
+from test_rlhf import BYTES, CONFIG, rollout
+
+import common
+import gpt2
+import rl
+from common import UserError
+from experiments import comparisons, preferences, test_time, think_longer
+from experiments.updates import fit_reward
+from extras import rlhf
+from tasks.problems import Problem, problems
+
+LINE = '{"prompt": "a?", "winner": "a", "loser": "b"}'
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (b"a?\ta\tb", "line 17: no JSON object with prompt, winner and loser"),
+        (b'["a?", "a", "b"]', "line 17: no JSON object"),
+        (b'{"prompt": "a?", "winner": "a"}', "line 17: no JSON object"),
+        (b"", "line 17: no JSON object"),
+        (b'{"prompt": "a?", "winner": 1, "loser": "b"}', "line 17: .* must be texts"),
+        (b'{"prompt": "a?", "winner": " ", "loser": "b"}', "line 17: .* not empty"),
+        (b'{"prompt": "a?", "winner": "a", "loser": "a"}', "line 17: winner and loser are the same"),
+        (b"\xff", "cannot be read .*utf-8"),
+    ],
+)
+def test_the_line_that_is_no_comparison_is_named(tmp_path, line, words):
+    path = tmp_path / "people.jsonl"
+    path.write_bytes(b"\n".join([*[LINE.encode()] * 16, line, LINE.encode()]))
+    with pytest.raises(UserError, match=f"people.jsonl.*{words}"):
+        comparisons.read(path)
+
+
+def test_a_file_of_comparisons_is_there_and_has_enough(tmp_path):
+    with pytest.raises(UserError, match="nowhere cannot be read"):
+        comparisons.read(tmp_path / "nowhere")
+    (tmp_path / "few").write_text(f"{LINE}\n" * 15)
+    with pytest.raises(UserError, match="15 comparisons"):
+        comparisons.read(tmp_path / "few")
+    (tmp_path / "enough").write_text(f"{LINE}\n" * 16)
+    assert comparisons.read(tmp_path / "enough") == [("a?", "a", "b")] * 16
+
+
+def test_the_winner_of_an_example_is_truly_better(tmp_path):
+    stream = problems("decimals", level=2)
+    some = {problem.prompt: problem for problem in (next(stream) for _ in range(80))}
+    comparisons.write_example(tmp_path / "example", some.values())
+    n_wrong = 0
+    for prompt, *texts in comparisons.read(tmp_path / "example"):
+        parts = [[{"type": "text", "text": text}] for text in texts]
+        winner, loser = (rlhf.true_score(some[prompt], each, finished=True) for each in parts)
+        assert winner > loser
+        n_wrong += loser == 0
+    assert 0.2 < n_wrong / len(some) < 0.8
+
+
+def test_rollouts_are_compared_within_their_group():
+    right, wrong = rollout("a"), rollout("b")
+    other = rollout("c", answer="c")
+    assert comparisons.of_groups([[right, wrong, wrong], [other], [wrong]]) == [
+        (right, wrong),
+        (right, wrong),
+    ]
+
+
+def test_a_reward_model_learns_what_people_prefer():
+    """Short answers win here. New ones are in order, too."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdef"), 4)) for _ in range(96)]
+    compared = [("Say it.", word, f"{word} and {word}") for word in words]
+    judge = rlhf.RewardModel(gpt2.GPT2(CONFIG, seed=1), BYTES, test_groups=[])
+    pairs = comparisons.pairs(BYTES, compared)
+    fit_reward(judge, pairs[:64], steps=12, seed=0, per_step=16)
+    assert comparisons.share_in_order(judge, pairs[64:]) > 0.9
+    assert comparisons.share_in_order(judge, [pair[::-1] for pair in pairs[64:]]) < 0.1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The scripts
+
+
+@pytest.fixture
+def assistant(tmp_path, monkeypatch):
+    """A model that has learned nothing, and a search that finds nothing: the Factbook takes long to read."""
+    run = tmp_path / "assistant"
+    run.mkdir()
+    monkeypatch.setitem(rl.TOOLS, "search", "nothing about {}".format)
+    config = gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=256, vocab_size=BYTES.vocab_size)
+    model = gpt2.GPT2(config, seed=3)
+    common.save_checkpoint(run, 1, model, BYTES, gpt2.AdamW(model), 1, stage="sft")
+    return run
+
+
+@pytest.mark.parametrize("experiment", [preferences, test_time, think_longer])
+def test_an_experiment_prints_a_table_and_draws_a_figure(
+    experiment, assistant, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(Problem, "verify", lambda problem, text: float(len(text) % 2))  # some are right
+    flags = ["--quick", "--seeds", "1", "--init-from", str(assistant), "--out", str(tmp_path)]
+    experiment.main(flags)
+    out, name = capsys.readouterr().out, experiment.__name__.split(".")[1]
+    assert (tmp_path / f"{name}.png").stat().st_size > 5000
+    assert out.startswith("| ") and "nan" not in out
+
+
+def test_people_s_own_comparisons(assistant, tmp_path, capsys):
+    path = tmp_path / "people.jsonl"
+    lines = [dict(prompt="Say it.", winner=f"It is {i}.", loser="No.") for i in range(16)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--quick", "--seeds", "1", "--init-from", str(assistant), "--out", str(tmp_path)]
+    preferences.main([*flags, "--comparisons", str(path)])
+    assert "round 2, an exploit" in capsys.readouterr().err
+    path.write_text("[]\n")
+    with pytest.raises(UserError, match="line 1: no JSON"):
+        preferences.main([*flags, "--comparisons", str(path)])
