@@ -108,7 +108,7 @@ ifeq ($(filter-out tiny,$(MODEL)),)
 sft: .venv/ready
 	@ls $(RUN)/step_* >/dev/null 2>&1 || $(MAKE) train MODEL=tiny ARGS=
 	@test -e $(SFT)-first/done || { $(PY) sft.py --init-from $(RUN) --out $(SFT)-first --data $(FACTS) \
-	  --seed $(SEED) $(if $(wildcard $(SFT)-first/step_*),--resume) && touch $(SFT)-first/done; }
+	  --examples 60000 --seed $(SEED) $(if $(wildcard $(SFT)-first/step_*),--resume) && touch $(SFT)-first/done; }
 	@test -e $(SFT)-first/known.jsonl || $(PY) evaluate.py $(SFT)-first --probe $(SFT)-first/known.jsonl --seed $(SEED)
 	@test -e $(SFT)/done || { $(PY) sft.py --init-from $(SFT)-first --out $(SFT) --examples 72000 \
 	  --known $(SFT)-first/known.jsonl --seed $(SEED) $(if $(wildcard $(SFT)/step_*),--resume) $(ARGS) && touch $(SFT)/done; }

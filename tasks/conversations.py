@@ -91,7 +91,7 @@ CALCULATED = 0.2  # share of the problems in "tasks" and "stories" that the calc
 LONGEST = 5000  # characters of a conversation as JSON; sft.py shortens what its model has no room for
 PATIENCE = 300  # conversations dropped in a row after which a source has nothing new to give
 PAGE = 60  # conversations on a page of a workbook
-CHAT_LENGTHS = (6, 3, 3, 3, 2, 1)  # of 18 chats so many have one conversation, two, ... six
+CHAT_LENGTHS = (4, 3, 3, 3, 3, 2)  # of 18 chats so many have one conversation, two, ... six
 
 # ------------------------------------------------------------------------------------------------------------
 # Turns and calls of tools
