@@ -1,16 +1,15 @@
 """More answers instead of a larger model: what it is worth to choose one of N answers.
 
-    python -m experiments.test_time [--quick] [--seeds 3] [--out DIR]
+Needs runs/sft (make sft). 6 minutes on two cores.
 
-Needs runs/sft (make sft). TIME on two cores.
+The assistant answers stories of two and three steps 128 times each, and every N is a subset of these answers.
+One of N is chosen by a majority vote, by mean log-probability, by a reward model (the assistant, trained on
+which of its answers to other stories were right), or by a verifier, which knows the answer: that is pass@N.
 
-The assistant answers stories of two and three steps, which it gets right now and then, 128 times each, and
-every N is a subset of these. One of N answers is chosen by a majority vote, by mean log-probability, by a
-reward model, or by a verifier, which knows the right answer, so that its curve is pass@N. Beside them is beam
-search with N beams. The reward model is the assistant, trained on which of its answers to other stories were
-right. Cobbe et al. (2021) saw theirs turn down beyond 400 answers: among so many there is one that fools it.
-
-FINDINGS
+Found (16 stories, three seeds): one answer is right in 18%, one of 128 in 98%. Log-probability chooses well,
+90% of 128, because an answer with the calculator has few uncertain tokens; a vote reaches 79%. The reward
+model gains up to N = 16, 50%, and then turns down, to 31% of 128: among many there is one that fools it. Beam
+search finds the calculator, too: one beam is right in 4%, four are in 71%, sixteen in 88%.
 """
 
 import itertools
@@ -50,6 +49,7 @@ def main(argv=None):
         draw_spread(axes, counts[: len(columns)], [seed[method] for seed in seeds], method)
     print_table(["N", *map(str, counts)], rows)
     axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, counts)
     axes.set(xlabel="N: answers to choose from; of beam search the beams", ylabel="share of right answers")
     axes.legend()
     save_figure(figure, [axes], flags, "test_time")
