@@ -2,7 +2,7 @@
 
 Needs runs/rlhf-manners (make rlhf). 8 minutes on two cores. --comparisons FILE takes comparisons of your
 own, as comparisons.py describes them; without it true_score() of extras/rlhf.py compares worked solutions in
-two manners, a third of the losers with the wrong answer. In each round a new reward model learns all
+two manners, some of the losers with the wrong answer. In each round a new reward model learns all
 comparisons, and the assistant of the beginning practises the prompts against it. The exploits, flawed
 answers of the highest reward, join the comparisons and lose to both answers of the file. Only our own
 prompts have a true score: with a FILE of others it is 0, and you read the exploits.
