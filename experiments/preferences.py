@@ -1,15 +1,16 @@
 """A reward model of people's comparisons; a policy that fools it; what fooled it as a comparison; and again.
 
-    python -m experiments.preferences [--comparisons FILE] [--quick] [--seeds 3] [--out DIR]
+Needs runs/rlhf-manners (make rlhf). 8 minutes on two cores. --comparisons FILE takes comparisons of your
+own, as comparisons.py describes them; without it true_score() of extras/rlhf.py compares worked solutions in
+two manners, some of the losers with the wrong answer. In each round a new reward model learns all
+comparisons, and the assistant of the beginning practises the prompts against it. The exploits, flawed
+answers of the highest reward, join the comparisons and lose to both answers of the file. Only our own
+prompts have a true score: with a FILE of others it is 0, and you read the exploits.
 
-Needs runs/rlhf-manners (make rlhf). TIME on two cores. FILE is as comparisons.py describes it.
-Without one, true_score() of extras/rlhf.py compares worked solutions in two manners, some of them with the
-wrong answer. In each round a new reward model learns all comparisons, and the assistant of the beginning
-practises the prompts against it. The exploits, flawed answers of the highest reward, join the comparisons and
-lose to both answers of the file. The lecture says that there is always another exploit. Only our own prompts
-have a true score: with a FILE of others it is 0, and you read the exploits.
-
-FINDINGS
+Found (three rounds, three seeds): there is always another exploit, as the lecture says. The true score goes
+from 0.60 to 0.98, 0.94 and 0.99 in a round's 25 steps and back to 0.80, 0.87 and 0.77 (0.42 to 0.98); the
+third reward model is fooled no later than the first. Its patches cost something: 98% of the held-out pairs
+are in order in the first round, 91% in the third.
 """
 
 import random
@@ -26,6 +27,7 @@ from experiments import comparisons
 from experiments.report import ALONE, draw_spread, make_parser, on_all_cores, print_table, save_figure
 from experiments.updates import fit_reward, learn
 from extras import rlhf
+from extras.plot import smoothed
 from sample import load_assistant
 from tasks.problems import Problem
 from tokenizer import text_of
@@ -50,9 +52,9 @@ def main(argv=None):
     for number, results in enumerate(zip(*seeds), 1):  # those of a round
         common.say(f"round {number}, an exploit: {results[0]['exploit']!r}")
         rows.append([number, *([result[name] for result in results] for name in MEASURES)])
-        draw_spread(axes, steps, [result["scores"] for result in results], f"round {number}")
+        draw_spread(axes, steps, [smoothed(result["scores"], 5) for result in results], f"round {number}")
     print_table(["round", *MEASURES], rows)
-    axes.set(xlabel="step", ylabel="true score of the answers")
+    axes.set(xlabel="step", ylabel="true score, mean of 5 steps")
     axes.legend()
     save_figure(figure, [axes], flags, "preferences")
 
