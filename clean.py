@@ -46,6 +46,7 @@ import re
 import signal
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from operator import attrgetter
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -131,9 +132,10 @@ def clean(paths, flags, out):
     counts, reader, earlier = Counts(), formats.Reader(flags.document_chars), duplicates.Earlier()
     progress = common.Progress("cleaning", sum(path.stat().st_size for path in paths), form=common.size)
     documents = first_look(reader.documents(paths), blocked, counts)
+    batches = formats.in_batches(documents, attrgetter("content"), BATCH_BYTES, BATCH_DOCUMENTS)
     with (
         open(out, "w", encoding="utf-8") as file,
-        contextlib.closing(in_order(in_batches(documents), settings, flags.processes)) as results,
+        contextlib.closing(in_order(batches, settings, flags.processes)) as results,
     ):
         for cleaned, counts_of_batch in results:
             counts.add(counts_of_batch)
@@ -318,19 +320,6 @@ class Cleaner:
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 19, 256
 
 
-def in_batches(documents):
-    """Yield the documents in lists of about BATCH_BYTES."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.content)
-        if size >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def in_order(batches, settings, processes):
     """Yield what Cleaner.clean_batch() makes of each batch, in their order; `processes` of them work on it.
 
@@ -374,15 +363,16 @@ def share_out(batches, pipes):
                 pipe = idle.pop()
                 pipe.send(batch)
                 under_way[pipe], n_sent = n_sent, n_sent + 1
-        for pipe in wait(under_way) if under_way and n_yielded not in results else []:
-            result = pipe.recv()
-            if isinstance(result, Exception):
-                raise result
-            results[under_way.pop(pipe)] = result
-            idle.append(pipe)
         if n_yielded in results:
             yield results.pop(n_yielded)
             n_yielded += 1
+        elif under_way:
+            for pipe in wait(under_way):
+                result = pipe.recv()
+                if isinstance(result, Exception):
+                    raise result
+                results[under_way.pop(pipe)] = result
+                idle.append(pipe)
 
 
 def work(pipe, settings):

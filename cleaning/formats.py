@@ -46,6 +46,19 @@ class Document:
     charset: str | None = None  # what a server said of a page
 
 
+def in_batches(documents, content_of, size, most=None):
+    """Yield the documents in lists of about `size` characters or bytes of content, of `most` documents."""
+    batch, n = [], 0
+    for document in documents:
+        batch.append(document)
+        n += len(content_of(document))
+        if n >= size or len(batch) == most:
+            yield batch
+            batch, n = [], 0
+    if batch:
+        yield batch
+
+
 @contextlib.contextmanager
 def extra(what):
     """With this, an import of what requirements-clean.txt has: UserError if it is not installed."""

@@ -18,6 +18,7 @@ import zlib
 from array import array
 from collections import Counter
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import matplotlib
@@ -28,11 +29,13 @@ import numpy as np
 
 import common
 import data
-from cleaning import rules
+from cleaning import formats, rules
 from common import UserError, count, size
+from extras import plot
 from tokenizer import Tokenizer, as_parts, checked, transcript, utf8, visible
 
 SHARD_TOKENS, TEXT_BYTES = 100_000_000, 100_000_000  # of larger data so much is looked into
+BATCH_BYTES = 1 << 22  # of texts that are encoded together
 LONGEST = 1 << 24  # characters or tokens: a longer document is cut
 KEYS = 1_000_000  # texts of which it is remembered how often they came, some 200 bytes each
 SAMPLE, SHOWN = 1000, 10  # documents at random: whose language is found out, and that are printed
@@ -154,25 +157,12 @@ def look_at_files(paths, tokenizer, seed):
     for path in paths:
         source = path.name if len(paths) <= MANY else str(path.parent)
         documents = conversations(path, source, look.bad) if look.talk else texts(path, source)
-        for batch in batches(documents):
+        for batch in formats.in_batches(documents, attrgetter("text"), BATCH_BYTES):
             look.add(batch)
             progress.add(sum(len(document.text) for document in batch))
     if look.lengths:
         progress.done()
     return look
-
-
-def batches(documents, n_bytes=1 << 22):
-    """Yield the documents in lists of about so many bytes of text."""
-    batch, n = [], 0
-    for document in documents:
-        batch.append(document)
-        n += len(document.text)
-        if n >= n_bytes:
-            yield batch
-            batch, n = [], 0
-    if batch:
-        yield batch
 
 
 def texts(path, source):
@@ -205,9 +195,8 @@ def conversations(path, source, bad):
                 row = row if isinstance(row, dict) else {"messages": row}
                 turns = checked(row.get("messages"), training=True)
             except (UserError, ValueError, RecursionError) as error:
-                bad.append(
-                    f"{path}, line {number}: {error}" if len(bad) < 3 else ""
-                )  # the others are counted
+                is_shown = len(bad) < 3  # the others are only counted
+                bad.append(f"{path}, line {number}: {error}" if is_shown else "")
                 continue
             content = utf8("\n".join(f"{turn['role']}: {transcript(turn['content'])}" for turn in turns))
             where = row["source"] if isinstance(row.get("source"), str) else source
@@ -660,13 +649,7 @@ def draw(name, look, facts, out):
     outliers.set_ylabel("% of its size when compressed")
 
     figure.suptitle(f"{name}: {facts['documents']:,} {unit}s, {count(facts['tokens'])} tokens")
-    for each in axes.flat:
-        each.set_axisbelow(True)
-        each.grid(alpha=0.3)
-    figure.tight_layout()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=100)
-    plt.close(figure)
+    plot.write(figure, axes.flat, out)
 
 
 def bars(axes, title, shares, most=20):

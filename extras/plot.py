@@ -90,6 +90,13 @@ def smoothed(values, window=10):
 
 
 def save(figure, all_axes, out):
+    """write(), and print where the figure is."""
+    write(figure, all_axes, out)
+    print(out)
+
+
+def write(figure, all_axes, out):
+    """Write a figure to the file `out`, with a grid behind its axes."""
     for axes in all_axes:
         axes.set_axisbelow(True)
         axes.grid(alpha=0.3)
@@ -97,7 +104,6 @@ def save(figure, all_axes, out):
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
     plt.close(figure)
-    print(out)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -341,8 +341,8 @@ FLOORS = [  # a file may import those of the floors below its own; a new file ge
     {"sft"},
     {"rl"},
     # The course never imports these, but for what is theirs: train.py --plan and --choose, data.py inspect.
-    {"extras.choose", "extras.constrain", "extras.plan", "extras.plot", "extras.rlhf", "extras.serve"}
-    | {"extras.look"},
+    {"extras.choose", "extras.constrain", "extras.plan", "extras.plot", "extras.rlhf", "extras.serve"},
+    {"extras.look"},
     {"experiments.report", "experiments.comparisons"},
     {"experiments.updates"},
     {name for name in SCRIPTS if name.startswith("experiments.")},
