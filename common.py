@@ -469,9 +469,8 @@ class Run:
         if "steps" in flags:
             self._require_steps_left(flags.steps, "--steps")
 
-        self.ranks = getattr(
-            flags, "ranks", None
-        )  # as given, None if it follows from the machine: it may be another one
+        # As given: None if it follows from the machine, which may be another one when the run goes on.
+        self.ranks = getattr(flags, "ranks", None)
         self.z = getattr(flags, "outlier_z", 0.0)
         self.since = 0  # the first step that others are compared with
         self.skipped_in_a_row = 0

@@ -79,17 +79,18 @@ def text_files(paths, web=False, web_in_folders=False):
     There, what is hidden or of another type is passed over. UserError if a path cannot be read, or if there
     is nothing to read at all.
     """
-    named, in_folders = (formats.TEXT + formats.WEB * is_read for is_read in (web, web_in_folders))
+    named = formats.TEXT + formats.WEB if web else formats.TEXT
+    in_folders = formats.TEXT + formats.WEB if web_in_folders else formats.TEXT
     found, broken_links = [], []
     for path in map(Path, paths):
-        suffix, is_gzip = formats.suffix_of(path), formats.is_gzip(path)
         if path.is_dir():
-            for file in sorted(files_below(path)):
-                if formats.suffix_of(file) in in_folders and (web_in_folders or not formats.is_gzip(file)):
-                    (found if file.exists() else broken_links).append(file)
+            files = sorted(files_below(path))
+            files = [file for file in files if is_readable(file, in_folders, gzip=web_in_folders)]
+            found += [file for file in files if file.exists()]
+            broken_links += [file for file in files if not file.exists()]
         elif not path.exists():
             raise UserError(f"there is no file {path}; correct the path")
-        elif suffix in (*named, "") if web and is_gzip else suffix in named and not is_gzip:
+        elif is_readable(path, named, web) or (web and formats.is_gzip(path) and not formats.suffix_of(path)):
             found.append(path)
         else:
             types = ", ".join(named)
@@ -100,6 +101,11 @@ def text_files(paths, web=False, web_in_folders=False):
         remedy = "give another path" + (", or --web to read pages, too" if web and not web_in_folders else "")
         raise UserError(f"no {', '.join(in_folders)} in {', '.join(map(str, paths))}; {remedy}")
     return list(dict.fromkeys(found))
+
+
+def is_readable(path, suffixes, gzip):
+    """Whether a file has one of the suffixes, in front of .gz too if `gzip`."""
+    return formats.suffix_of(path) in suffixes and (gzip or not formats.is_gzip(path))
 
 
 def files_below(folder):

@@ -190,17 +190,19 @@ def beam_search(
 
         beams, rows = [], []  # rows: which one each beam that goes on continues
         for _, beam, row, token, logprob in candidates[:n_beams]:
-            if row is not None:
-                beam = beam.copy()  # noqa: PLW2901
-                shown = beam.append(
-                    token, logprob, logprob, stop_tokens, stop_texts, max_tokens, model.config.n_positions
-                )
-                beam.seconds.append(seconds)
-                if on_token:
-                    beam.pending += on_token(beam, shown, logits[row]) or []
-                if beam.finish is None:
-                    rows.append(row)
-            beams.append(beam)
+            if beam.finish:
+                beams.append(beam)
+                continue
+            longer = beam.copy()
+            shown = longer.append(
+                token, logprob, logprob, stop_tokens, stop_texts, max_tokens, model.config.n_positions
+            )
+            longer.seconds.append(seconds)
+            if on_token:
+                longer.pending += on_token(longer, shown, logits[row]) or []
+            if longer.finish is None:
+                rows.append(row)
+            beams.append(longer)
         if not rows:
             return beams
         cache.select(rows)

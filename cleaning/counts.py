@@ -4,10 +4,8 @@ from collections import Counter
 
 import common
 
-STEPS = (  # in their order
-    *("blocklist", "exact duplicates", "extraction", "language", "gopher", "c4", "decontamination"),
-    *("personal data", "near duplicates", "paragraphs", "kept"),
-)
+STEPS = ["blocklist", "exact duplicates", "extraction", "language", "gopher", "c4"]  # in their order
+STEPS += ["decontamination", "personal data", "near duplicates", "paragraphs", "kept"]
 
 
 def n_bytes(content):

@@ -83,9 +83,9 @@ __global__ void matmul_naive(O* out, O* extra, const O* bias, const T* a, const 
 
 // ---- The epilogue of the faster versions -----------------------------------------------------------------
 
-// 16 bytes of outputs, x, go to memory, at elements from the beginning. `extra` (M, N) is the pre-activation that
-// BIAS_GELU writes and GELU_GRAD reads, or the residual that BIAS_RESIDUAL reads. b and e are 16 bytes of the bias
-// and of `extra`, where they are read.
+// 16 bytes of outputs, x, go to memory, where `at` counts elements from the first of out. `extra` (M, N) is the
+// pre-activation that BIAS_GELU writes and GELU_GRAD reads, or the residual that BIAS_RESIDUAL reads. b and e are
+// what the bias and `extra` hold for these outputs, if the epilogue reads them.
 template <Epilogue EPILOGUE, typename O>
 __device__ inline void finish(O* out, O* extra, const Pack<O>& b, const Pack<O>& e, float (&x)[Pack<O>::size],
                               size_t at) {
