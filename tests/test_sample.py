@@ -654,6 +654,7 @@ def test_beams_share_no_text_and_no_output():
             drawn += [] if forced else [logprob]
             text.append(token)
         assert beam.mean_logprob == pytest.approx(np.mean(drawn))
+        assert len(beam.seconds) == len(beam.ids) and beam.seconds == sorted(beam.seconds)
 
 
 def test_beam_search_without_room_or_numbers_is_refused():
