@@ -43,8 +43,8 @@ import json
 import multiprocessing
 import os
 import re
-import signal
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from operator import attrgetter
 from urllib.parse import urlsplit
@@ -329,16 +329,17 @@ def in_order(batches, settings, processes):
         yield from map(Cleaner(*settings).clean_batch, batches)
         return
     context = multiprocessing.get_context("spawn")  # not fork: this process has threads
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the others
     workers, pipes = [], []
-    for _ in range(processes):
-        pipe, theirs = context.Pipe()
-        workers.append(context.Process(target=work, args=(theirs, settings), daemon=True))
-        workers[-1].start()
-        theirs.close()
-        pipes.append(pipe)
-    signal.signal(signal.SIGINT, before)
     try:
+        resource_tracker.ensure_running()  # it unblocks Ctrl-C when it starts
+        with common.ctrl_c_waits():
+            for _ in range(processes):
+                pipe, theirs = context.Pipe()
+                worker = context.Process(target=work, args=(theirs, settings), daemon=True)
+                worker.start()
+                workers.append(worker)
+                theirs.close()
+                pipes.append(pipe)
         yield from share_out(iter(batches), pipes)
     except (EOFError, ConnectionError):
         remedy = "free some memory, or give fewer --processes"

@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -76,6 +77,28 @@ def say_why(text):
     """Tell the person why the script ends. Of several ranks only the first that comes here does."""
     if first_word is None or os.read(first_word, 1):
         say(text)
+
+
+@contextlib.contextmanager
+def ctrl_c_waits():
+    """Put off Ctrl-C until the end of a `with`: processes that are started within it never get it.
+
+    A terminal sends it to all processes of a command. The first of them shall end, and then end the others.
+    """
+    came = []
+
+    def note(*_):
+        came.append(True)
+
+    handler = signal.signal(signal.SIGINT, note)  # a thread that does not block the signal may get it
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # new processes inherit what is blocked
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

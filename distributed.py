@@ -137,10 +137,14 @@ def start(size, script, argv):
     server = _listen(_address()[1]) if launched else socket.create_server(("127.0.0.1", 0))
     memory = _file_without_name()
     common.first_word = _pipe_with_one_byte()
-    processes = [] if launched else _start_processes(size, script, arguments, server, memory)
     where = f"/proc/{os.getpid()}/fd" if launched else "/dev/fd"  # those that are started here inherit them
     files = [f"{where}/{number}" for number in (memory, common.first_word)]
+    processes = []
     try:
+        if not launched:
+            with common.ctrl_c_waits():  # in the others until catch_signals(): this one ends, they follow
+                for other in range(1, size):
+                    processes.append(_start_process(other, size, script, arguments, server, memory))
         sockets, lifelines = _welcome(server, size, arguments, files, processes)
     except BaseException:
         for process in processes:
@@ -150,25 +154,17 @@ def start(size, script, argv):
     return World(0, size, sockets, lifelines, memory, processes)
 
 
-def _start_processes(size, script, arguments, server, memory):
-    """The processes of the ranks 1 .. size - 1, on this machine."""
-    processes, inherited, port = [], (memory, common.first_word), server.getsockname()[1]
-    # A new rank inherits that Ctrl-C is ignored, until it calls catch_signals(): rank 0 ends, and it follows.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        for rank in range(1, size):
-            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
-            environment = os.environ | {name: str(number) for name, number in numbers.items()}
-            environment |= {
-                "MASTER_ADDR": "127.0.0.1",
-                "STARTED_BY_RANK_0": "1",
-                "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parent), *sys.path]),
-            }
-            command = [sys.executable, str(script), *arguments]
-            processes.append(subprocess.Popen(command, env=environment, pass_fds=inherited))
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    return processes
+def _start_process(rank, size, script, arguments, server, memory):
+    """A rank above 0, on this machine."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": server.getsockname()[1]}
+    environment = os.environ | {name: str(number) for name, number in numbers.items()}
+    environment |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "STARTED_BY_RANK_0": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parent), *sys.path]),
+    }
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.Popen(command, env=environment, pass_fds=(memory, common.first_word))
 
 
 def _address():
@@ -460,6 +456,7 @@ class World:
         """From now on Ctrl-C and SIGTERM ask the loop to end after its step; a second one ends at once."""
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, self._caught)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
     def _caught(self, name, frame):
         if self.asked_to_stop:

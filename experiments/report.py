@@ -7,6 +7,7 @@ import functools
 import multiprocessing
 import signal
 import time
+from multiprocessing import resource_tracker
 from pathlib import Path
 from statistics import fmean
 
@@ -103,7 +104,10 @@ def on_all_cores(work, jobs, quick=False):
     if quick:
         return [work(*job) for job in jobs]
     results, progress = [], common.Progress(work.__name__, total=len(jobs))
-    with multiprocessing.get_context("spawn").Pool(threads.thread_count(), begin_worker) as pool:
+    resource_tracker.ensure_running()  # it unblocks Ctrl-C when it starts
+    with common.ctrl_c_waits():
+        pool = multiprocessing.get_context("spawn").Pool(threads.thread_count(), begin_worker)
+    with pool:
         for result in pool.imap(functools.partial(call, work), jobs):
             results.append(result)
             progress.add(1)

@@ -630,6 +630,44 @@ def test_bytes_that_are_no_text_end_no_script(tmp_path):
         assert b"\x1b]" not in done.stdout
 
 
+INTERRUPTED = """
+import os, signal, subprocess, sys, threading
+import common
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
+thread = threading.Thread(target=sys.stdin.read, daemon=True)  # it blocks no signal
+thread.start()
+child = [sys.executable, "-c", "import os; os.kill(os.getpid(), 2); print('the child lives', flush=True)"]
+try:
+    with common.ctrl_c_waits():
+        if sys.argv[1] == "to the thread":
+            signal.pthread_kill(thread.ident, signal.SIGINT)
+        elif sys.argv[1] == "to the process":
+            os.kill(os.getpid(), signal.SIGINT)
+        subprocess.run(child)
+        print("the block ends", flush=True)
+    print("nothing came")
+except KeyboardInterrupt:
+    print("interrupted")
+    print(*signal.pthread_sigmask(signal.SIG_BLOCK, []))
+"""
+
+
+@pytest.mark.parametrize("sent", ["to the process", "to the thread", "not at all"])
+def test_ctrl_c_waits_until_all_processes_are_started(sent):
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, sent],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    lines = [line.strip() for line in process.stdout]
+    end = ["nothing came"] if sent == "not at all" else ["interrupted", ""]
+    assert lines == ["the child lives", "the block ends", *end]
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0
+
+
 def test_free_memory_is_what_a_container_leaves(tmp_path, monkeypatch):
     files = {
         "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 1000000 kB\n",
