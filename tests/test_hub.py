@@ -48,6 +48,12 @@ def shard(n, seed):
 SHARDS = {VAL: shard(700, 0)} | {train_shard(k): shard(900 + k, k) for k in range(1, 8)}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _vocabulary():
+    """GPT-2's is here before a test looks at what data.py says: who fetches it says so."""
+    Tokenizer.gpt2()
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A hub with a few small shards of FineWeb; we are patient for 0.3 seconds."""
@@ -291,7 +297,6 @@ NAME = "someone/gpt2-mini"
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache, but for GPT-2's vocabulary."""
-    Tokenizer.gpt2()
     kept, place = hub.cache(), tmp_path / "cache"
     place.mkdir()
     for path in kept.iterdir():
