@@ -117,6 +117,22 @@ __device__ inline float block_max(float x) {
     return warp_max(lane < warps ? partial[lane] : MINUS_INFINITY);
 }
 
+// ---- Several blocks that work on one result --------------------------------------------------------------
+
+// Whether this is the last of n blocks that have left their parts in global memory, and may read those of all. The
+// counter is zero before, and afterwards. All threads of the block must call it.
+__device__ inline bool is_last_block(unsigned* finished, int n) {
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();                                    // this part is there before it is counted,
+        last = atomicInc(finished, n - 1) == n - 1;         // which leaves 0 for the next launch,
+        __threadfence();                                    // and no part is read before
+    }
+    __syncthreads();
+    return last;
+}
+
 // ---- Which of attention's two backward passes a kernel is: attention_backward.cu says more ---------------
 
 enum Owner { KEYS, QUERIES };

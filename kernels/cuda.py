@@ -196,12 +196,18 @@ def _slices(tile, M, N, K, shared):
     return min(range(1, max(1, min(64, K // (8 * BK))) + 1), key=seconds)
 
 
+@functools.cache
+def _finished():
+    """Counters (SMS,) uint32 of blocks that share a result. Whoever uses them leaves them zero."""
+    return zeros(SMS, np.uint32)
+
+
 def _skinny_tile(M, N, K):
-    """matmul_skinny's MI, BN and stages, and their bytes; None for many rows, or without room for two stages.
+    """matmul_skinny's MI, BN, stages and slices of K; None for many rows, or without room for two stages.
 
     Every block reads its rows whole, for BN columns. It takes half of 64 rows where that gives no more blocks
-    than multiprocessors, and 32 columns where 16 would give more. There are as many stages as K fills and
-    shared memory holds.
+    than multiprocessors, and 32 columns where 16 would give more. With up to 16 rows several blocks share a
+    long K, if there are few. There are as many stages as a slice of K fills and shared memory holds.
     """
     if M > 64 or (M > 16 and N > 4096):
         return None
@@ -210,8 +216,9 @@ def _skinny_tile(M, N, K):
     stage = (rows + columns) * 1024
     if 2 * stage > SHARED:
         return None
-    stages = max(2, min(6, cdiv(K, 512), SHARED // stage))
-    return rows // 16, columns, stages, stages * stage
+    slices = max(1, min(3 * SMS // 2 // cdiv(N, columns), cdiv(K, 1024))) if M <= 16 else 1
+    stages = max(2, min(6, cdiv(K, 512 * slices), SHARED // stage))
+    return rows // 16, columns, stages, slices
 
 
 HopperTile = collections.namedtuple("HopperTile", "BM BN stages pingpong speed epilogue")
@@ -286,9 +293,13 @@ def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None):
         return _hopper_product(out, a, b, a_t, b_t, epilogue, M, N, K, extra, bias, forced)
     skinny = _skinny_tile(M, N, K) if S == "bf16" and not a_t and not wanted else None
     if skinny:
-        MI, BN, stages, shared = skinny
+        MI, BN, stages, slices = skinny
         kernel = f"matmul_skinny<{O}, {epilogue}, {str(b_t).lower()}, {MI}, {BN}, {stages}>"
-        grid = cdiv(N, BN), cdiv(M, 16 * MI)
+        grid, shared = (cdiv(N, BN), cdiv(M, 16 * MI), slices), stages * (16 * MI + BN) * 1024
+        partial = finished = None
+        if slices > 1:
+            (partial,), finished = scratch((grid[0] * slices * 16 * MI * BN, np.float32)), _finished()
+        arguments = out, extra, bias, a, b, partial, finished, M, N, K
         return launch("matmul", kernel, grid, 256, *arguments, shared=shared, overlap=True)
     tile = _tile(S, M, N, K, split=epilogue == "ACCUMULATE")
     BM, BN, BK, WM, WN, *stages = tile
@@ -472,9 +483,6 @@ def attention_backward(dqkv, dout, out, lse, qkv, n_head):
             launch(file, kernel, grid, 256, *arguments, HS, shared=4 * tile + scores)
 
 
-_finished = []  # (SMS,) uint32: attention_decode counts finished splits in it, and leaves it zero
-
-
 def attention_decode(out, qkv, keys, values, lengths, empty_cache=False):
     what = "attention_decode: out S B T C, qkv S B T 3C, keys S B H M D, values S B H M D, lengths int B"
     n = check(what, out, qkv, keys, values, lengths)
@@ -501,9 +509,7 @@ def attention_decode(out, qkv, keys, values, lengths, empty_cache=False):
     splits = min(8, cdiv(n.M, 64)) if blocks < SMS else 1  # decode.cu has the measurements
     partial = finished = None
     if splits > 1:
-        if not _finished:
-            _finished.append(zeros(SMS, np.uint32))
-        (partial,), (finished,) = scratch((blocks * splits * (HS + 2), np.float32)), _finished
+        (partial,), finished = scratch((blocks * splits * (HS + 2), np.float32)), _finished()
     kernel, grid = f"attention_decode<{n.S}, {HP}>", (n.H * splits, n.T, n.B)
     launch("decode", kernel, grid, 128, out, partial, finished, *arguments, splits, overlap=True)
 

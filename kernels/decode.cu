@@ -109,21 +109,13 @@ __device__ inline void unpack_bits(float (&x)[Pack<Storage>::size], const int4& 
 template <typename Storage>
 __device__ inline void join_splits(Storage* out, float* parts, unsigned* finished, float result,
                                    float maximum, float total, int HS, int split, int splits) {
-    __shared__ bool last;
     const int d = threadIdx.x;
     if (d < HS) parts[split * (HS + 2) + d] = result;
     if (d == 0) {
         parts[split * (HS + 2) + HS] = maximum;
         parts[split * (HS + 2) + HS + 1] = total;
     }
-    __syncthreads();
-    if (d == 0) {
-        __threadfence();                                    // this part is there before it is counted,
-        last = atomicInc(finished, splits - 1) == splits - 1;  // which leaves 0 for the next launch,
-        __threadfence();                                    // and no part is read before
-    }
-    __syncthreads();
-    if (!last || d >= HS) return;
+    if (!is_last_block(finished, splits) || d >= HS) return;
     float results[MOST_SPLITS], maxima[MOST_SPLITS], totals[MOST_SPLITS];
 #pragma unroll
     for (int s = 0; s < MOST_SPLITS; s++) {

@@ -15,7 +15,7 @@
 //   matmul_naive       ceil(M / 8) ceil(N / 32), 1, 1    32, 8               0
 //   matmul_float       ceil(M / BM) ceil(N / BN), 1, S   (BM/TM) (BN/TN)     0
 //   matmul_bf16        ceil(M / BM) ceil(N / BN), 1, S   (BM/WM) (BN/WN) 32  STAGES (BM + BN) BK 2
-//   matmul_skinny      ceil(N / BN), ceil(M / 16 MI), 1  256                 STAGES (16 MI + BN) 1024
+//   matmul_skinny      ceil(N / BN), ceil(M / 16 MI), S  256                 STAGES (16 MI + BN) 1024
 //   add_partials       ceil(size / 1024), 1, 1           256                 0
 //   column_sums_naive  ceil(N / 256), 1, 1               256                 0
 //   column_partials    ceil(N / (512 / sizeof T)), S, 1  256                 0
@@ -25,7 +25,7 @@
 //   matmul_bf16<O, EPILOGUE, A_T, B_T, BM, BN, BK, WM, WN, STAGES>
 //       (O* out, O* extra, O* bias, T* a, T* b, int M, int N, int K, int k_slice)     T = float = O; T = bf16
 //   matmul_skinny<O, EPILOGUE, B_T, MI, BN, STAGES>
-//       (O* out, O* extra, O* bias, bf16* a, bf16* b, int M, int N, int K)
+//       (O* out, O* extra, O* bias, bf16* a, bf16* b, float* partial, unsigned* finished, int M, int N, int K)
 //   add_partials(float* out, float* partials, size_t size, size_t stride, int slices)
 //   column_sums_naive<T>(float* dbias, T* dout, int rows, int N)
 //   column_partials<T>(float* partials, T* dout, int rows, int N, int rows_per_slice)
@@ -45,7 +45,8 @@
 // have S = 1. dweight has few tiles and a long K, all the tokens: with S = 1 its EPILOGUE is ACCUMULATE, with
 // S > 1 STORE to partials (S, M, N), which add_partials then adds to dweight in their order. A good S fills
 // whole waves: the smallest ceil(tiles S / blocks the GPU holds at once) / S, as long as the 2 S M N 4 bytes
-// of the partials cost little beside it.
+// of the partials cost little beside it. In matmul_skinny any S may share K, and it adds up by itself: the comment
+// there says what partial and finished are. With S = 1 both may be null.
 //
 // The floor is 2 M N K FLOP at the tensor cores' rate: 989 TFLOP/s on an H100 (datasheet), of which mma.sync
 // reaches 62-65% (arXiv 2402.13499). A block reads (BM + BN) 2 bytes per k for 2 BM BN FLOP: 64 FLOP/byte at
@@ -328,13 +329,20 @@ matmul_bf16(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int M
 // and 429 us with this one and decode.cu's single launch. Its tiles for more than 16 rows
 // took a step of 64 sequences from 708 to 652 us of the GPU.
 //
+// Where few columns are left of a long K, 768 of 3072 in a token's last product of a layer, 48 blocks would ask for
+// too little at a time, and their rings are so large that none fits on a multiprocessor beside the kernel before. Then
+// S blocks share the K of a tile: each leaves its sums in `partial` (tiles, S, 16 MI, BN), and the last of them adds
+// up those of all, in the order of the slices. `finished` (tiles,) counts, is zero before the first launch, and is
+// left zero by every launch. S > 1 has one row of tiles.
+//
 // B is a weight, which no kernel of a recorded step writes. So a block fills its ring with B while the kernel
 // before it is still at work: programmatic dependent launch (griddepcontrol in ptx.cuh). The GPU's 300 us of a
 // token became 229, the 652 us of 64 became 598. Room in the ring for 4 of A's 16 rows, so that more of the
 // next kernel's rings fit beside this one's, changed nothing: 231 us.
 template <typename O, Epilogue EPILOGUE, bool B_T, int MI, int BN, int STAGES>
-__global__ void __launch_bounds__(256)
-matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int M, int N, int K) {
+__global__ void __launch_bounds__(256, MI == 1 ? 3 : 2)      // otherwise ptxas saves registers, and spills
+matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, float* partial, unsigned* finished,
+              int M, int N, int K) {
     constexpr int WARPS = 8, BK = 64, ROWS = 16 * MI, NI = BN / 16, CHUNKS = BK / 8;
     constexpr int B_COLS = B_T ? BK : BN, B_CHUNKS = B_COLS / 8;
     constexpr int RING = STAGES * (ROWS + BN) * BK * 2;     // bytes of a warp
@@ -345,11 +353,12 @@ matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int
     const int m0 = blockIdx.y * ROWS, n0 = blockIdx.x * BN;
     bf16* const a_tiles = reinterpret_cast<bf16*>(shared_memory + warp * RING);
     bf16* const b_tiles = a_tiles + STAGES * ROWS * BK;     // STAGES x (64, BN), or (BN, 64) if B_T
-    const int blocks = ceil_div(ceil_div(K, BK) - warp, WARPS);     // of this warp, each 64 of k
+    const int sharers = WARPS * gridDim.z, sharer = blockIdx.z * WARPS + warp;      // the warps of all slices
+    const int blocks = ceil_div(ceil_div(K, BK) - sharer, sharers);                 // of this warp, each 64 of k
 
     auto load_a = [&](int block) {                          // rows of A from M on stay as they are
         bf16* const tile = a_tiles + block % STAGES * ROWS * BK;
-        const int k0 = (block * WARPS + warp) * BK;
+        const int k0 = (block * sharers + sharer) * BK;
         if (block >= blocks) return;
 #pragma unroll
         for (int i = 0; i < ROWS * CHUNKS / WARP; i++) {
@@ -361,7 +370,7 @@ matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int
     };
     auto load_b = [&](int block) {
         bf16* const tile = b_tiles + block % STAGES * BN * BK;
-        const int k0 = (block * WARPS + warp) * BK;
+        const int k0 = (block * sharers + sharer) * BK;
         if (block >= blocks) return;
 #pragma unroll
         for (int i = 0; i < BN * BK / 8 / WARP; i++) {
@@ -429,19 +438,33 @@ matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int
             *reinterpret_cast<float2*>(to) = make_float2(pair[0], pair[1]);
         }
     __syncthreads();
-    for (int p = threadIdx.x; p < PLACES; p += WARPS * WARP) {
-        const int row = p / PER_ROW, col = p % PER_ROW * SIZE;
-        if (m0 + row >= M || n0 + col >= N) continue;
-        float x[SIZE] = {};
-        for (int w = 0; w < WARPS; w++) {
-            const float* const part = reinterpret_cast<const float*>(shared_memory + w * RING);
-            for (int e = 0; e < SIZE; e += 4) {
-                const Pack<float> four = load_pack(part + row * ROW + col + e);
-                for (int c = 0; c < 4; c++) x[e + c] += four[c];
-            }
+    // For each place, through the threads: f(row, col, its SIZE values of parts[0] + parts[1] + ...), where the parts
+    // lie `stride` floats apart, and their rows `pitch`.
+    auto for_sums = [&](const float* parts, int n, int stride, int pitch, auto f) {
+        for (int p = threadIdx.x; p < PLACES; p += WARPS * WARP) {
+            const int row = p / PER_ROW, col = p % PER_ROW * SIZE;
+            if (m0 + row >= M || n0 + col >= N) continue;
+            float x[SIZE] = {};
+            for (int i = 0; i < n; i++)
+                for (int e = 0; e < SIZE; e += 4) {
+                    const Pack<float> four = load_pack(parts + i * stride + row * pitch + col + e);
+                    for (int c = 0; c < 4; c++) x[e + c] += four[c];
+                }
+            f(row, col, x);
         }
+    };
+    auto finish_place = [&](int row, int col, float (&x)[SIZE]) {
         finish<EPILOGUE>(out, extra, b_pack, extra_pack, x, (size_t)(m0 + row) * N + n0 + col);
-    }
+    };
+    const float* const of_warps = reinterpret_cast<const float*>(shared_memory);
+    if (gridDim.z == 1) return for_sums(of_warps, WARPS, RING / 4, ROW, finish_place);
+    float* const of_slices = partial + (size_t)blockIdx.x * gridDim.z * ROWS * BN;      // (S, ROWS, BN)
+    for_sums(of_warps, WARPS, RING / 4, ROW, [&](int row, int col, float (&x)[SIZE]) {
+        float* const to = of_slices + (blockIdx.z * ROWS + row) * BN + col;
+        for (int e = 0; e < SIZE; e++) to[e] = x[e];
+    });
+    if (is_last_block(finished + blockIdx.x, gridDim.z))
+        for_sums(of_slices, gridDim.z, ROWS * BN, BN, finish_place);
 }
 
 // ---- Sums in a fixed order -------------------------------------------------------------------------------

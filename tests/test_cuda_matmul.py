@@ -205,24 +205,28 @@ def test_bf16(tile, use):
 
 @pytest.mark.parametrize("use", [use for use in USES if not use[1]], ids=use_name)
 @pytest.mark.parametrize(
-    "MI, BN, stages", [(1, 16, 6), (1, 16, 2), (2, 16, 4), (2, 32, 3), (4, 16, 2), (4, 32, 2)]
+    "MI, BN, stages, slices",
+    [(1, 16, 6, 1), (1, 16, 2, 1), (1, 16, 2, 3), (2, 16, 4, 1), (2, 32, 3, 1), (4, 16, 2, 1), (4, 32, 2, 1)],
 )
-def test_skinny(MI, BN, stages, use):
+def test_skinny(MI, BN, stages, slices, use):
     """Few rows: a K that no warp needs to share, one that all share, and one that passes the ring twice; rows
     for one block, and for two."""
     epilogue, _, b_t, out_dtype = use
     out_dtype = out_dtype or BF16
-    for M, N, K in [(1, 8, 8), (16 * MI - 3, 40, 72), (16 * MI + 5, 24, 2 * 8 * 64 + 520)]:
+    more = 0 if slices > 1 else 5  # rows of a second block
+    finished = device(np.zeros(3, np.uint32))  # the launches leave it zero
+    for M, N, K in [(1, 8, 8), (16 * MI - 3, 40, 72), (16 * MI + more, 24, 2 * 8 * 64 * slices + 520)]:
         a, b = random(1, (M, K), BF16, K**-0.5), random(2, (K, N), BF16)
         bias, extra = random(3, N, out_dtype), random(4, (M, N), out_dtype)
         results = []
         for _ in range(2):
             out = card.empty((M, N), out_dtype)
             out_extra = card.empty((M, N), out_dtype) if epilogue == "BIAS_GELU" else device(extra)
-            arguments = out, out_extra, device(bias), device(a), device(b.T if b_t else b)
+            partial = card.empty((cdiv(N, BN), slices, 16 * MI, BN), F32)
+            arguments = out, out_extra, device(bias), device(a), device(b.T if b_t else b), partial, finished
             name = f"matmul_skinny<{NAMES[out_dtype]}, {epilogue}, {str(b_t).lower()}, {MI}, {BN}, {stages}>"
             sizes = tuple(map(np.int32, (M, N, K)))
-            grid, shared = (cdiv(N, BN), cdiv(M, 16 * MI)), stages * (16 * MI + BN) * 1024
+            grid, shared = (cdiv(N, BN), cdiv(M, 16 * MI), slices), stages * (16 * MI + BN) * 1024
             launch(name, grid, (256,), arguments + sizes, shared)
             results.append((out.get(), out_extra.get()))
         hold(results, use, a, b, bias, extra, None)
