@@ -207,7 +207,8 @@ def _skinny_tile(M, N, K):
 
     Every block reads its rows whole, for BN columns. It takes half of 64 rows where that gives no more blocks
     than multiprocessors, and 32 columns where 16 would give more. With up to 16 rows several blocks share a
-    long K, if there are few. There are as many stages as a slice of K fills and shared memory holds.
+    long K, if there are few. There are as many stages as a slice of K fills and shared memory holds, of all
+    blocks at once if possible.
     """
     if M > 64 or (M > 16 and N > 4096):
         return None
@@ -216,8 +217,11 @@ def _skinny_tile(M, N, K):
     stage = (rows + columns) * 1024
     if 2 * stage > SHARED:
         return None
-    slices = max(1, min(3 * SMS // 2 // cdiv(N, columns), cdiv(K, 1024))) if M <= 16 else 1
-    stages = max(2, min(6, cdiv(K, 512 * slices), SHARED // stage))
+    blocks = cdiv(N, columns) * cdiv(M, rows)
+    slices = max(1, min(3, 3 * SMS // 2 // blocks, K // 1024)) if M <= 16 else 1
+    at_once = cdiv(blocks * slices, SMS)  # blocks on a multiprocessor, each with 1 KiB of CUDA's
+    room = ((SHARED + 1024) // at_once - 1152) // stage
+    stages = max(2, min(6, cdiv(K, 512 * slices), SHARED // stage, room))
     return rows // 16, columns, stages, slices
 
 

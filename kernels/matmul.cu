@@ -84,6 +84,9 @@ __global__ void matmul_naive(O* out, O* extra, const O* bias, const T* a, const 
 
 // ---- The epilogue of the faster versions -----------------------------------------------------------------
 
+template <Epilogue EPILOGUE>
+inline constexpr bool READS_EXTRA = EPILOGUE == BIAS_RESIDUAL || EPILOGUE == GELU_GRAD;
+
 // 16 bytes of outputs, x, go to memory, where `at` counts elements from the first of out. `extra` (M, N) is the
 // pre-activation that BIAS_GELU writes and GELU_GRAD reads, or the residual that BIAS_RESIDUAL reads. b and e are
 // what the bias and `extra` hold for these outputs, if the epilogue reads them.
@@ -91,26 +94,27 @@ template <Epilogue EPILOGUE, typename O>
 __device__ inline void finish(O* out, O* extra, const Pack<O>& b, const Pack<O>& e, float (&x)[Pack<O>::size],
                               size_t at) {
     constexpr int SIZE = Pack<O>::size;
-    if constexpr (ADDS_BIAS<EPILOGUE>)
-        for (int i = 0; i < SIZE; i++) x[i] += to_float(b[i]);
+    float y[SIZE];                                      // whole packs are waited for only where they are added
+    if constexpr (ADDS_BIAS<EPILOGUE>) {
+        to_floats<O>(y, b);
+        for (int i = 0; i < SIZE; i++) x[i] += y[i];
+    }
     if constexpr (EPILOGUE == BIAS_GELU) {
         const Pack<O> pre = rounded_pack<O>(x);
         store_pack(extra + at, pre);
         for (int i = 0; i < SIZE; i++) x[i] = gelu(to_float(pre[i]));
     }
+    if constexpr (READS_EXTRA<EPILOGUE>) to_floats<O>(y, e);
     if constexpr (EPILOGUE == BIAS_RESIDUAL)            // out = residual + inp @ weight + bias
-        for (int i = 0; i < SIZE; i++) x[i] += to_float(e[i]);
+        for (int i = 0; i < SIZE; i++) x[i] += y[i];
     if constexpr (EPILOGUE == GELU_GRAD)                // dpre = (dout @ weight.T) * gelu'(pre)
-        for (int i = 0; i < SIZE; i++) x[i] *= gelu_grad(to_float(e[i]));
+        for (int i = 0; i < SIZE; i++) x[i] *= gelu_grad(y[i]);
     if constexpr (EPILOGUE == ACCUMULATE) {             // dweight += inp.T @ dout
         const Pack<O> before = load_pack(out + at);
         for (int i = 0; i < SIZE; i++) x[i] += to_float(before[i]);
     }
     store_pack(out + at, rounded_pack<O>(x));
 }
-
-template <Epilogue EPILOGUE>
-inline constexpr bool READS_EXTRA = EPILOGUE == BIAS_RESIDUAL || EPILOGUE == GELU_GRAD;
 
 // The same of the outputs at (row, col), with bias (N,) and `extra` in memory.
 template <Epilogue EPILOGUE, typename O>
@@ -329,18 +333,20 @@ matmul_bf16(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, int M
 // and 429 us with this one and decode.cu's single launch. Its tiles for more than 16 rows
 // took a step of 64 sequences from 708 to 652 us of the GPU.
 //
-// Where few columns are left of a long K, 768 of 3072 in a token's last product of a layer, 48 blocks would ask for
-// too little at a time, and their rings are so large that none fits on a multiprocessor beside the kernel before. Then
-// S blocks share the K of a tile: each leaves its sums in `partial` (tiles, S, 16 MI, BN), and the last of them adds
+// Where few columns are left of a long K, 768 of 3072 in a token's last product of a layer, 48 blocks would have
+// rings of 192 KB, on a third of the multiprocessors, and only where no block of the kernel before is left. Then S
+// blocks share the K of a tile: each leaves its sums in `partial` (tiles, S, 16 MI, BN), and the last of them adds
 // up those of all, in the order of the slices. `finished` (tiles,) counts, is zero before the first launch, and is
-// left zero by every launch. S > 1 has one row of tiles.
+// left zero by every launch. S > 1 is for 16 rows, and 3 at most. (Without the second launch bound ptxas spills.)
 //
 // B is a weight, which no kernel of a recorded step writes. So a block fills its ring with B while the kernel
 // before it is still at work: programmatic dependent launch (griddepcontrol in ptx.cuh). The GPU's 300 us of a
 // token became 229, the 652 us of 64 became 598. Room in the ring for 4 of A's 16 rows, so that more of the
 // next kernel's rings fit beside this one's, changed nothing: 231 us.
+inline constexpr int MOST_SLICES = 3;                       // S
+
 template <typename O, Epilogue EPILOGUE, bool B_T, int MI, int BN, int STAGES>
-__global__ void __launch_bounds__(256, MI == 1 ? 3 : 2)      // otherwise ptxas saves registers, and spills
+__global__ void __launch_bounds__(256, MI == 1 ? 3 : MI == 2 ? 2 : 1)
 matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, float* partial, unsigned* finished,
               int M, int N, int K) {
     constexpr int WARPS = 8, BK = 64, ROWS = 16 * MI, NI = BN / 16, CHUNKS = BK / 8;
@@ -438,33 +444,40 @@ matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, flo
             *reinterpret_cast<float2*>(to) = make_float2(pair[0], pair[1]);
         }
     __syncthreads();
-    // For each place, through the threads: f(row, col, its SIZE values of parts[0] + parts[1] + ...), where the parts
-    // lie `stride` floats apart, and their rows `pitch`.
-    auto for_sums = [&](const float* parts, int n, int stride, int pitch, auto f) {
-        for (int p = threadIdx.x; p < PLACES; p += WARPS * WARP) {
-            const int row = p / PER_ROW, col = p % PER_ROW * SIZE;
-            if (m0 + row >= M || n0 + col >= N) continue;
-            float x[SIZE] = {};
-            for (int i = 0; i < n; i++)
-                for (int e = 0; e < SIZE; e += 4) {
-                    const Pack<float> four = load_pack(parts + i * stride + row * pitch + col + e);
-                    for (int c = 0; c < 4; c++) x[e + c] += four[c];
-                }
-            f(row, col, x);
+    float* const of_slices = partial + (size_t)blockIdx.x * gridDim.z * ROWS * BN;      // (S, 16 MI, BN)
+    for (int p = threadIdx.x; p < PLACES; p += WARPS * WARP) {
+        const int row = p / PER_ROW, col = p % PER_ROW * SIZE;
+        if (m0 + row >= M || n0 + col >= N) continue;
+        float x[SIZE] = {};
+        for (int w = 0; w < WARPS; w++) {
+            const float* const part = reinterpret_cast<const float*>(shared_memory + w * RING);
+            for (int e = 0; e < SIZE; e += 4) {
+                const Pack<float> four = load_pack(part + row * ROW + col + e);
+                for (int c = 0; c < 4; c++) x[e + c] += four[c];
+            }
         }
-    };
-    auto finish_place = [&](int row, int col, float (&x)[SIZE]) {
-        finish<EPILOGUE>(out, extra, b_pack, extra_pack, x, (size_t)(m0 + row) * N + n0 + col);
-    };
-    const float* const of_warps = reinterpret_cast<const float*>(shared_memory);
-    if (gridDim.z == 1) return for_sums(of_warps, WARPS, RING / 4, ROW, finish_place);
-    float* const of_slices = partial + (size_t)blockIdx.x * gridDim.z * ROWS * BN;      // (S, ROWS, BN)
-    for_sums(of_warps, WARPS, RING / 4, ROW, [&](int row, int col, float (&x)[SIZE]) {
-        float* const to = of_slices + (blockIdx.z * ROWS + row) * BN + col;
-        for (int e = 0; e < SIZE; e++) to[e] = x[e];
-    });
-    if (is_last_block(finished + blockIdx.x, gridDim.z))
-        for_sums(of_slices, gridDim.z, ROWS * BN, BN, finish_place);
+        if (gridDim.z == 1)
+            finish<EPILOGUE>(out, extra, b_pack, extra_pack, x, (size_t)(m0 + row) * N + n0 + col);
+        for (int e = 0; e < SIZE && gridDim.z > 1; e += 4) {
+            Pack<float> four;
+            for (int c = 0; c < 4; c++) four[c] = x[e + c];
+            store_pack(of_slices + (blockIdx.z * ROWS + row) * BN + col + e, four);
+        }
+    }
+    if (gridDim.z == 1 || !is_last_block(finished + blockIdx.x, gridDim.z) || !inside) return;
+    Pack<float> four[MOST_SLICES][SIZE / 4];                // all loads are under way at once
+    float x[SIZE] = {};
+#pragma unroll
+    for (int s = 0; s < MOST_SLICES; s++)
+#pragma unroll
+        for (int e = 0; e < SIZE / 4; e++) {
+            const int slice = min(s, (int)gridDim.z - 1);
+            four[s][e] = load_pack(of_slices + (slice * ROWS + row) * BN + col + 4 * e);
+        }
+#pragma unroll
+    for (int i = 0; i < MOST_SLICES * SIZE; i++)
+        x[i % SIZE] += i / SIZE < gridDim.z ? four[i / SIZE][i % SIZE / 4][i % 4] : 0.0f;
+    finish<EPILOGUE>(out, extra, b_pack, extra_pack, x, (size_t)(m0 + row) * N + n0 + col);
 }
 
 // ---- Sums in a fixed order -------------------------------------------------------------------------------

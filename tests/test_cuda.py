@@ -37,6 +37,8 @@ def wide_cases():
         yield case(reference.matmul_gelu, "weight bias", at, **sizes)
         yield case(reference.matmul_of_gelu, "weight bias", at, **sizes)
         yield case(reference.matmul_residual, "weight bias", at, **sizes, branch=(B, T, O))
+    sizes = dict(inp=(1, 3, 2056), weight=(2056, 40), bias=(40,), branch=(1, 3, 40))  # two blocks share K
+    yield case(reference.matmul_residual, "weight bias", "1x3x2056x40", **sizes)
     for B, T, NH, HS in [(2, 130, 2, 64), (1, 70, 2, 128), (1, 65, 1, 100)]:
         yield case(reference.attention, "", f"{B}x{T}x{NH}x{HS}", qkv=(B, T, 3 * NH * HS), n_head=NH)
     yield case(reference.encoder, "wte wpe", "2x300x64", tokens=tokens(2, 300, 9), wte=(9, 64), wpe=(300, 64))

@@ -230,6 +230,7 @@ def test_skinny(MI, BN, stages, slices, use):
             launch(name, grid, (256,), arguments + sizes, shared)
             results.append((out.get(), out_extra.get()))
         hold(results, use, a, b, bias, extra, None)
+        assert not finished.get().any()
 
 
 @pytest.mark.parametrize(
