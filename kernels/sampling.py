@@ -1,6 +1,6 @@
-"""From logits to a token: which tokens may be drawn, with what probability, and a coin to be thrown again.
+"""From logits to a token: which tokens may be drawn, with what probability; random numbers.
 
-The coin is counter-based (Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+These are counter-based (Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
 2011): a random number is a pure function of (seed, stream, counter), with no state to carry. A row of the
 batch has its own stream and counts its positions, so its samples do not depend on who else is in the batch,
 nor on the device. Read kernels/reference.py first, which has the model's other operations, and sample.py
