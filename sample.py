@@ -639,11 +639,12 @@ def parser():
 
 
 def check_beams(flags):
-    """UserError for flags that mean nothing to --beams, which samples nothing."""
+    """UserError for flags that do not go with --beams: it writes the most probable texts for one prompt."""
     defaults = parser().parse_args([flags.directory])
     for name in ("num_samples", "temperature", "top_k", "top_p", "min_p", "seed", "chat", "show_probs"):
         if getattr(flags, name) != getattr(defaults, name):
-            raise UserError(f"--beams samples nothing; leave out --{name.replace('_', '-')}")
+            why = "writes texts for one prompt" if name in ("chat", "show_probs") else "samples nothing"
+            raise UserError(f"--beams {why}; leave out --{name.replace('_', '-')}")
 
 
 def add_flags(flags, num_samples=1):

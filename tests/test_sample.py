@@ -851,7 +851,7 @@ def test_cli_says_that_the_context_is_full(checkpoint, capsys):
         (["--beams", "2", "--temperature", "0.5"], "--beams samples nothing; leave out --temperature"),
         (["--beams", "2", "--num-samples", "3"], "leave out --num-samples"),
         (["--beams", "2", "--seed", "1"], "leave out --seed"),
-        (["--beams", "2", "--chat"], "leave out --chat"),
+        (["--beams", "2", "--chat"], "--beams writes texts for one prompt; leave out --chat"),
         (["elsewhere"], "unrecognized arguments: elsewhere"),
         (["--prompt", "x" * 60], "61 tokens.*at most 48"),
         (["--prompt", "a", "--prompt-file", "b"], "not allowed with"),
