@@ -41,6 +41,7 @@ KEYS = 1_000_000  # texts of which it is remembered how often they came, some 20
 SAMPLE, SHOWN = 1000, 10  # documents at random: whose language is found out, and that are printed
 MANY = 20  # files: of more the sources are their folders
 SOURCES = 10_000  # of more the rest is one source
+BEGINNING = 2000  # bytes: so much of a document of the sample is kept
 ENOUGH = 100  # bytes: of shorter documents repetition and letters say little
 PARAGRAPH = 40  # bytes: what is shorter is a title, or an item of a list
 UNCLEAR = 0.2  # a language of less confidence is none
@@ -227,7 +228,7 @@ class Look:
         self.sources = {}  # {source: Counter of documents, bytes, tokens}
         self.copies, self.paragraphs = Repeats(), Repeats()
         self.extremes = {kind: Highest(3) for kind in EXTREMES}
-        self.sample = []  # SAMPLE documents at random
+        self.sample = []  # SAMPLE documents at random: (beginning, (compressed(), non_letters()) or None)
         self.talk = Talk() if unit == "conversation" else None
         self.bad, self.meta = [], {}
 
@@ -256,7 +257,7 @@ class Look:
             self.counts += np.bincount(ids, minlength=len(self.counts))
 
     def look_into(self, document):
-        text, n_tokens, n_before = document.text, len(document.ids), len(self.lengths)
+        text, key, n_tokens, n_before = document.text, document.key, len(document.ids), len(self.lengths)
         self.lengths.append(n_tokens)
         self.n_damaged += b"\xef\xbf\xbd" in text
         self.n_with_nul += b"\0" in text
@@ -266,16 +267,17 @@ class Look:
         for paragraph in paragraphs(text):
             self.paragraphs.add(digest(paragraph), paragraph)
 
-        self.extremes["longest"].add(n_tokens, document)
-        self.extremes["shortest"].add(-n_tokens, document)
+        values, measures = {"longest": n_tokens, "shortest": -n_tokens}, None
         if len(text) >= ENOUGH:
-            self.extremes["most repetitive"].add(-compressed(text), document)
-            self.extremes["fewest letters"].add(non_letters(text), document)
+            measures = compressed(text), non_letters(text)
+            values |= {"most repetitive": -measures[0], "fewest letters": measures[1]}
+        for kind, value in values.items():
+            self.extremes[kind].add(value, key, text)
 
         if n_before < SAMPLE:
-            self.sample.append(document)
+            self.sample.append((text[:BEGINNING], measures))
         elif (place := self.rng.randrange(n_before + 1)) < SAMPLE:  # so that all have the same chance
-            self.sample[place] = document
+            self.sample[place] = text[:BEGINNING], measures
 
     def facts(self):
         """All that is known, as JSON can hold it."""
@@ -302,7 +304,7 @@ class Look:
             "meta": {
                 name: self.meta[name] for name in ("sources", "left_out", "dropped") if name in self.meta
             },
-            "languages": languages(self.sample),
+            "languages": languages([text for text, _ in self.sample]),
             "empty": self.n_empty,
             "with_replacement_characters": self.n_damaged,
             "with_nul": self.n_with_nul,
@@ -311,7 +313,7 @@ class Look:
             "paragraphs": self.paragraphs.facts(),
             "talk": self.talk and self.talk.facts(),
             "extremes": {kind: highest.facts() for kind, highest in self.extremes.items()},
-            "random": [beginning(document.text, 600) for document in self.sample[:SHOWN]],
+            "random": [beginning(text, 600) for text, _ in self.sample[:SHOWN]],
         }
 
 
@@ -343,16 +345,16 @@ def histogram(lengths):
     return [(edges[i], edges[i + 1] - 1, numbers[i]) for i in range(first, len(numbers))]
 
 
-def languages(documents):
-    """{language: share of the documents}, by their first 2,000 bytes; None if that is not installed."""
+def languages(texts):
+    """{language: share of the texts}; None if what finds them out is not installed."""
     try:
         classifier, found = rules.Language("en"), Counter()
     except UserError:  # it is not installed
         return None
-    for document in documents:
-        language, confidence = classifier.most_probable(beginning(document.text, 2000))
+    for text in texts:
+        language, confidence = classifier.most_probable(text.decode("utf-8", "ignore"))
         found[language if confidence >= UNCLEAR else "unclear"] += 1
-    return {language: n / len(documents) for language, n in found.most_common()}
+    return {language: n / len(texts) for language, n in found.most_common()}
 
 
 def beginning(text, n_bytes):
@@ -407,18 +409,18 @@ class Highest:
     """The n documents of the highest values, each once."""
 
     def __init__(self, n):
-        self.n, self.best = n, []  # [(value, document), ...]
+        self.n, self.best = n, []  # [(value, key, the beginning), ...]
 
-    def add(self, value, document):
+    def add(self, value, key, text):
         if len(self.best) == self.n and value <= self.best[-1][0]:
             return
-        if all(document.key != other.key for _, other in self.best):
-            self.best.append((value, document))
+        if all(key != other for _, other, _ in self.best):
+            self.best.append((value, key, beginning(text, 300)))
             self.best.sort(key=lambda entry: -entry[0])  # of equal values the first document stays
             del self.best[self.n :]
 
     def facts(self):
-        return [(abs(value), beginning(document.text, 300)) for value, document in self.best]
+        return [(abs(value), text) for value, _, text in self.best]
 
 
 class Talk:
@@ -642,10 +644,10 @@ def draw(name, look, facts, out):
     for axis in (copies.xaxis, copies.yaxis):
         axis.set_major_formatter("{x:,.0f}")
 
-    some = [document.text for document in look.sample if len(document.text) >= ENOUGH]
-    x, y = [100 * non_letters(text) for text in some], [100 * compressed(text) for text in some]
+    measured = [measures for _, measures in look.sample if measures]
+    x, y = [100 * others for _, others in measured], [100 * packed for packed, _ in measured]
     outliers.scatter(x, y, s=4)
-    outliers.set(title=f"{len(some):,} {unit}s at random", xlabel="% signs other than letters")
+    outliers.set(title=f"{len(measured):,} {unit}s at random", xlabel="% signs other than letters")
     outliers.set_ylabel("% of its size when compressed")
 
     figure.suptitle(f"{name}: {facts['documents']:,} {unit}s, {count(facts['tokens'])} tokens")

@@ -4,6 +4,7 @@ what cannot be looked at is one clear line."""
 import json
 import random
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def made_shards(place, texts, shard_tokens=1000):
 def quick(monkeypatch):
     """No picture, and no languages, which take a second each."""
     monkeypatch.setattr(look, "draw", lambda *_: None)
-    monkeypatch.setattr(look, "languages", lambda documents: {"en": 1.0})
+    monkeypatch.setattr(look, "languages", lambda texts: {"en": 1.0})
 
 
 @pytest.fixture
@@ -172,6 +173,17 @@ def test_of_large_data_a_sample_tells_the_same(tmp_path, quick, monkeypatch):
     assert some["lengths"]["median"] == pytest.approx(whole["lengths"]["median"], rel=0.05)
     page = script.run(data.main, "inspect", tmp_path).out
     assert f"{some['looked_into']:,} looked into have " in page and "every 4th of all" in page
+
+
+def test_of_a_document_only_its_beginning_is_remembered():
+    found = look.Look(BYTES, "document", 1, seed=0)
+    tracemalloc.start()
+    for i in range(20):
+        found.add([look.Document(source="books", text=f"{i} ".encode() + b"river " * 20_000, key=i)])
+    remembered, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found.sample) == 20 and found.counts.sum() > 2_400_000
+    assert remembered < 200_000, "more than the beginnings"
 
 
 def test_languages_are_found_out_or_the_page_says_what_to_install(tmp_path, monkeypatch):
