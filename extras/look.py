@@ -104,7 +104,7 @@ def look_at_shards(directory, seed):
     """Look at the shards of a directory, its training and its validation split."""
     tokenizer = Tokenizer.load(directory)
     splits = [split for split in ("train", "val") if has_shards(directory, split)]
-    splits = {split: data.shards(directory, split) for split in splits}
+    splits = {split: shards_there(directory, split) for split in splits}
     n_tokens = sum(len(shard) for shards in splits.values() for shard in shards)
     look = Look(tokenizer, "document", n_tokens / SHARD_TOKENS, seed)
     if (directory / "meta.json").exists():
@@ -125,6 +125,16 @@ def look_at_shards(directory, seed):
     return look
 
 
+def shards_there(directory, split):
+    """The shards of a split, without those that are still being downloaded."""
+    shards = data.shards(directory, split)
+    there = [shard for shard in shards if not isinstance(shard, data.LateShard)]
+    if len(there) < len(shards):
+        what = f"{len(shards) - len(there)} of {len(shards)} {split} shards are"
+        common.say(f"note: {what} not here yet, and left out")
+    return there
+
+
 def token_pieces(shards, tokenizer, block_tokens=1 << 20):
     """Yield (the documents of a block as arrays of ids, how many tokens were read), without <|endoftext|>.
 
@@ -132,9 +142,6 @@ def token_pieces(shards, tokenizer, block_tokens=1 << 20):
     """
     left = np.zeros(0, np.uint16)  # the document that is not complete yet
     for shard in shards:
-        if isinstance(shard, data.LateShard):
-            common.say(f"note: {shard.path.name} is not here yet, and is left out")
-            continue
         for start in range(0, len(shard), block_tokens):
             block = shard[start : start + block_tokens]
             if block.max() >= tokenizer.vocab_size:

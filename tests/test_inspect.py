@@ -175,6 +175,17 @@ def test_of_large_data_a_sample_tells_the_same(tmp_path, quick, monkeypatch):
     assert f"{some['looked_into']:,} looked into have " in page and "every 4th of all" in page
 
 
+def test_shards_that_are_not_here_yet_do_not_make_the_data_large(tmp_path, quick, texts, monkeypatch):
+    made_shards(tmp_path, texts)
+    files = {path.name: {"bytes": path.stat().st_size} for path in tmp_path.glob("*.bin")}
+    files |= {f"made_train_{i:06d}.bin": {"bytes": 2_000_000} for i in range(90, 95)}
+    (tmp_path / "meta.json").write_text(json.dumps({"files": files}))
+    monkeypatch.setattr(look, "SHARD_TOKENS", sum(map(len, texts)))
+    assert facts_of(tmp_path)["looked_into"] == len(texts)
+    done = script.run(data.main, "inspect", tmp_path)
+    assert f"note: 5 of {len(files) - 1} train shards are not here yet, and left out\n" in done.err
+
+
 def test_of_a_document_only_its_beginning_is_remembered():
     found = look.Look(BYTES, "document", 1, seed=0)
     tracemalloc.start()
