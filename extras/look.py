@@ -59,7 +59,8 @@ def show(flags):
         raise UserError(f"{first} is a shard; name its folder, {first.parent}, which has the tokenizer")
     else:
         tokenizer = "gpt2" if flags.tokenizer == "bpe" else flags.tokenizer  # nothing is learned here
-        look = look_at_files(data.text_files(flags.paths), Tokenizer.named(tokenizer), flags.seed)
+        files = data.text_files(flags.paths, otherwise=", or what data.py text makes of it")
+        look = look_at_files(files, Tokenizer.named(tokenizer), flags.seed)
     if not look.lengths:
         bad = f": {look.bad[0]}" if look.bad else ""
         raise UserError(f"there is no document in {', '.join(flags.paths)}{bad}; give other files")

@@ -223,6 +223,10 @@ def test_what_cannot_be_looked_at_is_one_clear_line(tmp_path, texts):
     bad.write_text('{"messages": []}\n')
     assert refused(["take paths"])
     assert refused(["no file", "missing"], tmp_path / "missing")
+    page = tmp_path / "page.html"
+    page.touch()
+    assert refused(["page.html; give .txt, .md, .jsonl, or what data.py text makes of it"], page)
+    assert refused(["there is no file -; save standard input in a file"], "-")
     assert refused(["no document in", "empty.txt"], empty)
     assert refused(["no document in", "bad.jsonl, line 1: the assistant never speaks"], bad)
     assert refused(["is a shard; name its folder"], shards / "made_val_000000.bin")
