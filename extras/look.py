@@ -582,7 +582,13 @@ def source_lines(facts, most=8):
         rest = sum(n["bytes"] for _, n in sources[most:])
         yield f"{percent(rest / facts['bytes']):>6}  {len(sources) - most} others"
     for source in facts["meta"].get("sources", []):
-        yield "from " + ", ".join(f"{key} {value}" for key, value in source.items() if "sha256" not in key)
+        shown = [key for key in source if "sha256" not in key and key != "cleaning"]
+        yield "from " + ", ".join(f"{key} {source[key]}" for key in shown)
+        for step, came in source.get("cleaning", {}).get("steps", {}).items():
+            rules = [(rule, lost["bytes"]) for rule, lost in came["dropped"].items() if lost["bytes"]]
+            amounts = [f"{came['documents']:,} documents", size(came["bytes"])]
+            amounts += [f"−{size(n_bytes)} by {rule}" for rule, n_bytes in rules]
+            yield f"cleaning, {step}: {', '.join(amounts)}"
     for what in ("left_out", "dropped"):
         if facts["meta"].get(what):
             yield f"{what.replace('_', ' ')} before: {json.dumps(facts['meta'][what])}"

@@ -5,11 +5,13 @@ import json
 import random
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 import script
 
+import common
 import data
 from extras import look
 from tokenizer import Tokenizer
@@ -184,6 +186,20 @@ def test_shards_that_are_not_here_yet_do_not_make_the_data_large(tmp_path, quick
     assert facts_of(tmp_path)["looked_into"] == len(texts)
     done = script.run(data.main, "inspect", tmp_path)
     assert f"note: 5 of {len(files) - 1} train shards are not here yet, and left out\n" in done.err
+
+
+def test_what_cleaning_dropped_is_a_line_for_each_step(tmp_path, quick, texts, monkeypatch):
+    pytest.importorskip("charset_normalizer")
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in [*texts, texts[0]]))
+    flags = "--near-duplicates --processes 1 --tokenizer bytes --out shards"
+    assert script.run(data.main, "text", "a.jsonl", *flags.split()).status == 0
+    lines = script.run(data.main, "inspect", "shards").out.splitlines()
+    n_bytes, n_dropped = sum(map(len, texts)), len(texts[0])
+    assert "  from paths ['a.jsonl'], license unknown" in lines
+    before = f"61 documents, {common.size(n_bytes + n_dropped)}, −{n_dropped} B by same as one before"
+    assert f"  cleaning, exact duplicates: {before}" in lines
+    assert f"  cleaning, kept: 60 documents, {common.size(n_bytes)}" in lines
 
 
 def test_of_a_document_only_its_beginning_is_remembered():
