@@ -527,8 +527,9 @@ def flat(text):
     return visible(utf8(text))
 
 
-def ordinal(n):
-    return {2: "2nd", 3: "3rd"}.get(n, f"{n}th")
+def sample_of(every):
+    """What the page says of things of which only every n-th is known."""
+    return f" (a sample of 1 of {every})" if every > 1 else ""
 
 
 def percent(share):
@@ -604,9 +605,8 @@ def language_lines(facts):
 
 def copy_lines(facts):
     for what, copies in ((f"{facts['unit']}s", facts["duplicates"]), ("paragraphs", facts["paragraphs"])):
-        some = f", every {ordinal(copies['every'])} of all" if copies["every"] > 1 else ""
         share = percent(copies["copies"] / max(1, copies["compared"]))
-        of = f"{copies['compared']:,} {what}{some}"
+        of = f"{copies['compared']:,} {what}{sample_of(copies['every'])}"
         if not copies["copies"]:
             yield f"no copies among {of}"
         else:
@@ -620,11 +620,9 @@ def talk_lines(talk):
     systems = "; ".join(f"{times:,} x {flat(text)}" for text, times in talk["systems"])
     yield f"{percent(talk['with_system'])} have a system message {systems}"
     yield f"{percent(talk['with_calls'])} call tools; {percent(talk['targets'])} of the tokens are targets"
-    some = f", every {ordinal(talk['every'])} of all" if talk["every"] > 1 else ""
-    yield (
-        f"{talk['questions']:,} different questions{some}; {talk['asked_again']:,} came more than once, "
-        f"{talk['several_answers']:,} have several answers"
-    )
+    different = f"{talk['questions']:,} different questions{sample_of(talk['every'])}"
+    several = f"{talk['several_answers']:,} have several answers"
+    yield f"{different}; {talk['asked_again']:,} came more than once, {several}"
     for question, answers in talk["examples"]:
         yield f"{flat(question)} -> " + " | ".join(f"{times} x {flat(text)}" for text, times in answers)
 

@@ -174,7 +174,7 @@ def test_of_large_data_a_sample_tells_the_same(tmp_path, quick, monkeypatch):
     assert some["duplicates"]["every"] == 4 and some["duplicates"]["compared"] < 1000
     assert some["lengths"]["median"] == pytest.approx(whole["lengths"]["median"], rel=0.05)
     page = script.run(data.main, "inspect", tmp_path).out
-    assert f"{some['looked_into']:,} looked into have " in page and "every 4th of all" in page
+    assert f"{some['looked_into']:,} looked into have " in page and "documents (a sample of 1 of 4)" in page
 
 
 def test_shards_that_are_not_here_yet_do_not_make_the_data_large(tmp_path, quick, texts, monkeypatch):
