@@ -237,7 +237,7 @@ class Look:
         self.copies, self.paragraphs = Repeats(), Repeats()
         self.extremes = {kind: Highest(3) for kind in EXTREMES}
         self.sample = []  # SAMPLE documents at random: (beginning, (compressed(), non_letters()) or None)
-        self.talk = Talk() if unit == "conversation" else None
+        self.talk = ConversationStats() if unit == "conversation" else None
         self.bad, self.meta = [], {}
 
     def wants(self, key):
@@ -431,7 +431,7 @@ class Highest:
         return [(abs(value), text) for value, _, text in self.best]
 
 
-class Talk:
+class ConversationStats:
     """What only conversations have: turns, system messages, calls, and questions with several answers."""
 
     def __init__(self):
@@ -458,7 +458,7 @@ class Talk:
                 entry = self.questions.entry(digest(utf8(before)), (last[:200], Counter()))
                 if entry:
                     entry[1][words[:200]] += 1
-            before, last = f"{before}{turn['role']} {same(words)}\n", words
+            before, last = f"{before}{turn['role']} {normalised(words)}\n", words
         return ids[1:]
 
     def facts(self):
@@ -478,7 +478,7 @@ class Talk:
         }
 
 
-def same(question):
+def normalised(question):
     """A form that a question shares with those that ask the same: "who are you" of "Who are you?"."""
     return question.lower().removesuffix("?").removesuffix(".").removesuffix("!")
 
