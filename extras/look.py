@@ -32,7 +32,8 @@ import data
 from cleaning import formats, rules
 from common import UserError, count, size
 from extras import plot
-from tokenizer import Tokenizer, as_parts, checked, transcript, utf8, visible
+from tasks.conversations import parsed
+from tokenizer import Tokenizer, as_parts, transcript, utf8, visible
 
 SHARD_TOKENS, TEXT_BYTES = 100_000_000, 100_000_000  # of larger data so much is looked into
 BATCH_BYTES = 1 << 22  # of texts that are encoded together
@@ -200,15 +201,13 @@ def conversations(path, source, bad):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                row = row if isinstance(row, dict) else {"messages": row}
-                turns = checked(row.get("messages"), training=True)
-            except (UserError, ValueError, RecursionError) as error:
+                turns, named = parsed(line)
+            except UserError as error:
                 is_shown = len(bad) < 3  # the others are only counted
                 bad.append(f"{path}, line {number}: {error}" if is_shown else "")
                 continue
             content = utf8("\n".join(f"{turn['role']}: {transcript(turn['content'])}" for turn in turns))
-            where = row["source"] if isinstance(row.get("source"), str) else source
+            where = named if isinstance(named, str) else source
             yield Document(where, content, digest(content), turns=turns)
 
 
