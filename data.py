@@ -383,7 +383,6 @@ def parser():
     add("--all", action="store_true", help="wait for all shards, and leave none to the background")
     add = flags.add_argument_group("output").add_argument
     add("--out", metavar="DIR", help="a new folder; shards/NAME if not given. For inspect: the picture")
-    add("--json", action="store_true", help="for inspect: one JSON object, for programs")
     add("--name", help="what the names of the shards begin with; the source if not given")
     limit = number(int, low=1, high=2**31 - 1)
     add("--shard-tokens", type=limit, default=100_000_000, metavar="N", help="tokens in one shard")
