@@ -72,12 +72,12 @@ def shakespeare():
     return [(split, text) for split, text in documents if text]
 
 
-def text_files(paths, web=False, web_in_folders=False):
+def text_files(paths, web=False, web_in_folders=False, otherwise=""):
     """The files to read, without repeats: each path that is a file, and the files in each that is a folder.
 
     With `web` that may be pages, archives of the web and what ends in .gz, in folders with `web_in_folders`.
     There, what is hidden or of another type is passed over. UserError if a path cannot be read, or if there
-    is nothing to read at all.
+    is nothing to read at all. `otherwise` says what else the caller takes, if a file is of another type.
     """
     named = formats.TEXT + formats.WEB if web else formats.TEXT
     in_folders = formats.TEXT + formats.WEB if web_in_folders else formats.TEXT
@@ -89,12 +89,13 @@ def text_files(paths, web=False, web_in_folders=False):
             found += [file for file in files if file.exists()]
             broken_links += [file for file in files if not file.exists()]
         elif not path.exists():
-            raise UserError(f"there is no file {path}; correct the path")
+            is_input = str(path) == "-"
+            remedy = "save standard input in a file, and name that" if is_input else "correct the path"
+            raise UserError(f"there is no file {path}; {remedy}")
         elif is_readable(path, named, web) or (web and formats.is_gzip(path) and not formats.suffix_of(path)):
             found.append(path)
         else:
-            types = ", ".join(named)
-            raise UserError(f"cannot read {path}; give {types}, or pipe text in: … | python data.py text -")
+            raise UserError(f"cannot read {path}; give {', '.join(named)}{otherwise}")
     if broken_links:
         common.say(f"note: {len(broken_links)} links lead to no file, such as {broken_links[0]}")
     if not found:
@@ -353,7 +354,7 @@ def parser():
     words = "where the text comes from"
     sources = ("factbook", "text", "shakespeare", *HUB, "inspect")
     add("source", nargs="?", choices=sources, default="factbook", help=words)
-    words = "for text: files, folders, - for standard input; for inspect: the same, or shards"
+    words = "for text: files, folders, - for standard input; for inspect: files, folders, or shards"
     add("paths", nargs="*", metavar="PATH", help=words)
     words = "more texts, as for text, which train and never validate"
     add("--train-also", nargs="+", default=[], metavar="PATH", help=words)
@@ -382,7 +383,6 @@ def parser():
     add("--all", action="store_true", help="wait for all shards, and leave none to the background")
     add = flags.add_argument_group("output").add_argument
     add("--out", metavar="DIR", help="a new folder; shards/NAME if not given. For inspect: the picture")
-    add("--json", action="store_true", help="for inspect: one JSON object, for programs")
     add("--name", help="what the names of the shards begin with; the source if not given")
     limit = number(int, low=1, high=2**31 - 1)
     add("--shard-tokens", type=limit, default=100_000_000, metavar="N", help="tokens in one shard")
@@ -407,7 +407,8 @@ def find_sources(flags, standard_input):
             with open(standard_input, "wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
         paths = [standard_input if path == "-" else path for path in flags.paths]
-        paths = text_files(paths, web=True, web_in_folders="web" in clean.steps_asked(flags))
+        remedy = ", or pipe text in: … | python data.py text -"
+        paths = text_files(paths, True, "web" in clean.steps_asked(flags), otherwise=remedy)
         source = {"paths": flags.paths, "license": flags.license, "sha256": hub.sha256(*paths)}
     if flags.train_also:
         train_also = text_files(flags.train_also)

@@ -9,7 +9,7 @@ at. Of large data every n-th document is looked into. It is chosen by a hash of 
 all copies of a document or none of them. Read data.py and tokenizer.py before this file.
 """
 
-import hashlib
+import itertools
 import json
 import random
 import string
@@ -30,110 +30,90 @@ import numpy as np
 import common
 import data
 from cleaning import formats, rules
+from cleaning.duplicates import hash64
 from common import UserError, count, size
 from extras import plot
-from tokenizer import Tokenizer, as_parts, checked, transcript, utf8, visible
+from tasks.conversations import parsed
+from tokenizer import Tokenizer, as_parts, transcript, utf8, visible
 
 SHARD_TOKENS, TEXT_BYTES = 100_000_000, 100_000_000  # of larger data so much is looked into
 BATCH_BYTES = 1 << 22  # of texts that are encoded together
 LONGEST = 1 << 24  # characters or tokens: a longer document is cut
 KEYS = 1_000_000  # texts of which it is remembered how often they came, some 200 bytes each
-SAMPLE, SHOWN = 1000, 10  # documents at random: whose language is found out, and that are printed
-MANY = 20  # files: of more the sources are their folders
+SAMPLE = 1000  # documents at random, of which some are printed, and all measured
 SOURCES = 10_000  # of more the rest is one source
-ENOUGH = 100  # bytes: of shorter documents repetition and letters say little
 PARAGRAPH = 40  # bytes: what is shorter is a title, or an item of a list
-UNCLEAR = 0.2  # a language of less confidence is none
 LETTERS = string.ascii_letters.encode() + string.whitespace.encode() + bytes(range(128, 256))
 
 
 def show(flags):
-    """What `data.py inspect` does: print the page, or its facts as JSON, and draw the picture."""
-    first = Path(flags.paths[0])
-    if has_shards(first):
+    """What `data.py inspect` does: print the page and draw the picture."""
+    first, name = Path(flags.paths[0]), ", ".join(flags.paths)
+    if first.is_dir() and any(first.glob("*_*_*.bin")):
         if len(flags.paths) > 1:
             raise UserError(f"{first} has shards; look at them alone, without {flags.paths[1]}")
-        look = look_at_shards(first, flags.seed)
+        look, batches, progress = open_shards(first, flags.seed)
     elif first.suffix == ".bin":
         raise UserError(f"{first} is a shard; name its folder, {first.parent}, which has the tokenizer")
     else:
-        tokenizer = "gpt2" if flags.tokenizer == "bpe" else flags.tokenizer  # nothing is learned here
-        look = look_at_files(data.text_files(flags.paths), Tokenizer.named(tokenizer), flags.seed)
+        look, batches, progress = open_files(flags)
+    for documents, n_read in batches:
+        look.add(documents)
+        progress.add(n_read)
     if not look.lengths:
-        bad = f": {look.bad[0]}" if look.bad else ""
-        raise UserError(f"there is no document in {', '.join(flags.paths)}{bad}; give other files")
-    facts, name = look.facts(), ", ".join(flags.paths)
+        bad = f": {look.first_bad}" if look.n_bad else ""
+        raise UserError(f"there is no document in {name}{bad}; give other files")
+    progress.done()
+    look.finish()
+    print(common.printable(page(name, look)))
     out = Path(flags.out or (first / "inspect.png" if first.is_dir() else f"{first}.png"))
-    if flags.json:
-        print(json.dumps({"paths": flags.paths, **facts, "picture": str(out)}, ensure_ascii=False))
-    else:
-        print(common.printable(page(name, facts)))
-    draw(name, look, facts, out)
+    draw(name, look, out)
     common.say(f"the picture: {out}")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-def has_shards(path, split="*"):
-    """Whether a path is a directory with shards, of this split if one is named."""
-    return path.is_dir() and any(path.glob(f"*_{split}_*.bin"))
+# Reading. open_shards() and open_files() return a Look, what it is to be shown, in batches of (Documents, how
+# much was read for them), and the Progress that counts that.
 
 
 @dataclass
 class Document:
+    """A document as it was read: the tokens of a shard, or a text."""
+
     source: str
-    text: bytes
-    key: int  # a hash of its text
+    key: int  # a hash of its content
+    text: bytes = None  # None: not decoded yet
     ids: object = None  # (n,) token ids, an array or a list; None: not encoded yet
     turns: list = None  # of a conversation
 
-    def is_empty(self):
-        has_tokens = self.ids is not None and len(self.ids) > 0  # those of shards have no text unless wanted
-        return not has_tokens and not self.text.strip()
 
-
-def digest(content):
-    """A 64-bit hash of bytes: the same in every process."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
-def look_at_shards(directory, seed):
-    """Look at the shards of a directory, its training and its validation split."""
+def open_shards(directory, seed):
+    """Begin to look at the shards of a directory, its training and its validation split."""
     tokenizer = Tokenizer.load(directory)
-    splits = [split for split in ("train", "val") if has_shards(directory, split)]
-    splits = {split: data.shards(directory, split) for split in splits}
+    splits = [split for split in ("train", "val") if any(directory.glob(f"*_{split}_*.bin"))]
+    splits = {split: shards_there(directory, split) for split in splits}
     n_tokens = sum(len(shard) for shards in splits.values() for shard in shards)
     look = Look(tokenizer, "document", n_tokens / SHARD_TOKENS, seed)
     if (directory / "meta.json").exists():
         look.meta = data.meta(directory)
-    words = np.array([tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)], object)  # (V,)
-    progress = common.Progress("looking", n_tokens, " tokens")
-    for split, shards in splits.items():
-        for pieces, n_read in token_pieces(shards, tokenizer):
-            documents = []
-            for ids in pieces:
-                key = digest(ids.tobytes())
-                text = b"".join(words[ids]) if look.wants(key) else b""
-                documents.append(Document(split, text, key, ids))
-            look.add(documents)
-            progress.add(n_read)
-    if look.lengths:
-        progress.done()
-    return look
+    batches = (from_shards(split, shards, tokenizer) for split, shards in splits.items())
+    return look, itertools.chain.from_iterable(batches), common.Progress("looking", n_tokens, " tokens")
 
 
-def token_pieces(shards, tokenizer, block_tokens=1 << 20):
-    """Yield (the documents of a block as arrays of ids, how many tokens were read), without <|endoftext|>.
+def shards_there(directory, split):
+    """The shards of a split, without those that are still being downloaded."""
+    shards = data.shards(directory, split)
+    there = [shard for shard in shards if not isinstance(shard, data.LateShard)]
+    if len(there) < len(shards):
+        what = f"{len(shards) - len(there)} of {len(shards)} {split} shards are"
+        common.say(f"note: {what} not here yet, and left out")
+    return there
 
-    A document may begin in one shard and end in the next.
-    """
+
+def from_shards(split, shards, tokenizer, block_tokens=1 << 20):
+    """Yield the documents of a split. One may begin in one shard and end in the next."""
     left = np.zeros(0, np.uint16)  # the document that is not complete yet
     for shard in shards:
-        if isinstance(shard, data.LateShard):
-            common.say(f"note: {shard.path.name} is not here yet, and is left out")
-            continue
         for start in range(0, len(shard), block_tokens):
             block = shard[start : start + block_tokens]
             if block.max() >= tokenizer.vocab_size:
@@ -143,33 +123,40 @@ def token_pieces(shards, tokenizer, block_tokens=1 << 20):
             *pieces, left = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))
             if len(left) > LONGEST:
                 pieces, left = [*pieces, left], left[:0]
-            yield [ids[ids != tokenizer.eot] for ids in pieces if len(ids)], len(block)
-    if len(left):
-        yield [left[left != tokenizer.eot]], 0
+            yield shard_documents(split, pieces, tokenizer), len(block)
+    yield shard_documents(split, [left], tokenizer), 0
 
 
-def look_at_files(paths, tokenizer, seed):
-    """Look at text files; or at conversations, if the first file has some."""
+def shard_documents(split, pieces, tokenizer):
+    """Documents of the arrays of tokens that begin at each <|endoftext|>, which is left out."""
+    all_ids = [ids[ids != tokenizer.eot] for ids in pieces if len(ids)]
+    return [Document(split, hash64(ids.tobytes()), ids=ids) for ids in all_ids]
+
+
+def open_files(flags):
+    """Begin to look at text files; or at conversations, if the first file has some."""
+    paths = data.text_files(flags.paths, otherwise=", or what data.py text makes of it")
+    tokenizer = Tokenizer.named("gpt2" if flags.tokenizer == "bpe" else flags.tokenizer)  # none is learned
     n_bytes = sum(path.stat().st_size for path in paths)
     unit = "conversation" if has_conversations(paths[0]) else "document"
-    look = Look(tokenizer.with_chat_tokens(), unit, n_bytes / TEXT_BYTES, seed)
-    progress = common.Progress("looking", n_bytes, form=size)
+    look = Look(tokenizer.with_chat_tokens(), unit, n_bytes / TEXT_BYTES, flags.seed)
+    return look, from_files(paths, look), common.Progress("looking", n_bytes, form=size)
+
+
+def from_files(paths, look):
+    """Yield the documents or conversations in files, in batches."""
     for path in paths:
-        source = path.name if len(paths) <= MANY else str(path.parent)
-        documents = conversations(path, source, look.bad) if look.talk else texts(path, source)
+        source = path.name if len(paths) <= 20 else str(path.parent)  # else there were too many sources
+        documents = conversations(path, source, look) if look.talk else texts(path, source)
         for batch in formats.in_batches(documents, attrgetter("text"), BATCH_BYTES):
-            look.add(batch)
-            progress.add(sum(len(document.text) for document in batch))
-    if look.lengths:
-        progress.done()
-    return look
+            yield batch, sum(len(document.text) for document in batch)
 
 
 def texts(path, source):
     """Yield the documents of a text file."""
     for _, text in data.read_texts([path], LONGEST):
         content = utf8(text)
-        yield Document(source, content, digest(b" ".join(content.split())))
+        yield Document(source, hash64(b" ".join(content.split())), content)
 
 
 def has_conversations(path):
@@ -184,23 +171,21 @@ def has_conversations(path):
     return isinstance(row, list) or (isinstance(row, dict) and "messages" in row)
 
 
-def conversations(path, source, bad):
-    """Yield the conversations of a file; why sft.py would refuse a line is appended to `bad`."""
+def conversations(path, source, look):
+    """Yield the conversations of a file; the lines that sft.py would refuse are counted in `look`."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                row = row if isinstance(row, dict) else {"messages": row}
-                turns = checked(row.get("messages"), training=True)
-            except (UserError, ValueError, RecursionError) as error:
-                is_shown = len(bad) < 3  # the others are only counted
-                bad.append(f"{path}, line {number}: {error}" if is_shown else "")
+                turns, named = parsed(line)
+            except UserError as error:
+                look.n_bad += 1
+                look.first_bad = look.first_bad or f"{path}, line {number}: {error}"
                 continue
             content = utf8("\n".join(f"{turn['role']}: {transcript(turn['content'])}" for turn in turns))
-            where = row["source"] if isinstance(row.get("source"), str) else source
-            yield Document(where, content, digest(content), turns=turns)
+            where = named if isinstance(named, str) else source
+            yield Document(where, hash64(content), content, turns=turns)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -218,101 +203,101 @@ class Look:
     """What is known of the documents that were added. `unit` is what one of them is called."""
 
     def __init__(self, tokenizer, unit, times_too_large, seed):
-        self.tokenizer, self.unit = tokenizer, unit
+        self.tokenizer, self.unit, self.meta = tokenizer, unit, {}
+        ids = range(tokenizer.vocab_size)
+        self.words = np.array([tokenizer.token_bytes(id) for id in ids], object)  # (V,)
         self.every = max(1, round(times_too_large))
         self.rng = random.Random(seed)
-        self.n_documents = self.n_empty = self.n_damaged = self.n_with_nul = 0
-        self.lengths = array("Q")  # tokens of each document looked into
+        self.n_documents = self.n_empty = self.n_bad = 0
+        self.first_bad = ""  # what is wrong with the first bad line
+        # Of the documents looked into:
+        self.n_bytes = self.n_tokens = self.n_damaged = self.n_with_nul = 0
+        self.lengths = array("Q")  # tokens of each
         self.counts = np.zeros(tokenizer.vocab_size, np.int64)  # (V,) how often each token is there
         self.sources = {}  # {source: Counter of documents, bytes, tokens}
-        self.copies, self.paragraphs = Repeats(), Repeats()
-        self.extremes = {kind: Highest(3) for kind in EXTREMES}
-        self.sample = []  # SAMPLE documents at random
-        self.talk = Talk() if unit == "conversation" else None
-        self.bad, self.meta = [], {}
-
-    def wants(self, key):
-        """Whether the document of this hash is looked into."""
-        return key % self.every == 0
+        self.copies, self.paragraphs = Repeats(KEYS), Repeats(KEYS)
+        self.extremes = {kind: [] for kind in EXTREMES}  # {kind: [(value, key, beginning), ...]}
+        self.sample = []  # SAMPLE at random: (beginning, (compressed(), non_letters()) or None)
+        self.talk = ConversationStats() if unit == "conversation" else None
+        self.languages, self.frequent = None, []  # {language: share}, [(token, share), ...], by finish()
 
     def add(self, documents):
-        """Count some documents, and look into those that are wanted."""
+        """Count some documents, and look into every n-th of them."""
         self.n_documents += len(documents)
-        filled = [document for document in documents if not document.is_empty()]
+        filled = []
+        for document in documents:
+            content = document.ids if document.text is None else document.text.strip()
+            if len(content):
+                filled.append(document)
         self.n_empty += len(documents) - len(filled)
+        wanted = [document for document in filled if document.key % self.every == 0]
+        self.complete(wanted)
         for document in filled:
-            self.copies.add(document.key, document.text)
-        wanted = [document for document in filled if self.wants(document.key)]
-        plain = [document for document in wanted if document.ids is None and document.turns is None]
-        all_ids = self.tokenizer.encode_batch([document.text.decode() for document in plain])
-        for document, ids in zip(plain, all_ids):
-            document.ids = ids
+            self.copies.add(document.key, document.text or b"")
         for document in wanted:
-            if document.turns:
-                document.ids = self.talk.add(document.turns, self.tokenizer)
             self.look_into(document)
         if wanted:
             ids = np.concatenate([document.ids for document in wanted]).astype(np.int64)
             self.counts += np.bincount(ids, minlength=len(self.counts))
 
+    def complete(self, documents):
+        """Give documents the text or the tokens that they do not have yet."""
+        plain = []
+        for document in documents:
+            if document.text is None:
+                document.text = b"".join(self.words[document.ids])
+            elif document.turns:
+                document.ids = self.talk.add(document.turns, self.tokenizer)
+            else:
+                plain.append(document)
+        all_ids = self.tokenizer.encode_batch([document.text.decode() for document in plain])
+        for document, ids in zip(plain, all_ids):
+            document.ids = ids
+
     def look_into(self, document):
-        text, n_tokens, n_before = document.text, len(document.ids), len(self.lengths)
-        self.lengths.append(n_tokens)
+        """Count what is in a document."""
+        text, n_tokens = document.text, len(document.ids)
+        self.n_bytes += len(text)
+        self.n_tokens += n_tokens
         self.n_damaged += b"\xef\xbf\xbd" in text
         self.n_with_nul += b"\0" in text
+        self.lengths.append(n_tokens)
         is_new = document.source not in self.sources
         source = "others" if is_new and len(self.sources) >= SOURCES else document.source
         self.sources.setdefault(source, Counter()).update(documents=1, bytes=len(text), tokens=n_tokens)
         for paragraph in paragraphs(text):
-            self.paragraphs.add(digest(paragraph), paragraph)
+            self.paragraphs.add(hash64(paragraph), paragraph)
 
-        self.extremes["longest"].add(n_tokens, document)
-        self.extremes["shortest"].add(-n_tokens, document)
-        if len(text) >= ENOUGH:
-            self.extremes["most repetitive"].add(-compressed(text), document)
-            self.extremes["fewest letters"].add(non_letters(text), document)
+        values, measures = {"longest": n_tokens, "shortest": -n_tokens}, None
+        if len(text) >= 100:  # of less repetition and letters say little
+            measures = compressed(text), non_letters(text)
+            values |= {"most repetitive": -measures[0], "fewest letters": measures[1]}
+        for kind, value in values.items():
+            keep_highest(self.extremes[kind], value, document)
 
-        if n_before < SAMPLE:
-            self.sample.append(document)
-        elif (place := self.rng.randrange(n_before + 1)) < SAMPLE:  # so that all have the same chance
-            self.sample[place] = document
+        kept = text[:2000], measures
+        if len(self.lengths) <= SAMPLE:
+            self.sample.append(kept)
+        elif (place := self.rng.randrange(len(self.lengths))) < SAMPLE:  # so that all have the same chance
+            self.sample[place] = kept
 
-    def facts(self):
-        """All that is known, as JSON can hold it."""
-        lengths, n_bytes = np.array(self.lengths), sum(n["bytes"] for n in self.sources.values())
-        n_tokens, names = int(self.counts.sum()), ("shortest", "10%", "median", "90%", "longest")
-        quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1], method="inverted_cdf").tolist()
-        frequent = [int(id) for id in np.argsort(-self.counts, kind="stable")[:20] if self.counts[id]]
-        words = [visible(self.tokenizer.token_bytes(id)) for id in frequent]
+    def finish(self):
+        """Order what was found, once all documents are added."""
+        self.sources = dict(sorted(self.sources.items(), key=lambda item: -item[1]["bytes"]))
         self.rng.shuffle(self.sample)
-        return {
-            "unit": self.unit,
-            "documents": self.n_documents,
-            "looked_into": len(lengths),
-            "every": self.every,
-            "bytes": n_bytes,
-            "tokens": n_tokens,
-            "tokenizer": self.tokenizer.kind,
-            "vocab_size": self.tokenizer.vocab_size,
-            "lengths": dict(zip(names, quantiles)) | {"mean": float(lengths.mean())},
-            "histogram": histogram(lengths),
-            "frequent_tokens": [(word, self.counts[id] / n_tokens) for word, id in zip(words, frequent)],
-            "tokens_used": int((self.counts > 0).sum()),
-            "sources": dict(sorted(self.sources.items(), key=lambda item: -item[1]["bytes"])),
-            "meta": {
-                name: self.meta[name] for name in ("sources", "left_out", "dropped") if name in self.meta
-            },
-            "languages": languages(self.sample),
-            "empty": self.n_empty,
-            "with_replacement_characters": self.n_damaged,
-            "with_nul": self.n_with_nul,
-            "bad_lines": {"n": len(self.bad), "first": self.bad[:3]},
-            "duplicates": self.copies.facts(),
-            "paragraphs": self.paragraphs.facts(),
-            "talk": self.talk and self.talk.facts(),
-            "extremes": {kind: highest.facts() for kind, highest in self.extremes.items()},
-            "random": [beginning(document.text, 600) for document in self.sample[:SHOWN]],
-        }
+        self.languages = languages([text for text, _ in self.sample])
+        frequent = [id for id in np.argsort(-self.counts, kind="stable")[:20] if self.counts[id]]
+        self.frequent = [(f'"{visible(self.words[id])}"', self.counts[id] / self.n_tokens) for id in frequent]
+
+
+def keep_highest(best, value, document, n=3):
+    """Add a document to the n of the highest values, [(value, key, beginning), ...], if it is one of them."""
+    is_full = len(best) == n
+    if (is_full and value <= best[-1][0]) or document.key in [key for _, key, _ in best]:
+        return
+    best.append((value, document.key, beginning(document.text, 300)))
+    best.sort(key=lambda entry: -entry[0])  # of equal values the first document stays
+    del best[n:]
 
 
 def compressed(text):
@@ -335,29 +320,22 @@ def paragraphs(text):
     return [piece for piece in map(bytes.strip, pieces) if len(piece) >= PARAGRAPH]
 
 
-def histogram(lengths):
-    """[(low, high, how many lengths are from low to high), ...]; each high is about twice its low."""
-    edges = [0, *(1 << n for n in range(int(lengths.max()).bit_length() + 1))]
-    numbers = np.histogram(lengths, edges)[0].tolist()
-    first = next(i for i, n in enumerate(numbers) if n)
-    return [(edges[i], edges[i + 1] - 1, numbers[i]) for i in range(first, len(numbers))]
-
-
-def languages(documents):
-    """{language: share of the documents}, by their first 2,000 bytes; None if that is not installed."""
+def languages(texts):
+    """{language: share of the texts}; None if what finds them out is not installed."""
     try:
         classifier, found = rules.Language("en"), Counter()
     except UserError:  # it is not installed
         return None
-    for document in documents:
-        language, confidence = classifier.most_probable(beginning(document.text, 2000))
-        found[language if confidence >= UNCLEAR else "unclear"] += 1
-    return {language: n / len(documents) for language, n in found.most_common()}
+    for text in texts:
+        language, confidence = classifier.most_probable(text.decode("utf-8", "ignore"))
+        found[language if confidence >= 0.2 else "unclear"] += 1
+    return {language: n / len(texts) for language, n in found.most_common()}
 
 
 def beginning(text, n_bytes):
-    """The first bytes of a text as a str, with ... if it goes on."""
-    return text[:n_bytes].decode("utf-8", "ignore") + " ..." * (len(text) > n_bytes)
+    r"""The first bytes of a text, in one line: a line break is \n. If the text goes on, ... stands there."""
+    whole = text[:n_bytes].decode("utf-8", "ignore").encode()  # without a part of a character at the end
+    return visible(whole) + " ..." * (len(text) > n_bytes)
 
 
 class Bounded(dict):
@@ -378,50 +356,27 @@ class Bounded(dict):
         return self.setdefault(key, new) if key % self.every == 0 else None
 
 
-class Repeats:
-    """How often each text came."""
-
-    def __init__(self):
-        self.times = Bounded(KEYS)  # {hash: [how often, the beginning of the text if it came twice]}
+class Repeats(Bounded):
+    """How often each text came: {hash: [how often, the beginning of the text if it came twice]}."""
 
     def add(self, key, text):
-        entry = self.times.entry(key, [0, b""])
+        entry = self.entry(key, [0, b""])
         if entry:
             entry[0] += 1
             if entry[0] == 2:
                 entry[1] = text[:200]  # b"" of a shard's document that is not looked into
 
-    def facts(self):
-        repeated = sorted((entry for entry in self.times.values() if entry[0] > 1), reverse=True)
-        n_copies = sum(n - 1 for n, _ in repeated)
-        return {
-            "every": self.times.every,
-            "compared": len(self.times) + n_copies,
-            "copies": n_copies,
-            "copied": len(repeated),
-            "most": [(n, beginning(text, 150)) for n, text in repeated if text][:3],
-        }
+    def repeated(self):
+        """[[how often, the beginning], ...] of the texts that came more than once, most frequent first."""
+        return sorted((entry for entry in self.values() if entry[0] > 1), reverse=True)
+
+    def copies(self):
+        """How many texts had come before, and which share of all they are: (number, share)."""
+        n_texts = sum(times for times, _ in self.values())
+        return n_texts - len(self), (n_texts - len(self)) / max(1, n_texts)
 
 
-class Highest:
-    """The n documents of the highest values, each once."""
-
-    def __init__(self, n):
-        self.n, self.best = n, []  # [(value, document), ...]
-
-    def add(self, value, document):
-        if len(self.best) == self.n and value <= self.best[-1][0]:
-            return
-        if all(document.key != other.key for _, other in self.best):
-            self.best.append((value, document))
-            self.best.sort(key=lambda entry: -entry[0])  # of equal values the first document stays
-            del self.best[self.n :]
-
-    def facts(self):
-        return [(abs(value), beginning(document.text, 300)) for value, document in self.best]
-
-
-class Talk:
+class ConversationStats:
     """What only conversations have: turns, system messages, calls, and questions with several answers."""
 
     def __init__(self):
@@ -445,63 +400,56 @@ class Talk:
             if turn["role"] == "system" and (words[:200] in self.systems or len(self.systems) < 1000):
                 self.systems[words[:200]] += 1
             if turn["role"] == "assistant":
-                entry = self.questions.entry(digest(utf8(before)), (last[:200], Counter()))
+                entry = self.questions.entry(hash64(utf8(before)), (last[:200], Counter()))
                 if entry:
                     entry[1][words[:200]] += 1
-            before, last = f"{before}{turn['role']} {same(words)}\n", words
+            normalised = words.lower().rstrip("?.!")  # "who are you" asks the same as "Who are you?"
+            before, last = f"{before}{turn['role']} {normalised}\n", words
         return ids[1:]
 
-    def facts(self):
-        several = [(question, answers) for question, answers in self.questions.values() if len(answers) > 1]
-        several.sort(key=lambda entry: -len(entry[1]))
-        return {
-            "user_turns": dict(sorted(self.user_turns.items())),
-            "with_system": self.systems.total() / self.n,
-            "systems": self.systems.most_common(3),
-            "with_calls": self.n_with_calls / self.n,
-            "targets": self.n_targets / self.n_tokens,
-            "every": self.questions.every,
-            "questions": len(self.questions),
-            "asked_again": sum(answers.total() > 1 for _, answers in self.questions.values()),
-            "several_answers": len(several),
-            "examples": [(question, answers.most_common(3)) for question, answers in several[:5]],
-        }
-
-
-def same(question):
-    """A form that a question shares with those that ask the same: "who are you" of "Who are you?"."""
-    return question.lower().removesuffix("?").removesuffix(".").removesuffix("!")
+    def several_answers(self):
+        """[(question, {answer: how often}), ...] of several answers, the question with most of them first."""
+        found = [entry for entry in self.questions.values() if len(entry[1]) > 1]
+        return sorted(found, key=lambda entry: -len(entry[1]))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The page
 
 WIDTH = 110
+NO_BREAK = "\N{NO-BREAK SPACE}"  # between a token and its share
 
 
-def page(name, facts):
-    """The facts as text, for a person to read in a minute or to look into for a quarter of an hour."""
-    unit, per_byte = facts["unit"], facts["tokens"] / facts["bytes"]
-    some = f"{facts['looked_into']:,} looked into have " if facts["every"] > 1 else ""
+def page(name, look):
+    """What was found, for a person to read in a minute or to look into for a quarter of an hour."""
+    unit, n_looked, n_tokens, n_bytes = look.unit, len(look.lengths), look.n_tokens, look.n_bytes
+    some = f"{n_looked:,} looked into have " if look.every > 1 else ""
+    tokens = "  ".join(f"{token} {percent(share)}".replace(" ", NO_BREAK) for token, share in look.frequent)
+    used = f"{np.count_nonzero(look.counts):,} of {len(look.counts):,} tokens are used"
+    spoken = "unknown; to find them out: pip install -r requirements-clean.txt"
+    if look.languages is not None:
+        shares = ", ".join(f"{language} {percent(share)}" for language, share in look.languages.items())
+        spoken = f"{shares} (of {len(look.sample):,} {unit}s)"
+    copies = [*copy_lines(f"{unit}s", look.copies), *copy_lines("paragraphs", look.paragraphs)]
     parts = [
-        f"{name}: {facts['documents']:,} {unit}s",
-        f"  {some}{size(facts['bytes'])} of text, {count(facts['tokens'])} tokens of {facts['tokenizer']}; "
-        f"{per_byte:.3f} tokens a byte, {1 / per_byte:.2f} bytes a token",
-        *(f"  ! {text}" for text in findings(facts)),
-        section(f"tokens in a {unit}", length_lines(facts)),
-        section("most frequent tokens", token_lines(facts), most=3),
-        section("sources", source_lines(facts)),
-        section("languages", language_lines(facts)),
-        section("copies", copy_lines(facts)),
+        f"{name}: {look.n_documents:,} {unit}s",
+        f"  {some}{size(n_bytes)} of text, {count(n_tokens)} tokens of {look.tokenizer.kind}; "
+        f"{n_tokens / n_bytes:.3f} tokens a byte, {n_bytes / n_tokens:.2f} bytes a token",
+        *(f"  ! {text}" for text in findings(look)),
+        section(f"tokens in a {unit}", length_lines(look.lengths)),
+        section("most frequent tokens", [tokens, used], most=3),
+        section("sources", source_lines(look)),
+        section("languages", [spoken]),
+        section("copies", copies),
     ]
-    if facts["talk"]:
-        parts.append(section("turns and answers", talk_lines(facts["talk"])))
+    if look.talk:
+        parts.append(section("turns and answers", talk_lines(look.talk)))
     for kind, form in EXTREMES.items():
-        lines = [f"{form.format(value)}: {flat(text)}" for value, text in facts["extremes"][kind]]
-        if lines:
+        if look.extremes[kind]:
+            lines = [f"{form.format(abs(value))}: {text}" for value, _, text in look.extremes[kind]]
             parts.append(section(kind, lines))
-    lines = [f"{i}. {flat(text)}" for i, text in enumerate(facts["random"], 1)]
-    parts.append(section(f"{len(lines)} of {facts['looked_into']:,} {unit}s, at random", lines, most=3))
+    lines = [f"{i}. {beginning(text, 600)}" for i, (text, _) in enumerate(look.sample[:10], 1)]
+    parts.append(section(f"{len(lines)} of {n_looked:,} {unit}s, at random", lines, most=3))
     return "\n".join(parts)
 
 
@@ -512,13 +460,9 @@ def section(title, texts, most=2):
     return "\n".join(["", title, *(wrap.fill(text) for text in texts)])
 
 
-def flat(text):
-    r"""A text in one line: a line break is \n."""
-    return visible(utf8(text))
-
-
-def ordinal(n):
-    return {2: "2nd", 3: "3rd"}.get(n, f"{n}th")
+def sample_of(every):
+    """What the page says of things of which only every n-th is known."""
+    return f" (a sample of 1 of {every})" if every > 1 else ""
 
 
 def percent(share):
@@ -526,137 +470,127 @@ def percent(share):
     return f"{share:.0%}" if share >= 0.1 or share == 0 else f"{100 * share:.2g}%"
 
 
-def findings(facts):
+def findings(look):
     """Yield what a person should look at first."""
-    unit, longest, spoken = facts["unit"], facts["lengths"]["longest"], facts["languages"] or {"": 1}
-    for key, what, usual in (("duplicates", f"{unit}s", 0), ("paragraphs", "paragraphs", 0.02)):
-        share = facts[key]["copies"] / max(1, facts[key]["compared"])
+    units, longest, spoken = f"{look.unit}s", max(look.lengths), look.languages or {"": 1}
+    for what, texts, usual in ((units, look.copies, 0), ("paragraphs", look.paragraphs, 0.02)):
+        _, share = texts.copies()
         if share > usual:
             yield f"{percent(share)} of the {what} are copies of others"
-    if longest > 0.05 * facts["tokens"] and facts["looked_into"] > 20:
-        yield f"the longest {unit} has {percent(longest / facts['tokens'])} of all tokens"
+    if longest > 0.05 * look.n_tokens and len(look.lengths) > 20:
+        yield f"the longest {look.unit} has {percent(longest / look.n_tokens)} of all tokens"
     if max(spoken.values()) < 0.9:
-        yield f"only {percent(max(spoken.values()))} of the {unit}s are in one language"
-    if facts["empty"]:
-        yield f"empty {unit}s: {facts['empty']:,}"
-    if facts["with_replacement_characters"]:
-        yield f"{unit}s with U+FFFD, bytes that were no text: {facts['with_replacement_characters']:,}"
-    if facts["with_nul"]:
-        yield f"{unit}s with NUL characters, no text or in another encoding: {facts['with_nul']:,}"
-    if facts["bad_lines"]["n"]:
-        yield f"bad lines: {facts['bad_lines']['n']:,}; the first is {facts['bad_lines']['first'][0]}"
-    if facts["talk"] and facts["talk"]["several_answers"]:
-        yield f"questions with several answers: {facts['talk']['several_answers']:,}"
+        yield f"only {percent(max(spoken.values()))} of the {units} are in one language"
+    if look.n_empty:
+        yield f"empty {units}: {look.n_empty:,}"
+    if look.n_damaged:
+        yield f"{units} with U+FFFD, bytes that were no text: {look.n_damaged:,}"
+    if look.n_with_nul:
+        yield f"{units} with NUL characters, no text or in another encoding: {look.n_with_nul:,}"
+    if look.n_bad:
+        yield f"bad lines: {look.n_bad:,}; the first is {look.first_bad}"
+    if look.talk and look.talk.several_answers():
+        yield f"questions with several answers: {len(look.talk.several_answers()):,}"
 
 
-def length_lines(facts):
-    n = {name: f"{value:,.0f}" for name, value in facts["lengths"].items()}
-    yield f"median {n['median']}, mean {n['mean']}; a tenth up to {n['10%']}, a tenth from {n['90%']} on"
-    most = max(number for _, _, number in facts["histogram"])
-    for low, high, number in facts["histogram"]:
-        yield f"{low:>10,} to {high:<10,} {number:>9,} {'#' * round(60 * number / most)}"
+def length_lines(lengths):
+    """The quantiles of lengths, and their histogram, in which each row has about twice the length."""
+    low, median, high = np.quantile(lengths, [0.1, 0.5, 0.9], method="inverted_cdf")
+    averages = f"median {median:,.0f}, mean {np.mean(lengths):,.0f}"
+    yield f"{averages}; a tenth up to {low:,.0f}, a tenth from {high:,.0f} on"
+    numbers = Counter(length.bit_length() for length in lengths)
+    for n_bits in range(min(numbers), max(numbers) + 1):
+        low, high, number = (1 << n_bits) // 2, (1 << n_bits) - 1, numbers[n_bits]
+        yield f"{low:>10,} to {high:<10,} {number:>9,} {'#' * round(60 * number / max(numbers.values()))}"
 
 
-def token_lines(facts):
-    words = [f'"{word}" {percent(share)}' for word, share in facts["frequent_tokens"]]
-    yield "  ".join(word.replace(" ", "\N{NO-BREAK SPACE}") for word in words)  # else lines would break there
-    yield f"{facts['tokens_used']:,} of {facts['vocab_size']:,} tokens are used"
-
-
-def source_lines(facts, most=8):
-    sources = list(facts["sources"].items())
+def source_lines(look, most=8):
+    """The sources of the most bytes; where the data is from, and what was left out, as meta.json says."""
+    sources = list(look.sources.items())
     for name, n in sources[:most]:
-        share = percent(n["bytes"] / facts["bytes"])
-        yield f"{share:>6}  {name}: {n['documents']:,} {facts['unit']}s, {count(n['tokens'])} tokens"
+        share = percent(n["bytes"] / look.n_bytes)
+        yield f"{share:>6}  {name}: {n['documents']:,} {look.unit}s, {count(n['tokens'])} tokens"
     if sources[most:]:
         rest = sum(n["bytes"] for _, n in sources[most:])
-        yield f"{percent(rest / facts['bytes']):>6}  {len(sources) - most} others"
-    for source in facts["meta"].get("sources", []):
-        yield "from " + ", ".join(f"{key} {value}" for key, value in source.items() if "sha256" not in key)
+        yield f"{percent(rest / look.n_bytes):>6}  {len(sources) - most} others"
+    for source in look.meta.get("sources", []):
+        shown = [key for key in source if "sha256" not in key and key != "cleaning"]
+        yield "from " + ", ".join(f"{key} {source[key]}" for key in shown)
+        for step, came in source.get("cleaning", {}).get("steps", {}).items():
+            dropped = [(rule, n["bytes"]) for rule, n in came["dropped"].items() if n["bytes"]]
+            amounts = [f"{came['documents']:,} documents", size(came["bytes"])]
+            amounts += [f"−{size(n_bytes)} by {rule}" for rule, n_bytes in dropped]
+            yield f"cleaning, {step}: {', '.join(amounts)}"
     for what in ("left_out", "dropped"):
-        if facts["meta"].get(what):
-            yield f"{what.replace('_', ' ')} before: {json.dumps(facts['meta'][what])}"
+        if look.meta.get(what):
+            yield f"{what.replace('_', ' ')} before: {json.dumps(look.meta[what])}"
 
 
-def language_lines(facts):
-    if facts["languages"] is None:
-        yield "unknown; to find them out: pip install -r requirements-clean.txt"
+def copy_lines(what, texts):
+    """How many of some texts, a Repeats, are copies of others, and the three that came most often."""
+    n_copies, share = texts.copies()
+    repeated = texts.repeated()
+    of = f"{len(texts) + n_copies:,} {what}{sample_of(texts.every)}"
+    if repeated:
+        yield f"{n_copies:,} ({percent(share)}) of {of} are copies of {len(repeated):,} others"
     else:
-        shares = ", ".join(f"{language} {percent(share)}" for language, share in facts["languages"].items())
-        yield f"{shares} (of {min(SAMPLE, facts['looked_into']):,} {facts['unit']}s)"
-
-
-def copy_lines(facts):
-    for what, copies in ((f"{facts['unit']}s", facts["duplicates"]), ("paragraphs", facts["paragraphs"])):
-        some = f", every {ordinal(copies['every'])} of all" if copies["every"] > 1 else ""
-        share = percent(copies["copies"] / max(1, copies["compared"]))
-        of = f"{copies['compared']:,} {what}{some}"
-        if not copies["copies"]:
-            yield f"no copies among {of}"
-        else:
-            yield f"{copies['copies']:,} ({share}) of {of} are copies of {copies['copied']:,} others"
-        for n, text in copies["most"]:
-            yield f"{n:>7,} x  {flat(text)}"
+        yield f"no copies among {of}"
+    for times, text in [entry for entry in repeated if entry[1]][:3]:
+        yield f"{times:>7,} x  {beginning(text, 150)}"
 
 
 def talk_lines(talk):
-    yield "turns of the user: " + ", ".join(f"{n}: {times:,}" for n, times in talk["user_turns"].items())
-    systems = "; ".join(f"{times:,} x {flat(text)}" for text, times in talk["systems"])
-    yield f"{percent(talk['with_system'])} have a system message {systems}"
-    yield f"{percent(talk['with_calls'])} call tools; {percent(talk['targets'])} of the tokens are targets"
-    some = f", every {ordinal(talk['every'])} of all" if talk["every"] > 1 else ""
-    yield (
-        f"{talk['questions']:,} different questions{some}; {talk['asked_again']:,} came more than once, "
-        f"{talk['several_answers']:,} have several answers"
-    )
-    for question, answers in talk["examples"]:
-        yield f"{flat(question)} -> " + " | ".join(f"{times} x {flat(text)}" for text, times in answers)
+    """What only conversations have, of a ConversationStats."""
+    turns = ", ".join(f"{n}: {times:,}" for n, times in sorted(talk.user_turns.items()))
+    yield f"turns of the user: {turns}"
+    systems = "; ".join(f"{times:,} x {visible(utf8(text))}" for text, times in talk.systems.most_common(3))
+    yield f"{percent(talk.systems.total() / talk.n)} have a system message {systems}"
+    calls, targets = percent(talk.n_with_calls / talk.n), percent(talk.n_targets / talk.n_tokens)
+    yield f"{calls} call tools; {targets} of the tokens are targets"
+    several = talk.several_answers()
+    n_again = sum(answers.total() > 1 for _, answers in talk.questions.values())
+    different = f"{len(talk.questions):,} different questions{sample_of(talk.questions.every)}"
+    yield f"{different}; {n_again:,} came more than once, {len(several):,} have several answers"
+    for question, answers in several[:5]:
+        some = " | ".join(f"{times} x {visible(utf8(text))}" for text, times in answers.most_common(3))
+        yield f"{visible(utf8(question))} -> {some}"
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The picture
 
 
-def draw(name, look, facts, out):
-    """Lengths, frequent tokens, sources; copies, languages, and where the outliers are."""
-    figure, axes = plt.subplots(2, 3, figsize=(14, 8))
-    (lengths, tokens, sources), (copies, spoken, outliers) = axes
-    unit = facts["unit"]
+def draw(name, look, out):
+    """Lengths, frequent tokens, sources, languages, and where the outliers are."""
+    rows = [["lengths", "lengths", "tokens"], ["sources", "languages", "outliers"]]
+    figure, axes = plt.subplot_mosaic(rows, figsize=(14, 8))
+    unit = look.unit
 
-    lengths.hist(np.log2(np.maximum(look.lengths, 1)), bins=60)
-    ticks = range(0, int(max(look.lengths)).bit_length() + 1, 2)
-    lengths.set_xticks(ticks, [f"{1 << n:,}" for n in ticks], rotation=45)
-    lengths.set(title=f"tokens in a {unit}", ylabel=f"{unit}s")
+    axes["lengths"].hist(np.log2(np.maximum(look.lengths, 1)), bins=60)
+    ticks = range(0, max(look.lengths).bit_length() + 1, 2)
+    axes["lengths"].set_xticks(ticks, [f"{1 << n:,}" for n in ticks], rotation=45)
+    axes["lengths"].set(title=f"tokens in a {unit}", ylabel=f"{unit}s")
 
-    bars(tokens, "most frequent tokens", {f'"{word}"': share for word, share in facts["frequent_tokens"]})
-    shares = {name: n["bytes"] / facts["bytes"] for name, n in facts["sources"].items()}
-    bars(sources, "bytes by source", shares, most=10)
-    bars(spoken, "languages", facts["languages"] or {}, most=10)
+    shares = [(source, n["bytes"] / look.n_bytes) for source, n in look.sources.items()]
+    bars(axes["tokens"], "most frequent tokens", look.frequent)
+    bars(axes["sources"], "bytes by source", shares, most=10)
+    bars(axes["languages"], "languages", list((look.languages or {}).items()), most=10)
 
-    for what, repeats in ((f"{unit}s", look.copies), ("paragraphs", look.paragraphs)):
-        texts_of = Counter(n for n, _ in repeats.times.values()) or {1: 0}  # {how often: so many texts}
-        times, n_texts = zip(*sorted(texts_of.items()))
-        copies.loglog(times, n_texts, "o", markersize=3, label=what)
-    copies.set(title="copies", xlabel="how often the same text is there", ylabel="texts")
-    copies.legend()
-    for axis in (copies.xaxis, copies.yaxis):
-        axis.set_major_formatter("{x:,.0f}")
+    measures = [measures for _, measures in look.sample if measures]
+    x, y = [100 * others for _, others in measures], [100 * packed for packed, _ in measures]
+    axes["outliers"].scatter(x, y, s=4)
+    axes["outliers"].set(title=f"{len(measures):,} {unit}s at random", xlabel="% signs other than letters")
+    axes["outliers"].set_ylabel("% of its size when compressed")
 
-    some = [document.text for document in look.sample if len(document.text) >= ENOUGH]
-    x, y = [100 * non_letters(text) for text in some], [100 * compressed(text) for text in some]
-    outliers.scatter(x, y, s=4)
-    outliers.set(title=f"{len(some):,} {unit}s at random", xlabel="% signs other than letters")
-    outliers.set_ylabel("% of its size when compressed")
-
-    figure.suptitle(f"{name}: {facts['documents']:,} {unit}s, {count(facts['tokens'])} tokens")
-    plot.write(figure, axes.flat, out)
+    figure.suptitle(f"{name}: {look.n_documents:,} {unit}s, {count(look.n_tokens)} tokens")
+    plot.write(figure, axes.values(), out)
 
 
 def bars(axes, title, shares, most=20):
-    """Horizontal bars of the first shares; the others are one bar."""
-    rows = list(shares.items())[:most]
-    if len(shares) > most:
-        rows.append(("others", sum(list(shares.values())[most:])))
+    """Horizontal bars of the first [(name, share), ...]; the others are one bar."""
+    rows = shares[:most]
+    if shares[most:]:
+        rows.append(("others", sum(share for _, share in shares[most:])))
     names = [name[:24].replace("$", r"\$") for name, _ in rows]  # between two $ stands mathematics
     axes.barh(range(len(rows)), [100 * share for _, share in rows])
     axes.set_yticks(range(len(rows)), names, fontsize=7 if len(rows) > 12 else 9)

@@ -463,8 +463,7 @@ def hosted(solution):
 def read(path, skip_bad=False):
     """The conversations of a JSONL file, and how many bad lines were skipped: (conversations, skipped).
 
-    A line is {"messages": [...]}, as OpenAI and Hugging Face write it, or the list alone. Without skip_bad a
-    bad line is a UserError that says which line it is and what is wrong.
+    Without skip_bad a bad line is a UserError that says which line it is and what is wrong.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -475,18 +474,29 @@ def read(path, skip_bad=False):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            messages = row.get("messages") if isinstance(row, dict) else row
-            conversations.append(checked(messages, training=True))
-        except (UserError, ValueError, RecursionError) as error:
+            conversation, _ = parsed(line)
+            conversations.append(conversation)
+        except UserError as error:
             if not skip_bad:
-                is_json = isinstance(error, UserError)
-                reason = error if is_json else f"no JSON ({getattr(error, 'msg', error)})"
-                raise UserError(f"{path}, line {number}: {reason}; correct it or skip bad lines") from None
+                raise UserError(f"{path}, line {number}: {error}; correct it or skip bad lines") from None
             skipped += 1
     if not conversations:
         raise UserError(f'{path} has no conversation; every line should be {{"messages": [...]}}')
     return conversations, skipped
+
+
+def parsed(line):
+    """The conversation in a line of JSON, and the source that the line names or None: (conversation, source).
+
+    A line is {"messages": [...]}, as OpenAI and Hugging Face write it, or the list alone. UserError says what
+    is wrong with a bad line.
+    """
+    try:
+        row = json.loads(line)
+        row = row if isinstance(row, dict) else {"messages": row}
+        return checked(row.get("messages"), training=True), row.get("source")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"no JSON ({getattr(error, 'msg', error)})") from None
 
 
 def is_of_tenth(conversation, split):
