@@ -156,7 +156,7 @@ def c4(text, words, rules, bad_words):
     """What C4 leaves of a text, the rule by which it drops all of it or None, and [(rule, line), ...] it cut.
 
     In C4's pages a line is a paragraph. Here the lines are paragraphs(), because a text may have its
-    paragraphs wrapped into lines. Citations, [1], are cut out of lines.
+    paragraphs wrapped into lines. Citations, [1], are cut out of a line before it is judged.
     """
     lower = text.lower()
     if "c4:lorem-ipsum" in rules and "lorem ipsum" in lower:
@@ -167,15 +167,15 @@ def c4(text, words, rules, bad_words):
         return "", "bad-words", []
     lines, cut = [], []
     for line in paragraphs(text):
-        rule = c4_line(line.strip(), rules)
+        marks = CITATION.findall(line) if "c4:citation" in rules else []
+        uncited = CITATION.sub("", line) if marks else line
+        rule = c4_line(uncited.strip(), rules)
         if rule and line.strip():
             cut.append((rule, line))
         elif not rule:
-            lines.append(line)
+            cut += [("citation", mark) for mark in marks]
+            lines.append(uncited)
     left = separator(text).join(lines)
-    if "c4:citation" in rules:
-        cut += [("citation", mark) for mark in CITATION.findall(left)]
-        left = CITATION.sub("", left)
     if "c4:sentences" in rules and len(SENTENCE_END.findall(left)) < 3:
         return "", "sentences", []
     return (left, None, cut) if left.strip() else ("", "no line left", [])

@@ -232,6 +232,13 @@ def test_c4_cuts_citations():
     assert verdict("So a[i] is [it].", "c4:citation") == ("So a[i] is [it].", [])
 
 
+def test_c4_judges_lines_without_their_citations():
+    cited = "A line that ends in a marker.[1]\nOne, two, three, four.[citation needed]"
+    asked = ["c4:terminal-punctuation", "c4:short-line", "c4:citation"]
+    cut = [("citation", "[1]"), ("short-line", "One, two, three, four.[citation needed]")]
+    assert rules.c4(cited, [], asked, ()) == ("A line that ends in a marker.", None, cut)
+
+
 def test_wrapped_lines_of_a_paragraph_stay_together():
     text = (
         "A paragraph that is wrapped\ninto two lines of text.\n\nThe second one is\nwrapped as well. Short."
