@@ -16,6 +16,7 @@ import gzip
 import io
 import json
 import logging
+import os
 import re
 import zlib
 from collections import Counter
@@ -252,23 +253,22 @@ class Reader:
                 for document in self._documents_of(path, raw):
                     self.bytes_read = before + raw.tell()
                     yield document
-                self.bytes_read = before + raw.seek(0, io.SEEK_END)
+            self.bytes_read = before + os.path.getsize(path)
 
     def _documents_of(self, path, raw):
         suffix = suffix_of(path)
         if suffix in (".warc", ".wet"):
             yield from self._archive(path, raw)
             return
-        file = gzip.GzipFile(fileobj=raw) if is_gzip(path) else raw
+        file = self._decompressed(path, raw) if is_gzip(path) else raw
         if suffix in WEB:
-            content = self._read(path, file, LARGEST_PAGE + 1)
+            content = file.read(LARGEST_PAGE + 1)
             yield Document(str(path), content, canonical_url(content), is_page=True)
             return
-        encoding = encoding_of(iter(lambda: self._read(path, file, 1 << 20), b""))
+        encoding = encoding_of(iter(lambda: file.read(1 << 20), b""))
         self.encodings[encoding] += 1
         file.seek(0)
-        blocks = Blocks(lambda n: self._read(path, file, n))
-        decoded = io.TextIOWrapper(io.BufferedReader(blocks, 1 << 16), encoding, errors="replace")
+        decoded = io.TextIOWrapper(file, encoding, errors="replace")
         if suffix != ".jsonl":
             for number, piece in enumerate(pieces(decoded, self.longest), 1):
                 yield Document(f"{path}, part {number}" if number > 1 else str(path), piece)
@@ -281,13 +281,10 @@ class Reader:
             for text in texts:
                 yield Document(where, text, url)
 
-    def _read(self, path, file, n):
-        """Up to n bytes of an open file. A damaged .gz ends where the damage is."""
-        try:
-            return file.read(n)
-        except (EOFError, zlib.error, gzip.BadGzipFile):
-            self._note("compressed files", f"{path} is damaged; what comes before the damage is read")
-            return b""
+    def _decompressed(self, path, raw):
+        """An open .gz as a file of what it holds. If it is damaged, it ends where the damage is."""
+        text = f"{path} is damaged; what comes before the damage is read"
+        return io.BufferedReader(Decompressed(raw, lambda: self._note("compressed files", text)), 1 << 16)
 
     def _note(self, kind, text):
         """Count a damage, once, and tell the person, unless there have been many."""
@@ -302,8 +299,8 @@ class Reader:
         """Yield the pages in a WARC file. Behind a damaged record it goes on with the next whole one."""
         from warcio import archiveiterator  # noqa: PLC0415
 
-        file = single_member(raw) if is_gzip(path) else raw
-        mark = GZIP_MEMBER if file is raw and is_gzip(path) else WARC_RECORD
+        mark = GZIP_MEMBER if is_gzip(path) and not is_single_member(raw) else WARC_RECORD
+        file = self._decompressed(path, raw) if is_gzip(path) and mark is WARC_RECORD else raw
         start, number = 0, 0
         while start is not None:
             file.seek(start)
@@ -359,19 +356,39 @@ class Reader:
         return Document(where, content, url, is_page=True, charset=charset and charset[1])
 
 
-class Blocks(io.RawIOBase):
-    """An open file of which read(n) is this function."""
+class Decompressed(io.RawIOBase):
+    """What an open .gz holds. If it is damaged, the file ends where the damage is, and damaged() is called.
 
-    def __init__(self, read_block):
-        self.read_block = read_block
+    GzipFile.read(n) would lose up to n bytes before the damage. So it is asked for few bytes at a time.
+    """
+
+    def __init__(self, raw, damaged):
+        self.file, self.damaged = gzip.GzipFile(fileobj=raw), damaged
 
     def readable(self):
         return True
 
+    def seekable(self):
+        return True
+
+    def seek(self, place, whence=io.SEEK_SET):
+        with self._up_to_damage():
+            self.file.seek(place, whence)
+        return self.file.tell()
+
     def readinto(self, buffer):
-        block = self.read_block(len(buffer))
+        block = b""
+        with self._up_to_damage():
+            block = self.file.read1(min(len(buffer), 1 << 13))
         buffer[: len(block)] = block
         return len(block)
+
+    @contextlib.contextmanager
+    def _up_to_damage(self):
+        try:
+            yield
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            self.damaged()
 
 
 def canonical_url(page):
@@ -381,14 +398,15 @@ def canonical_url(page):
     return address[1].decode("utf-8", "replace") if address else ""
 
 
-def single_member(raw):
-    """An open .warc.gz as warcio reads it: with a member of gzip for every record, or else decompressed."""
-    try:
-        text = zlib.decompressobj(31).decompress(raw.read(1 << 16))
-    except zlib.error:
-        return raw
+def is_single_member(raw):
+    """Whether an open .warc.gz is one member of gzip; warcio reads those that have one for every record."""
+    start = raw.read(1 << 16)
     raw.seek(0)
-    return gzip.GzipFile(fileobj=raw) if len(re.findall(rb"^WARC/\d", text, re.M)) > 1 else raw
+    try:
+        text = zlib.decompressobj(31).decompress(start)
+    except zlib.error:
+        return False
+    return len(re.findall(rb"^WARC/\d", text, re.M)) > 1
 
 
 def next_record(file, start, mark):
