@@ -40,12 +40,9 @@ import argparse
 import contextlib
 import functools
 import json
-import multiprocessing
 import os
 import re
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
-from multiprocessing.connection import wait
 from operator import attrgetter
 from urllib.parse import urlsplit
 
@@ -55,6 +52,7 @@ import common
 from cleaning import duplicates, formats, rules
 from cleaning.counts import Counts
 from cleaning.duplicates import TEST_WORDS, hash64, hashes_of, ngrams, paragraphs, words_of
+from cleaning.processes import in_order
 from common import UserError
 
 # ------------------------------------------------------------------------------------------------------------
@@ -70,6 +68,7 @@ PRESET = {  # what --clean sets, unless another flag says otherwise
     "repeated_paragraphs": True,
 }
 FILES = ("blocklist", "bad_words", "decontaminate")  # flags that name files
+BATCH_BYTES, BATCH_DOCUMENTS = 1 << 19, 256  # what a process cleans at a time
 
 
 def add_flags(parser):
@@ -126,16 +125,17 @@ def clean(paths, flags, out):
     """
     steps = steps_asked(flags)
     blocked = read_blocklist(flags.blocklist) if flags.blocklist else set()
-    settings = steps, flags.min_share, flags.skip_rules, duplicates.read_tests(flags.decontaminate)
+    tests = duplicates.read_tests(flags.decontaminate)
+    make_cleaner = functools.partial(Cleaner, steps, flags.min_share, flags.skip_rules, tests)
     formats.require(paths)
-    Cleaner(*settings)  # its errors come before anything is read, too
+    make_cleaner()  # its errors come before anything is read, too
     counts, reader, earlier = Counts(), formats.Reader(flags.document_chars), duplicates.Earlier()
     progress = common.Progress("cleaning", sum(path.stat().st_size for path in paths), form=common.size)
     documents = first_look(reader.documents(paths), blocked, counts)
     batches = formats.in_batches(documents, attrgetter("content"), BATCH_BYTES, BATCH_DOCUMENTS)
     with (
         open(out, "w", encoding="utf-8") as file,
-        contextlib.closing(in_order(batches, settings, flags.processes)) as results,
+        contextlib.closing(in_order(batches, make_cleaner, flags.processes)) as results,
     ):
         for cleaned, counts_of_batch in results:
             counts.add(counts_of_batch)
@@ -250,8 +250,14 @@ class Cleaner:
 
     def clean_batch(self, documents):
         """What is left of a list of Documents, [Cleaned, ...], and the Counts of what was dropped."""
-        counts = Counts()
-        cleaned = [self.clean(document, counts) for document in documents]
+        counts, cleaned = Counts(), []
+        for document in documents:
+            try:
+                cleaned.append(self.clean(document, counts))
+            except MemoryError:
+                raise
+            except Exception as error:
+                raise RuntimeError(f"{document.where} cannot be cleaned") from error
         return [document for document in cleaned if document], counts
 
     def clean(self, document, counts):
@@ -312,78 +318,3 @@ class Cleaner:
             if f"gopher:{rule}" in self.rules and not low <= measures[rule] <= high:
                 return rule
         return None
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Processes
-
-BATCH_BYTES, BATCH_DOCUMENTS = 1 << 19, 256
-
-
-def in_order(batches, settings, processes):
-    """Yield what Cleaner.clean_batch() makes of each batch, in their order; `processes` of them work on it.
-
-    Few batches are under way at a time, so that memory does not hold the text.
-    """
-    if processes == 1:
-        yield from map(Cleaner(*settings).clean_batch, batches)
-        return
-    context = multiprocessing.get_context("spawn")  # not fork: this process has threads
-    workers, pipes = [], []
-    try:
-        resource_tracker.ensure_running()  # it unblocks Ctrl-C when it starts
-        with common.ctrl_c_waits():
-            for _ in range(processes):
-                pipe, theirs = context.Pipe()
-                worker = context.Process(target=work, args=(theirs, settings), daemon=True)
-                worker.start()
-                workers.append(worker)
-                theirs.close()
-                pipes.append(pipe)
-        yield from share_out(iter(batches), pipes)
-    except (EOFError, ConnectionError):
-        remedy = "free some memory, or give fewer --processes"
-        raise UserError(
-            f"a process that cleaned was killed, perhaps because memory is full; {remedy}"
-        ) from None
-    finally:
-        for worker in workers:
-            worker.terminate()
-            worker.join()
-
-
-def share_out(batches, pipes):
-    """Send every batch to a process that waits for one; yield their results in the order of the batches."""
-    idle, under_way, results = list(pipes), {}, {}  # under_way: {pipe: number of its batch}
-    n_sent, n_yielded, is_over = 0, 0, False
-    while not is_over or under_way or results:
-        while idle and not is_over and n_sent - n_yielded < 4 * len(pipes):
-            batch = next(batches, None)
-            is_over = batch is None
-            if not is_over:
-                pipe = idle.pop()
-                pipe.send(batch)
-                under_way[pipe], n_sent = n_sent, n_sent + 1
-        if n_yielded in results:
-            yield results.pop(n_yielded)
-            n_yielded += 1
-        elif under_way:
-            for pipe in wait(under_way):
-                result = pipe.recv()
-                if isinstance(result, Exception):
-                    raise result
-                results[under_way.pop(pipe)] = result
-                idle.append(pipe)
-
-
-def work(pipe, settings):
-    """What a process does: clean the batches that come through the pipe, until its other end is closed."""
-    cleaner = Cleaner(*settings)
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            batch = pipe.recv()
-            try:
-                result = cleaner.clean_batch(batch)
-            except Exception as error:
-                result = error
-            pipe.send(result)

@@ -1,16 +1,21 @@
 """clean.py: every rule, every step, every format; the same output for any number of processes; bad input."""
 
+import contextlib
+import functools
 import gzip
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +28,7 @@ from warcio.warcwriter import WARCWriter
 
 import clean
 import data
-from cleaning import duplicates, formats, rules
+from cleaning import duplicates, formats, processes, rules
 from cleaning.counts import Counts
 from common import UserError
 from tokenizer import Tokenizer
@@ -709,11 +714,11 @@ def test_the_same_output_for_any_number_of_processes(here, monkeypatch):
     Path("in/x.warc.gz").write_bytes(b"".join(warc(WARC)))
     before = script.tree(here / "in")
     outputs = []
-    for processes in (1, 2, 3):
-        monkeypatch.setattr(clean, "BATCH_DOCUMENTS", 10 * processes)
-        done = run(f"in --clean --show-dropped --processes {processes}")
+    for n_processes in (1, 2, 3):
+        monkeypatch.setattr(clean, "BATCH_DOCUMENTS", 10 * n_processes)
+        done = run(f"in --clean --show-dropped --processes {n_processes}")
         outputs.append((done.out, script.tree("out")))
-        os.rename("out", f"out{processes}")
+        os.rename("out", f"out{n_processes}")
     assert outputs[0] == outputs[1] == outputs[2]
     os.rename("out1", "out")
     steps = cleaning()["steps"]
@@ -773,6 +778,48 @@ def test_what_is_missing_is_named(here, monkeypatch):
         )
     done = script.run(data.main, "factbook", "--gopher", "--out", "out")
     assert script.refused(done, "only your own text is cleaned")
+
+
+CLEANER = functools.partial(clean.Cleaner, {"gopher": True}, 0.65, [], NO_TESTS)
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_an_error_names_the_document(n_processes):
+    document = formats.Document("a.txt, part 3", content=5)  # which words_of() refuses
+    with pytest.raises(RuntimeError) as error:
+        list(processes.in_order([[document]], CLEANER, n_processes))
+    said = "".join(traceback.format_exception(error.type, error.value, error.tb))
+    assert "a.txt, part 3 cannot be cleaned" in said and "in words_of" in said
+
+
+def test_an_error_of_reading_is_not_blamed_on_a_process():
+    def broken():
+        raise EOFError
+        yield
+
+    with pytest.raises(EOFError):
+        list(processes.in_order(broken(), CLEANER, 2))
+
+
+@pytest.mark.parametrize(("n_batches", "n_started"), [(0, 0), (1, 1), (2, 2), (20, 3)])
+def test_no_process_is_started_that_gets_no_batch(n_batches, n_started):
+    started = []
+
+    def start():
+        pipe, theirs = multiprocessing.Pipe()
+        threading.Thread(target=echo, args=(theirs,), daemon=True).start()
+        started.append(pipe)
+        return pipe
+
+    assert list(processes.share_out(iter(range(n_batches)), start, 3)) == list(range(n_batches))
+    assert len(started) == n_started
+
+
+def echo(pipe):
+    """Send back what comes."""
+    with contextlib.suppress(EOFError):
+        while True:
+            pipe.send(pipe.recv())
 
 
 def children_of(pid):
