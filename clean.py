@@ -82,7 +82,7 @@ def add_flags(parser):
     add("--language", metavar="CODE", help="drop other languages: a code, such as en, or any")
     share = common.number(float, low=0, high=1)
     add("--min-share", type=share, default=0.65, metavar="X", help="lowest score for --language")
-    switch("--gopher", help="drop what Gopher's rules of quality and repetition drop")
+    switch("--gopher", help="drop what breaks a rule of quality or repetition; its stop words are English")
     switch("--c4", help="drop the lines and pages that C4's rules drop; they are made for English")
     add("--bad-words", metavar="FILE", help="drop pages that have one of these words, one a line")
     words = "rules of --gopher and --c4 to leave out, such as gopher:stop-words or c4:curly-bracket"
@@ -126,7 +126,10 @@ def clean(paths, flags, out):
     steps = steps_asked(flags)
     blocked = read_blocklist(flags.blocklist) if flags.blocklist else set()
     tests = duplicates.read_tests(flags.decontaminate)
-    make_cleaner = functools.partial(Cleaner, steps, flags.min_share, flags.skip_rules, tests)
+    skip = list(flags.skip_rules)
+    if flags.language not in (None, "en"):
+        skip.append("gopher:stop-words")  # they are English
+    make_cleaner = functools.partial(Cleaner, steps, flags.min_share, skip, tests)
     formats.require(paths)
     make_cleaner()  # its errors come before anything is read, too
     counts, reader, earlier = Counts(), formats.Reader(flags.document_chars), duplicates.Earlier()
@@ -157,7 +160,7 @@ def clean(paths, flags, out):
     if "kept" not in counts.steps:
         raise UserError(f"cleaning leaves nothing: {counts.worst()}; give other files, or leave a step out")
     return {
-        "flags": steps | {"min_share": flags.min_share, "skip_rules": flags.skip_rules},
+        "flags": steps | {"min_share": flags.min_share, "skip_rules": skip},
         "steps": counts.as_json(),
         "encodings": reader.encodings + counts.encodings,
         "damaged": reader.damaged,
@@ -242,8 +245,6 @@ class Cleaner:
             raise UserError(f"--skip-rules {unknown[0]} is none of {', '.join(rules.RULES)}")
         language = steps.get("language")
         self.language = rules.Language(language) if language else None
-        if language not in (None, "en"):
-            skip = [*skip, "gopher:stop-words"]  # they are English
         self.rules = [rule for rule in rules.RULES if rule not in skip and rule.partition(":")[0] in steps]
         bad_words = lines_of(steps["bad_words"]) if "bad_words" in steps else []
         self.bad_words = {" ".join(words_of(line)) for _, line in bad_words}
