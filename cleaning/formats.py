@@ -231,7 +231,9 @@ def decodes(content, encoding):
 # Reading
 
 GZIP_MEMBER, WARC_RECORD = re.compile(rb"\x1f\x8b\x08"), re.compile(rb"(?<=\n)WARC/1\.[01]\r\n")
-CANONICAL = re.compile(rb"<link[^>]*\brel=[\"']?canonical[\"']?[^>]*>", re.I)
+LINK = re.compile(rb"<link\b[^<>]*>", re.I)
+CANONICAL = re.compile(rb"\brel\s*=\s*[\"']?canonical\b", re.I)
+HREF = re.compile(rb"\bhref\s*=\s*[\"']?([^\"'\s>]+)", re.I)
 
 
 class Reader:
@@ -393,9 +395,11 @@ class Decompressed(io.RawIOBase):
 
 def canonical_url(page):
     """The address that a page gives as its own, "" if it gives none."""
-    link = CANONICAL.search(page[: 1 << 16])
-    address = link and re.search(rb"\bhref=[\"']?([^\"'\s>]+)", link[0])
-    return address[1].decode("utf-8", "replace") if address else ""
+    for link in LINK.findall(page[: 1 << 16]):
+        address = HREF.search(link)
+        if address and CANONICAL.search(link):
+            return address[1].decode("utf-8", "replace")
+    return ""
 
 
 def is_single_member(raw):
@@ -448,7 +452,8 @@ def main_text(document, counts):
         text = trafilatura.extract(tree, fast=True, include_comments=False, deduplicate=False)
     except Exception:  # whatever a page does to the parser, the others are read
         return "", "trafilatura fails"
-    text = re.sub(r"\s*\n\s*", "\n", text or "").strip()
+    lines = [line.strip() for line in (text or "").split("\n")]
+    text = "\n".join(line for line in lines if line)
     return text, None if text else "no main text"
 
 

@@ -278,6 +278,9 @@ def test_stop_words_are_asked_of_english_alone(here):
     )
     run("a.jsonl --language de --gopher --skip-rules gopher:repeated-lines " + " ".join(SOME_REPETITION))
     assert dropped("language") == {"de below 0.65": 3} and len(kept()) == 3
+    os.rename("out", "german")
+    run("a.jsonl --language any --gopher --skip-rules gopher:repeated-lines " + " ".join(SOME_REPETITION))
+    assert len(kept()) == 6
 
 
 SOME_REPETITION = [f"gopher:{rule}" for rule in list(rules.GOPHER_REPETITION)[4:]]
@@ -353,6 +356,10 @@ def test_hostile_texts_take_no_time():
         rules.mask_personal_data(row * 100_000)
         rules.gopher_quality(row * 100_000, [])
         rules.c4(row * 100_000, [], rules.RULES, ())
+    formats.canonical_url(b"<link rel=canonical " * 3000)
+    formats.main_text(
+        formats.Document("x", page(f"<pre>a{' ' * 100_000}b</pre>").encode(), is_page=True), Counts()
+    )
     assert time.monotonic() - began < 10
 
 
