@@ -308,8 +308,9 @@ class Cleaner:
         if "near_duplicates" in steps:
             cleaned.bands, cleaned.signature = duplicates.minhash(hashes)
         if "repeated_paragraphs" in steps:
-            parts = [hash64(part.encode()) if duplicates.is_long(part) else 0 for part in paragraphs(text)]
-            cleaned.paragraphs = np.array(parts, np.uint64)
+            parts = [part.strip() for part in paragraphs(text)]
+            keys = [hash64(part.encode()) if duplicates.is_long(part) else 0 for part in parts]
+            cleaned.paragraphs = np.array(keys, np.uint64)
         return cleaned
 
     def broken(self, ranges, measure, text, words):

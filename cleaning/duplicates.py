@@ -22,13 +22,20 @@ def words_of(text):
     return re.findall(r"\w+", text.lower())
 
 
+LONG_LINE = 100  # characters: text is wrapped into shorter lines
+BLANK_LINE, LINE_BREAK = r"(\n\s*\n)", r"(\n(?:\s*\n)?)"
+
+
 def paragraphs(text):
-    """The paragraphs of a text: between blank lines, or the lines if there is no blank one."""
-    return text.split(separator(text))
+    """The paragraphs of a text, each with the line breaks behind it: joined, they are the text.
 
-
-def separator(text):
-    return "\n\n" if "\n\n" in text else "\n"
+    If most of the text is in long lines, each line is a paragraph. Otherwise its paragraphs are wrapped into
+    short lines, and blank lines separate them; if there is no blank line, each line is a paragraph, too.
+    """
+    n_in_long_lines = sum(len(line) for line in text.split("\n") if len(line) > LONG_LINE)
+    is_wrapped = n_in_long_lines <= len(text) // 2 and re.search(BLANK_LINE, text)
+    parts = re.split(BLANK_LINE if is_wrapped else LINE_BREAK, text)
+    return [part + gap for part, gap in zip(parts[::2], [*parts[1::2], ""])]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -232,11 +239,11 @@ class Earlier:
             if key:
                 new.add(key)
         self.paragraphs.put(np.array(sorted(new), np.uint64), 0)
-        rest = separator(text).join(left)
+        rest = "".join(left)
         if not new and len(left) < len(keys):
             counts.drop("paragraphs", "nothing else in the document", document, rest)
             return ""
-        return rest
+        return rest.rstrip() if len(left) < len(keys) else text
 
 
 def is_long(paragraph):

@@ -277,9 +277,10 @@ class Reader:
             return
         for where, row in json_rows(decoded, path):
             url = row["url"] if isinstance(row.get("url"), str) else ""
-            texts = [row["text"]]
-            if len(row["text"]) > LARGEST_PAGE:  # the steps would take much memory for it
-                texts = pieces(io.StringIO(row["text"], newline=""), self.longest)
+            text = row["text"].replace("\r\n", "\n")  # as open() reads text files
+            texts = [text]
+            if len(text) > LARGEST_PAGE:  # the steps would take much memory for it
+                texts = pieces(io.StringIO(text), self.longest)
             for text in texts:
                 yield Document(where, text, url)
 
@@ -354,7 +355,7 @@ class Reader:
         charset = re.search(r"charset=[\"']?([\w-]+)", kind)
         url = (record.rec_headers.get_header("WARC-Target-URI") or "").strip("<>")
         if record.rec_type == "conversion":
-            return Document(where, content.decode("utf-8", "replace"), url)
+            return Document(where, content.decode("utf-8", "replace").replace("\r\n", "\n"), url)
         return Document(where, content, url, is_page=True, charset=charset and charset[1])
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 
 from cleaning import formats
-from cleaning.duplicates import hashes_of, longer, paragraphs, separator
+from cleaning.duplicates import hashes_of, longer, paragraphs
 from common import UserError
 
 
@@ -169,13 +169,13 @@ def c4(text, words, rules, bad_words):
     for line in paragraphs(text):
         marks = CITATION.findall(line) if "c4:citation" in rules else []
         uncited = CITATION.sub("", line) if marks else line
-        rule = c4_line(uncited.strip(), rules)
-        if rule and line.strip():
+        rule = c4_line(uncited.strip(), rules) if line.strip() else None
+        if rule:
             cut.append((rule, line))
-        elif not rule:
+        else:
             cut += [("citation", mark) for mark in marks]
             lines.append(uncited)
-    left = separator(text).join(lines)
+    left = "".join(lines).rstrip() if cut else text
     if "c4:sentences" in rules and len(SENTENCE_END.findall(left)) < 3:
         return "", "sentences", []
     return (left, None, cut) if left.strip() else ("", "no line left", [])

@@ -13,6 +13,7 @@ import random
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -249,6 +250,42 @@ def test_wrapped_lines_of_a_paragraph_stay_together():
         "A paragraph that is wrapped\ninto two lines of text.\n\nThe second one is\nwrapped as well. Short."
     )
     assert verdict(text, "c4:terminal-punctuation") == (text, [])
+
+
+WRAPPED = "Two lines make\nthis paragraph."
+LONG = (
+    "A paragraph in one line, as they are in pages of the web, is longer than the lines of text that wraps."
+)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["One line.\n", "Another.\n", "A third."],
+        [f"{WRAPPED}\n\n", f"{WRAPPED}\n \t\n\n", f"  {WRAPPED}\n"],
+        ["Title.\n\n", "Please enable JavaScript for this page.\n", f"{LONG}\n", f"{LONG}\n\n\n", LONG],
+        [""],
+    ],
+)
+def test_paragraphs(parts):
+    assert duplicates.paragraphs("".join(parts)) == parts
+
+
+@given(st.text("ab \n", max_size=60), st.sampled_from([1, 100]))
+def test_paragraphs_are_the_text(text, factor):
+    text = text.replace("a", "a" * factor)
+    parts = duplicates.paragraphs(text)
+    assert "".join(parts) == text and all(part.strip() for part in parts[1:-1])
+
+
+def test_blank_lines_and_titles_save_no_paragraph(here):
+    """Paragraphs are the same whatever is between them, and a line of a page is judged alone."""
+    rows = ["Title.\n\n" + C4_LINE_CASES["javascript"][1] + f"\n{prose(1)}"]
+    wrapped = [textwrap.fill(prose(i), 72) for i in (2, 3)]
+    rows += [f"{wrapped[0]}\n\n\n{WRAPPED}", f"{wrapped[1]}\n\n{WRAPPED}\n".replace("\n", "\r\n")]
+    write_lines("a.jsonl", [{"text": row} for row in rows])
+    run("a.jsonl --c4 --repeated-paragraphs")
+    assert kept() == sorted([prose(1), rows[1], wrapped[1]])
 
 
 def test_prose_passes_all_rules():
