@@ -132,7 +132,7 @@ def clean(paths, flags, out):
     make_cleaner = functools.partial(Cleaner, steps, flags.min_share, skip, tests)
     formats.require(paths)
     make_cleaner()  # its errors come before anything is read, too
-    counts, reader, earlier = Counts(), formats.Reader(flags.document_chars), duplicates.Earlier()
+    counts, reader, earlier = Counts(), formats.Reader(), duplicates.Earlier()
     progress = common.Progress("cleaning", sum(path.stat().st_size for path in paths), form=common.size)
     documents = first_look(reader.documents(paths), blocked, counts)
     batches = formats.in_batches(documents, attrgetter("content"), BATCH_BYTES, BATCH_DOCUMENTS)

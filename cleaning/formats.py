@@ -1,6 +1,6 @@
 """Files become documents: plain text, JSON lines, web pages and web archives, each of them also as .gz.
 
-    .txt .md              one document a file; a long one is cut at blank lines
+    .txt .md              one document a file; a text of over 262,144 characters becomes several
     .jsonl                one document a line, {"text": "…"}; its address, if it has one, under "url"
     .html .htm .xhtml     one page a file; trafilatura takes the main text out of the markup
     .warc .wet            an archive of the web, as Common Crawl's: one page a record, or its text
@@ -34,6 +34,10 @@ WEB = (".html", ".htm", ".xhtml", ".warc", ".wet")  # these need requirements-cl
 # Common Crawl cuts pages off at 5 MiB. The time of trafilatura grows with the square of the length: on one
 # core of an EPYC 1 MB takes 0.8 seconds, 5 MB take 8 and 20 MB 193.
 LARGEST_PAGE = 5 << 20  # bytes
+
+# Text files, which may be larger than memory, are cut so that Gopher's limit of 100,000 words drops none for
+# its length. data.py cuts again what is kept, by --document-chars.
+LONGEST_TEXT = 1 << 18  # characters
 
 
 @dataclass
@@ -126,6 +130,20 @@ def end_of_piece(text, longest):
         if end > longest // 2:
             return end
     return longest
+
+
+def large_pieces(file):
+    """Yield an open file's text as a document, or in pieces long enough for each to be judged as one.
+
+    A rest shorter than half of LONGEST_TEXT, which only the last piece can be, goes with the piece before it.
+    """
+    before = ""
+    for piece in pieces(file, LONGEST_TEXT):
+        if before and len(piece) >= LONGEST_TEXT // 2:
+            yield before
+            before = ""
+        before += piece
+    yield before
 
 
 def json_rows(file, name):
@@ -239,8 +257,7 @@ HREF = re.compile(rb"\bhref\s*=\s*[\"']?([^\"'\s>]+)", re.I)
 class Reader:
     """Reads files: `for document in reader.documents(paths)`. Then it knows what could not be read."""
 
-    def __init__(self, longest):
-        self.longest = longest  # characters of a document in a text file, which may be larger than memory
+    def __init__(self):
         self.encodings = Counter()  # of the text files
         self.damaged = Counter()  # {what: how many}
         self.no_pages = Counter()  # records of archives that are something else: {what: how many}
@@ -272,7 +289,7 @@ class Reader:
         file.seek(0)
         decoded = io.TextIOWrapper(file, encoding, errors="replace")
         if suffix != ".jsonl":
-            for number, piece in enumerate(pieces(decoded, self.longest), 1):
+            for number, piece in enumerate(large_pieces(decoded), 1):
                 yield Document(f"{path}, part {number}" if number > 1 else str(path), piece)
             return
         for where, row in json_rows(decoded, path):
@@ -280,7 +297,7 @@ class Reader:
             text = row["text"].replace("\r\n", "\n")  # as open() reads text files
             texts = [text]
             if len(text) > LARGEST_PAGE:  # the steps would take much memory for it
-                texts = pieces(io.StringIO(text), self.longest)
+                texts = large_pieces(io.StringIO(text))
             for text in texts:
                 yield Document(where, text, url)
 

@@ -505,7 +505,7 @@ RUSSIAN = "Съешь же ещё этих мягких французских �
 def test_encodings_of_texts(here, content, text):
     Path("a.txt").write_bytes(content)
     Path("b.txt.gz").write_bytes(gzip.compress(content))
-    read = [document.content for document in formats.Reader(10**6).documents(["a.txt", "b.txt.gz"])]
+    read = [document.content for document in formats.Reader().documents(["a.txt", "b.txt.gz"])]
     assert read == [text, text]
 
 
@@ -549,13 +549,27 @@ def test_a_page_of_200_megabytes_is_named_and_passed_over(here):
     assert dropped("extraction")["larger than 5.24 MB"] == 1 and "large.html: <html>" in done.out
 
 
-def test_very_long_rows_are_cut(here, monkeypatch):
+def test_very_long_texts_are_cut(here, monkeypatch):
+    """Rows only if the steps would take much memory for them; no piece is too short to be judged."""
     monkeypatch.setattr(formats, "LARGEST_PAGE", 500)
+    monkeypatch.setattr(formats, "LONGEST_TEXT", 200)
     text = prose(1, n_lines=9)
-    write_lines("a.jsonl", [{"text": text, "url": "x"}, {"text": "short"}])
-    found = list(formats.Reader(200).documents(["a.jsonl"]))
-    assert "".join(document.content for document in found) == text + "short"
-    assert max(len(document.content) for document in found) <= 200 and found[3].where == "a.jsonl, line 1"
+    Path("a.txt").write_text(text)
+    write_lines("a.jsonl", [{"text": text, "url": "x"}, {"text": "short"}, {"text": text[:400]}])
+    found = list(formats.Reader().documents(["a.txt", "a.jsonl"]))
+    assert "".join(document.content for document in found) == text + text + "short" + text[:400]
+    pieces = [document.content for document in found]
+    rows = [document.content for document in found if document.where == "a.jsonl, line 1"]
+    assert pieces[: len(rows)] == rows and pieces[-2:] == ["short", text[:400]]
+    assert len(rows) > 5 and all(100 <= len(piece) < 300 for piece in rows)
+
+
+def test_a_text_file_is_judged_whole(here):
+    """Its end is too short for Gopher to be a document of its own, whatever --document-chars says."""
+    text = prose(1, n_lines=12)
+    Path("a.txt").write_text(text)
+    run(f"a.txt --gopher --document-chars {len(text) - 20}")
+    assert sum(map(len, kept())) == len(text)
 
 
 def warc(texts, compress=True):
@@ -625,7 +639,7 @@ def test_damaged_records_cost_no_other_record(here, compress, harm):
         records[5] = bytes(bad)
         whole.remove(prose(3))
     Path("a.warc.gz" if compress else "a.warc").write_bytes(b"".join(records))
-    reader = formats.Reader(10**6)
+    reader = formats.Reader()
     texts = [
         formats.main_text(document, Counts())[0] for document in reader.documents(list(Path().glob("a*")))
     ]
@@ -644,7 +658,7 @@ def test_an_archive_that_is_one_member_ends_at_its_damage(here, harm):
     half = len(content) // 2
     content[half : half + 4] = b"\xff\xff\xff\xff"
     Path("a.warc.gz").write_bytes(content if harm == "middle" else content[:half])
-    reader = formats.Reader(10**6)
+    reader = formats.Reader()
     texts = [formats.main_text(document, Counts())[0] for document in reader.documents(["a.warc.gz"])]
     assert 18 <= len(texts) <= 20 and texts[:18] == [prose(i, n_lines=60) for i in range(18)]
     assert reader.damaged["compressed files"] == 1
@@ -672,7 +686,7 @@ def test_any_damage_of_an_archive_is_survived(tmp_path_factory, kind, bad, place
     records[bad] = records[bad][:start] + new + records[bad][start + n :]
     path = tmp_path_factory.mktemp("archive") / ("a.warc" if kind == "plain" else "a.warc.gz")
     path.write_bytes(b"".join(records))
-    reader = formats.Reader(10**6)
+    reader = formats.Reader()
     n_read = len(list(reader.documents([path])))
     assert (n_read >= 4 or kind == "one member") and (n_read >= 5 or reader.damaged)
 
@@ -696,7 +710,7 @@ def test_a_compressed_file_that_is_cut_off(here):
     for name, text in texts.items():
         content = gzip.compress(text.encode())
         Path(name).write_bytes(content[: len(content) // 2])
-    found = {document.where: document.content for document in formats.Reader(10**6).documents(texts)}
+    found = {document.where: document.content for document in formats.Reader().documents(texts)}
     for name, text in texts.items():
         content = found[name] if isinstance(found[name], bytes) else found[name].encode()
         assert len(text) // 3 < len(content) < len(text) and text.encode().startswith(content)
@@ -712,7 +726,7 @@ def test_a_compressed_file_with_wrong_bytes(here):
     half = len(content) // 2
     content[half : half + 4] = b"\xff\xff\xff\xff"
     Path("a.txt.gz").write_bytes(content)
-    (document,) = formats.Reader(10**6).documents(["a.txt.gz"])
+    (document,) = formats.Reader().documents(["a.txt.gz"])
     assert len(document.content) > len(lines) // 3
 
 
