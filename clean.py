@@ -68,6 +68,7 @@ PRESET = {  # what --clean sets, unless another flag says otherwise
     "repeated_paragraphs": True,
 }
 FILES = ("blocklist", "bad_words", "decontaminate")  # flags that name files
+MIN_SHARE = 0.65
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 19, 256  # what a process cleans at a time
 
 
@@ -81,7 +82,7 @@ def add_flags(parser):
     add("--blocklist", metavar="FILE", help="drop what comes from these domains, one a line")
     add("--language", metavar="CODE", help="drop other languages: a code, such as en, or any")
     share = common.number(float, low=0, high=1)
-    add("--min-share", type=share, default=0.65, metavar="X", help="lowest score for --language")
+    add("--min-share", type=share, default=MIN_SHARE, metavar="X", help="lowest score for --language")
     switch("--gopher", help="drop what breaks a rule of quality or repetition; its stop words are English")
     switch("--c4", help="drop the lines and pages that C4's rules drop; they are made for English")
     add("--bad-words", metavar="FILE", help="drop pages that have one of these words, one a line")
@@ -113,15 +114,28 @@ def steps_asked(flags):
 
 
 def is_needed(paths, flags):
-    """Whether data.py cannot read the files as they are: they are no plain text, or a step is asked for."""
+    """Whether data.py cannot read the files as they are: they are no plain text, or a step is asked for.
+
+    UserError if a flag is for a step that is not asked for.
+    """
+    steps = steps_asked(flags)
     others = [path for path in paths if formats.is_gzip(path) or formats.suffix_of(path) in formats.WEB]
-    return bool(others or steps_asked(flags))
+    has_rules = "gopher" in steps or "c4" in steps
+    for flag, is_given, has_effect, needed in (
+        ("--min-share", flags.min_share != MIN_SHARE, "language" in steps, "--language"),
+        ("--skip-rules", flags.skip_rules, has_rules, "--gopher or --c4"),
+        ("--show-dropped", flags.show_dropped, steps or others, "--clean or one of its steps"),
+    ):
+        if is_given and not has_effect:
+            raise UserError(f"{flag} does nothing without {needed}; add that, or leave {flag} out")
+    return bool(others or steps)
 
 
-def clean(paths, flags, out):
+def clean(paths, flags, out, standard_input=None):
     """Clean the documents in the files into a new file `out`, JSON lines; return what meta.json says of it.
 
-    Prints a table of what each step dropped. UserError if nothing is left.
+    Prints a table of what each step dropped. UserError if nothing is left. The path `standard_input` has what
+    came from there.
     """
     steps = steps_asked(flags)
     blocked = read_blocklist(flags.blocklist) if flags.blocklist else set()
@@ -132,7 +146,7 @@ def clean(paths, flags, out):
     make_cleaner = functools.partial(Cleaner, steps, flags.min_share, skip, tests)
     formats.require(paths)
     make_cleaner()  # its errors come before anything is read, too
-    counts, reader, earlier = Counts(), formats.Reader(), duplicates.Earlier()
+    counts, reader, earlier = Counts(), formats.Reader(standard_input), duplicates.Earlier()
     progress = common.Progress("cleaning", sum(path.stat().st_size for path in paths), form=common.size)
     documents = first_look(reader.documents(paths), blocked, counts)
     batches = formats.in_batches(documents, attrgetter("content"), BATCH_BYTES, BATCH_DOCUMENTS)
@@ -154,11 +168,12 @@ def clean(paths, flags, out):
         common.say(
             f"note: {counts.without_address:,} documents have no address that could be on the blocklist"
         )
-    print(counts.table())
+    print("\n".join([counts.table(), *reader.passed_over()]))
     if flags.show_dropped:
         print(counts.shown())
     if "kept" not in counts.steps:
-        raise UserError(f"cleaning leaves nothing: {counts.worst()}; give other files, or leave a step out")
+        reasons = "; ".join([counts.worst(), *reader.passed_over()])
+        raise UserError(f"cleaning leaves nothing: {reasons}; give other files, or leave a step out")
     return {
         "flags": steps | {"min_share": flags.min_share, "skip_rules": skip},
         "steps": counts.as_json(),

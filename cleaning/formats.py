@@ -71,7 +71,7 @@ def extra(what):
         yield
     except ImportError as error:
         remedy = "python -m pip install -r requirements-clean.txt"
-        raise UserError(f"{what} needs {error.name}; install it: {remedy}") from None
+        raise UserError(f"{what} needs {error.name or error}; install it: {remedy}") from None
 
 
 def require(paths):
@@ -257,7 +257,8 @@ HREF = re.compile(rb"\bhref\s*=\s*[\"']?([^\"'\s>]+)", re.I)
 class Reader:
     """Reads files: `for document in reader.documents(paths)`. Then it knows what could not be read."""
 
-    def __init__(self):
+    def __init__(self, standard_input=None):
+        self.standard_input = standard_input  # the path of a file that was copied from there
         self.encodings = Counter()  # of the text files
         self.damaged = Counter()  # {what: how many}
         self.no_pages = Counter()  # records of archives that are something else: {what: how many}
@@ -290,7 +291,8 @@ class Reader:
         decoded = io.TextIOWrapper(file, encoding, errors="replace")
         if suffix != ".jsonl":
             for number, piece in enumerate(large_pieces(decoded), 1):
-                yield Document(f"{path}, part {number}" if number > 1 else str(path), piece)
+                name = "standard input" if path == self.standard_input else str(path)
+                yield Document(f"{name}, part {number}" if number > 1 else name, piece)
             return
         for where, row in json_rows(decoded, path):
             url = row["url"] if isinstance(row.get("url"), str) else ""
@@ -313,7 +315,19 @@ class Reader:
         self.noted.add(text)
         self.damaged[kind] += 1
         if self.damaged[kind] <= 5:
-            common.say(f"note: {text}" + ("; further ones are counted only" * (self.damaged[kind] == 5)))
+            more = "; further ones are counted only" * (self.damaged[kind] == 5)
+            common.say(common.printable(f"note: {text}{more}"))
+
+    def passed_over(self):
+        """What in the files was not read, and how often, for the person: [line, ...]."""
+        lines = []
+        for what, counter in (("records that are no pages", self.no_pages), ("damaged", self.damaged)):
+            commonest = counter.most_common(8)
+            n_others = counter.total() - sum(n for _, n in commonest)
+            kinds = [f"{kind} ({n:,})" for kind, n in [*commonest, ("others", n_others)] if n]
+            if kinds:
+                lines.append(common.printable(f"{what}: {', '.join(kinds)}"))
+        return lines
 
     def _archive(self, path, raw):
         """Yield the pages in a WARC file. Behind a damaged record it goes on with the next whole one."""

@@ -697,6 +697,23 @@ def test_damaged_record_is_named(here):
     done = run("a.warc.gz")
     assert "note: a.warc.gz, record 6 is damaged; going on behind it\n" in done.err
     assert cleaning()["damaged"] == {"records of archives": 1} and len(kept()) == 3
+    assert "records that are no pages: warcinfo (1), image/png (1), status 404 (1)\n" in done.out
+    assert "damaged: records of archives (1)\n" in done.out
+
+
+def test_an_archive_without_pages_says_what_it_has(here):
+    Path("a.warc.gz").write_bytes(b"".join(warc([("gone", "x")] * 3)))
+    done = script.run(data.main, "text", "a.warc.gz", "--processes", "1", "--out", "out")
+    words = "there is no document; records that are no pages: status 404 (3); give other files"
+    assert done.status == 2 and words in done.err.splitlines()[-1]
+
+
+def test_what_is_shown_names_standard_input_and_moves_no_cursor(here, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"too short")))
+    Path("b\x1b[2J.txt").write_text("short, too")
+    write_lines("c.jsonl", [{"text": prose(i)} for i in range(2)])
+    done = run("- . --gopher --show-dropped")
+    assert "    standard input: too short\n" in done.out and "    b\ufffd[2J.txt: short, too\n" in done.out
 
 
 def test_a_compressed_file_that_is_cut_off(here):
@@ -809,6 +826,10 @@ def test_the_same_output_for_any_number_of_processes(here, monkeypatch):
         ("--personal-data hide", "--personal-data"),
         ("--min-share 2", "--min-share"),
         ("--gopher", "cleaning leaves nothing: gopher (words) dropped 2 of 2 documents"),
+        ("--min-share 0.9", "--min-share does nothing without --language"),
+        ("--clean --language any --min-share 0.9", "--min-share does nothing without --language"),
+        ("--near-duplicates --skip-rules x", "--skip-rules does nothing without --gopher or --c4"),
+        ("--show-dropped", "--show-dropped does nothing without --clean"),
     ],
 )
 def test_user_errors(here, flags, words):
