@@ -14,7 +14,7 @@ come in this order, the cheapest first, except that the language is found before
     gopher            drops what breaks a rule of Gopher (Rae et al. 2021) for quality or repetition
     c4                drops the lines and pages that break a rule of C4 (Raffel et al. 2020)
     decontamination   drops what shares 13 words in a row with the tests of a model
-    personal data     masks e-mail addresses, telephone numbers and the like, or drops their documents
+    personal data     masks e-mail addresses, some telephone numbers and the like, or drops their documents
     near duplicates   drops a document that is nearly one before: Jaccard similarity 0.8 of sets of 5 words
     paragraphs        drops a paragraph that stood before, in this document or in an earlier one
 
@@ -90,7 +90,10 @@ def add_flags(parser):
     add("--skip-rules", nargs="+", default=[], metavar="RULE", help=words)
     words = "drop what shares 13 words in a row with these tests: text, or JSON lines"
     add("--decontaminate", nargs="+", default=[], metavar="FILE", help=words)
-    words = "e-mail addresses, telephone, card and social security numbers, IP addresses"
+    words = (
+        "e-mail and IP addresses, card and US social security numbers, telephone numbers that begin with + "
+    )
+    words += "or 00 or are written as in North America"
     add("--personal-data", choices=("keep", "mask", "drop"), help=words)
     switch("--near-duplicates", help="drop documents that are nearly one before")
     switch("--repeated-paragraphs", help="drop paragraphs that stood before")
@@ -209,7 +212,7 @@ def read_blocklist(path):
     domains = set()
     for where, line in lines_of(path):
         name = line.split()[-1].lower().removeprefix("*.").strip(".")
-        if len(line.split()) > 2 or not re.fullmatch(r"[^\s/:@]+", name):
+        if len(line.split()) > 2 or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name):
             raise UserError(f"{where} is no domain such as example.org; correct or delete it")
         domains.add(name)
     return domains

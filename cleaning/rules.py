@@ -219,10 +219,14 @@ IPV6 = (
     r"[0-9A-Fa-f:](?<![\w.:].)(?:(?<=:)|[0-9A-Fa-f]{0,3}:)(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}"
     r"(?![\w:]|\.\w)"
 )
-INTERNATIONAL = r"\+(?<![\w+.-].)[1-9](?:[ ./-]?\(?[0-9]\)?){7,14}(?![\w-]|\.\w)"
-NORTH_AMERICAN = (
-    r"[(2-9](?<![\w+.-].)(?:(?<=\()[2-9][0-9]{2}\) ?|(?<=[2-9])[0-9]{2}[-.])[2-9][0-9]{2}[-.][0-9]{4}"
-    r"(?![\w-]|\.\w)"
+# Telephone numbers with the code of a country, which + or 00 begins, and those of North America.
+DIGITS = r"[1-9](?:[ ./-]?\(?[0-9]\)?){7,14}(?![\w-]|\.\w)"
+INTERNATIONAL = r"\+(?<![\w+.-].)" + DIGITS
+INTERNATIONAL_00 = r"0(?<![\w+.-].)0(?=[1-9][0-9]{0,2}[ /(-])" + DIGITS  # not any number that begins with 00
+AREA_AND_EXCHANGE = r"(?:(?<=1)[ .-][(2-9])?(?:(?<=\()[2-9][0-9]{2}\) ?|(?<=[2-9])[0-9]{2}[ .-])[2-9][0-9]{2}"
+NORTH_AMERICAN = r"[(1-9](?<![\w+.-].)" + AREA_AND_EXCHANGE + r"[.-][0-9]{4}(?![\w-]|\.\w)"
+WITH_BLANKS = (  # 415 555 2671, but not in a row of numbers
+    r"[(1-9](?<![\w+.-].)(?<![0-9] .)" + AREA_AND_EXCHANGE + r" [0-9]{4}(?![\w-]|\.\w| [0-9])"
 )
 PERSONAL = [
     ("email", re.compile(EMAIL)),
@@ -231,12 +235,18 @@ PERSONAL = [
     ("ip", re.compile(IPV4)),
     ("ip", re.compile(IPV6)),
     ("phone", re.compile(INTERNATIONAL)),
+    ("phone", re.compile(INTERNATIONAL_00)),
     ("phone", re.compile(NORTH_AMERICAN)),
+    ("phone", re.compile(WITH_BLANKS)),
 ]
 
 
 def mask_personal_data(text):
-    """The text with [email], [card], [ssn], [ip], [phone] for what is one, and a Counter of them."""
+    """The text with [email], [card], [ssn], [ip], [phone] for what is one, and a Counter of them.
+
+    Not found are telephone numbers as they are written within other countries, such as 030 1234567: too many
+    other numbers look like them.
+    """
     found = Counter()
 
     def mask(match, kind):

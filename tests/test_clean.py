@@ -354,8 +354,12 @@ PERSONAL = st.one_of(
     st.tuples(st.just("ip"), st.builds("8.{}.{}.{}".format, *[st.integers(0, 255)] * 3)),
     st.tuples(st.just("ip"), st.builds("2a00:{:x}::{:x}".format, *[st.integers(1, 65535)] * 2)),
     st.tuples(st.just("phone"), st.from_regex(r"\+[1-9][0-9] [0-9]{3} [0-9]{4,6}", fullmatch=True)),
+    st.tuples(st.just("phone"), st.from_regex(r"00[1-9][0-9] [0-9]{2} [0-9]{4,7}", fullmatch=True)),
     st.tuples(st.just("phone"), st.from_regex(r"\([2-9][0-9]{2}\) [2-9][0-9]{2}-[0-9]{4}", fullmatch=True)),
-    st.tuples(st.just("phone"), st.from_regex(r"[2-9][0-9]{2}[.-][2-9][0-9]{2}[.-][0-9]{4}", fullmatch=True)),
+    st.tuples(
+        st.just("phone"),
+        st.from_regex(r"(1[ -])?[2-9][0-9]{2}[ .-][2-9][0-9]{2}[ .-][0-9]{4}", fullmatch=True),
+    ),
 )
 
 
@@ -368,6 +372,13 @@ def test_personal_data_is_masked(items, gap):
     assert found.total() == len(items)
 
 
+@pytest.mark.parametrize(
+    "number", ["1 (800) 555-1234", "(415) 555 2671", "0049(30)1234567", "+1 415 555 2671"]
+)
+def test_telephone_numbers_are_masked(number):
+    assert rules.mask_personal_data(f"Call {number}.")[0] == "Call [phone]."
+
+
 @given(st.text("0123456789 +-.:@()abf\n"))
 def test_masked_text_has_nothing_to_mask(text):
     masked, _ = rules.mask_personal_data(text)
@@ -378,6 +389,8 @@ def test_masked_text_has_nothing_to_mask(text):
     "text",
     [
         "127.0.0.1 192.168.0.7 10.1.2.3 ::1 fe80::1 at 12:30:45, std::vector, version 1.2.3, 1.2.3.4.5",
+        "00123456789012 0.0049 30 1234567 1 234 567 890 2024 555 1234 030 1234567 01 23 45 67 89",
+        "in rows: 234 567 2024 345 and 1200 345 678 2024",
         "1234567890123456 4111111111111112 2024-05-06 2001-2024 000-12-3456 666-12-3456 123-00-4567",
         "@decorator a@b me@localhost 3.14159265358979 +1 555 1,234,567.89 555-1234 ISBN 978-3-16-148410-0",
     ],
@@ -389,7 +402,7 @@ def test_what_is_no_personal_data_stays(text):
 def test_hostile_texts_take_no_time():
     """Of a long row of characters that an expression may try from every place."""
     began = time.monotonic()
-    for row in ("a", "1", "1 ", "-", "a.", ":", "[", "{", "[1", "@", "+1"):
+    for row in ("a", "1", "1 ", "-", "a.", ":", "[", "{", "[1", "@", "+1", "001 ", "234 "):
         rules.mask_personal_data(row * 100_000)
         rules.gopher_quality(row * 100_000, [])
         rules.c4(row * 100_000, [], rules.RULES, ())
@@ -818,6 +831,7 @@ def test_the_same_output_for_any_number_of_processes(here, monkeypatch):
             "cleaning leaves nothing: blocklist (blocked domain) dropped 2 of 2 documents",
         ),
         ("--blocklist bad.txt", "bad.txt, line 2 is no domain such as example.org"),
+        ("--blocklist adblock.txt", "adblock.txt, line 1 is no domain such as example.org"),
         ("--blocklist empty.txt", "empty.txt lists nothing"),
         ("--blocklist missing.txt", "missing.txt: No such file"),
         ("--language xx", "--language xx is none of"),
@@ -836,6 +850,7 @@ def test_user_errors(here, flags, words):
     write_lines("a.jsonl", [{"text": f"document {i}", "url": "http://a.example.org"} for i in range(2)])
     Path("all.txt").write_text("org")
     Path("bad.txt").write_text("example.org\nhttp://example.org/x\n")
+    Path("adblock.txt").write_text("||ads.example.org^\n")
     Path("empty.txt").write_text("# nothing\n")
     Path("broken.jsonl").write_text('{"a": "b"}\n{"a": \n')
     before = script.tree(here)
