@@ -4,8 +4,9 @@
     python data.py text pages/ --clean --no-c4 --language de            in German, without C4's rules
     python data.py text notes/ --near-duplicates --personal-data drop   two steps alone
 
-The steps are those of FineWeb (Penedo et al. 2024), which Karpathy's lecture shows. Each is a flag, and they
-come in this order, the cheapest first, except that the language is found before the rules that assume one:
+The steps are after FineWeb's (Penedo et al. 2024), which Karpathy's lecture shows, with the differences named
+below. Each is a flag, and they come in this order, the cheapest first, except that the language is found
+before the rules that assume one:
 
     blocklist         drops what comes from the domains in a file, and from their sub-domains
     exact duplicates  drops a document of the same words as one before, and a page of the same bytes
@@ -28,10 +29,19 @@ as in FineWeb, which keeps what scores 0.65 for English. For a page in two langu
 of each. Words are what white space and punctuation separate. Chinese, Japanese and Thai do not separate them:
 for these only the steps that count no words are of use.
 
-Left out are C4's removal of spans of three sentences that occur twice, and Gopher's of documents that are
-alike, in whose place the last two steps stand; C4's language filter (langdetect, 0.99), in whose place the
-language step stands; and Gopher's SafeSearch filter, which is Google's own. C4's list of bad words is yours
-to give (--bad-words). It drops much that is harmless, and FineWeb does without.
+FineWeb differs from this. It leaves out C4's rule of terminal punctuation, which drops many lines (as
+--skip-rules c4:terminal-punctuation does here), and has quality rules of its own. It finds near duplicates by
+14 bands of 8 hashes, not 20 of 6. It has no steps for exact duplicates, decontamination and paragraphs.
+
+Of the papers' rules these are left out, and this stands for them:
+
+    C4's removal of spans of three sentences that occur twice     paragraphs
+    C4's language filter (langdetect, 0.99)                       language
+    C4's list of bad words                                        --bad-words, with a list of yours
+    Gopher's removal of documents that are alike                  near duplicates
+    Gopher's SafeSearch filter, which is Google's own             nothing
+
+C4's list of bad words drops much that is harmless, and FineWeb does without.
 
 Read formats.py before this file.
 """
