@@ -9,14 +9,14 @@ below. Each is a flag, and they come in this order, the cheapest first, except t
 before the rules that assume one:
 
     blocklist         drops what comes from the domains in a file, and from their sub-domains
-    exact duplicates  drops a document of the same words as one before, and a page of the same bytes
+    exact duplicates  drops a document whose words, or a page whose bytes, came before
     extraction        takes the main text out of a page, by trafilatura
     language          drops what scores less than --min-share for the language
     gopher            drops what breaks a rule of Gopher (Rae et al. 2021) for quality or repetition
     c4                drops the lines and pages that break a rule of C4 (Raffel et al. 2020)
-    decontamination   drops what shares 13 words in a row with the tests of a model
+    decontamination   drops what shares a 13-gram of words with evaluation files
     personal data     masks e-mail addresses, some telephone numbers and the like, or drops their documents
-    near duplicates   drops a document that is nearly one before: Jaccard similarity 0.8 of sets of 5 words
+    near duplicates   drops a document like one before: Jaccard similarity of 0.8 of their word 5-grams
     paragraphs        drops a paragraph that stood before, in this document or in an earlier one
 
 Up to personal data a step looks at one document alone, and several processes share that work. What compares
@@ -61,7 +61,7 @@ import numpy as np
 import common
 from cleaning import duplicates, formats, rules
 from cleaning.counts import Counts
-from cleaning.duplicates import TEST_WORDS, hash64, hashes_of, ngrams, paragraphs, words_of
+from cleaning.duplicates import EVALUATION_NGRAM, hash64, hashes_of, ngrams, paragraphs, words_of
 from cleaning.processes import in_order
 from common import UserError
 
@@ -98,7 +98,7 @@ def add_flags(parser):
     add("--bad-words", metavar="FILE", help="drop pages that have one of these words, one a line")
     words = "rules of --gopher and --c4 to leave out, such as gopher:stop-words or c4:curly-bracket"
     add("--skip-rules", nargs="+", default=[], metavar="RULE", help=words)
-    words = "drop what shares 13 words in a row with these tests: text, or JSON lines"
+    words = "drop what shares a 13-gram with these evaluation files: text, or JSON lines"
     add("--decontaminate", nargs="+", default=[], metavar="FILE", help=words)
     words = (
         "e-mail and IP addresses, card and US social security numbers, telephone numbers that begin with + "
@@ -152,16 +152,16 @@ def clean(paths, flags, out, standard_input=None):
     """
     steps = steps_asked(flags)
     blocked = read_blocklist(flags.blocklist) if flags.blocklist else set()
-    tests = duplicates.read_tests(flags.decontaminate)
+    evaluation = duplicates.read_evaluation_files(flags.decontaminate)
     skip = list(flags.skip_rules)
     if flags.language not in (None, "en"):
         skip.append("gopher:stop-words")  # they are English
-    make_cleaner = functools.partial(Cleaner, steps, flags.min_share, skip, tests)
+    make_cleaner = functools.partial(Cleaner, steps, flags.min_share, skip, evaluation)
     formats.require(paths)
     make_cleaner()  # its errors come before anything is read, too
-    counts, reader, earlier = Counts(), formats.Reader(standard_input), duplicates.Earlier()
+    counts, reader, index = Counts(), formats.Reader(standard_input), duplicates.DuplicateIndex()
     progress = common.Progress("cleaning", sum(path.stat().st_size for path in paths), form=common.size)
-    documents = first_look(reader.documents(paths), blocked, counts)
+    documents = drop_blocked_and_exact(reader.documents(paths), blocked, counts)
     batches = formats.in_batches(documents, attrgetter("content"), BATCH_BYTES, BATCH_DOCUMENTS)
     with (
         open(out, "w", encoding="utf-8") as file,
@@ -170,7 +170,7 @@ def clean(paths, flags, out, standard_input=None):
         for cleaned, counts_of_batch in results:
             counts.add(counts_of_batch)
             for document in cleaned:
-                text = earlier.without_repeats(document, counts)
+                text = index.without_repeats(document, counts)
                 if text:
                     counts.enter("kept", text)
                     file.write(json.dumps({"text": text}) + "\n")
@@ -196,7 +196,7 @@ def clean(paths, flags, out, standard_input=None):
     }
 
 
-def first_look(documents, blocked, counts):
+def drop_blocked_and_exact(documents, blocked, counts):
     """Yield the documents that come from no blocked domain and that are not the same as one before."""
     seen = duplicates.HashTable()
     for document in documents:
@@ -266,8 +266,9 @@ class Cleaned:
 class Cleaner:
     """Takes documents through the steps that look at one document alone; every process has one."""
 
-    def __init__(self, steps, min_share, skip, tests):
-        self.steps, self.min_share, self.tests = steps, min_share, tests  # tests: (n,) uint64, sorted
+    def __init__(self, steps, min_share, skip, evaluation):
+        self.steps, self.min_share = steps, min_share
+        self.evaluation = evaluation  # hashes of the 13-grams of evaluation files, (n,) uint64, sorted
         unknown = [rule for rule in skip if rule not in rules.RULES]
         if unknown:
             raise UserError(f"--skip-rules {unknown[0]} is none of {', '.join(rules.RULES)}")
@@ -307,8 +308,10 @@ class Cleaner:
         words = words_of(text)  # [str, ...]
         if "gopher" in steps:
             counts.enter("gopher", text)
-            rule = self.broken(rules.GOPHER_QUALITY, rules.gopher_quality, text, words)
-            rule = rule or self.broken(rules.GOPHER_REPETITION, rules.gopher_repetition, text, words)
+            rule = self.first_broken_rule(rules.GOPHER_QUALITY, rules.gopher_quality, text, words)
+            rule = rule or self.first_broken_rule(
+                rules.GOPHER_REPETITION, rules.gopher_repetition, text, words
+            )
             if rule:
                 return counts.drop("gopher", rule, document, text)
         if "c4" in steps or self.bad_words:
@@ -320,10 +323,11 @@ class Cleaner:
                 counts.cut("c4", rule, document, line)
             text, words = (left, words_of(left)) if left != text else (text, words)
         hashes = hashes_of(words)  # (n_words,)
-        if len(self.tests):
+        if len(self.evaluation):
             counts.enter("decontamination", text)
-            if (duplicates.find(ngrams(hashes, TEST_WORDS), self.tests) >= 0).any():
-                return counts.drop("decontamination", f"{TEST_WORDS} words of a test", document, text)
+            if (duplicates.find(ngrams(hashes, EVALUATION_NGRAM), self.evaluation) >= 0).any():
+                rule = f"{EVALUATION_NGRAM}-gram of an evaluation file"
+                return counts.drop("decontamination", rule, document, text)
         if "personal_data" in steps:
             counts.enter("personal data", text)
             masked, found = rules.mask_personal_data(text)
@@ -341,7 +345,7 @@ class Cleaner:
             cleaned.paragraphs = np.array(keys, np.uint64)
         return cleaned
 
-    def broken(self, ranges, measure, text, words):
+    def first_broken_rule(self, ranges, measure, text, words):
         """The first of the rules {rule: (low, high)} of Gopher that a document breaks, or None."""
         measures = measure(text, words)
         for rule, (low, high) in ranges.items():

@@ -35,7 +35,7 @@ from common import UserError
 from tokenizer import Tokenizer
 
 HOUSE = Path(__file__).parent.parent
-NO_TESTS = np.zeros(0, np.uint64)
+NO_EVALUATION = np.zeros(0, np.uint64)
 DE = "Der schnelle braune Fuchs springt über den faulen Hund, während die Kinder im großen Garten spielen. "
 
 
@@ -155,16 +155,16 @@ GOPHER_CASES = {  # (what passes, what does not), as near to the threshold as it
     "ellipsis-lines": (marked("...", 3), marked("…", 4)),
     "words-with-a-letter": ("1 2 a3 b c d e f g h", "1 2 3 b c d e f g h"),
     "stop-words": ("nothing but The and of", "nothing but the the the"),
-    "repeated-lines": (longer_first(copies(3, 9, "\n"), "\n"), longer_first(copies(4, 9, "\n"), "\n")),
-    "repeated-paragraphs": (
+    "duplicate-lines": (longer_first(copies(3, 9, "\n"), "\n"), longer_first(copies(4, 9, "\n"), "\n")),
+    "duplicate-paragraphs": (
         longer_first(copies(3, 9, "\n\n"), "\n\n"),
         longer_first(copies(4, 9, "\n\n"), "\n\n"),
     ),
-    "characters-of-repeated-lines": (copies(2, 10, "\n"), copies(3, 10, "\n")),
-    "characters-of-repeated-paragraphs": (copies(2, 10, "\n\n"), copies(3, 10, "\n\n")),
+    "characters-of-duplicate-lines": (copies(2, 10, "\n"), copies(3, 10, "\n")),
+    "characters-of-duplicate-paragraphs": (copies(2, 10, "\n\n"), copies(3, 10, "\n\n")),
 }
 for _n, (_rule, (_, _limit)) in zip((2, 3, 4, 5, 6, 7, 8, 9, 10), list(rules.GOPHER_REPETITION.items())[4:]):
-    _times = 2 if _n <= 4 else 1  # top: all its occurrences count; repeated: those after the first
+    _times = 2 if _n <= 4 else 1  # top: all its occurrences count; duplicate: those after the first
     GOPHER_CASES[_rule] = tuple(repeated(_n, n_words) for n_words in by_limit(_n, _times, _limit))
 
 THREE = "One sentence is here. Is this another one? “Here is the third!”"
@@ -187,7 +187,7 @@ def verdict(text, rule, bad_words=None):
     others = [other for other in rules.RULES if other != rule]
     steps = {rule.partition(":")[0]: True} | ({"bad_words": bad_words} if bad_words else {})
     counts = Counts()
-    left = clean.Cleaner(steps, 0.65, others, NO_TESTS).clean(formats.Document("x", text), counts)
+    left = clean.Cleaner(steps, 0.65, others, NO_EVALUATION).clean(formats.Document("x", text), counts)
     return left and left.text, [rule for _, rule in counts.dropped]
 
 
@@ -290,7 +290,7 @@ def test_blank_lines_and_titles_save_no_paragraph(here):
 
 def test_prose_passes_all_rules():
     steps = {"gopher": True, "c4": True, "language": "en"}
-    cleaner, counts = clean.Cleaner(steps, 0.65, [], NO_TESTS), Counts()
+    cleaner, counts = clean.Cleaner(steps, 0.65, [], NO_EVALUATION), Counts()
     for seed in range(20):
         text = prose(seed)
         assert cleaner.clean(formats.Document("x", text), counts).text == text
@@ -313,10 +313,10 @@ def test_stop_words_are_asked_of_english_alone(here):
     write_lines(
         "a.jsonl", [{"text": prose(i)} for i in range(3)] + [{"text": DE * 5 + str(i)} for i in range(3)]
     )
-    run("a.jsonl --language de --gopher --skip-rules gopher:repeated-lines " + " ".join(SOME_REPETITION))
+    run("a.jsonl --language de --gopher --skip-rules gopher:duplicate-lines " + " ".join(SOME_REPETITION))
     assert dropped("language") == {"de below 0.65": 3} and len(kept()) == 3
     os.rename("out", "german")
-    run("a.jsonl --language any --gopher --skip-rules gopher:repeated-lines " + " ".join(SOME_REPETITION))
+    run("a.jsonl --language any --gopher --skip-rules gopher:duplicate-lines " + " ".join(SOME_REPETITION))
     assert len(kept()) == 6
 
 
@@ -433,8 +433,8 @@ def test_hash_table_is_a_dict(puts, newest):
 
 
 def test_minhash_finds_what_is_alike():
-    """Documents of 400 words of which some are others: found if alike in 0.88 of their sets of 5 words or
-    more, and passed over below 0.70."""
+    """Documents of 400 words of which some are others: found if alike in 0.88 of their word
+    5-grams or more, and passed over below 0.70."""
     alike, found, vocabulary = {}, {}, letters(900)
     for seed, n_other in itertools.product(range(12), (1, 3, 4, 10, 16, 20, 24)):
         rng = random.Random(seed)
@@ -444,13 +444,13 @@ def test_minhash_finds_what_is_alike():
             second[i] = "other"
         sets = [{tuple(words[i : i + 5]) for i in range(396)} for words in (first, second)]
         jaccard = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
-        earlier = duplicates.Earlier()
+        index = duplicates.DuplicateIndex()
         both = [
             clean.Cleaned("x", "", *duplicates.minhash(duplicates.hashes_of(words)))
             for words in (first, second)
         ]
-        assert not earlier.is_near(both[0])
-        alike[seed, n_other], found[seed, n_other] = jaccard, earlier.is_near(both[1])
+        assert not index.is_near(both[0])
+        alike[seed, n_other], found[seed, n_other] = jaccard, index.is_near(both[1])
     above = [found[key] for key in alike if alike[key] > 0.88]
     below = [found[key] for key in alike if alike[key] < 0.70]
     assert len(above) > 20 and all(above)
@@ -488,8 +488,8 @@ def test_decontamination(here, name):
     write_lines("a.jsonl", [{"text": text} for text in [*texts.values(), prose(1)]])
     done = run(f"a.jsonl --decontaminate {name}")
     assert kept() == sorted([texts[12], prose(1)])
-    assert dropped("decontamination") == {"13 words of a test": 1}
-    assert ("note: 1 tests have fewer than 13 words" in done.err) == (name == "test.jsonl")
+    assert dropped("decontamination") == {"13-gram of an evaluation file": 1}
+    assert ("of fewer than 13 words, which cannot be looked for: 1\n" in done.err) == (name == "test.jsonl")
 
 
 # ------------------------------------------------------------------------------------------- formats
@@ -874,7 +874,7 @@ def test_what_is_missing_is_named(here, monkeypatch):
     assert script.refused(done, "only your own text is cleaned")
 
 
-CLEANER = functools.partial(clean.Cleaner, {"gopher": True}, 0.65, [], NO_TESTS)
+CLEANER = functools.partial(clean.Cleaner, {"gopher": True}, 0.65, [], NO_EVALUATION)
 
 
 @pytest.mark.parametrize("n_processes", [1, 2])
