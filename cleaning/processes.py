@@ -4,6 +4,7 @@ Read clean.py before this file.
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import traceback
 from multiprocessing import resource_tracker
@@ -19,45 +20,42 @@ def in_order(batches, make_cleaner, processes):
     Each process has a cleaner, the result of make_cleaner(). Few batches are under way at a time, so that
     memory does not hold the text.
     """
-    if processes == 1:
+    batches = iter(batches)
+    first = list(itertools.islice(batches, processes))  # so that none is started that gets no batch
+    batches = itertools.chain(first, batches)
+    if len(first) < 2:
         yield from map(make_cleaner().clean_batch, batches)
         return
     context = multiprocessing.get_context("spawn")  # not fork: this process has threads
-    workers = []
-
-    def start():
-        """Start a process; return the pipe to it."""
+    workers, pipes = [], []
+    try:
         resource_tracker.ensure_running()  # it unblocks Ctrl-C when it starts
         with common.ctrl_c_waits():
-            pipe, theirs = context.Pipe()
-            worker = context.Process(target=work, args=(theirs, make_cleaner), daemon=True)
-            worker.start()
-            workers.append(worker)
-            theirs.close()
-        return pipe
-
-    try:
-        yield from share_out(iter(batches), start, processes)
+            for _ in first:
+                pipe, theirs = context.Pipe()
+                worker = context.Process(target=work, args=(theirs, make_cleaner), daemon=True)
+                worker.start()
+                workers.append(worker)
+                theirs.close()
+                pipes.append(pipe)
+        yield from share_out(batches, pipes)
     finally:
         for worker in workers:
             worker.terminate()
             worker.join()
 
 
-def share_out(batches, start, processes):
-    """Send every batch to a process that waits for one; yield their results in the order of the batches.
-
-    start() starts a process and returns the pipe to it. That is done when a batch finds no other idle.
-    """
-    idle, under_way, results = [], {}, {}  # under_way: {pipe: number of its batch}
+def share_out(batches, pipes):
+    """Send every batch to a process that waits for one; yield their results in the order of the batches."""
+    idle, under_way, results = list(pipes), {}, {}  # under_way: {pipe: number of its batch}
     n_sent, n_yielded, is_over = 0, 0, False
     while not is_over or n_yielded < n_sent:
-        while not is_over and len(under_way) < processes and n_sent - n_yielded < 4 * processes:
+        while idle and not is_over and n_sent - n_yielded < 4 * len(pipes):
             batch = next(batches, None)
             is_over = batch is None
             if not is_over:
-                pipe = idle.pop() if idle else start()
-                with is_alive():
+                pipe = idle.pop()
+                with unless_killed():
                     pipe.send(batch)
                 under_way[pipe], n_sent = n_sent, n_sent + 1
         if n_yielded in results:
@@ -65,7 +63,7 @@ def share_out(batches, start, processes):
             n_yielded += 1
         elif under_way:
             for pipe in wait(under_way):
-                with is_alive():
+                with unless_killed():
                     result = pipe.recv()
                 if isinstance(result, Exception):
                     raise result
@@ -76,8 +74,8 @@ def share_out(batches, start, processes):
 
 
 @contextlib.contextmanager
-def is_alive():
-    """UserError if the process at the other end of the pipe that is used within this is gone."""
+def unless_killed():
+    """A `with` in which a pipe is used: UserError if the process at its other end is gone."""
     try:
         yield
     except (EOFError, OSError):
