@@ -4,18 +4,19 @@
     python data.py text pages/ --clean --no-c4 --language de            in German, without C4's rules
     python data.py text notes/ --near-duplicates --personal-data drop   two steps alone
 
-The steps are those of FineWeb (Penedo et al. 2024), which Karpathy's lecture shows. Each is a flag, and they
-come in this order, the cheapest first, except that the language is found before the rules that assume one:
+The steps are after FineWeb's (Penedo et al. 2024), which Karpathy's lecture shows, with the differences named
+below. Each is a flag, and they come in this order, the cheapest first, except that the language is found
+before the rules that assume one:
 
     blocklist         drops what comes from the domains in a file, and from their sub-domains
-    exact duplicates  drops a document of the same words as one before, and a page of the same bytes
+    exact duplicates  drops a document whose words, or a page whose bytes, came before
     extraction        takes the main text out of a page, by trafilatura
     language          drops what scores less than --min-share for the language
     gopher            drops what breaks a rule of Gopher (Rae et al. 2021) for quality or repetition
     c4                drops the lines and pages that break a rule of C4 (Raffel et al. 2020)
-    decontamination   drops what shares 13 words in a row with the tests of a model
-    personal data     masks e-mail addresses, telephone numbers and the like, or drops their documents
-    near duplicates   drops a document that is nearly one before: Jaccard similarity 0.8 of sets of 5 words
+    decontamination   drops what shares a 13-gram of words with evaluation files
+    personal data     masks e-mail addresses, some telephone numbers and the like, or drops their documents
+    near duplicates   drops a document like one before: Jaccard similarity of 0.8 of their word 5-grams
     paragraphs        drops a paragraph that stood before, in this document or in an earlier one
 
 Up to personal data a step looks at one document alone, and several processes share that work. What compares
@@ -28,10 +29,19 @@ as in FineWeb, which keeps what scores 0.65 for English. For a page in two langu
 of each. Words are what white space and punctuation separate. Chinese, Japanese and Thai do not separate them:
 for these only the steps that count no words are of use.
 
-Left out are C4's removal of spans of three sentences that occur twice, and Gopher's of documents that are
-alike, in whose place the last two steps stand; C4's language filter (langdetect, 0.99), in whose place the
-language step stands; and Gopher's SafeSearch filter, which is Google's own. C4's list of bad words is yours
-to give (--bad-words). It drops much that is harmless, and FineWeb does without.
+FineWeb differs from this. It leaves out C4's rule of terminal punctuation, which drops many lines (as
+--skip-rules c4:terminal-punctuation does here), and has quality rules of its own. It finds near duplicates by
+14 bands of 8 hashes, not 20 of 6. It has no steps for exact duplicates, decontamination and paragraphs.
+
+Of the papers' rules these are left out, and this stands for them:
+
+    C4's removal of spans of three sentences that occur twice     paragraphs
+    C4's language filter (langdetect, 0.99)                       language
+    C4's list of bad words                                        --bad-words, with a list of yours
+    Gopher's removal of documents that are alike                  near duplicates
+    Gopher's SafeSearch filter, which is Google's own             nothing
+
+C4's list of bad words drops much that is harmless, and FineWeb does without.
 
 Read formats.py before this file.
 """
@@ -40,12 +50,9 @@ import argparse
 import contextlib
 import functools
 import json
-import multiprocessing
 import os
 import re
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
-from multiprocessing.connection import wait
 from operator import attrgetter
 from urllib.parse import urlsplit
 
@@ -54,7 +61,8 @@ import numpy as np
 import common
 from cleaning import duplicates, formats, rules
 from cleaning.counts import Counts
-from cleaning.duplicates import TEST_WORDS, hash64, hashes_of, ngrams, paragraphs, words_of
+from cleaning.duplicates import EVALUATION_NGRAM, hash64, hashes_of, ngrams, paragraphs, words_of
+from cleaning.processes import in_order
 from common import UserError
 
 # ------------------------------------------------------------------------------------------------------------
@@ -70,6 +78,8 @@ PRESET = {  # what --clean sets, unless another flag says otherwise
     "repeated_paragraphs": True,
 }
 FILES = ("blocklist", "bad_words", "decontaminate")  # flags that name files
+MIN_SHARE = 0.65
+BATCH_BYTES, BATCH_DOCUMENTS = 1 << 19, 256  # what a process cleans at a time
 
 
 def add_flags(parser):
@@ -82,15 +92,18 @@ def add_flags(parser):
     add("--blocklist", metavar="FILE", help="drop what comes from these domains, one a line")
     add("--language", metavar="CODE", help="drop other languages: a code, such as en, or any")
     share = common.number(float, low=0, high=1)
-    add("--min-share", type=share, default=0.65, metavar="X", help="lowest score for --language")
-    switch("--gopher", help="drop what Gopher's rules of quality and repetition drop")
+    add("--min-share", type=share, default=MIN_SHARE, metavar="X", help="lowest score for --language")
+    switch("--gopher", help="drop what breaks a rule of quality or repetition; its stop words are English")
     switch("--c4", help="drop the lines and pages that C4's rules drop; they are made for English")
     add("--bad-words", metavar="FILE", help="drop pages that have one of these words, one a line")
     words = "rules of --gopher and --c4 to leave out, such as gopher:stop-words or c4:curly-bracket"
     add("--skip-rules", nargs="+", default=[], metavar="RULE", help=words)
-    words = "drop what shares 13 words in a row with these tests: text, or JSON lines"
+    words = "drop what shares a 13-gram with these evaluation files: text, or JSON lines"
     add("--decontaminate", nargs="+", default=[], metavar="FILE", help=words)
-    words = "e-mail addresses, telephone, card and social security numbers, IP addresses"
+    words = (
+        "e-mail and IP addresses, card and US social security numbers, telephone numbers that begin with + "
+    )
+    words += "or 00 or are written as in North America"
     add("--personal-data", choices=("keep", "mask", "drop"), help=words)
     switch("--near-duplicates", help="drop documents that are nearly one before")
     switch("--repeated-paragraphs", help="drop paragraphs that stood before")
@@ -114,33 +127,50 @@ def steps_asked(flags):
 
 
 def is_needed(paths, flags):
-    """Whether data.py cannot read the files as they are: they are no plain text, or a step is asked for."""
+    """Whether data.py cannot read the files as they are: they are no plain text, or a step is asked for.
+
+    UserError if a flag is for a step that is not asked for.
+    """
+    steps = steps_asked(flags)
     others = [path for path in paths if formats.is_gzip(path) or formats.suffix_of(path) in formats.WEB]
-    return bool(others or steps_asked(flags))
+    has_rules = "gopher" in steps or "c4" in steps
+    for flag, is_given, has_effect, needed in (
+        ("--min-share", flags.min_share != MIN_SHARE, "language" in steps, "--language"),
+        ("--skip-rules", flags.skip_rules, has_rules, "--gopher or --c4"),
+        ("--show-dropped", flags.show_dropped, steps or others, "--clean or one of its steps"),
+    ):
+        if is_given and not has_effect:
+            raise UserError(f"{flag} does nothing without {needed}; add that, or leave {flag} out")
+    return bool(others or steps)
 
 
-def clean(paths, flags, out):
+def clean(paths, flags, out, standard_input=None):
     """Clean the documents in the files into a new file `out`, JSON lines; return what meta.json says of it.
 
-    Prints a table of what each step dropped. UserError if nothing is left.
+    Prints a table of what each step dropped. UserError if nothing is left. The path `standard_input` has what
+    came from there.
     """
     steps = steps_asked(flags)
     blocked = read_blocklist(flags.blocklist) if flags.blocklist else set()
-    settings = steps, flags.min_share, flags.skip_rules, duplicates.read_tests(flags.decontaminate)
+    evaluation = duplicates.read_evaluation_files(flags.decontaminate)
+    skip = list(flags.skip_rules)
+    if flags.language not in (None, "en"):
+        skip.append("gopher:stop-words")  # they are English
+    make_cleaner = functools.partial(Cleaner, steps, flags.min_share, skip, evaluation)
     formats.require(paths)
-    Cleaner(*settings)  # its errors come before anything is read, too
-    counts, reader, earlier = Counts(), formats.Reader(flags.document_chars), duplicates.Earlier()
+    make_cleaner()  # its errors come before anything is read, too
+    counts, reader, index = Counts(), formats.Reader(standard_input), duplicates.DuplicateIndex()
     progress = common.Progress("cleaning", sum(path.stat().st_size for path in paths), form=common.size)
-    documents = first_look(reader.documents(paths), blocked, counts)
+    documents = drop_blocked_and_exact(reader.documents(paths), blocked, counts)
     batches = formats.in_batches(documents, attrgetter("content"), BATCH_BYTES, BATCH_DOCUMENTS)
     with (
         open(out, "w", encoding="utf-8") as file,
-        contextlib.closing(in_order(batches, settings, flags.processes)) as results,
+        contextlib.closing(in_order(batches, make_cleaner, flags.processes)) as results,
     ):
         for cleaned, counts_of_batch in results:
             counts.add(counts_of_batch)
             for document in cleaned:
-                text = earlier.without_repeats(document, counts)
+                text = index.without_repeats(document, counts)
                 if text:
                     counts.enter("kept", text)
                     file.write(json.dumps({"text": text}) + "\n")
@@ -151,13 +181,14 @@ def clean(paths, flags, out):
         common.say(
             f"note: {counts.without_address:,} documents have no address that could be on the blocklist"
         )
-    print(counts.table())
+    print("\n".join([counts.table(), *reader.passed_over()]))
     if flags.show_dropped:
         print(counts.shown())
     if "kept" not in counts.steps:
-        raise UserError(f"cleaning leaves nothing: {counts.worst()}; give other files, or leave a step out")
+        reasons = "; ".join([counts.worst(), *reader.passed_over()])
+        raise UserError(f"cleaning leaves nothing: {reasons}; give other files, or leave a step out")
     return {
-        "flags": steps | {"min_share": flags.min_share, "skip_rules": flags.skip_rules},
+        "flags": steps | {"min_share": flags.min_share, "skip_rules": skip},
         "steps": counts.as_json(),
         "encodings": reader.encodings + counts.encodings,
         "damaged": reader.damaged,
@@ -165,7 +196,7 @@ def clean(paths, flags, out):
     }
 
 
-def first_look(documents, blocked, counts):
+def drop_blocked_and_exact(documents, blocked, counts):
     """Yield the documents that come from no blocked domain and that are not the same as one before."""
     seen = duplicates.HashTable()
     for document in documents:
@@ -191,7 +222,7 @@ def read_blocklist(path):
     domains = set()
     for where, line in lines_of(path):
         name = line.split()[-1].lower().removeprefix("*.").strip(".")
-        if len(line.split()) > 2 or not re.fullmatch(r"[^\s/:@]+", name):
+        if len(line.split()) > 2 or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name):
             raise UserError(f"{where} is no domain such as example.org; correct or delete it")
         domains.add(name)
     return domains
@@ -235,23 +266,28 @@ class Cleaned:
 class Cleaner:
     """Takes documents through the steps that look at one document alone; every process has one."""
 
-    def __init__(self, steps, min_share, skip, tests):
-        self.steps, self.min_share, self.tests = steps, min_share, tests  # tests: (n,) uint64, sorted
+    def __init__(self, steps, min_share, skip, evaluation):
+        self.steps, self.min_share = steps, min_share
+        self.evaluation = evaluation  # hashes of the 13-grams of evaluation files, (n,) uint64, sorted
         unknown = [rule for rule in skip if rule not in rules.RULES]
         if unknown:
             raise UserError(f"--skip-rules {unknown[0]} is none of {', '.join(rules.RULES)}")
         language = steps.get("language")
         self.language = rules.Language(language) if language else None
-        if language not in (None, "en"):
-            skip = [*skip, "gopher:stop-words"]  # they are English
         self.rules = [rule for rule in rules.RULES if rule not in skip and rule.partition(":")[0] in steps]
         bad_words = lines_of(steps["bad_words"]) if "bad_words" in steps else []
         self.bad_words = {" ".join(words_of(line)) for _, line in bad_words}
 
     def clean_batch(self, documents):
         """What is left of a list of Documents, [Cleaned, ...], and the Counts of what was dropped."""
-        counts = Counts()
-        cleaned = [self.clean(document, counts) for document in documents]
+        counts, cleaned = Counts(), []
+        for document in documents:
+            try:
+                cleaned.append(self.clean(document, counts))
+            except MemoryError:
+                raise
+            except Exception as error:
+                raise RuntimeError(f"{document.where} cannot be cleaned") from error
         return [document for document in cleaned if document], counts
 
     def clean(self, document, counts):
@@ -272,8 +308,10 @@ class Cleaner:
         words = words_of(text)  # [str, ...]
         if "gopher" in steps:
             counts.enter("gopher", text)
-            rule = self.broken(rules.GOPHER_QUALITY, rules.gopher_quality, text, words)
-            rule = rule or self.broken(rules.GOPHER_REPETITION, rules.gopher_repetition, text, words)
+            rule = self.first_broken_rule(rules.GOPHER_QUALITY, rules.gopher_quality, text, words)
+            rule = rule or self.first_broken_rule(
+                rules.GOPHER_REPETITION, rules.gopher_repetition, text, words
+            )
             if rule:
                 return counts.drop("gopher", rule, document, text)
         if "c4" in steps or self.bad_words:
@@ -285,10 +323,11 @@ class Cleaner:
                 counts.cut("c4", rule, document, line)
             text, words = (left, words_of(left)) if left != text else (text, words)
         hashes = hashes_of(words)  # (n_words,)
-        if len(self.tests):
+        if len(self.evaluation):
             counts.enter("decontamination", text)
-            if (duplicates.find(ngrams(hashes, TEST_WORDS), self.tests) >= 0).any():
-                return counts.drop("decontamination", f"{TEST_WORDS} words of a test", document, text)
+            if (duplicates.find(ngrams(hashes, EVALUATION_NGRAM), self.evaluation) >= 0).any():
+                rule = f"{EVALUATION_NGRAM}-gram of an evaluation file"
+                return counts.drop("decontamination", rule, document, text)
         if "personal_data" in steps:
             counts.enter("personal data", text)
             masked, found = rules.mask_personal_data(text)
@@ -301,89 +340,15 @@ class Cleaner:
         if "near_duplicates" in steps:
             cleaned.bands, cleaned.signature = duplicates.minhash(hashes)
         if "repeated_paragraphs" in steps:
-            parts = [hash64(part.encode()) if duplicates.is_long(part) else 0 for part in paragraphs(text)]
-            cleaned.paragraphs = np.array(parts, np.uint64)
+            parts = [part.strip() for part in paragraphs(text)]
+            keys = [hash64(part.encode()) if duplicates.is_long(part) else 0 for part in parts]
+            cleaned.paragraphs = np.array(keys, np.uint64)
         return cleaned
 
-    def broken(self, ranges, measure, text, words):
+    def first_broken_rule(self, ranges, measure, text, words):
         """The first of the rules {rule: (low, high)} of Gopher that a document breaks, or None."""
         measures = measure(text, words)
         for rule, (low, high) in ranges.items():
             if f"gopher:{rule}" in self.rules and not low <= measures[rule] <= high:
                 return rule
         return None
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Processes
-
-BATCH_BYTES, BATCH_DOCUMENTS = 1 << 19, 256
-
-
-def in_order(batches, settings, processes):
-    """Yield what Cleaner.clean_batch() makes of each batch, in their order; `processes` of them work on it.
-
-    Few batches are under way at a time, so that memory does not hold the text.
-    """
-    if processes == 1:
-        yield from map(Cleaner(*settings).clean_batch, batches)
-        return
-    context = multiprocessing.get_context("spawn")  # not fork: this process has threads
-    workers, pipes = [], []
-    try:
-        resource_tracker.ensure_running()  # it unblocks Ctrl-C when it starts
-        with common.ctrl_c_waits():
-            for _ in range(processes):
-                pipe, theirs = context.Pipe()
-                worker = context.Process(target=work, args=(theirs, settings), daemon=True)
-                worker.start()
-                workers.append(worker)
-                theirs.close()
-                pipes.append(pipe)
-        yield from share_out(iter(batches), pipes)
-    except (EOFError, ConnectionError):
-        remedy = "free some memory, or give fewer --processes"
-        raise UserError(
-            f"a process that cleaned was killed, perhaps because memory is full; {remedy}"
-        ) from None
-    finally:
-        for worker in workers:
-            worker.terminate()
-            worker.join()
-
-
-def share_out(batches, pipes):
-    """Send every batch to a process that waits for one; yield their results in the order of the batches."""
-    idle, under_way, results = list(pipes), {}, {}  # under_way: {pipe: number of its batch}
-    n_sent, n_yielded, is_over = 0, 0, False
-    while not is_over or under_way or results:
-        while idle and not is_over and n_sent - n_yielded < 4 * len(pipes):
-            batch = next(batches, None)
-            is_over = batch is None
-            if not is_over:
-                pipe = idle.pop()
-                pipe.send(batch)
-                under_way[pipe], n_sent = n_sent, n_sent + 1
-        if n_yielded in results:
-            yield results.pop(n_yielded)
-            n_yielded += 1
-        elif under_way:
-            for pipe in wait(under_way):
-                result = pipe.recv()
-                if isinstance(result, Exception):
-                    raise result
-                results[under_way.pop(pipe)] = result
-                idle.append(pipe)
-
-
-def work(pipe, settings):
-    """What a process does: clean the batches that come through the pipe, until its other end is closed."""
-    cleaner = Cleaner(*settings)
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            batch = pipe.recv()
-            try:
-                result = cleaner.clean_batch(batch)
-            except Exception as error:
-                result = error
-            pipe.send(result)

@@ -444,7 +444,7 @@ def main(argv=None):
         texts, paths, train_also = sources
         cleaned = partial / "cleaned.jsonl"
         if clean.is_needed(paths, flags):
-            source["cleaning"] = clean.clean(paths, flags, cleaned)
+            source["cleaning"] = clean.clean(paths, flags, cleaned, standard_input)
             sources, n_bytes = (texts, [cleaned], train_also), cleaned.stat().st_size
 
         # First pass: duplicates, split, vocabulary

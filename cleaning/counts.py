@@ -80,7 +80,7 @@ class Counts:
             for rule, _ in self.rules(step):
                 rows += ["", f"{step}, {rule}:"] if self.examples[step, rule] else []
                 rows += [
-                    f"    {where}: {common.printable(text)}" for where, text in self.examples[step, rule]
+                    common.printable(f"    {where}: {text}") for where, text in self.examples[step, rule]
                 ]
         return "\n".join(rows)
 

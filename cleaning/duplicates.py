@@ -1,4 +1,4 @@
-"""What texts have in common: words in a row, paragraphs, and whole documents, exactly or nearly.
+"""What texts have in common: n-grams of words, paragraphs, and whole documents, exactly or nearly.
 
 Texts are compared by hashes of their words. Read clean.py before this file.
 """
@@ -22,19 +22,26 @@ def words_of(text):
     return re.findall(r"\w+", text.lower())
 
 
+LONG_LINE = 100  # characters: text is wrapped into shorter lines
+BLANK_LINE, LINE_BREAK = r"(\n\s*\n)", r"(\n(?:\s*\n)?)"
+
+
 def paragraphs(text):
-    """The paragraphs of a text: between blank lines, or the lines if there is no blank one."""
-    return text.split(separator(text))
+    """The paragraphs of a text, each with the line breaks behind it: joined, they are the text.
 
-
-def separator(text):
-    return "\n\n" if "\n\n" in text else "\n"
+    If most of the text is in long lines, each line is a paragraph. Otherwise its paragraphs are wrapped into
+    short lines, and blank lines separate them; if there is no blank line, each line is a paragraph, too.
+    """
+    n_in_long_lines = sum(len(line) for line in text.split("\n") if len(line) > LONG_LINE)
+    is_wrapped = n_in_long_lines <= len(text) // 2 and re.search(BLANK_LINE, text)
+    parts = re.split(BLANK_LINE if is_wrapped else LINE_BREAK, text)
+    return [part + gap for part, gap in zip(parts[::2], [*parts[1::2], ""])]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Hashes: of paragraphs, of n words in a row, and of whole documents by MinHash
+# Hashes: of paragraphs, of n-grams, and of whole documents by MinHash
 
-TEST_WORDS = 13  # as GPT-3 (Brown et al. 2020, appendix C)
+EVALUATION_NGRAM = 13  # words, as GPT-3 (Brown et al. 2020, appendix C)
 SHINGLE = 5  # words
 JACCARD = 0.8
 
@@ -63,26 +70,27 @@ def hashes_of(words):
 
 
 def ngrams(hashes, n):
-    """Hashes of all n words in a row, from those of the words: (len(hashes) - n + 1,) uint64, or (0,)."""
+    """Hashes of all n-grams, from those of the words: (len(hashes) - n + 1,) uint64, or (0,)."""
     n_grams = max(len(hashes) - n + 1, 0)
     grams = np.zeros(n_grams, np.uint64)
     for i in range(n):
-        grams = longer(grams, hashes[i : i + n_grams], i + 1)
+        grams = extend_ngrams(grams, hashes[i : i + n_grams], i + 1)
     return grams
 
 
-def longer(grams, hashes, n):
+def extend_ngrams(grams, hashes, n):
     """Hashes of n-grams, (k,) uint64, from those of their first n - 1 words and of their last word."""
     grams = (grams ^ hashes) * MIX[n]  # modulo 2^64
     return grams ^ (grams >> np.uint64(32))
 
 
 def minhash(hashes):
-    """What documents are compared by: (N_BANDS,) uint64, of which similar ones share some, and a signature.
+    """A document's band hashes, of which similar documents share at least one, and its signature.
 
-    MinHash (Broder 1997): a random function of the hashes of a document's sets of 5 words takes its minimum
-    at the same one for two documents with probability s, their Jaccard similarity. The signature is the
-    lowest 8 bits of N_BANDS * ROWS such minima, which are enough to estimate s (Li & König 2010).
+    MinHash (Broder 1997): documents are compared by the sets of their word 5-grams. With probability s, the
+    Jaccard similarity of two sets, a random function takes its minimum over both sets at the same 5-gram. The
+    signature is the lowest 8 bits of N_BANDS * ROWS such minima, enough to estimate s (Li & König 2010). The
+    shapes are (N_BANDS,) uint64 and (N_BANDS * ROWS,) uint8.
     """
     shingles = ngrams(hashes, min(SHINGLE, max(len(hashes), 1)))
     shingles = (np.unique(shingles) >> np.uint64(32)).astype(np.uint32)  # (n,)
@@ -105,8 +113,8 @@ def find(keys, known):
     return np.where(known[places] == keys, places, -1)
 
 
-def read_tests(paths):
-    """The hashes of all 13 words in a row in tests, sorted. A test is a line of JSON, or a text file."""
+def read_evaluation_files(paths):
+    """The hashes of all 13-grams in evaluation files, sorted. An item is a line of JSON, or a text file."""
     found, n_short = [np.zeros(0, np.uint64)], 0
     for path in paths:
         text = formats.read_text(path)
@@ -114,14 +122,15 @@ def read_tests(paths):
             lines = [
                 (f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()
             ]
-            tests = [strings_of(where, line) for where, line in lines]
+            items = [strings_of(where, line) for where, line in lines]
         else:
-            tests = [text]
-        hashes = [ngrams(hashes_of(words_of(test)), TEST_WORDS) for test in tests]
+            items = [text]
+        hashes = [ngrams(hashes_of(words_of(item)), EVALUATION_NGRAM) for item in items]
         n_short += sum(len(grams) == 0 for grams in hashes)
         found += hashes
     if n_short:
-        common.say(f"note: {n_short} tests have fewer than {TEST_WORDS} words and cannot be looked for")
+        what = f"evaluation items of fewer than {EVALUATION_NGRAM} words, which cannot be looked for"
+        common.say(f"note: {what}: {n_short}")
     return np.unique(np.concatenate(found))
 
 
@@ -180,7 +189,7 @@ class HashTable:
             self.newest = {}
 
 
-class Earlier:
+class DuplicateIndex:
     """What was kept so far, to find near duplicates and repeated paragraphs.
 
     It takes about 360 bytes a document, and 12 for each of its paragraphs.
@@ -232,11 +241,11 @@ class Earlier:
             if key:
                 new.add(key)
         self.paragraphs.put(np.array(sorted(new), np.uint64), 0)
-        rest = separator(text).join(left)
+        rest = "".join(left)
         if not new and len(left) < len(keys):
             counts.drop("paragraphs", "nothing else in the document", document, rest)
             return ""
-        return rest
+        return rest.rstrip() if len(left) < len(keys) else text
 
 
 def is_long(paragraph):

@@ -1,6 +1,6 @@
 """Files become documents: plain text, JSON lines, web pages and web archives, each of them also as .gz.
 
-    .txt .md              one document a file; a long one is cut at blank lines
+    .txt .md              one document a file; a text of over 262,144 characters becomes several
     .jsonl                one document a line, {"text": "…"}; its address, if it has one, under "url"
     .html .htm .xhtml     one page a file; trafilatura takes the main text out of the markup
     .warc .wet            an archive of the web, as Common Crawl's: one page a record, or its text
@@ -16,6 +16,7 @@ import gzip
 import io
 import json
 import logging
+import os
 import re
 import zlib
 from collections import Counter
@@ -33,6 +34,10 @@ WEB = (".html", ".htm", ".xhtml", ".warc", ".wet")  # these need requirements-cl
 # Common Crawl cuts pages off at 5 MiB. The time of trafilatura grows with the square of the length: on one
 # core of an EPYC 1 MB takes 0.8 seconds, 5 MB take 8 and 20 MB 193.
 LARGEST_PAGE = 5 << 20  # bytes
+
+# Text files, which may be larger than memory, are cut so that Gopher's limit of 100,000 words drops none for
+# its length. data.py cuts again what is kept, by --document-chars.
+LONGEST_TEXT = 1 << 18  # characters
 
 
 @dataclass
@@ -66,7 +71,7 @@ def extra(what):
         yield
     except ImportError as error:
         remedy = "python -m pip install -r requirements-clean.txt"
-        raise UserError(f"{what} needs {error.name}; install it: {remedy}") from None
+        raise UserError(f"{what} needs {error.name or error}; install it: {remedy}") from None
 
 
 def require(paths):
@@ -125,6 +130,20 @@ def end_of_piece(text, longest):
         if end > longest // 2:
             return end
     return longest
+
+
+def large_pieces(file):
+    """Yield an open file's text as a document, or in pieces long enough for each to be judged as one.
+
+    A rest shorter than half of LONGEST_TEXT, which only the last piece can be, goes with the piece before it.
+    """
+    before = ""
+    for piece in pieces(file, LONGEST_TEXT):
+        if before and len(piece) >= LONGEST_TEXT // 2:
+            yield before
+            before = ""
+        before += piece
+    yield before
 
 
 def json_rows(file, name):
@@ -230,14 +249,16 @@ def decodes(content, encoding):
 # Reading
 
 GZIP_MEMBER, WARC_RECORD = re.compile(rb"\x1f\x8b\x08"), re.compile(rb"(?<=\n)WARC/1\.[01]\r\n")
-CANONICAL = re.compile(rb"<link[^>]*\brel=[\"']?canonical[\"']?[^>]*>", re.I)
+LINK = re.compile(rb"<link\b[^<>]*>", re.I)
+CANONICAL = re.compile(rb"\brel\s*=\s*[\"']?canonical\b", re.I)
+HREF = re.compile(rb"\bhref\s*=\s*[\"']?([^\"'\s>]+)", re.I)
 
 
 class Reader:
     """Reads files: `for document in reader.documents(paths)`. Then it knows what could not be read."""
 
-    def __init__(self, longest):
-        self.longest = longest  # characters of a document in a text file, which may be larger than memory
+    def __init__(self, standard_input=None):
+        self.standard_input = standard_input  # the path of a file that was copied from there
         self.encodings = Counter()  # of the text files
         self.damaged = Counter()  # {what: how many}
         self.no_pages = Counter()  # records of archives that are something else: {what: how many}
@@ -252,42 +273,40 @@ class Reader:
                 for document in self._documents_of(path, raw):
                     self.bytes_read = before + raw.tell()
                     yield document
-                self.bytes_read = before + raw.seek(0, io.SEEK_END)
+            self.bytes_read = before + os.path.getsize(path)
 
     def _documents_of(self, path, raw):
         suffix = suffix_of(path)
         if suffix in (".warc", ".wet"):
             yield from self._archive(path, raw)
             return
-        file = gzip.GzipFile(fileobj=raw) if is_gzip(path) else raw
+        file = self._decompressed(path, raw) if is_gzip(path) else raw
         if suffix in WEB:
-            content = self._read(path, file, LARGEST_PAGE + 1)
+            content = file.read(LARGEST_PAGE + 1)
             yield Document(str(path), content, canonical_url(content), is_page=True)
             return
-        encoding = encoding_of(iter(lambda: self._read(path, file, 1 << 20), b""))
+        encoding = encoding_of(iter(lambda: file.read(1 << 20), b""))
         self.encodings[encoding] += 1
         file.seek(0)
-        blocks = Blocks(lambda n: self._read(path, file, n))
-        decoded = io.TextIOWrapper(io.BufferedReader(blocks, 1 << 16), encoding, errors="replace")
+        decoded = io.TextIOWrapper(file, encoding, errors="replace")
         if suffix != ".jsonl":
-            for number, piece in enumerate(pieces(decoded, self.longest), 1):
-                yield Document(f"{path}, part {number}" if number > 1 else str(path), piece)
+            for number, piece in enumerate(large_pieces(decoded), 1):
+                name = "standard input" if path == self.standard_input else str(path)
+                yield Document(f"{name}, part {number}" if number > 1 else name, piece)
             return
         for where, row in json_rows(decoded, path):
             url = row["url"] if isinstance(row.get("url"), str) else ""
-            texts = [row["text"]]
-            if len(row["text"]) > LARGEST_PAGE:  # the steps would take much memory for it
-                texts = pieces(io.StringIO(row["text"], newline=""), self.longest)
+            text = row["text"].replace("\r\n", "\n")  # as open() reads text files
+            texts = [text]
+            if len(text) > LARGEST_PAGE:  # the steps would take much memory for it
+                texts = large_pieces(io.StringIO(text))
             for text in texts:
                 yield Document(where, text, url)
 
-    def _read(self, path, file, n):
-        """Up to n bytes of an open file. A damaged .gz ends where the damage is."""
-        try:
-            return file.read(n)
-        except (EOFError, zlib.error, gzip.BadGzipFile):
-            self._note("compressed files", f"{path} is damaged; what comes before the damage is read")
-            return b""
+    def _decompressed(self, path, raw):
+        """An open .gz as a file of what it holds. If it is damaged, it ends where the damage is."""
+        text = f"{path} is damaged; what comes before the damage is read"
+        return io.BufferedReader(Decompressed(raw, lambda: self._note("compressed files", text)), 1 << 16)
 
     def _note(self, kind, text):
         """Count a damage, once, and tell the person, unless there have been many."""
@@ -296,14 +315,26 @@ class Reader:
         self.noted.add(text)
         self.damaged[kind] += 1
         if self.damaged[kind] <= 5:
-            common.say(f"note: {text}" + ("; further ones are counted only" * (self.damaged[kind] == 5)))
+            more = "; further ones are counted only" * (self.damaged[kind] == 5)
+            common.say(common.printable(f"note: {text}{more}"))
+
+    def passed_over(self):
+        """What in the files was not read, and how often, for the person: [line, ...]."""
+        lines = []
+        for what, counter in (("records that are no pages", self.no_pages), ("damaged", self.damaged)):
+            commonest = counter.most_common(8)
+            n_others = counter.total() - sum(n for _, n in commonest)
+            kinds = [f"{kind} ({n:,})" for kind, n in [*commonest, ("others", n_others)] if n]
+            if kinds:
+                lines.append(common.printable(f"{what}: {', '.join(kinds)}"))
+        return lines
 
     def _archive(self, path, raw):
         """Yield the pages in a WARC file. Behind a damaged record it goes on with the next whole one."""
         from warcio import archiveiterator  # noqa: PLC0415
 
-        file = single_member(raw) if is_gzip(path) else raw
-        mark = GZIP_MEMBER if file is raw and is_gzip(path) else WARC_RECORD
+        mark = GZIP_MEMBER if is_gzip(path) and not is_single_member(raw) else WARC_RECORD
+        file = self._decompressed(path, raw) if is_gzip(path) and mark is WARC_RECORD else raw
         start, number = 0, 0
         while start is not None:
             file.seek(start)
@@ -355,40 +386,63 @@ class Reader:
         charset = re.search(r"charset=[\"']?([\w-]+)", kind)
         url = (record.rec_headers.get_header("WARC-Target-URI") or "").strip("<>")
         if record.rec_type == "conversion":
-            return Document(where, content.decode("utf-8", "replace"), url)
+            return Document(where, content.decode("utf-8", "replace").replace("\r\n", "\n"), url)
         return Document(where, content, url, is_page=True, charset=charset and charset[1])
 
 
-class Blocks(io.RawIOBase):
-    """An open file of which read(n) is this function."""
+class Decompressed(io.RawIOBase):
+    """What an open .gz holds. If it is damaged, the file ends where the damage is, and damaged() is called.
 
-    def __init__(self, read_block):
-        self.read_block = read_block
+    GzipFile.read(n) would lose up to n bytes before the damage. So it is asked for few bytes at a time.
+    """
+
+    def __init__(self, raw, damaged):
+        self.file, self.damaged = gzip.GzipFile(fileobj=raw), damaged
 
     def readable(self):
         return True
 
+    def seekable(self):
+        return True
+
+    def seek(self, place, whence=io.SEEK_SET):
+        with self._up_to_damage():
+            self.file.seek(place, whence)
+        return self.file.tell()
+
     def readinto(self, buffer):
-        block = self.read_block(len(buffer))
+        block = b""
+        with self._up_to_damage():
+            block = self.file.read1(min(len(buffer), 1 << 13))
         buffer[: len(block)] = block
         return len(block)
+
+    @contextlib.contextmanager
+    def _up_to_damage(self):
+        try:
+            yield
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            self.damaged()
 
 
 def canonical_url(page):
     """The address that a page gives as its own, "" if it gives none."""
-    link = CANONICAL.search(page[: 1 << 16])
-    address = link and re.search(rb"\bhref=[\"']?([^\"'\s>]+)", link[0])
-    return address[1].decode("utf-8", "replace") if address else ""
+    for link in LINK.findall(page[: 1 << 16]):
+        address = HREF.search(link)
+        if address and CANONICAL.search(link):
+            return address[1].decode("utf-8", "replace")
+    return ""
 
 
-def single_member(raw):
-    """An open .warc.gz as warcio reads it: with a member of gzip for every record, or else decompressed."""
-    try:
-        text = zlib.decompressobj(31).decompress(raw.read(1 << 16))
-    except zlib.error:
-        return raw
+def is_single_member(raw):
+    """Whether an open .warc.gz is one member of gzip; warcio reads those that have one for every record."""
+    start = raw.read(1 << 16)
     raw.seek(0)
-    return gzip.GzipFile(fileobj=raw) if len(re.findall(rb"^WARC/\d", text, re.M)) > 1 else raw
+    try:
+        text = zlib.decompressobj(31).decompress(start)
+    except zlib.error:
+        return False
+    return len(re.findall(rb"^WARC/\d", text, re.M)) > 1
 
 
 def next_record(file, start, mark):
@@ -430,7 +484,8 @@ def main_text(document, counts):
         text = trafilatura.extract(tree, fast=True, include_comments=False, deduplicate=False)
     except Exception:  # whatever a page does to the parser, the others are read
         return "", "trafilatura fails"
-    text = re.sub(r"\s*\n\s*", "\n", text or "").strip()
+    lines = [line.strip() for line in (text or "").split("\n")]
+    text = "\n".join(line for line in lines if line)
     return text, None if text else "no main text"
 
 

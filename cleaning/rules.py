@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 
 from cleaning import formats
-from cleaning.duplicates import hashes_of, longer, paragraphs, separator
+from cleaning.duplicates import extend_ngrams, hashes_of, paragraphs
 from common import UserError
 
 
@@ -58,19 +58,19 @@ GOPHER_QUALITY = {  # Rae et al. 2021, section A1.1, quality filtering
     "stop-words": (2, 8),
 }
 GOPHER_REPETITION = {  # table A1
-    "repeated-lines": (0, 0.30),
-    "repeated-paragraphs": (0, 0.30),
-    "characters-of-repeated-lines": (0, 0.20),
-    "characters-of-repeated-paragraphs": (0, 0.20),
+    "duplicate-lines": (0, 0.30),
+    "duplicate-paragraphs": (0, 0.30),
+    "characters-of-duplicate-lines": (0, 0.20),
+    "characters-of-duplicate-paragraphs": (0, 0.20),
     "top-2-gram": (0, 0.20),
     "top-3-gram": (0, 0.18),
     "top-4-gram": (0, 0.16),
-    "repeated-5-grams": (0, 0.15),
-    "repeated-6-grams": (0, 0.14),
-    "repeated-7-grams": (0, 0.13),
-    "repeated-8-grams": (0, 0.12),
-    "repeated-9-grams": (0, 0.11),
-    "repeated-10-grams": (0, 0.10),
+    "duplicate-5-grams": (0, 0.15),
+    "duplicate-6-grams": (0, 0.14),
+    "duplicate-7-grams": (0, 0.13),
+    "duplicate-8-grams": (0, 0.12),
+    "duplicate-9-grams": (0, 0.11),
+    "duplicate-10-grams": (0, 0.10),
 }
 STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
 BULLETS, ELLIPSES = ("•", "●", "‣", "◦", "*", "-"), ("...", "…")
@@ -103,20 +103,20 @@ def gopher_repetition(text, words):
     for name, all_parts in (("lines", text.split("\n")), ("paragraphs", paragraphs(text))):
         parts = [part.strip() for part in all_parts if part.strip()]
         distinct = set(parts)
-        measures[f"repeated-{name}"] = (len(parts) - len(distinct)) / max(len(parts), 1)
+        measures[f"duplicate-{name}"] = (len(parts) - len(distinct)) / max(len(parts), 1)
         n_characters = sum(map(len, parts))
         characters_repeated = n_characters - sum(map(len, distinct))
-        measures[f"characters-of-repeated-{name}"] = characters_repeated / max(n_characters, 1)
+        measures[f"characters-of-duplicate-{name}"] = characters_repeated / max(n_characters, 1)
     lengths, hashes = np.array([len(word) for word in words]), hashes_of(words)  # (n_words,)
-    starts, grams = np.arange(len(words)), longer(np.uint64(0), hashes, 1)
+    starts, grams = np.arange(len(words)), extend_ngrams(np.uint64(0), hashes, 1)
     for n in range(2, 11):
-        # A repeated n-gram begins with a repeated one of n - 1 words, so the others are looked at no more.
+        # An n-gram can only repeat where its first n - 1 words do, so only those places are kept.
         starts = starts[starts <= len(words) - n]
-        rule = f"top-{n}-gram" if n < 5 else f"repeated-{n}-grams"
+        rule = f"top-{n}-gram" if n < 5 else f"duplicate-{n}-grams"
         measures[rule] = 0.0
         if len(starts) == 0:
             continue
-        grams = longer(grams[: len(starts)], hashes[starts + n - 1], n)
+        grams = extend_ngrams(grams[: len(starts)], hashes[starts + n - 1], n)
         _, first, which, counts = np.unique(grams, return_index=True, return_inverse=True, return_counts=True)
         is_repeated = counts[which] > 1
         counted = is_repeated.copy()
@@ -156,7 +156,7 @@ def c4(text, words, rules, bad_words):
     """What C4 leaves of a text, the rule by which it drops all of it or None, and [(rule, line), ...] it cut.
 
     In C4's pages a line is a paragraph. Here the lines are paragraphs(), because a text may have its
-    paragraphs wrapped into lines. Citations, [1], are cut out of lines.
+    paragraphs wrapped into lines. Citations, [1], are cut out of a line before it is judged.
     """
     lower = text.lower()
     if "c4:lorem-ipsum" in rules and "lorem ipsum" in lower:
@@ -167,15 +167,15 @@ def c4(text, words, rules, bad_words):
         return "", "bad-words", []
     lines, cut = [], []
     for line in paragraphs(text):
-        rule = c4_line(line.strip(), rules)
-        if rule and line.strip():
+        marks = CITATION.findall(line) if "c4:citation" in rules else []
+        uncited = CITATION.sub("", line) if marks else line
+        rule = c4_line(uncited.strip(), rules) if line.strip() else None
+        if rule:
             cut.append((rule, line))
-        elif not rule:
-            lines.append(line)
-    left = separator(text).join(lines)
-    if "c4:citation" in rules:
-        cut += [("citation", mark) for mark in CITATION.findall(left)]
-        left = CITATION.sub("", left)
+        else:
+            cut += [("citation", mark) for mark in marks]
+            lines.append(uncited)
+    left = "".join(lines).rstrip() if cut else text
     if "c4:sentences" in rules and len(SENTENCE_END.findall(left)) < 3:
         return "", "sentences", []
     return (left, None, cut) if left.strip() else ("", "no line left", [])
@@ -206,7 +206,7 @@ def c4_line(line, rules):
 # ------------------------------------------------------------------------------------------------------------
 # Personal data
 
-# What may be one; is_personal() looks closer. A pattern that begins with the signs that are possible and only
+# Candidates; is_personal() checks them. A pattern that begins with the signs that are possible and only
 # then looks back is searched for in a third of the time of one that looks back first.
 EMAIL = r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.)+[A-Za-z]{2,24}"
 CARD = (
@@ -219,10 +219,14 @@ IPV6 = (
     r"[0-9A-Fa-f:](?<![\w.:].)(?:(?<=:)|[0-9A-Fa-f]{0,3}:)(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}"
     r"(?![\w:]|\.\w)"
 )
-INTERNATIONAL = r"\+(?<![\w+.-].)[1-9](?:[ ./-]?\(?[0-9]\)?){7,14}(?![\w-]|\.\w)"
-NORTH_AMERICAN = (
-    r"[(2-9](?<![\w+.-].)(?:(?<=\()[2-9][0-9]{2}\) ?|(?<=[2-9])[0-9]{2}[-.])[2-9][0-9]{2}[-.][0-9]{4}"
-    r"(?![\w-]|\.\w)"
+# Telephone numbers with the code of a country, which + or 00 begins, and those of North America.
+DIGITS = r"[1-9](?:[ ./-]?\(?[0-9]\)?){7,14}(?![\w-]|\.\w)"
+INTERNATIONAL = r"\+(?<![\w+.-].)" + DIGITS
+INTERNATIONAL_00 = r"0(?<![\w+.-].)0(?=[1-9][0-9]{0,2}[ /(-])" + DIGITS  # not any number that begins with 00
+AREA_AND_EXCHANGE = r"(?:(?<=1)[ .-][(2-9])?(?:(?<=\()[2-9][0-9]{2}\) ?|(?<=[2-9])[0-9]{2}[ .-])[2-9][0-9]{2}"
+NORTH_AMERICAN = r"[(1-9](?<![\w+.-].)" + AREA_AND_EXCHANGE + r"[.-][0-9]{4}(?![\w-]|\.\w)"
+WITH_BLANKS = (  # 415 555 2671, but not in a row of numbers
+    r"[(1-9](?<![\w+.-].)(?<![0-9] .)" + AREA_AND_EXCHANGE + r" [0-9]{4}(?![\w-]|\.\w| [0-9])"
 )
 PERSONAL = [
     ("email", re.compile(EMAIL)),
@@ -231,12 +235,18 @@ PERSONAL = [
     ("ip", re.compile(IPV4)),
     ("ip", re.compile(IPV6)),
     ("phone", re.compile(INTERNATIONAL)),
+    ("phone", re.compile(INTERNATIONAL_00)),
     ("phone", re.compile(NORTH_AMERICAN)),
+    ("phone", re.compile(WITH_BLANKS)),
 ]
 
 
 def mask_personal_data(text):
-    """The text with [email], [card], [ssn], [ip], [phone] for what is one, and a Counter of them."""
+    """The text with [email], [card], [ssn], [ip], [phone] for what is one, and a Counter of them.
+
+    Not found are telephone numbers as they are written within other countries, such as 030 1234567: too many
+    other numbers look like them.
+    """
     found = Counter()
 
     def mask(match, kind):
@@ -251,7 +261,10 @@ def mask_personal_data(text):
 
 
 def is_personal(kind, text):
-    """Whether what looks like it is one: a card number passes Luhn's check, an IP address is a public one."""
+    """Whether a match really is personal data.
+
+    A card number passes Luhn's check, and an IP address is a public one.
+    """
     if kind == "card":
         return passes_luhn(re.sub("[ -]", "", text))
     if kind == "ip":

@@ -327,7 +327,7 @@ FLOORS = [  # a file may import those of the floors below its own; a new file ge
     {"common"},
     {"hub"},
     {"kernels", "tokenizer", "tasks.countries"},
-    {"cleaning.counts", "cleaning.formats"},
+    {"cleaning.counts", "cleaning.formats", "cleaning.processes"},
     {"cleaning.duplicates"},
     {"cleaning.rules"},
     {"clean"},
