@@ -30,7 +30,7 @@ import numpy as np
 import common
 import data
 from cleaning import formats, rules
-from cleaning.duplicates import hash64
+from cleaning.duplicates import hash64, paragraphs
 from common import UserError, count, size
 from extras import plot
 from tasks.conversations import parsed
@@ -265,8 +265,10 @@ class Look:
         is_new = document.source not in self.sources
         source = "others" if is_new and len(self.sources) >= SOURCES else document.source
         self.sources.setdefault(source, Counter()).update(documents=1, bytes=len(text), tokens=n_tokens)
-        for paragraph in paragraphs(text):
-            self.paragraphs.add(hash64(paragraph), paragraph)
+        for part in paragraphs(text.decode("utf-8", "ignore")):
+            paragraph = part.strip().encode()
+            if len(paragraph) >= PARAGRAPH:
+                self.paragraphs.add(hash64(paragraph), paragraph)
 
         values, measures = {"longest": n_tokens, "shortest": -n_tokens}, None
         if len(text) >= 100:  # of less repetition and letters say little
@@ -308,16 +310,6 @@ def compressed(text):
 def non_letters(text):
     """The share of bytes that are neither letters, of any language, nor white space."""
     return len(text.translate(None, LETTERS)) / len(text)
-
-
-def paragraphs(text):
-    """The paragraphs of a text as bytes, without short ones.
-
-    Blank lines separate them. A text whose lines are long has a paragraph in each.
-    """
-    are_lines_short = len(text) < 100 * (text.count(b"\n") + 1)
-    pieces = text.split(b"\n\n" if are_lines_short and b"\n\n" in text else b"\n")
-    return [piece for piece in map(bytes.strip, pieces) if len(piece) >= PARAGRAPH]
 
 
 def languages(texts):
