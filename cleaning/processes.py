@@ -93,7 +93,7 @@ def work(pipe, make_cleaner):
             batch = pipe.recv()
             try:
                 result = cleaner.clean_batch(batch)
-            except MemoryError as error:
+            except (UserError, MemoryError) as error:
                 result = error
             except Exception:
                 result = RuntimeError(traceback.format_exc())  # which an exception loses on its way
