@@ -67,6 +67,8 @@ def show(flags):
     look.finish()
     print(common.printable(page(name, look)))
     out = Path(flags.out or (first / "inspect.png" if first.is_dir() else f"{first}.png"))
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        out = Path(f"{out}.png")
     draw(name, look, out)
     common.say(f"the picture: {out}")
 

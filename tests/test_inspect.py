@@ -98,9 +98,10 @@ def test_the_page_says_what_to_look_at_first(tmp_path, texts):
     (tmp_path / "b.md").write_bytes("Grüße \ufffd\n".encode() + b"one line of a paragraph\n\0" * 3)
     (tmp_path / "c.jsonl").write_text(json.dumps({"text": ""}) + "\n" + json.dumps({"text": texts[0]}))
     before = script.tree(tmp_path)
-    done = script.run(data.main, "inspect", tmp_path, "--tokenizer", "bytes")
+    done = script.run(data.main, "inspect", tmp_path, "--tokenizer", "bytes", "--out", tmp_path / "v1.0")
     after = script.tree(tmp_path)
-    assert after.pop("inspect.png").startswith(b"\x89PNG") and after == before, "the data has changed"
+    assert after.pop("v1.0.png").startswith(b"\x89PNG") and after == before, "the data has changed"
+    assert f"the picture: {tmp_path}/v1.0.png\n" in done.err
     lines = done.out.splitlines()
     assert lines[0] == f"{tmp_path}: 4 documents"
     shown = [line for line in lines if line.startswith("  ! ")]
