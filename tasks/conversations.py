@@ -821,8 +821,12 @@ def write_jsonl(flags):
 
 
 def write_workbook(path, conversations):
-    """Conversations as plain text, PAGE of them in a line of a JSONL file."""
-    plain_texts = ["\n".join(text_of(turn["content"]) for turn in one) for one in conversations]
+    """Conversations as plain text, PAGE of them in a line of a JSONL file.
+
+    Those with calls of tools are left out: without its calls a solution has holes.
+    """
+    whole = [one for one in conversations if all(isinstance(turn["content"], str) for turn in one)]
+    plain_texts = ["\n".join(turn["content"] for turn in one) for one in whole]
     pages = ["\n\n".join(plain_texts[i : i + PAGE]) for i in range(0, len(plain_texts), PAGE)]
     lines = "".join(json.dumps({"text": page}) + "\n" for page in pages)
     common.write_whole(Path(path), lines.encode())
