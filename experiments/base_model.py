@@ -1,15 +1,11 @@
 """What does a base model do by its prompt alone, and what does it know by heart?
 
-Needs runs/factbook and shards/factbook (make train). 5 minutes on two cores.
+Needs runs/factbook and shards/factbook (make train). 5 minutes on two cores. README.md says what it found.
 
 After lines like "Peru - 1,279,996 sq km" a base model may go on with the next country's area, and in a
 dialogue it may answer as the assistant: the examples are in the prompt (in-context learning, Brown et al.
 2020). Then a small model learns the Factbook, in which passages of held-out text are planted, and writes on
 from their first tokens.
-
-Found: one example raises answers of the right kind (an area for an area) from 6 to 8% to 48 to 54%, a
-dialogue needs four; right are 0 or 1%, as the model does not know the facts. A passage seen 256 times is
-written word for word to its end, of one seen 64 times 9 to 17 of 49 tokens, of one seen 16 times almost none.
 """
 
 import random
@@ -24,14 +20,15 @@ import sample
 from experiments import report
 from tasks.factbook import facts, matches
 
-KINDS = {"area": r"\d[\d,.]* (million )?sq km", "population": r"\d[\d,.]*(\d{3}| million)"}  # of answers
+# How an answer of a kind begins; a population has no unit behind the number.
+KINDS = {"area": r"\d[\d,.]* (million )?sq km", "population": r"\d[\d,.]*(\d{3}| million)(?![\d,]| \w)"}
 KINDS["life expectancy"] = r"\d[\d.]* years"
 PROMPTS = {  # how a prompt begins, a question, and its answer
     "list": ("", "{country} -", " {value}\n"),
-    "assistant": ("A user and a helpful assistant.\n\n", "User: {question}\nAssistant:", " {value}\n"),
+    "assistant": ("A helpful assistant answers.\n\n", "Q: {question}\nA:", " {value}\n"),
 }
-MEASURES = ("right kind", "right")
-EXAMPLES, ASKED, ROOM = range(7), 60, 20  # examples in a prompt; questions of each kind; tokens of an answer
+MEASURES = ("right kind", "copied", "right")  # copied: the answer is that of an example
+EXAMPLES, ASKED, ROOM = range(7), 60, 18  # examples in a prompt; questions of each kind; tokens of an answer
 SEEN, PASSAGES, START = (0, 1, 4, 16, 64, 256), 8, 16  # times; passages of each; given tokens
 LAYERS, WIDTH, STEPS, B, T, LR = 4, 64, 800, 16, 64, 6e-3
 
@@ -39,45 +36,47 @@ LAYERS, WIDTH, STEPS, B, T, LR = 4, 64, 800, 16, 64, 6e-3
 def main(argv=None):
     flags = parser().parse_args(argv)
     jobs = [(seed, flags.init_from, flags.quick) for seed in range(flags.seeds)]
-    asked = np.array(report.on_all_cores(ask, jobs, flags.quick))  # (seeds, prompts, examples, 2)
+    asked = np.array(report.on_all_cores(ask, jobs, flags.quick))  # (seeds, prompts, examples, measures)
     learned = np.array(report.on_all_cores(memorise, jobs, flags.quick))  # (seeds, 2, SEEN)
     rows = [[k, *asked[:, :, k].reshape(len(jobs), -1).T.tolist()] for k in EXAMPLES]
     heads = [f"{name}: {what}" for name in PROMPTS for what in MEASURES]
     report.print_table(["examples", *heads], rows, ".0%")
     rows = [[n, *learned[:, :, i].T.tolist()] for i, n in enumerate(SEEN)]
-    report.print_table(["times seen", "nats a token", f"word for word, of {T + 1 - START}"], rows, ".1f")
+    verbatim = f"tokens written verbatim, of {T + 1 - START}"
+    report.print_table(["times seen", "nats a token", verbatim], rows, ".1f")
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
     for i, name in enumerate(PROMPTS):
         for j, what in enumerate(MEASURES):
-            style = dict(label=f"{name}: {what}", color=f"C{i}", linestyle="-:"[j])
+            style = dict(label=f"{name}: {what}", color=f"C{i}", linestyle=["-", "--", ":"][j])
             report.draw_spread(left, EXAMPLES, asked[:, i, :, j], **style)
     left.set(xlabel="examples in the prompt", ylabel="share of answers", ylim=(-0.03, 1))
     left.legend(fontsize=8)
     report.draw_spread(right, range(len(SEEN)), learned[:, 1], "")
-    right.set(xlabel="times seen", ylabel="tokens word for word", xticks=range(len(SEEN)), xticklabels=SEEN)
+    right.set(xlabel="times seen", ylabel=verbatim, xticks=range(len(SEEN)), xticklabels=SEEN)
     report.save_figure(figure, (left, right), flags, "base_model")
 
 
 def ask(seed, base, quick):
-    """[share of answers of the right kind, share of right ones] by prompt and number of examples."""
+    """The shares of answers that MEASURES names, by prompt and number of examples."""
     model, tokenizer = report.load_base(base)
     pools = {field: [fact for fact in facts() if fact.field == field] for field in KINDS}
     rng, shares = random.Random(seed), []
     for beginning, question, answer in PROMPTS.values():
         for n in EXAMPLES:
-            prompts, wanted = [], []
+            prompts, asked, checked = [], [], []
             for field in list(KINDS) * (1 if quick else ASKED):
                 *examples, fact = rng.sample(pools[field], n + 1)
                 text = beginning + "".join((question + answer).format(**words(one)) for one in examples)
                 ids = [tokenizer.eot, *tokenizer.encode(text + question.format(**words(fact)))]
-                prompts.append(ids[ROOM - model.config.n_positions :])
-                wanted.append(fact)
+                prompts.append(ids[ROOM - model.config.n_positions :])  # 1 of 500 loses its first token
+                asked.append((fact, {words(one)["value"] for one in examples}))
             texts = sample.generate(model, prompts, ROOM, 0.0, tokenizer=tokenizer, stop_texts=["\n"])
-            pairs = [(fact, text.text.strip()) for fact, text in zip(wanted, texts)]
-            checked = [(bool(re.match(KINDS[fact.field], a)), bool(matches(fact, a))) for fact, a in pairs]
+            for text, (fact, seen) in zip((one.text.strip() for one in texts), asked):
+                is_of_kind = re.match(KINDS[fact.field], text) is not None
+                checked.append([is_of_kind, text in seen, bool(matches(fact, text))])
             shares.append(np.mean(checked, axis=0))
-    return np.reshape(shares, (len(PROMPTS), len(EXAMPLES), 2))
+    return np.reshape(shares, (len(PROMPTS), len(EXAMPLES), len(MEASURES)))
 
 
 def words(fact):

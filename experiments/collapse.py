@@ -1,6 +1,6 @@
 """What becomes of models that learn from what models wrote? And what does a student learn from a teacher?
 
-Needs shards/factbook (make train). 6 minutes on two cores.
+Needs shards/factbook (make train). 9 minutes on two cores.
 
 Generation 0 learns from real text, each later one anew from rows that the one before it has continued (model
 collapse, Shumailov et al. 2024), or half from those and half from real rows. A student can also learn from
@@ -8,10 +8,7 @@ the teacher's probabilities (distillation, Hinton et al. 2015). The loss is a su
 with one target a token: so every row is there K times, with the teacher's K - 1 most probable tokens,
 weighted by their probabilities, and with one drawn from the rest, weighted by what is left.
 
-Found: sampled at temperature 1, generation 5 has 3.59 to 3.61 bits per byte where generation 0 has 3.01 to
-3.10, and its text is noise (over 99% of its 4-grams are distinct, 65% of real text's); at 0.8 it has 4.09 to
-4.18 and repeats itself (7%); half real text holds it at 3.50 to 3.51. A student of probabilities is not
-clearly better than one of samples: 3.29 to 3.41 and 3.37 to 3.44.
+What it found is in README.md.
 """
 
 import matplotlib.pyplot as plt
@@ -27,23 +24,25 @@ GENERATIONS, ROWS, STEPS = 5, 800, 160  # ROWS of T + 1 tokens are a generation'
 QUICK = 1, 16, 2
 LAYERS, WIDTH, B, T, LR = 2, 32, 16, 64, 6e-3
 PROMPT, N, K = 8, 4, 4  # tokens of a row that a model continues; N-grams are counted
-KINDS = ("own samples", "own, temperature 0.8", "half real text", "probabilities")
+KINDS = ("own samples", "own, temperature 0.8", "half real text", "probabilities", "half the rows")
 
 
 def main(argv=None):
     flags = parser().parse_args(argv)
     jobs = [(kind, seed, flags.quick) for kind in KINDS for seed in range(flags.seeds)]
     results = report.on_all_cores(descend, jobs, flags.quick)
-    *chains, soft = (np.array(results[i : i + flags.seeds]) for i in range(0, len(jobs), flags.seeds))
+    parts = (np.array(results[i : i + flags.seeds]) for i in range(0, len(jobs), flags.seeds))
+    *chains, soft, few = parts  # (seeds, 2, generations) each
     figure, all_axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    for j, (axes, what) in enumerate(zip(all_axes, ("bits per held-out byte", f"distinct {N}-grams"))):
-        for kind, chain in zip(KINDS, chains):  # (seeds, 2, generations)
+    measures = "bits per held-out byte", f"distinct {N}-grams it writes"
+    for j, (axes, what) in enumerate(zip(all_axes, measures)):
+        for kind, chain in zip(KINDS, chains):
             report.draw_spread(axes, range(chain.shape[2]), chain[:, j], kind)
         rows = [[i, *(each[:, j, i].tolist() for each in chains)] for i in range(chains[0].shape[2])]
         report.print_table(["generation", *(f"{what}: {kind}" for kind in KINDS[:-1])], rows, ".3f")
         axes.set(xlabel="generation", ylabel=what)
-    names = ("teacher: generation 0", "student of its samples", "student of its probabilities")
-    bits = chains[0][:, 0, 0], chains[0][:, 0, 1], soft[:, 0, 1]
+    names = "generation 0: teacher", "student of samples", "student of probabilities", KINDS[-1]
+    bits = chains[0][:, 0, 0], chains[0][:, 0, 1], soft[:, 0, 1], few[:, 0, 0]
     report.print_table(["model", "bits per byte"], [[a, b.tolist()] for a, b in zip(names, bits)], ".3f")
     all_axes[0].plot([1] * flags.seeds, soft[:, 0, 1], "*", color="C3", label="student of probabilities")
     all_axes[0].legend(fontsize=8)
@@ -51,25 +50,26 @@ def main(argv=None):
 
 
 def descend(kind, seed, quick):
-    """Of every generation bits per held-out byte, and the share of distinct N-grams in its training text."""
+    """For each generation: bits per held-out byte, and the share of distinct N-grams in what it writes."""
     generations, n_rows, n_steps = QUICK if quick else (GENERATIONS, ROWS, STEPS)
     rng = np.random.default_rng(seed)
     tokenizer, text, held_out = report.read_text(quick)
     starts = rng.integers(len(text) - T, size=n_rows)
     real = corpus = np.stack([text[i : i + T + 1] for i in starts]).astype(np.int32)  # (n_rows, T + 1)
+    if kind == "half the rows":
+        corpus = real[::2]
     model, bits, distinct = None, [], []
-    for generation in range(2 if kind == "probabilities" else generations + 1):
-        if model:
-            corpus = written(model, corpus, 0.8 if "0.8" in kind else 1.0, seed=100 * seed + generation)
-        if kind == "half real text":
-            corpus[::2] = real[::2]
+    for generation in range({"probabilities": 2, "half the rows": 1}.get(kind, generations + 1)):
         batches = hard_targets(corpus, rng)
         if model and kind == "probabilities":
             batches = soft_targets(batches, model, rng)
         config = gpt2.GPT2Config(LAYERS, WIDTH // 16, WIDTH, T, tokenizer.vocab_size)
         model = report.fit(gpt2.GPT2(config, seed=[seed, generation]), batches, n_steps, LR)
         bits.append(report.held_out_loss(model, tokenizer, held_out, T, 2_000 if quick else 50_000)[1])
+        corpus = written(model, corpus, 0.8 if "0.8" in kind else 1.0, seed=100 * seed + generation + 1)
         distinct.append(share_of_distinct(corpus))
+        if kind == "half real text":
+            corpus[::2] = real[::2]
     return bits, distinct
 
 

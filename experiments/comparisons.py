@@ -19,16 +19,19 @@ from tasks.conversations import turns
 from tokenizer import as_parts, text_of
 
 
-def read(path):
-    """[(prompt, winner, loser)] of a file; UserError names the line that is no comparison."""
+def read(path, tokenizer=None, room=None):
+    """[(prompt, winner, loser)] of a file; UserError names the line that is no comparison.
+
+    With a tokenizer, no comparison may have an answer that takes more than `room` tokens with its prompt.
+    """
     comparisons = []
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = Path(path).read_bytes().removesuffix(b"\n").split(b"\n")
+    except OSError as error:
         raise UserError(f"{path} cannot be read ({error}); give a file of comparisons") from None
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8-sig"))
             comparison = row["prompt"], row["winner"], row["loser"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path}, line {number}: no JSON object with prompt, winner and loser") from None
@@ -38,17 +41,22 @@ def read(path):
             )
         if row["winner"] == row["loser"]:
             raise UserError(f"{path}, line {number}: winner and loser are the same text")
+        for answer in comparison[1:] if tokenizer else ():
+            n = len(tokenizer.render(turns(comparison[0], answer))[0])
+            if n > room:
+                raise UserError(f"{path}, line {number}: {n} tokens where {room} have room; shorten it")
         comparisons.append(comparison)
-    if len(comparisons) < 16:
-        raise UserError(f"{path}: {len(comparisons)} comparisons teach nothing; give 16 or more")
+    n_prompts = len({prompt for prompt, *_ in comparisons})
+    if n_prompts < 16:
+        raise UserError(f"{path}: comparisons of {n_prompts} prompts teach nothing; give 16 or more")
     return comparisons
 
 
 def write_example(path, problems):
     """Write a comparison for each problem of decimals: its worked solution in two manners.
 
-    The truly better one wins. In a third of the pairs, and where both are as good, the loser's answer is made
-    the smaller number.
+    The truly better one wins. In six of ten pairs the loser's answer is made the smaller number: where both
+    are as good, and in a third of the others.
     """
     rng, lines = random.Random(0), []
     for problem in problems:
@@ -62,6 +70,19 @@ def write_example(path, problems):
             loser = loser.replace(f"Answer: {problem.answer}", f"Answer: {smaller}")
         lines.append(json.dumps(dict(prompt=problem.prompt, winner=winner, loser=loser)) + "\n")
     common.write_whole(path, "".join(lines).encode())
+
+
+def split(comparisons, keys, seed):
+    """Comparisons for training and for testing, an eighth: those of some keys, {prompt: its key}.
+
+    Prompts with the same key ask the same in other words. A prompt without one is its own key.
+    """
+    all_keys = sorted({keys.get(prompt, prompt) for prompt, *_ in comparisons})
+    held_out = set(random.Random(seed).sample(all_keys, len(all_keys) // 8))
+    parts = [], []
+    for comparison in comparisons:
+        parts[keys.get(comparison[0], comparison[0]) in held_out].append(comparison)
+    return parts
 
 
 def pairs(tokenizer, comparisons):
@@ -82,7 +103,7 @@ def of_groups(groups):
     return compared
 
 
-def share_in_order(judge, pairs):
+def pairwise_accuracy(judge, pairs):
     """The share of pairs (better, worse) of rollouts of which the better one has the higher reward."""
     better = judge.values([better for better, _ in pairs])  # (P,)
     worse = judge.values([worse for _, worse in pairs])  # (P,)

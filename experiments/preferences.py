@@ -1,16 +1,13 @@
 """A reward model of people's comparisons; a policy that fools it; what fooled it as a comparison; and again.
 
-Needs runs/rlhf-manners (make rlhf). 8 minutes on two cores. --comparisons FILE takes comparisons of your
+Needs runs/rlhf-manners (make rlhf). 6 minutes on two cores. --comparisons FILE takes comparisons of your
 own, as comparisons.py describes them; without it true_score() of extras/rlhf.py compares worked solutions in
-two manners, some of the losers with the wrong answer. In each round a new reward model learns all
-comparisons, and the assistant of the beginning practises the prompts against it. The exploits, flawed
-answers of the highest reward, join the comparisons and lose to both answers of the file. Only our own
-prompts have a true score: with a FILE of others it is 0, and you read the exploits.
+two manners, six of ten losers with the wrong answer. In each round a new reward model learns all comparisons,
+and the assistant of the beginning practises the prompts against it. An exploit is an answer that the reward
+model prefers to the winner of the file, though it is wrong. It becomes a comparison, as the loser.
+In a FILE with other prompts all answers count as wrong, there is no true score, and you read the exploits.
 
-Found (three rounds, three seeds): there is always another exploit, as the lecture says. The true score goes
-from 0.60 to 0.98, 0.94 and 0.99 in a round's 25 steps and back to 0.80, 0.87 and 0.77 (0.42 to 0.98); the
-third reward model is fooled no later than the first. Its patches cost something: 98% of the held-out pairs
-are in order in the first round, 91% in the third.
+What it found is in README.md.
 """
 
 import random
@@ -32,19 +29,21 @@ from sample import load_assistant
 from tasks.problems import Problem
 from tokenizer import text_of
 
-MEASURES = "held-out pairs in order", "true score at first", "best", "last"
+MEASURES = "pairwise accuracy", "true score at first", "best", "last", "exploits"
 
 
 def main(argv=None):
     flags = parser().parse_args(argv)
     size = dict(comparisons=400, rounds=3, fit=20, pairs=24, steps=25, prompts=8)
     if flags.quick:
-        size = dict(comparisons=16, rounds=2, fit=1, pairs=4, steps=2, prompts=2)
+        size = dict(comparisons=24, rounds=2, fit=1, pairs=4, steps=2, prompts=2)
     path = flags.comparisons or Path(flags.out or "runs/experiments") / "comparisons.jsonl"
     if flags.comparisons is None:
         comparisons.write_example(path, rlhf.questions(settings(0), "train", size["comparisons"]))
-    comparisons.read(path)  # a bad line should show before the work
-    jobs = [(seed, flags.init_from, path, size) for seed in range(flags.seeds)]
+    model, tokenizer = load_assistant(flags.init_from, settings(0))
+    room = model.config.n_positions - 1  # without the token of the reward
+    compared = comparisons.read(path, tokenizer, room)  # a bad line shows before the work
+    jobs = [(seed, flags.init_from, compared, size) for seed in range(flags.seeds)]
     seeds = on_all_cores(play_rounds, jobs, flags.quick)  # of each a list with a dict for every round
 
     figure, axes = plt.subplots(figsize=(9, 3.4))
@@ -52,7 +51,7 @@ def main(argv=None):
     for number, results in enumerate(zip(*seeds), 1):  # those of a round
         common.say(f"round {number}, an exploit: {results[0]['exploit']!r}")
         rows.append([number, *([result[name] for result in results] for name in MEASURES)])
-        draw_spread(axes, steps, [smoothed(result["scores"], 5) for result in results], f"round {number}")
+        draw_spread(axes, steps, [result["scores"] for result in results], f"round {number}")
     print_table(["round", *MEASURES], rows)
     axes.set(xlabel="step", ylabel="true score, mean of 5 steps")
     axes.legend()
@@ -60,36 +59,38 @@ def main(argv=None):
 
 
 def settings(seed):
-    """The flags of rl.py, of which its functions read some."""
+    """Flags of rl.py, for its functions."""
     flags = rl.parser().parse_args(["--task", "decimals", "--level", "1-2", "--max-tokens", "64", "--std"])
     flags.seed, flags.attempts, flags.batch_tokens = seed, 8, 8192
     return flags
 
 
-def play_rounds(seed, init_from, path, size):
+def play_rounds(seed, init_from, compared, size):
     """Rounds of a reward model, a policy, and its exploits as comparisons; a dict of measures for each."""
-    flags, compared, results = settings(seed), comparisons.read(path), []
-    random.Random(seed).shuffle(compared)
-    held_out, compared = compared[: len(compared) // 8], compared[len(compared) // 8 :]
-    of_file = {prompt: (winner, loser) for prompt, winner, loser in compared}
+    flags, results = settings(seed), []
     ours = {problem.prompt: problem for problem in rlhf.questions(settings(0), "train", size["comparisons"])}
-    problems = [ours.get(prompt, Problem("", prompt, "", answer="")) for prompt in of_file]
+    keys = {prompt: problem.key for prompt, problem in ours.items()}  # what is asked, in whichever words
+    compared, held_out = comparisons.split(compared, keys, seed)
+    winners, n_at_first = {prompt: winner for prompt, winner, _ in compared}, len(compared)
+    asked = [ours.get(prompt) or Problem("", prompt, "", answer="") for prompt in winners]
     for _ in range(size["rounds"]):
         judge = rlhf.RewardModel(*load_assistant(init_from, flags), test_groups=[])
-        fit_reward(judge, comparisons.pairs(judge.tokenizer, compared), size["fit"], seed, size["pairs"])
-        scores, exploits = practise(judge, problems, init_from, flags, size)
-        in_order = comparisons.share_in_order(judge, comparisons.pairs(judge.tokenizer, held_out))
-        result = dict(zip(MEASURES, (in_order, scores[0], max(scores), scores[-1])))
-        results.append({**result, "scores": scores, "exploit": exploits and text_of(exploits[-1].parts)})
+        pairs, n_updates = comparisons.pairs(judge.tokenizer, compared), size["fit"] * len(compared)
+        fit_reward(judge, pairs, n_updates // n_at_first, seed, size["pairs"])
+        scores, exploits = practise(judge, asked, winners, init_from, flags, size)
+        accuracy = comparisons.pairwise_accuracy(judge, comparisons.pairs(judge.tokenizer, held_out))
+        means = smoothed(scores, 5)
+        result = dict(zip(MEASURES, (accuracy, scores[0], max(means), means[-1], len(exploits))))
+        results.append({**result, "scores": means, "exploit": exploits and text_of(exploits[-1].parts)})
         for exploit in exploits:
-            prompt, text = exploit.problem.prompt, text_of(exploit.parts)
-            compared += [(prompt, better, text) for better in of_file[prompt]]
+            prompt = exploit.problem.prompt
+            compared.append((prompt, winners[prompt], text_of(exploit.parts)))
     return results
 
 
-def practise(judge, problems, init_from, flags, size):
+def practise(judge, problems, winners, init_from, flags, size):
     """The policy gradient against a reward model: the true score at every step, and the exploits of the last
-    five, of each group the flawed answer of the highest reward."""
+    five, of each group the one of the highest reward."""
     model, tokenizer = load_assistant(init_from, flags)
     optimizer, scores, exploits = gpt2.AdamW(model, weight_decay=0.0), [], []
     for step in range(size["steps"]):
@@ -100,10 +101,11 @@ def practise(judge, problems, init_from, flags, size):
             rollout.reward = float(reward)
         scores.append(fmean(rlhf.score_of(rollout) for rollout in rollouts))
         learn(model, optimizer, groups, flags, lr=3e-4)
-        if step >= size["steps"] - 5:
-            for group in groups:
-                flawed = [rollout for rollout in group if rlhf.score_of(rollout) < 1]
-                exploits += sorted(flawed, key=attrgetter("reward"))[-1:]
+        for group in groups if step >= size["steps"] - 5 else ():
+            prompt = group[0].problem.prompt
+            limit = judge.values(*comparisons.pairs(tokenizer, [(prompt, winners[prompt])]))[0]
+            wrong = [one for one in group if one.correct == 0 and one.reward > limit]
+            exploits += sorted(wrong, key=attrgetter("reward"))[-1:]
     return scores, sorted(exploits, key=attrgetter("reward"))
 
 

@@ -1,6 +1,6 @@
 """Does a model need tokens to think? The same problems with the steps before the answer, and behind it.
 
-Needs runs/factbook (make train). 7 minutes on two cores.
+Needs runs/factbook (make train). 11 minutes on two cores.
 
 A model computes a fixed amount for each token. An answer that comes first must be found by one pass through
 the layers; an answer that comes last can be read off the steps before it, each of which is easy. Both models
@@ -9,10 +9,7 @@ here begin as the same base model and learn from the same problems of one and tw
     steps first     So eats 6: 19 - 6 = 13, then sells 9: 13 - 9 = 4.    answer first    Answer: 4
                     Answer: 4                                                            So eats 6: ...
 
-Found: after 4,000 problems each, stories of one step are right in 40 to 53% with the steps first and in 6 to
-17% with the answer first. Of two steps the tiny models have hardly learned either (13 to 21%, 11 to 17%), and
-three, which were not in training, they cannot do. With twice the steps of training the gap is wider: 68 and
-21% at two steps (figures/README.md).
+What it found is in README.md.
 """
 
 import itertools
@@ -58,9 +55,8 @@ def train_and_ask(order, seed, base, quick):
     """Finetune the base model on solutions in this order; return the share of right answers by level."""
     n_problems, n_asked = QUICK if quick else (PROBLEMS, ASKED)
     model, tokenizer = report.load_base(base)
-    taught = itertools.islice(
-        zip(*(stream(order, "train", level, seed) for level in LEVELS)), n_problems // 3
-    )
+    groups = zip(*(stream(order, "train", level, seed) for level in LEVELS))
+    taught = itertools.islice(groups, n_problems // len(LEVELS))
     conversations = [turns(problem.prompt, problem.solution) for group in taught for problem in group]
     rows, _ = sft.prepare(tokenizer, conversations, model.config.n_positions + 1)
     report.fit(model, batches(model, rows), len(rows) // BATCH, LR)

@@ -13,9 +13,10 @@ from common import UserError
 from experiments import comparisons, preferences
 from experiments.updates import fit_reward
 from extras import rlhf
+from tasks.conversations import turns
 from tasks.problems import problems
 
-LINE = '{"prompt": "a?", "winner": "a", "loser": "b"}'
+LINES = [json.dumps(dict(prompt=f"{i}?", winner="a", loser="b")) for i in range(16)]
 
 
 @pytest.mark.parametrize(
@@ -28,12 +29,12 @@ LINE = '{"prompt": "a?", "winner": "a", "loser": "b"}'
         (b'{"prompt": "a?", "winner": 1, "loser": "b"}', "line 17: .* must be texts"),
         (b'{"prompt": "a?", "winner": " ", "loser": "b"}', "line 17: .* not empty"),
         (b'{"prompt": "a?", "winner": "a", "loser": "a"}', "line 17: winner and loser are the same"),
-        (b"\xff", "cannot be read .*utf-8"),
+        (b"\xff", "line 17: no JSON object"),
     ],
 )
 def test_the_line_that_is_no_comparison_is_named(tmp_path, line, words):
     path = tmp_path / "people.jsonl"
-    path.write_bytes(b"\n".join([*[LINE.encode()] * 16, line, LINE.encode()]))
+    path.write_bytes(b"\n".join([*(one.encode() for one in LINES), line, LINES[0].encode()]))
     with pytest.raises(UserError, match=f"people.jsonl.*{words}"):
         comparisons.read(path)
 
@@ -41,11 +42,17 @@ def test_the_line_that_is_no_comparison_is_named(tmp_path, line, words):
 def test_a_file_of_comparisons_is_there_and_has_enough(tmp_path):
     with pytest.raises(UserError, match="nowhere cannot be read"):
         comparisons.read(tmp_path / "nowhere")
-    (tmp_path / "few").write_text(f"{LINE}\n" * 15)
-    with pytest.raises(UserError, match="15 comparisons"):
+    (tmp_path / "few").write_text("\n".join([*LINES[1:], LINES[1]]))
+    with pytest.raises(UserError, match="15 prompts"):
         comparisons.read(tmp_path / "few")
-    (tmp_path / "enough").write_text(f"{LINE}\n" * 16)
-    assert comparisons.read(tmp_path / "enough") == [("a?", "a", "b")] * 16
+    separator = '{"prompt": "two\u2028lines", "winner": "a", "loser": "b"}'  # JSON allows it in a string
+    (tmp_path / "enough").write_text("\ufeff" + "\n".join([separator, *LINES]) + "\n", encoding="utf-8")
+    read = comparisons.read(tmp_path / "enough")
+    assert read == [("two\u2028lines", "a", "b"), *((f"{i}?", "a", "b") for i in range(16))]
+    longest = max(len(BYTES.render(turns(prompt, "a"))[0]) for prompt, *_ in read)
+    assert comparisons.read(tmp_path / "enough", BYTES, longest) == read
+    with pytest.raises(UserError, match=f"enough, line 1: {longest} tokens where {longest - 1} have"):
+        comparisons.read(tmp_path / "enough", BYTES, longest - 1)
 
 
 def test_the_winner_of_an_example_is_truly_better(tmp_path):
@@ -59,6 +66,15 @@ def test_the_winner_of_an_example_is_truly_better(tmp_path):
         assert winner > loser
         n_wrong += loser == 0
     assert 0.2 < n_wrong / len(some) < 0.8
+
+
+def test_what_is_held_out_is_not_asked_in_training_in_other_words():
+    compared = [(f"{i // 3} in wording {i % 3}", "a", "b") for i in range(96)]
+    keys = {prompt: prompt.split()[0] for prompt, *_ in compared}
+    training, held_out = comparisons.split(compared, keys, seed=0)
+    assert sorted(training + held_out) == sorted(compared) and len(held_out) == 12
+    assert not {keys[one[0]] for one in training} & {keys[one[0]] for one in held_out}
+    assert len(comparisons.split(compared, {}, seed=0)[1]) == 12  # each prompt is its own key
 
 
 def test_rollouts_are_compared_within_their_group():
@@ -78,8 +94,8 @@ def test_a_reward_model_learns_what_people_prefer():
     judge = rlhf.RewardModel(gpt2.GPT2(CONFIG, seed=1), BYTES, test_groups=[])
     pairs = comparisons.pairs(BYTES, compared)
     fit_reward(judge, pairs[:64], steps=12, seed=0, per_step=16)
-    assert comparisons.share_in_order(judge, pairs[64:]) > 0.9
-    assert comparisons.share_in_order(judge, [pair[::-1] for pair in pairs[64:]]) < 0.1
+    assert comparisons.pairwise_accuracy(judge, pairs[64:]) > 0.9
+    assert comparisons.pairwise_accuracy(judge, [pair[::-1] for pair in pairs[64:]]) < 0.1
 
 
 @pytest.fixture
@@ -96,7 +112,7 @@ def assistant(tmp_path, monkeypatch):
 
 def test_people_s_own_comparisons(assistant, tmp_path, capsys):
     path = tmp_path / "people.jsonl"
-    lines = [dict(prompt="Say it.", winner=f"It is {i}.", loser="No.") for i in range(16)]
+    lines = [dict(prompt=f"Say {i}.", winner=f"It is {i}.", loser="No.") for i in range(16)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     flags = ["--quick", "--seeds", "1", "--init-from", str(assistant), "--out", str(tmp_path)]
     preferences.main([*flags, "--comparisons", str(path)])

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from test_cli import ROOT, SCRIPTS, module, options
 
 import common
 import sft
-from experiments import collapse, report, scaling_law
+from experiments import collapse, report, scaling_law, test_time
 from gpt2 import GPT2, AdamW, GPT2Config
 from kernels.sampling import filtered_probabilities
 from tasks.conversations import turns
@@ -65,6 +66,33 @@ def test_the_scaling_law_is_found_where_losses_follow_one():
     assert np.allclose(scaling_law.fit_law(N, D, L), law, rtol=1e-6)
     L[3] *= 1.5  # one run that went wrong counts for little
     assert np.allclose(scaling_law.fit_law(N, D, L), law, rtol=1e-3)
+
+
+def test_no_constant_of_the_scaling_law_is_negative():
+    N, D = np.repeat([2e4, 8e4, 2e5], 3), np.tile([1e5, 3e5, 1e6], 3)  # (9,) each
+    E, A, B, *exponents = scaling_law.fit_law(N, D, 3 - 1e4 / N)  # rises with N, and does not know D
+    assert min(E, A, B, *exponents) >= 0 and abs(E + B * 3e5 ** -exponents[1] - 2.8) < 0.3
+
+
+def test_a_text_without_an_answer_has_no_vote():
+    problem = next(problems("word", level=1))
+    texts = ["Well.", "Who knows?", f"Answer: {problem.answer}", "No idea."]
+    group = [
+        SimpleNamespace(
+            problem=problem,
+            parts=[{"type": "text", "text": text}],
+            correct=problem.verify(text),
+            logprobs=np.array([-float(i)]),
+            sampled=np.array([1]),
+        )
+        for i, text in enumerate(texts)
+    ]
+    judge = SimpleNamespace(values=lambda rollouts: np.array([one.correct for one in rollouts]))
+    verifier, reward, vote, likeliest = test_time.choose(group, judge, repeats=20, seed=0)  # for N = 1, 2, 4
+    assert verifier[-1] == reward[-1] == vote[-1] == 1 and likeliest[-1] == 0
+    assert 0 < vote[0] < 1  # one answer, mostly none
+    silent = [one for one in group if not one.correct]
+    assert not test_time.choose(silent, judge, repeats=2, seed=0)[2].any()
 
 
 def test_soft_targets_are_the_teachers_distribution():
