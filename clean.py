@@ -284,7 +284,7 @@ class Cleaner:
         for document in documents:
             try:
                 cleaned.append(self.clean(document, counts))
-            except MemoryError:
+            except (UserError, MemoryError):
                 raise
             except Exception as error:
                 raise RuntimeError(f"{document.where} cannot be cleaned") from error
