@@ -436,12 +436,11 @@ def canonical_url(page):
 
 def is_single_member(raw):
     """Whether an open .warc.gz is one member of gzip; warcio reads those that have one for every record."""
-    start = raw.read(1 << 16)
+    decompressor, text = zlib.decompressobj(31), b""
+    with contextlib.suppress(zlib.error):  # up to a damage
+        for _ in range(64):
+            text += decompressor.decompress(raw.read(1 << 10))
     raw.seek(0)
-    try:
-        text = zlib.decompressobj(31).decompress(start)
-    except zlib.error:
-        return False
     return len(re.findall(rb"^WARC/\d", text, re.M)) > 1
 
 

@@ -661,18 +661,19 @@ def test_damaged_records_cost_no_other_record(here, compress, harm):
         assert reader.damaged == {"records of archives": 1}
 
 
-@pytest.mark.parametrize("harm", ["middle", "cut"])
+@pytest.mark.parametrize("harm", ["early", "middle", "cut"])
 def test_an_archive_that_is_one_member_ends_at_its_damage(here, harm):
     """What comes before the damage is read, but for a page or two. Wrong bytes gzip may find much later."""
     records = warc([("page", prose(i, n_lines=60)) for i in range(40)], compress=False)
     content = bytearray(gzip.compress(b"".join(records)))
-    half = len(content) // 2
-    content[half : half + 4] = b"\xff\xff\xff\xff"
-    Path("a.warc.gz").write_bytes(content if harm == "middle" else content[:half])
+    sure, place = (3, len(content) // 8) if harm == "early" else (18, len(content) // 2)
+    content[place : place + 400] = b"\xff" * 400
+    assert formats.is_single_member(io.BytesIO(content))
+    Path("a.warc.gz").write_bytes(content[:place] if harm == "cut" else content)
     reader = formats.Reader()
     texts = [formats.main_text(document, Counts())[0] for document in reader.documents(["a.warc.gz"])]
-    assert texts[:18] == [prose(i, n_lines=60) for i in range(18)]
-    assert harm == "middle" or len(texts) <= 20
+    assert texts[:sure] == [prose(i, n_lines=60) for i in range(sure)]
+    assert harm != "cut" or len(texts) <= 20
     assert reader.damaged["compressed files"] == 1
 
 
