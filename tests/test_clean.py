@@ -596,9 +596,11 @@ def warc(texts, compress=True):
         if kind == "warcinfo":
             writer.write_record(writer.create_warcinfo_record("x.warc", {"software": "ours"}))
         else:
-            writer.write_record(
-                writer.create_warc_record(url, "response", payload=content, http_headers=http)
+            same = {"WARC-Record-ID": f"<urn:uuid:{i}>", "WARC-Date": "2026-01-01T00:00:00Z"}  # in every run
+            record = writer.create_warc_record(
+                url, "response", payload=content, warc_headers_dict=same, http_headers=http
             )
+            writer.write_record(record)
         records.append(buffer.getvalue())
     return records
 
