@@ -359,7 +359,8 @@ matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, flo
     const int m0 = blockIdx.y * ROWS, n0 = blockIdx.x * BN;
     bf16* const a_tiles = reinterpret_cast<bf16*>(shared_memory + warp * RING);
     bf16* const b_tiles = a_tiles + STAGES * ROWS * BK;     // STAGES x (64, BN), or (BN, 64) if B_T
-    const int sharers = WARPS * gridDim.z, sharer = blockIdx.z * WARPS + warp;      // the warps of all slices
+    const int slices = gridDim.z;
+    const int sharers = WARPS * slices, sharer = blockIdx.z * WARPS + warp;         // the warps of all slices
     const int blocks = ceil_div(ceil_div(K, BK) - sharer, sharers);                 // of this warp, each 64 of k
 
     auto load_a = [&](int block) {                          // rows of A from M on stay as they are
@@ -444,7 +445,7 @@ matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, flo
             *reinterpret_cast<float2*>(to) = make_float2(pair[0], pair[1]);
         }
     __syncthreads();
-    float* const of_slices = partial + (size_t)blockIdx.x * gridDim.z * ROWS * BN;      // (S, 16 MI, BN)
+    float* const of_slices = partial + (size_t)blockIdx.x * slices * ROWS * BN;      // (S, 16 MI, BN)
     for (int p = threadIdx.x; p < PLACES; p += WARPS * WARP) {
         const int row = p / PER_ROW, col = p % PER_ROW * SIZE;
         if (m0 + row >= M || n0 + col >= N) continue;
@@ -456,27 +457,29 @@ matmul_skinny(O* out, O* extra, const O* bias, const bf16* a, const bf16* b, flo
                 for (int c = 0; c < 4; c++) x[e + c] += four[c];
             }
         }
-        if (gridDim.z == 1)
+        if (slices == 1) {
             finish<EPILOGUE>(out, extra, b_pack, extra_pack, x, (size_t)(m0 + row) * N + n0 + col);
-        for (int e = 0; e < SIZE && gridDim.z > 1; e += 4) {
+            continue;
+        }
+        for (int e = 0; e < SIZE; e += 4) {
             Pack<float> four;
             for (int c = 0; c < 4; c++) four[c] = x[e + c];
             store_pack(of_slices + (blockIdx.z * ROWS + row) * BN + col + e, four);
         }
     }
-    if (gridDim.z == 1 || !is_last_block(finished + blockIdx.x, gridDim.z) || !inside) return;
-    Pack<float> four[MOST_SLICES][SIZE / 4];                // all loads are under way at once
+    if (slices == 1 || !is_last_block(finished + blockIdx.x, slices) || !inside) return;
+    Pack<float> parts[MOST_SLICES][SIZE / 4];               // all loads are under way at once
+#pragma unroll
+    for (int s = 0; s < MOST_SLICES; s++)
+#pragma unroll
+        for (int e = 0; e < SIZE / 4; e++)
+            parts[s][e] = load_pack(of_slices + (min(s, slices - 1) * ROWS + row) * BN + col + 4 * e);
     float x[SIZE] = {};
 #pragma unroll
     for (int s = 0; s < MOST_SLICES; s++)
 #pragma unroll
-        for (int e = 0; e < SIZE / 4; e++) {
-            const int slice = min(s, (int)gridDim.z - 1);
-            four[s][e] = load_pack(of_slices + (slice * ROWS + row) * BN + col + 4 * e);
-        }
-#pragma unroll
-    for (int i = 0; i < MOST_SLICES * SIZE; i++)
-        x[i % SIZE] += i / SIZE < gridDim.z ? four[i / SIZE][i % SIZE / 4][i % 4] : 0.0f;
+        for (int e = 0; e < SIZE / 4; e++)
+            for (int c = 0; c < 4; c++) x[4 * e + c] += s < slices ? parts[s][e][c] : 0.0f;
     finish<EPILOGUE>(out, extra, b_pack, extra_pack, x, (size_t)(m0 + row) * N + n0 + col);
 }
 
