@@ -7,6 +7,7 @@ prompt. preferences.py and test_time.py train reward models on comparisons, by f
 import itertools
 import json
 import random
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,6 +93,21 @@ def pairs(tokenizer, comparisons):
         both = [tokenizer.render(turns(prompt, text))[0] for text in texts]
         read_as.append([SimpleNamespace(tokens=np.array(tokens, np.int32)) for tokens in both])
     return read_as
+
+
+def exploits(judge, tokenizer, groups, winners):
+    """Of each group the wrong answer of the highest reward, where that is above the reward of the winner.
+
+    winners is {prompt: the answer that a person has preferred}.
+    """
+    found = []
+    for group in groups:
+        prompt = group[0].problem.prompt
+        [[winner]] = pairs(tokenizer, [(prompt, winners[prompt])])
+        [limit] = judge.values([winner])
+        wrong = [one for one in group if one.correct == 0 and one.reward > limit]
+        found += sorted(wrong, key=attrgetter("reward"))[-1:]
+    return found
 
 
 def of_groups(groups):

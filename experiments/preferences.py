@@ -90,7 +90,7 @@ def play_rounds(seed, init_from, compared, size):
 
 def practise(judge, problems, winners, init_from, flags, size):
     """The policy gradient against a reward model: the true score at every step, and the exploits of the last
-    five, of each group the one of the highest reward."""
+    five, by their reward."""
     model, tokenizer = load_assistant(init_from, flags)
     optimizer, scores, exploits = gpt2.AdamW(model, weight_decay=0.0), [], []
     for step in range(size["steps"]):
@@ -101,11 +101,8 @@ def practise(judge, problems, winners, init_from, flags, size):
             rollout.reward = float(reward)
         scores.append(fmean(rlhf.score_of(rollout) for rollout in rollouts))
         learn(model, optimizer, groups, flags, lr=3e-4)
-        for group in groups if step >= size["steps"] - 5 else ():
-            prompt = group[0].problem.prompt
-            limit = judge.values(*comparisons.pairs(tokenizer, [(prompt, winners[prompt])]))[0]
-            wrong = [one for one in group if one.correct == 0 and one.reward > limit]
-            exploits += sorted(wrong, key=attrgetter("reward"))[-1:]
+        if step >= size["steps"] - 5:
+            exploits += comparisons.exploits(judge, tokenizer, groups, winners)
     return scores, sorted(exploits, key=attrgetter("reward"))
 
 

@@ -1,6 +1,7 @@
 """experiments/: comparisons of answers as a file, and what a reward model learns of them."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from experiments.updates import fit_reward
 from extras import rlhf
 from tasks.conversations import turns
 from tasks.problems import problems
+from tokenizer import text_of
 
 LINES = [json.dumps(dict(prompt=f"{i}?", winner="a", loser="b")) for i in range(16)]
 
@@ -84,6 +86,17 @@ def test_rollouts_are_compared_within_their_group():
         (right, wrong),
         (right, wrong),
     ]
+
+
+def test_an_exploit_is_wrong_and_pleases_more_than_the_winner():
+    group = [rollout(said) for said in ("a", "b", "c", "d")]  # "a" is right
+    for one, reward in zip(group, (9.0, 3.0, 5.0, 1.0)):
+        one.reward = reward
+    prompt = group[0].problem.prompt
+    for limit, said in ((2.0, ["c"]), (4.0, ["c"]), (6.0, [])):
+        judge = SimpleNamespace(values=lambda rollouts, limit=limit: np.array([limit] * len(rollouts)))
+        found = comparisons.exploits(judge, BYTES, [group], {prompt: "a"})
+        assert [text_of(one.parts) for one in found] == said
 
 
 def test_a_reward_model_learns_what_people_prefer():

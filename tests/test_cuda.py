@@ -93,6 +93,14 @@ def run(case, memory, x, storage):
     return results | {f"d{name}": array for name, array in slopes.items()}
 
 
+def test_a_long_inner_dimension_is_shared_by_several_blocks(monkeypatch):
+    grids, new = [], lambda *shape: cuda.zeros(shape, cuda.DTYPES["bfloat16"])
+    monkeypatch.setattr(cuda, "launch", lambda file, kernel, grid, *arguments, **settings: grids.append(grid))
+    cuda.matmul_residual_forward(new(3, 40), new(3, 2056), new(2056, 40), new(40), new(3, 40))
+    cuda.matmul_residual_forward(new(17, 40), new(17, 2056), new(2056, 40), new(40), new(17, 40))
+    assert [grid[2] for grid in grids] == [2, 1]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", [*CASES, *wide_cases()])
 def test_operation(case, dtype):
