@@ -69,7 +69,7 @@ def main(argv=None):
             model.backward()
         world.all_reduce(model.sums)
         lr = learning_rate(step, flags.steps, flags.lr, flags.warmup_steps, flags.final_lr)
-        since = flags.short_steps if step >= flags.short_steps else 0  # compare rows of one length
+        since = loader.n_short if step >= loader.n_short else 0  # compare rows of one length
         optimizer.step(lr, flags.grad_clip, *run.limits(step, since))
         run.report(step, lr, tokens=flags.total_batch_tokens)
         if step == 0 and world.rank == 0:
@@ -102,8 +102,8 @@ class DataLoader:
 
     So there is nothing to save, and another number of ranks or another micro-batch changes nothing. An epoch
     goes through the shards in a random order, cuts each into windows of T + 1 tokens, from another offset
-    every time, and shuffles the windows of a shard. The first --short-steps steps have rows of --short-len
-    tokens.
+    every time, and shuffles the windows of a shard. The rows of the first n_short steps, which are
+    --short-part of all, have --short-len tokens.
     """
 
     def __init__(self, shards, flags):
@@ -111,9 +111,14 @@ class DataLoader:
         self.long = Windows(shards, flags.seq_len, flags.seed)
         self.short = Windows(shards, flags.short_len, flags.seed)
 
+    @property
+    def n_short(self):
+        """The number of steps with short rows; not fixed, because --hours sets --steps later."""
+        return round(self.flags.short_part * self.flags.steps)
+
     def length(self, step):
         """The row length T of a step."""
-        return self.flags.short_len if step < self.flags.short_steps else self.flags.seq_len
+        return self.flags.short_len if step < self.n_short else self.flags.seq_len
 
     def micro_batches(self, step, world):
         """Yield this rank's part of a step's batch: tokens, targets int32 and weights, (B, T) each."""
@@ -420,7 +425,7 @@ def measure_steps(model, optimizer, loader, flags, world):
     times = {}
     n = flags.total_batch_tokens / (flags.batch_size * flags.seq_len * world.size)  # micro-batches of a step
     cold = 2 if model.device == "cuda" else 1  # rounds that do not count: a GPU records the second
-    for step in sorted({0, flags.short_steps}):
+    for step in sorted({0, loader.n_short}):
         rounds = []
         while len(rounds) <= cold or (flags.hours and sum(rounds[cold:]) < 2 * n):
             began = time.perf_counter()
@@ -442,7 +447,7 @@ def measure_steps(model, optimizer, loader, flags, world):
 
 def run_seconds(steps, flags, step_times):
     """How long so many steps take, and the evaluations between them: forward is a third of a token's work."""
-    short = min(steps, flags.short_steps)
+    short = flags.short_part * steps
     seconds = short * step_times.get(flags.short_len, 0) + (steps - short) * step_times[flags.seq_len]
     evaluated = flags.eval_tokens / (3 * flags.eval_every) if flags.eval_every else 0  # tokens a step
     return seconds * (1 + evaluated / flags.total_batch_tokens)
@@ -515,8 +520,8 @@ def published(flags, name):
 # The command line
 
 # Short rows first: a model that learns to look back in short rows learns it sooner (Li et al. 2022).
-SHORT_FIRST = dict(short_len=64, short_steps=7000)
-NOT_SHORT = dict(seq_len=1024, short_len=1024, short_steps=0, warmup_steps=700)
+SHORT_FIRST = dict(short_len=64, short_part=0.4)
+NOT_SHORT = dict(seq_len=1024, short_len=1024, short_part=0.0, warmup_steps=700)
 # llm.c's 20 batches of 8 GPUs with 64 rows: fewer tokens would give another loss than the one published.
 EVALUATED = dict(eval_every=250, eval_tokens=10485760)
 RECIPES = {  # defaults of the flags by --model: tiny was tried out here, the others are llm.c's and GPT-3's
@@ -575,7 +580,8 @@ def parser():
     group.add_argument("--seq-len", type=whole, metavar="T", help="tokens in a row")
     what = "tokens in a row of the first updates; --seq-len if that is given"
     group.add_argument("--short-len", type=whole, metavar="T", help=what)
-    group.add_argument("--short-steps", type=steps, metavar="N", help="updates with rows of --short-len")
+    what = "part of the updates, the first ones, with rows of --short-len"
+    group.add_argument("--short-part", type=number(float, 0, 1), metavar="X", help=what)
     group.add_argument("--total-batch-tokens", type=whole, metavar="N", help="tokens in an update")
     add_shared_flags(
         group, "lr", "warmup-steps", "final-lr", "weight-decay", "grad-clip", lr=None, warmup_steps=None
@@ -649,10 +655,10 @@ def parse(argv):
         raise UserError(f"--hours and --dollars set the number of steps; leave out --steps {flags.steps}")
     recipe = dict(RECIPES[flags.model])
     if flags.seq_len:  # one length for all rows, unless the short ones are asked for
-        recipe.update(short_len=flags.seq_len, short_steps=0)
+        recipe.update(short_len=flags.seq_len, short_part=0.0)
     use_recipe(flags, recipe)
     if flags.overfit_batch:  # the one batch has long rows, and its loss is meant to be far from usual
-        flags.short_steps, flags.outlier_z = 0, 0.0
+        flags.short_part, flags.outlier_z = 0.0, 0.0
     if flags.total_batch_tokens % flags.seq_len:
         raise UserError(
             f"--total-batch-tokens {flags.total_batch_tokens} is no multiple of --seq-len {flags.seq_len}"

@@ -250,7 +250,7 @@ def test_the_rest_arrives_in_the_background(server):
     assert sum(isinstance(shard, data.LateShard) for shard in shards) == 6
     train.check_tokens(shards, 50257)
 
-    sizes = dict(seq_len=10, short_len=10, short_steps=0, total_batch_tokens=200, batch_size=20)
+    sizes = dict(seq_len=10, short_len=10, short_part=0.0, steps=10, total_batch_tokens=200, batch_size=20)
     flags = SimpleNamespace(**sizes, seed=42, overfit_batch=False)
     world = SimpleNamespace(rank=0, size=1, asked_to_stop=0)
     loader = train.DataLoader(shards, flags)

@@ -178,7 +178,9 @@ def test_an_epoch_walks_shard_by_shard_in_an_order_of_its_own():
 
 
 def loader_of(shards, seed=3, **flags):
-    settings = dict(seq_len=8, short_len=8, short_steps=0, total_batch_tokens=96, batch_size=12, seed=seed)
+    settings = dict(
+        seq_len=8, short_len=8, short_part=0.0, steps=100, total_batch_tokens=96, batch_size=12, seed=seed
+    )
     return DataLoader(shards, SimpleNamespace(**{**settings, "overfit_batch": False, **flags}))
 
 
@@ -218,7 +220,7 @@ def test_a_batch_depends_on_seed_and_step_and_not_on_who_asks():
 
 
 def test_a_micro_batch_has_as_many_tokens_however_long_its_rows():
-    loader = loader_of(counting(300), short_len=2, short_steps=3, batch_size=3)
+    loader = loader_of(counting(300), short_len=2, short_part=0.03, batch_size=3)
     world = SimpleNamespace(rank=1, size=2)
     assert [t.shape for t, _, _ in loader.micro_batches(2, world)] == [(12, 2), (12, 2)]
     assert [t.shape for t, _, _ in loader.micro_batches(3, world)] == [(3, 8), (3, 8)]
@@ -696,7 +698,7 @@ def test_a_run_goes_on_with_another_micro_batch_and_elsewhere(start, tmp_path, w
 
 
 def test_a_run_begins_with_short_rows_and_goes_on_bit_for_bit(start, tmp_path, monkeypatch):
-    short = ("--n-positions", 16, "--short-len", 4, "--short-steps", 6)
+    short = ("--n-positions", 16, "--short-len", 4, "--short-part", 0.3)
     assert start("whole", *short, "--save-every", 5, "--keep", 4).status == 0
     assert start("four", "--n-positions", 16, "--seq-len", 4).status == 0
     losses, others = losses_of(tmp_path / "whole"), losses_of(tmp_path / "four")
@@ -1332,15 +1334,14 @@ def test_a_whole_step_is_measured_for_hours_and_changes_nothing(shards):
 
 def test_steps_in_an_hour_by_hand():
     settings = dict(
-        short_len=4, short_steps=100, seq_len=16, eval_every=0, eval_tokens=30, total_batch_tokens=10
+        short_len=4, short_part=0.5, seq_len=16, eval_every=0, eval_tokens=30, total_batch_tokens=10
     )
-    flags, times = SimpleNamespace(**settings), {4: 1.0, 16: 10.0}
-    seconds = [train.run_seconds(steps, flags, times) for steps in (1, 100, 101, 200)]
-    assert seconds == [1, 100, 110, 1100]
-    for wanted, steps in ((1, 1), (99.5, 99), (100, 100), (109, 100), (110, 101), (3600, 450)):
+    flags, times = SimpleNamespace(**settings), {4: 1.0, 16: 7.0}
+    assert [train.run_seconds(steps, flags, times) for steps in (2, 100)] == [8, 400], "half of each length"
+    for wanted, steps in ((4, 1), (7.9, 1), (8, 2), (399, 99), (400, 100), (3600, 900)):
         assert train.steps_in(wanted / 3600, flags, times) == steps
     flags.eval_every = 5  # 30 tokens every 5 steps are 6 of 10 tokens a step, at a third of the price
-    assert train.run_seconds(100, flags, times) == pytest.approx(120)
+    assert train.run_seconds(100, flags, times) == pytest.approx(480)
 
 
 @pytest.mark.parametrize(
