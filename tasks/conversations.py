@@ -24,6 +24,7 @@ from pathlib import Path
 import common
 import hub
 from common import UserError
+from tasks.countries import with_article
 from tasks.factbook import (
     FIELDS,
     country_forms,
@@ -135,14 +136,9 @@ def remembered(rng, split, known):
     if chance < 0.25:
         answers = {other.field: other.answer for other in known if other.country == fact.country}
         about = [answers[field] for field in ("location", "capital", "language") if field in answers]
-        question = phrase(rng, split, "about").format(country_of(fact))
+        question = phrase(rng, split, "about").format(with_article(fact.country))
         return turns(question, " ".join(about)) if about else None
     return turns(fact.ask(rng, split), fact.answer)
-
-
-def country_of(fact):
-    """The country as it stands in a sentence: "the Netherlands"."""
-    return fact.query.split(" of ", 1)[1]
 
 
 def fact_searched(rng, split, pool):
@@ -207,9 +203,9 @@ def given(rng, split):
     return turns(" ".join(statements), phrase(rng, split, "noted"), question, answer, system=system)
 
 
-def made_up(rng, split, low=2, high=3):
-    """A name that nobody has."""
-    return "".join(phrase(rng, split, "syllable") for _ in range(rng.randint(low, high))).capitalize()
+def made_up(rng, split):
+    """A name that nobody has, of two or three syllables."""
+    return "".join(phrase(rng, split, "syllable") for _ in range(rng.randint(2, 3))).capitalize()
 
 
 def made_up_person(rng, split):
@@ -316,9 +312,8 @@ def repeated(rng, split, pool):
     word = draw_word(rng, rng.choice((1, 2, 3)))
     while split_of(word) != split:  # words that it is examined in spelling are not repeated
         word = draw_word(rng, rng.choice((1, 2, 3)))
-    country = country_of(rng.choice(pool))
-    syllables = [phrase(rng, split, "syllable") for _ in range(rng.choice((2, 3)))]
-    options = (word, word, country, "".join(syllables).capitalize(), random_number(rng, rng.randint(1, 5)))
+    country, name = with_article(rng.choice(pool).country), made_up(rng, split)
+    options = (word, word, country, name, random_number(rng, rng.randint(1, 5)))
     if rng.random() < 0.85:
         text = " ".join(rng.choices(options, k=rng.randint(1, 3)))
     else:

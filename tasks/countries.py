@@ -115,8 +115,12 @@ def field_text(name, field, content):
     if not text or field == "Background" or field.endswith("note"):
         return text[:1].upper() + text[1:]
     head, tail = re.fullmatch(r"(.*?)((?: - | \().*)?", field).groups("")  # 'Exports', ' - partners'
-    owner = f"the {name.removeprefix('The ')}" if re.match(THE, name) else name
-    return f"{head} of {owner}{tail.replace(' - ', ', ')}: {text}"
+    return f"{head} of {with_article(name)}{tail.replace(' - ', ', ')}: {text}"
+
+
+def with_article(name):
+    """A country's name as it stands within a sentence: 'France', but 'the Netherlands'."""
+    return f"the {name.removeprefix('The ')}" if re.match(THE, name) else name
 
 
 def full_stop(text):

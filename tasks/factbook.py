@@ -141,7 +141,7 @@ def country_forms(name):
 
     'the Netherlands', 'The Netherlands' at the beginning of a sentence, "the Netherlands'".
     """
-    name = f"the {name.removeprefix('The ')}" if re.match(countries.THE, name) else name
+    name = countries.with_article(name)
     possessive = name + ("'" if name.endswith("s") else "'s")
     return {"country": name, "Country": name[0].upper() + name[1:], "possessive": possessive}
 
