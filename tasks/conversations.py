@@ -545,39 +545,29 @@ def conversations(name, split="train", seed=0, unknown=(), skip_bad=False, dropp
     source, _, path = name.partition(":")
     if source == "smoltalk":
         yield from smoltalk(path, split, rng, skip_bad, dropped)
-        return
-    if source == "gsm8k":
+    elif source == "gsm8k":
         yield from gsm8k(path, split, rng, dropped)
-        return
-    pool = facts(split)
-    known = [fact for fact in pool if (fact.country, fact.field) not in unknown]
-    if source == "jsonl":  # a tenth of them is for testing
+    elif source == "jsonl":
         own, n_bad = read(path, skip_bad)
         dropped["bad lines"] += n_bad
         own = [one for one in own if is_of_tenth(one, split)]
         yield from rng.sample(own, len(own))
     elif path:  # unknown:PATH
         not_learned = probed(path)
-        missing = [fact for fact in pool if (fact.country, fact.field) in not_learned]
+        missing = [fact for fact in facts(split) if (fact.country, fact.field) in not_learned]
         while missing:
             yield turns(rng.choice(missing).ask(rng, split), f"{DONT_KNOW}.")
     elif source in PROBLEMS:
         yield from worked_problems(source, split, seed, rng)
     else:
-        weights = {
-            "tools": {"arithmetic": 45, "comparison": 8, "search": 47},
-            "multi-turn": {"what if": 40, "follow-up": 35, "several": 25},
-        }.get(source, {source: 1})
-        while True:
-            (kind,) = rng.choices(list(weights), list(weights.values()))
-            conversation = draw_one(kind, rng, split, pool, known)
-            if conversation:
-                yield conversation
+        yield from draw_kinds(source, rng, split, unknown)
 
 
-def draw_one(kind, rng, split, pool, known):
-    """One conversation, or None if what was drawn makes none."""
-    makers = {  # the function that draws it, and its arguments after rng and split
+def draw_kinds(source, rng, split, unknown):
+    """Yield conversations of the kinds that a source mixes; most sources have a single kind."""
+    pool = facts(split)
+    known = [fact for fact in pool if (fact.country, fact.field) not in unknown]
+    makers = {  # {kind: (the function that draws a conversation, its arguments after rng and split)}
         "factbook": (remembered, known),
         "identity": (talk, "identity"),
         "refusal": (talk, "refusal"),
@@ -594,8 +584,16 @@ def draw_one(kind, rng, split, pool, known):
         "unknown": (not_known,),
         "given": (given,),
     }
-    make, *arguments = makers[kind]
-    return make(rng, split, *arguments)
+    shares = {
+        "tools": {"arithmetic": 45, "comparison": 8, "search": 47},
+        "multi-turn": {"what if": 40, "follow-up": 35, "several": 25},
+    }.get(source, {source: 1})
+    while True:
+        (kind,) = rng.choices(list(shares), list(shares.values()))
+        make, *arguments = makers[kind]
+        conversation = make(rng, split, *arguments)
+        if conversation:
+            yield conversation
 
 
 def parse(spec):
