@@ -129,7 +129,8 @@ def searched(fact):
 
 
 def remembered(rng, split, known):
-    """A question about a country, answered from memory: by a sentence, briefly, or by all that is known."""
+    """A question about a country, answered from memory: by a sentence, briefly, or, if the question is about
+    the country as a whole, by its location, capital and language."""
     fact, chance = rng.choice(known), rng.random()
     if chance < 0.2:
         return turns(phrase(rng, split, "brief").format(fact.ask(rng, split)), fact.brief)
@@ -150,7 +151,7 @@ def fact_searched(rng, split, pool):
 
 
 def follow_up(rng, split, pool, known):
-    """A question about a country and another one that does not name it: "And its capital?"."""
+    """A question about a country, and a second one that does not name the country: "And its capital?"."""
     with_search = rng.random() < 0.6
     candidates = pool if with_search else known
     fact = rng.choice(candidates)
@@ -243,7 +244,7 @@ SIGNS = {  # how a question may write an operator; the call always writes the op
 
 
 def is_of_split(split, *words):
-    """Whether a content, given by words, belongs to the split."""
+    """Whether the content that these words identify belongs to the split."""
     return held_out(*words) == (split == "test")
 
 
@@ -327,8 +328,7 @@ def sums(rng, split):
     expressions = []
     while len(expressions) < 6:
         x, y, op = rng.randint(0, 9), rng.randint(0, 9), rng.choice("+-*/")
-        larger = rng.random() < 0.6
-        if larger and op in "+-":  # 12 + 7, 20 - 13
+        if rng.random() < 0.6 and op in "+-":  # 12 + 7, 20 - 13
             x = rng.randint(10, LARGEST)
         if op == "/":
             x, y = (x * y, y) if y else (0, 1)
@@ -387,7 +387,7 @@ def several_talks(rng, split):
 
 
 def worked_problems(source, split, seed, rng):
-    """Problems of tasks/problems.py and their solutions. All sources draw the same problems."""
+    """Yield problems of tasks/problems.py with their solutions; all sources draw the same problems."""
     tasks, levels = PROBLEMS[source]
     problem_seed = digest(str(seed), split) % 2**32
     streams = [problems(task, split, level, problem_seed) for task in tasks for level in levels]
@@ -405,7 +405,8 @@ def worked_problems(source, split, seed, rng):
 
 
 def with_calculator(problem):
-    """The same answer by calls of the calculator. They are rare here; RL finds out that they pay."""
+    """The solution of a problem by calls of the calculator. Few solutions have calls; RL finds out that they
+    pay."""
     if problem.task == "word":  # each step with its words: "So eats 3: 12 - 3 = 9, then ..."
         steps = re.findall(r"((?:So|, then) [a-z][^:=]*:|) (\d+ [-+*/] \d+) = ", problem.solution)
     else:
@@ -443,7 +444,8 @@ def with_gsm8k_calls(problem, answer):
 
 
 def hosted(solution):
-    """A solution with the output that the host writes, " ac", and an answer that copies it without quotes."""
+    """A problem's solution as it runs in a chat: the tool's output begins with a space, ' ac', and the answer
+    copies it without quotes."""
     if isinstance(solution, str):
         return solution
     call, _, answer = (part["text"] for part in solution)
@@ -623,11 +625,10 @@ def draw(spec, n, seed=0, split="train", skip_bad=False):
 
 
 def draw_each(spec, n, dropped, seed=0, split="train", skip_bad=False):
-    """Yield n times (source, conversation), by share; count in `dropped` why others were left out.
+    """Yield n times (source, conversation), by share, one source after the other.
 
-    One source comes after the other.
-
-    A source that has nothing more to give leaves its share to the others. If all end, there are fewer than n.
+    `dropped` counts why conversations were left out, {why: how many}. A source that has nothing more to give
+    leaves its share to the others; if all of them end, there are fewer than n.
     """
     shares = parse(spec)
     rng = random.Random(f"{seed} {split}")
@@ -651,11 +652,11 @@ def draw_each(spec, n, dropped, seed=0, split="train", skip_bad=False):
 
 
 def draw_chats(spec, n, dropped, seed, split, skip_bad, length, longest):
-    """Yield the conversations that draw_each() draws, those of our own sources joined to longer ones.
+    """Yield the conversations that draw_each() draws, those of our own sources joined to longer chats.
 
     People ask about one thing and then about another, so every skill must be learned at every turn and after
-    turns of every kind. A chat is one to six conversations with the same system message, in random order. One
-    of several conversations has at most `longest` tokens, counted by length(turns). Other people's
+    turns of every kind. A chat is one to six conversations with the same system message, in random order; if
+    it has several, they have at most `longest` tokens together, counted by length(turns). Other people's
     conversations come first, as they are.
     """
     ours, rng = [], random.Random(f"{seed} {split} chats")
@@ -691,13 +692,14 @@ def is_ours(name):
 
 
 def precedence(name):
-    """The order of the sources. Where two contradict, the first is kept: the user's own, then ours."""
+    """The place of a source in the order: the user's own files, then our sources, then the sets of other
+    people. Of conversations that contradict each other the first is kept."""
     source, _, path = name.partition(":")
     return 2 if source in OTHERS else 0 if path else 1
 
 
 class Sieve:
-    """Keeps back conversations that are faulty, came before or contradict what came before."""
+    """Passes on conversations, except those that are faulty, duplicates, or contradict an earlier one."""
 
     def __init__(self, split, dropped):
         self.split, self.dropped = split, dropped  # {why: how many}
@@ -705,8 +707,8 @@ class Sieve:
         self.answers = {}  # {digest of what was said before: digest of what the assistant said then}
 
     def take(self, stream, n, curated=False):
-        """Yield the next n that pass; fewer if the stream ends, as files do, or if of a source that never
-        ends PATIENCE in a row do not pass."""
+        """Yield the next n that pass. There are fewer if the stream ends, as that of a file does, or, of a
+        source without end, if PATIENCE conversations in a row do not pass."""
         n_passed = in_a_row = 0
         while n_passed < n and (curated or in_a_row < PATIENCE):
             conversation = next(stream, None)
@@ -722,7 +724,7 @@ class Sieve:
                 in_a_row = 0
 
     def conflict(self, conversation):
-        """What is wrong with a conversation beside those before it, or None."""
+        """Why a conversation cannot follow those before it, or None."""
         key = digest(json.dumps(conversation))
         if key in self.seen:
             return "duplicates"
@@ -746,7 +748,7 @@ REPETITION = re.compile(
 def fault(conversation, split, curated=False):
     """What is wrong with a conversation by itself, or None.
 
-    Those of a file may be long and may repeat themselves: its makers have looked at that.
+    `curated` ones, those of files, may be long and repeat themselves: the files' makers have chosen them.
     """
     if not curated and len(json.dumps(conversation, ensure_ascii=False)) > LONGEST:
         return "too long"
