@@ -306,22 +306,23 @@ def log_probabilities(model, rollouts, flags, world):
     return [np.array([0.0, *by_number[i]]) for i in range(len(rollouts))]
 
 
+def log_ratios(model, rollouts, flags, world):
+    """(n,): of all sampled tokens, log p under the model minus log p when the token was sampled."""
+    pairs = zip(log_probabilities(model, rollouts, flags, world), rollouts)
+    return np.concatenate([(logprobs - rollout.logprobs)[rollout.sampled] for logprobs, rollout in pairs])
+
+
 def divergence(reference, rollouts, flags, world):
     """The KL divergence from the reference in nats a token, by k3, on the sampled tokens of some rollouts."""
     if reference is None:
         return 0.0
-    pairs = zip(log_probabilities(reference, rollouts, flags, world), rollouts)
-    d = np.concatenate(
-        [(logprobs - rollout.logprobs)[rollout.sampled] for logprobs, rollout in pairs]
-    )  # (n,)
+    d = log_ratios(reference, rollouts, flags, world)  # (n,)
     return float((np.expm1(d) - d).mean())
 
 
 def check_log_probabilities(model, groups, flags, world):
     """UserError if the log-probabilities stored at sampling are not those that training finds."""
-    rollouts = flat(groups)
-    pairs = zip(log_probabilities(model, rollouts, flags, world), rollouts)
-    drift = np.concatenate([np.abs(now - rollout.logprobs)[rollout.sampled] for now, rollout in pairs]).max()
+    drift = np.abs(log_ratios(model, flat(groups), flags, world)).max()
     if not drift <= DRIFT[model.dtype]:  # also if it is not a number
         raise UserError(f"sampling and training differ by {drift:.2g} in log-probabilities; report this bug")
 
