@@ -91,7 +91,7 @@ def train(flags, checkpoint, argv, reward=verified, score=None, script=__file__,
     optimizer = gpt2.AdamW(model, weight_decay=0.0, world=world)
     run.begin(world, model, optimizer, tokenizer, flags.steps, stage="rl")
     if flags.export and checkpoint and run.is_first:
-        forget(flags.export, str(run.directory), run.start)
+        remove_later_exports(flags.export, run.directory.name, run.start)
     if run.start == 0 and flags.eval_every:
         evaluate_policy(run, 0, score)
 
@@ -118,7 +118,7 @@ def train(flags, checkpoint, argv, reward=verified, score=None, script=__file__,
         done = step + 1
         run.also_saved["problems"] = stream.n_taken
         if flags.export and run.is_first:
-            export(flags.export, groups, str(run.directory), done)
+            export(flags.export, groups, run.directory.name, done)
         if flags.show_every and done % flags.show_every == 0:
             group = next((group for group in groups if has_signal(group)), groups[0])
             run.say(f"step {done}: {show(tokenizer, group)}\n")
@@ -178,7 +178,7 @@ class ProblemStream:
 
     def __init__(self, flags, model, tokenizer, n_taken=0):
         shares = evaluate.parse_tasks(flags.task, flags.level)
-        for task, level in shares:  # what fills the context should show before the run
+        for task, level in shares:  # UserError now, not during the run, if prompts fill the context
             next(evaluate.fitting(model, tokenizer, problems(task, level=level)))
         self.stream = evaluate.fitting(model, tokenizer, self._mixture(shares, flags.seed))
         self.n_taken = 0
@@ -199,7 +199,7 @@ class ProblemStream:
 def collect(model, tokenizer, stream, step, flags, reward, world):
     """The groups of rollouts of a step, and the rollouts to learn from.
 
-    With --fill, groups without a signal are replaced, up to so many times, until --prompts of them have one.
+    With --fill N, groups without a signal are replaced, up to N times, until --prompts groups have one.
     """
     groups, kept, n_with_signal = [], [], 0
     for again in range(1 + flags.fill):
@@ -332,8 +332,8 @@ def check_log_probabilities(model, groups, flags, world):
 
 
 def describe(groups, score, seconds):
-    """Measures of a step's rollouts: means; entropy in nats a token; the share of groups with a signal;
-    tokens a second of the sampling, which took so many seconds."""
+    """Measures of a step's rollouts: means over them; the entropy in nats a token; the share of groups
+    with a signal; sampled tokens a second, as the sampling took so many seconds."""
     rollouts = flat(groups)
     n_with_signal = sum(has_signal(group) for group in groups)
     n_sampled = sum(int(rollout.sampled.sum()) for rollout in rollouts)
@@ -428,15 +428,15 @@ def export(path, groups, run, step):
             for rollout in distinct.values():
                 parts = [{"type": part["type"], "text": part["text"]} for part in rollout.parts]
                 reply = parts if len(parts) > 1 else text_of(parts)
-                line = {"messages": turns(rollout.problem.prompt, reply), "run": Path(run).name, "step": step}
+                line = {"messages": turns(rollout.problem.prompt, reply), "run": run, "step": step}
                 file.write(json.dumps(line) + "\n")
 
 
-def forget(path, run, step):
-    """Take out of PATH what a run exported after its checkpoint, before it was killed: it comes again."""
+def remove_later_exports(path, run, step):
+    """Remove what a run exported after the step of its checkpoint, before it was killed: it comes again."""
     if not Path(path).exists():
         return
-    origin = re.compile(rb'"run": %b, "step": (\d+)}\n' % re.escape(json.dumps(Path(run).name).encode()))
+    origin = re.compile(rb'"run": %b, "step": (\d+)}\n' % re.escape(json.dumps(run).encode()))
     kept = []
     for line in Path(path).read_bytes().splitlines(keepends=True):
         match = origin.search(line)
@@ -446,7 +446,7 @@ def forget(path, run, step):
 
 
 def load_reference(flags):
-    """The model of the beginning, for the KL divergence; None if it is gone and not needed."""
+    """The model of the beginning, for the KL divergence; None if it is gone and --kl does not need it."""
     if flags.kl or Path(flags.init_from).exists():
         return load_assistant(flags.init_from, flags)[0]
     return None
