@@ -25,13 +25,13 @@ import gpt2
 import hub
 import kernels
 from common import Run, UserError, add_shared_flags, count, number
-from tasks.conversations import DEFAULT, draw_chats
+from tasks.conversations import DEFAULT, draw_chats, reasons
 from tokenizer import Tokenizer
 from train import describe_recipes, learning_rate, use_recipe
 
-UNKNOWN = 2  # percent of the mixture: questions that the probe found it cannot answer
+UNKNOWN = 2  # percent of the mixture: questions about facts that the probe found unknown
 TOO_LONG = "too long before the assistant speaks"  # why a conversation is left out
-PASS_COST = 128  # what forward and backward cost besides their tokens, in tokens: tiny model, 2 cores
+PASS_COST = 128  # fixed cost of a forward and a backward pass, in tokens; tiny model, 2 cores
 
 
 def main(argv=None):
@@ -98,23 +98,16 @@ def load_conversations(flags, tokenizer, n_positions):
     if flags.known:
         spec += f",unknown:{flags.known}={UNKNOWN}"
     longest, dropped = n_positions + 1, Counter()  # the last token is a target and no input
-    length = functools.partial(n_tokens, tokenizer)
-
-    def drawn(n, split, dropped):
-        return draw_chats(spec, n, dropped, flags.seed, split, flags.skip_bad, length, longest - 1)
-
-    rows, shortened = prepare(tokenizer, drawn(flags.examples, "train", dropped), longest)
-    held_out, _ = prepare(tokenizer, drawn(600, "test", Counter()), longest)
+    seed, skip_bad, length = flags.seed, flags.skip_bad, functools.partial(n_tokens, tokenizer)
+    train = draw_chats(spec, flags.examples, dropped, seed, "train", skip_bad, length, n_positions)
+    test = draw_chats(spec, 600, Counter(), seed, "test", skip_bad, length, n_positions)
+    rows, shortened = prepare(tokenizer, train, longest)
+    held_out, _ = prepare(tokenizer, test, longest)
     left_out = {**dropped, **shortened}
     if len(rows) < flags.batch_size:
         what = f"{len(rows)} conversations are fewer than --batch-size {flags.batch_size}"
         raise UserError(f"{what}; give more; left out or shortened: {reasons(left_out)}")
     return rows, held_out, left_out
-
-
-def reasons(left_out):
-    """{why: how many} as a person reads it."""
-    return ", ".join(f"{n} {why}" for why, n in left_out.items() if n) or "nothing"
 
 
 def n_tokens(tokenizer, turns):
@@ -264,7 +257,7 @@ def show(flags):
     """Print --show conversations as one flat stream; the targets are bright, or stand between brackets."""
     tokenizer = Tokenizer.load(hub.find_checkpoint(flags.init_from)).with_chat_tokens()
     length, longest = functools.partial(n_tokens, tokenizer), config_of(flags, None).n_positions
-    n = 6 * flags.show  # as a chat may be of six
+    n = 6 * flags.show  # since a chat joins up to six conversations
     chats = draw_chats(flags.data, n, Counter(), flags.seed, "train", flags.skip_bad, length, longest)
     for conversation in itertools.islice(chats, flags.show):
         tokens, mask = tokenizer.render(conversation)

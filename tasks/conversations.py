@@ -624,6 +624,11 @@ def draw(spec, n, seed=0, split="train", skip_bad=False):
     return kept, {why: n_dropped for why, n_dropped in dropped.items() if n_dropped}
 
 
+def reasons(dropped):
+    """{why: how many} as a person reads it."""
+    return ", ".join(f"{n} {why}" for why, n in dropped.items() if n) or "nothing"
+
+
 def draw_each(spec, n, dropped, seed=0, split="train", skip_bad=False):
     """Yield n times (source, conversation), by share, one source after the other.
 
@@ -804,7 +809,7 @@ def main(argv=None):
         for turn in conversation:
             print(f"{turn['role']}: {transcript(turn['content'])}")
         print()
-    common.say(f"dropped: {', '.join(f'{n} {why}' for why, n in dropped.items()) or 'nothing'}")
+    common.say(f"dropped: {reasons(dropped)}")
 
 
 def write_jsonl(flags):
