@@ -18,6 +18,7 @@ fall, and --kl holds it back.
 Read rl.py first.
 """
 
+import functools
 import itertools
 import json
 import random
@@ -82,7 +83,7 @@ def score_of(rollout):
 
 
 def orderings(groups):
-    """[(better, worse), ...], numbers of rollouts counted through all groups: A > B > C are three pairs."""
+    """[(better, worse), ...], pairs of indices of rollouts in rl.flat(groups): A > B > C are three pairs."""
     pairs, first = [], 0
     for group in groups:
         scores = [score_of(rollout) for rollout in group]
@@ -169,11 +170,7 @@ def load_reward(flags, policy):
     model, tokenizer = load_assistant(flags.reward_model, flags)
     if tokenizer.ranks != Tokenizer.load(hub.find_checkpoint(policy)).ranks:
         raise UserError(f"{flags.reward_model} has another vocabulary; train it on answers of this assistant")
-
-    def reward(rollouts):
-        return rewards(model, tokenizer, rollouts)
-
-    return reward
+    return functools.partial(rewards, model, tokenizer)
 
 
 class RewardModel:
@@ -263,8 +260,8 @@ def train(flags, checkpoint, argv):
     # The assistant's answers, the same as before if the run goes on
     asked = questions(flags, "train", flags.questions)
     test_questions = questions(flags, "test", flags.eval_problems)
-    n = f"{len(asked)} questions and {len(test_questions)} held-out ones"
-    run.say(f"asking {n}, {flags.attempts} times each")
+    what = f"{len(asked)} questions and {len(test_questions)} held-out ones"
+    run.say(f"asking {what}, {flags.attempts} times each")
     groups = rl.sample_rollouts(reference_model, tokenizer, asked, flags, 0, world)
     test_groups = rl.sample_rollouts(reference_model, tokenizer, test_questions, flags, 0, world)
     groups = [group for group in groups if orderings([group])]
@@ -361,8 +358,7 @@ def parse(argv):
         common.require_new(flags.out)
         return flags, None
     if flags.method == "best-of":
-        remedy = "leave it out"
-        raise UserError(f"--method best-of imitates right answers, and a reward model knows none; {remedy}")
+        raise UserError("--method best-of needs right answers, and a reward model knows none; leave it out")
     for name in OF_POLICY:
         if what != "policy" and getattr(flags, name) != parser().get_default(name):
             raise UserError(f"--{name.replace('_', '-')} is for the stage policy; leave it out")
