@@ -123,7 +123,7 @@ def next_bytes(n, ranges):
 
 @functools.cache
 def shortest(item):
-    """The fewest bytes that an item can be; NEVER or more if it has no text at all."""
+    """The fewest bytes of a text that an item matches; NEVER or more if it matches none."""
     match item:
         case ("one", n, ranges):
             return min((1 + n_after for _, n_after, _ in next_bytes(n, ranges)), default=NEVER)
@@ -135,7 +135,7 @@ def shortest(item):
 
 def closure(sequences):
     """All sequences that these can turn into without reading a byte; the results are empty or begin with a
-    character. Those without any text are left out."""
+    character. Those that match no text are left out."""
     seen, todo = set(), list(sequences)
     while todo:
         sequence = todo.pop()
@@ -162,7 +162,7 @@ class Automaton:
     derivatives). A state is the set of all sequences that may still have to be read."""
 
     def __init__(self, sequence):
-        self.sets, self.states = [None, frozenset()], {frozenset(): DEAD}  # of each state its set; and back
+        self.sets, self.states = [None, frozenset()], {frozenset(): DEAD}  # state -> set, set -> state
         self.table = np.zeros((LIMIT, 256), np.int32)  # (state, byte) -> state; uses memory where written
         self.missing = np.full(LIMIT, NEVER)  # (LIMIT,) for each state the fewest bytes to a match
         self.start = self.state([sequence])
@@ -263,7 +263,7 @@ class Guide:
         return ends
 
     def tokens_left(self, state):
-        """The fewest tokens that write the shortest text that makes it a match (of several, the first)."""
+        """The fewest tokens for the shortest text from this state to a match (of several, the first)."""
         text, missing = b"", self.automaton.missing
         while 0 < missing[state] < NEVER:
             row = self.automaton.row(state)

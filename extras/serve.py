@@ -107,7 +107,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refused(403, "only this server's own page may ask")
 
     def in_queue(self, respond):
-        """respond(conversation) if there is room in the queue."""
+        """Call respond() with the conversation of the request, unless too many requests wait already."""
         conversation = self.read_conversation()
         if not self.server.queue.acquire(blocking=False):
             raise Refused(503, "too many questions at once; try again in a few seconds")
@@ -182,7 +182,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
 
 
-def serve(model, tokenizer, name, port=8000, **settings):
+def serve(model, tokenizer, name, port, **settings):
     """Serve the page until Ctrl-C. `name` is what the page calls the model; settings are an Assistant's."""
     assistant = Assistant(model, tokenizer, **settings)
     try:
