@@ -145,7 +145,7 @@ def remembered(rng, split, known):
 def fact_searched(rng, split, pool):
     """A question about a country, looked up. Half of them are about what people ask most."""
     field = rng.choice(("capital", "population") * 10 + tuple(FIELDS))
-    fact = rng.choice([fact for fact in pool if fact.field == field] or pool)
+    fact = rng.choice([fact for fact in pool if fact.field == field])
     reply = searched(fact)
     return turns(fact.ask(rng, split), reply, system=SEARCH_SYSTEM) if reply else None
 
@@ -431,7 +431,8 @@ def with_gsm8k_calls(problem, answer):
     solution = answer.replace("\r", "").rpartition("\n#### ")[0]
     first, *pieces = re.split("( ?)<<([^=]*)=(.*?)>>", solution)
     parts, n_left_out = [{"type": "text", "text": first}], 0
-    for space, expression, result, after in zip(*(pieces[i::4] for i in range(4))):
+    for i in range(0, len(pieces), 4):  # three groups of a match, and the text after it
+        space, expression, result, after = pieces[i : i + 4]
         call = f" {expression}"
         output = calculator(call)
         if numeric(result) is not None and numeric(output.strip()) == numeric(result):
@@ -539,8 +540,8 @@ def gsm8k(path, split, rng, dropped):
 def conversations(name, split="train", seed=0, unknown=(), skip_bad=False, dropped=None):
     """The conversations of a source, one after the other: without end, except for those of files.
 
-    `unknown` has the (country, field) pairs that the model is not to answer from memory. What of a file is
-    left out is counted in `dropped`, {why: how many}.
+    `unknown` has the (country, field) pairs that the model is not to answer from memory: those of every
+    unknown:PATH. `dropped` counts what is left out of a file, {why: how many}.
     """
     dropped = Counter() if dropped is None else dropped
     rng = random.Random(f"{seed} {split} {name}")
@@ -555,10 +556,9 @@ def conversations(name, split="train", seed=0, unknown=(), skip_bad=False, dropp
         own = [one for one in own if is_of_tenth(one, split)]
         yield from rng.sample(own, len(own))
     elif path:  # unknown:PATH
-        not_learned = probed(path)
-        missing = [fact for fact in facts(split) if (fact.country, fact.field) in not_learned]
-        while missing:
-            yield turns(rng.choice(missing).ask(rng, split), f"{DONT_KNOW}.")
+        not_learned = [fact for fact in facts(split) if (fact.country, fact.field) in unknown]
+        while not_learned:
+            yield turns(rng.choice(not_learned).ask(rng, split), f"{DONT_KNOW}.")
     elif source in PROBLEMS:
         yield from worked_problems(source, split, seed, rng)
     else:

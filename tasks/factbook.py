@@ -87,8 +87,8 @@ LONGEST_VALUE = 60  # characters; a longer value is a sentence and cannot be lea
 
 def facts(split="all"):
     """The facts that "train", those that are held out to "test" (a fifth), or "all" of them."""
-    held_out_too = {"train": (False,), "test": (True,), "all": (False, True)}[split]
-    return [fact for fact in all_facts() if held_out(fact.country, fact.field) in held_out_too]
+    wanted = {"train": (False,), "test": (True,), "all": (False, True)}[split]
+    return [fact for fact in all_facts() if held_out(fact.country, fact.field) in wanted]
 
 
 @functools.cache

@@ -124,7 +124,7 @@ def generate(name, split, levels, seed):
         level, wording = rng.choice(levels), rng.choice(WORDINGS[name])
         key, prompt, solution, answer = make(rng, level, wording)
         if split_of(key) == split:
-            prompt = re.sub(r"(^|[.?] )[a-z]", lambda start: start[0].upper(), prompt)  # begins of sentences
+            prompt = re.sub(r"(^|[.?] )[a-z]", lambda start: start[0].upper(), prompt)  # as sentences begin
             yield Problem(name, prompt, solution, answer, level, key)
 
 
