@@ -74,8 +74,8 @@ def train(flags, checkpoint, argv, reward=verified, score=None, script=__file__,
     """The loop: rollouts, rewards, advantages, an update.
 
     reward(rollouts) returns a number for each. score(problem, parts, finished), if given, is measured beside
-    the reward, and the checkpoint with the best score on test problems is kept. script and command start
-    another rank and this run.
+    the reward, and the checkpoint with the best score on test problems is kept. Other ranks are started with
+    `script`; `command` is what a user types to resume the run.
     """
     run = Run(command, flags, checkpoint, stage="rl")
     config = config_of(flags, checkpoint)
@@ -253,9 +253,9 @@ def advantages(rewards, std=False):
 def policy_gradient_rows(model, kept, reference_logprobs, epoch, flags, world):
     """This rank's [(tokens, weights)], one for each rollout: what micro_batches() takes.
 
-    Weights are divided by the number of tokens sampled in all rollouts of all ranks, so no rollout counts
-    more by being short or by its micro-batch. From the second epoch on they need log p under the model as it
-    has become; with --kl also reference_logprobs, those under the model of the beginning.
+    Weights are divided by the number of tokens sampled in all rollouts of all ranks, so a token counts the
+    same in every rollout and micro-batch. From the second epoch on the model has changed, and log p is
+    computed anew. With --kl, reference_logprobs are log p under the model of the beginning.
     """
     n_sampled = sum(int(rollout.sampled.sum()) for rollout in kept)
     old = [rollout.logprobs for rollout in kept]
@@ -338,17 +338,16 @@ def describe(groups, score, seconds):
     n_with_signal = sum(has_signal(group) for group in groups)
     n_sampled = sum(int(rollout.sampled.sum()) for rollout in rollouts)
     measures = {
-        "reward": mean([rollout.reward for rollout in rollouts]),
-        "correct": mean([rollout.correct for rollout in rollouts]),
-        "length": mean([rollout.length for rollout in rollouts]),
+        "reward": mean(rollout.reward for rollout in rollouts),
+        "correct": mean(rollout.correct for rollout in rollouts),
+        "length": mean(rollout.length for rollout in rollouts),
         "entropy": -sum(rollout.logprobs.sum() for rollout in rollouts) / n_sampled,
         "signal": n_with_signal / len(groups),
         "without_signal": len(groups) - n_with_signal,
         "sampling": n_sampled / seconds,
     }
     if score:
-        scores = [score(rollout.problem, rollout.parts, rollout.finished) for rollout in rollouts]
-        measures["score"] = mean(scores)
+        measures["score"] = mean(score(one.problem, one.parts, one.finished) for one in rollouts)
     return measures
 
 
@@ -379,12 +378,9 @@ def evaluate_policy(run, done, score):
     run.say(f"step {done}, on test problems:\n{evaluate.problem_table(results)}")
     practised = evaluate.parse_tasks(flags.task, flags.level)
     rows = [row for row in results if (row["task"], row["level"]) in practised] or results
-    means = {
-        "correct": mean([row["pass@1"] for row in rows]),
-        "length": mean([row["length"] for row in rows]),
-    }
+    means = {"correct": mean(row["pass@1"] for row in rows), "length": mean(row["length"] for row in rows)}
     if score:
-        means["score"] = mean([row["score"] for row in rows])
+        means["score"] = mean(row["score"] for row in rows)
         keep_if_best(run, done, "score", means["score"])
     run.log("eval", step=done, **means, results=results)
 
@@ -401,8 +397,8 @@ def keep_if_best(run, done, name, value):
 
 
 def show(tokenizer, group):
-    """A problem, its answer and the rollouts: green (or +) is right, red (or -) is wrong. Before a rollout
-    stands its reward, if that is another number."""
+    """A problem, its answer and the rollouts: green (or +) is right, red (or -) is wrong. A reward that is
+    not simply 1 for right and 0 for wrong stands before its rollout."""
     lines = [f"{group[0].problem.prompt}  ({group[0].problem.answer})"]
     for rollout in group:
         text = text_of_rollout(tokenizer, rollout)

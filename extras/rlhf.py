@@ -237,9 +237,9 @@ class DirectPreference:
         )
         rollouts = rl.flat(groups)
         return {
-            "score": mean([score_of(rollout) for rollout in rollouts]),
-            "right": mean([rollout.correct for rollout in rollouts]),
-            "length": mean([rollout.length for rollout in rollouts]),
+            "score": mean(map(score_of, rollouts)),
+            "right": mean(rollout.correct for rollout in rollouts),
+            "length": mean(rollout.length for rollout in rollouts),
         }
 
 
