@@ -101,7 +101,8 @@ def train(flags, checkpoint, argv, reward=verified, score=None, script=__file__,
         measures = describe(groups, score, time.perf_counter() - began)
         if step == run.start or (step + 1) % CHECK_EVERY == 0:
             check_log_probabilities(model, groups, flags, world)
-        measures["kl"] = divergence(reference, [group[0] for group in groups], flags, world)
+        if reference:  # None if it is gone
+            measures["kl"] = divergence(reference, [group[0] for group in groups], flags, world)
 
         lr = learning_rate(step, flags.steps, flags.lr, flags.warmup_steps, flags.final_lr)
         reference_logprobs = log_probabilities(reference, kept, flags, world) if flags.kl else None
@@ -314,8 +315,6 @@ def log_ratios(model, rollouts, flags, world):
 
 def divergence(reference, rollouts, flags, world):
     """The KL divergence from the reference in nats a token, by k3, on the sampled tokens of some rollouts."""
-    if reference is None:
-        return 0.0
     d = log_ratios(reference, rollouts, flags, world)  # (n,)
     return float((np.expm1(d) - d).mean())
 
@@ -359,9 +358,10 @@ def progress_text(measures):
         f"signal {measures['signal']:.0%}",
         f"length {measures['length']:.1f}",
         f"entropy {measures['entropy']:.3f}",
-        f"KL {measures['kl']:.4f}",
         f"sampling {measures['sampling']:.0f} tok/s",
     ]
+    if "kl" in measures:
+        parts.insert(-1, f"KL {measures['kl']:.4f}")
     if "score" in measures:
         parts.insert(1, f"score {measures['score']:.3f}")
     return " | ".join(parts)

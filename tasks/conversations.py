@@ -788,7 +788,7 @@ def parser():
     add = flags.add_argument_group("how many").add_argument
     add("--num", type=common.number(int, low=1), default=5, help="number of conversations")
     add("--seed", type=common.number(int, low=0), default=42, help="seed of the random draw")
-    add = flags.add_argument_group("output").add_argument
+    add = flags.add_argument_group("output").add_mutually_exclusive_group().add_argument
     words = "write them to a JSONL file instead, as pages of plain text for data.py --train-also"
     add("--workbook", metavar="PATH", help=words)
     words = (
@@ -800,24 +800,31 @@ def parser():
 
 def main(argv=None):
     flags = parser().parse_args(argv)
+    dropped = Counter()
     if flags.jsonl:
-        return write_jsonl(flags)
-    kept, dropped = draw(flags.spec, flags.num, flags.seed, flags.split)
-    if flags.workbook:
-        return write_workbook(flags.workbook, kept)
-    for conversation in kept:
-        for turn in conversation:
-            print(f"{turn['role']}: {transcript(turn['content'])}")
-        print()
+        write_jsonl(flags.jsonl, draw_each(flags.spec, flags.num, dropped, flags.seed, flags.split))
+    else:
+        kept, dropped = draw(flags.spec, flags.num, flags.seed, flags.split)
+        if flags.workbook:
+            write_workbook(flags.workbook, kept)
+        else:
+            print_conversations(kept)
     common.say(f"dropped: {reasons(dropped)}")
 
 
-def write_jsonl(flags):
-    """The conversations as messages, one source after the other."""
-    dropped, lines = Counter(), []
-    for source, conversation in draw_each(flags.spec, flags.num, dropped, flags.seed, flags.split):
+def print_conversations(conversations):
+    for conversation in conversations:
+        for turn in conversation:
+            print(f"{turn['role']}: {transcript(turn['content'])}")
+        print()
+
+
+def write_jsonl(path, conversations):
+    """Write (source, conversation) pairs as messages, one source after the other."""
+    lines = []
+    for source, conversation in conversations:
         lines.append(json.dumps({"source": source, "messages": conversation}, ensure_ascii=False) + "\n")
-    common.write_whole(Path(flags.jsonl), "".join(lines).encode())
+    common.write_whole(Path(path), "".join(lines).encode())
 
 
 def write_workbook(path, conversations):
