@@ -487,7 +487,8 @@ class Run:
         self.state = read_state(checkpoint) if checkpoint else {}
         self.start = self.state.get("step", 0)
         self.skipped = self.state.get("skipped", 0)  # steps that were left out
-        self.losses, self.norms = self._restored("losses"), self._restored("norms")  # [(step, value), ...]
+        self.losses = self.state.get("losses", [])  # of the last steps: [[step, value], ...]
+        self.norms = self.state.get("norms", [])
         self.also_saved = {}  # what else a script needs to go on
         if "steps" in flags:
             self._require_steps_left(flags.steps, "--steps")
@@ -507,13 +508,6 @@ class Run:
         if self.start >= steps:
             remedy = f"give more {flag}, or see sample.py {self.directory}"
             raise UserError(f"{self.directory} has all its {steps} steps; {remedy}")
-
-    def _restored(self, name):
-        """Losses or norms of the last steps from the checkpoint, [(step, value), ...]."""
-        values = self.state.get(name, [])
-        if values and isinstance(values[0], float):  # an earlier format had no steps
-            values = zip(range(self.start - len(values), self.start), values)
-        return [tuple(pair) for pair in values]
 
     def begin(self, world, model, optimizer, tokenizer, steps, **about):
         """Load the optimizer, and make the directory and its log; `about` goes to the log.
@@ -681,7 +675,7 @@ class Run:
                 mean, deviation = self._before(values, report.step)
                 measures[name + "_z"] = (value - mean) / deviation
                 if taken:
-                    values.append((report.step, value))
+                    values.append([report.step, value])
                     del values[: -WINDOW - 1]
         return measures
 

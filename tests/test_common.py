@@ -359,7 +359,7 @@ def test_a_stop_is_a_checkpoint_and_an_exit_status_except_after_the_last_step(tm
 
 
 def losses_with_steps(n, seed=0):
-    return [(step, float(value)) for step, value in enumerate(np.random.default_rng(seed).normal(5, 0.1, n))]
+    return [[step, float(value)] for step, value in enumerate(np.random.default_rng(seed).normal(5, 0.1, n))]
 
 
 def test_limits_are_standard_deviations_above_the_steps_before_the_last(tmp_path):
@@ -376,7 +376,7 @@ def test_limits_are_standard_deviations_above_the_steps_before_the_last(tmp_path
     assert list(run.limits(300, since=268)) == [math.inf, math.inf]
     values = [value for _, value in run.losses[267:299]]
     assert run.limits(300, since=267)[1] == pytest.approx(np.mean(values) + 7 * np.std(values), rel=1e-6)
-    run.losses = [(step, 1.0) for step in range(100)]
+    run.losses = [[step, 1.0] for step in range(100)]
     assert run.limits(100)[1] == np.float32(1.0 + 7e-6)  # a constant past has no deviation to divide by
     off = run_of(tmp_path / "off", outlier_z=0.0)
     off.losses = losses_with_steps(300)
@@ -402,7 +402,7 @@ def test_a_step_at_its_limit_is_taken_and_one_above_is_not(tmp_path):
     assert run.skipped == run.skipped_in_a_row == 4
     taken = take(run, 40, loss_limit, norm_limit)
     assert not taken["skipped"] and taken["loss_z"] == pytest.approx(2.0, abs=1e-4)
-    assert run.losses[-1] == (40, loss_limit) and run.norms[-1] == (40, norm_limit)
+    assert run.losses[-1] == [40, loss_limit] and run.norms[-1] == [40, norm_limit]
     assert run.skipped == 4 and run.skipped_in_a_row == 0
     assert not take(run, 41, -1e9)["skipped"]  # far below is good news
     for step in range(42, 400):
@@ -422,14 +422,10 @@ def test_ten_skipped_steps_in_a_row_end_the_run_and_nine_do_not(tmp_path):
     assert run.skipped == 19
 
 
-def test_losses_of_the_earlier_format_get_their_steps(tmp_path):
-    checkpoint = checkpoint_of(tmp_path, 50, losses=[1.0, 2.0, 3.0], norms=[])
+def test_losses_and_norms_come_back_with_their_steps(tmp_path):
+    checkpoint = checkpoint_of(tmp_path, 51, losses=[[48, 2.0], [50, 3.5]], norms=[[50, 1.0]])
     run = run_of(tmp_path, steps=99, checkpoint=checkpoint)
-    assert run.losses == [(47, 1.0), (48, 2.0), (49, 3.0)] and run.norms == []
-    run.lock.close()
-    checkpoint_of(tmp_path, 51, losses=[[48, 2.0], [50, 3.5]], norms=[[50, 1.0]])
-    run = run_of(tmp_path, steps=99, checkpoint=common.checkpoints(tmp_path)[-1])
-    assert run.losses == [(48, 2.0), (50, 3.5)] and run.norms == [(50, 1.0)]
+    assert run.losses == [[48, 2.0], [50, 3.5]] and run.norms == [[50, 1.0]]
 
 
 def test_a_line_says_how_far_how_fast_and_how_long_still(tmp_path, capsys, monkeypatch):

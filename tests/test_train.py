@@ -662,21 +662,6 @@ def test_a_killed_run_goes_on_bit_for_bit(start, tmp_path, whole, monkeypatch):
     assert script.refused(done, "has all its 20 steps", "--steps", "sample.py")
 
 
-def test_a_checkpoint_of_the_earlier_format_goes_on_bit_for_bit(tmp_path, whole):
-    """Its state.json has losses and norms without their steps."""
-    run = tmp_path / "run"
-    shutil.copytree(whole / "step_000010", run / "step_000010")
-    state = common.read_state(run / "step_000010")
-    for name in ("losses", "norms"):
-        state[name] = values_of(state[name])
-        assert len(state[name]) == 10 and all(isinstance(value, float) for value in state[name])
-    (run / "step_000010" / "state.json").write_text(json.dumps(state))
-    assert script.run(train.main, "--out", run, "--resume").status == 0
-    assert same_bits(run / "step_000020", whole / "step_000020")
-    after, expected = (common.read_state(place / "step_000020") for place in (run, whole))
-    assert (after["losses"], after["norms"]) == (expected["losses"], expected["norms"])
-
-
 def test_a_run_goes_on_with_another_micro_batch_and_elsewhere(start, tmp_path, whole, monkeypatch):
     assert start("first", "--steps", 10).status == 0  # another schedule, so not the same losses; then:
     (tmp_path / "here").mkdir()
