@@ -305,6 +305,17 @@ def _flush(path):
     os.close(handle)
 
 
+def lock_file(path):
+    """Lock a file for this process until the returned file is closed; None if another process has it."""
+    file = open(path, "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except OSError:
+        file.close()
+        return None
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Flags that several scripts have
 
@@ -433,12 +444,9 @@ def is_first_rank():
 
 def lock(run):
     """Lock the run for this process until the returned file is closed; UserError if another one has it."""
-    file = open(Path(run) / "lock", "ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise UserError(f"another process is training {run}; wait for it, or stop it first") from None
+    file = lock_file(Path(run) / "lock")
+    if file is None:
+        raise UserError(f"another process is training {run}; wait for it, or stop it first")
     return file
 
 

@@ -14,7 +14,6 @@ tokenize. The last section, which downloads FineWeb, can be skipped, and so can 
 cleans the Factbook's HTML. Read tokenizer.py before this file.
 """
 
-import fcntl
 import hashlib
 import io
 import itertools
@@ -498,12 +497,12 @@ def download_shards(flags):
     names = in_order_of_need(files, flags.seed)
     first = names if flags.all else names[:2]
     while missing(out, files, first):
-        lock = lock_downloads(out)
-        if lock is None:  # another process is at it
+        lock = common.lock_file(out / LOCK)
+        if lock is None:  # another process is downloading
             time.sleep(0.2)
             continue
         with lock:
-            wanted = {name: files[name] for name in missing(out, files, first)}
+            wanted = {name: files[name] for name in first}
             hub.download(source["repository"], "dataset", source["revision"], wanted, out)
     if not flags.all:
         try:
@@ -587,20 +586,9 @@ def missing(out, files, names):
     return [name for name in names if hub.size_of(out / name) != files[name]["bytes"]]
 
 
-def lock_downloads(out):
-    """An open file that holds the lock on downloads into a directory, None if another process has it."""
-    file = open(Path(out) / LOCK, "ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-    except OSError:
-        file.close()
-        return None
-
-
 def is_downloading(out):
     """Whether a process downloads into the directory."""
-    lock = lock_downloads(out)
+    lock = common.lock_file(Path(out) / LOCK)
     if lock is not None:
         lock.close()
     return lock is None
