@@ -577,8 +577,8 @@ def in_order_of_need(files, seed):
 
 
 def shard_order(seed, epoch, n):
-    """The order in which an epoch of training goes through n shards."""
-    return np.random.default_rng([seed, epoch, n]).permutation(n)
+    """The order in which an epoch of training goes through n shards, a list of their indices."""
+    return np.random.default_rng([seed, epoch, n]).permutation(n).tolist()
 
 
 def missing(out, files, names):

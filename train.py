@@ -108,8 +108,7 @@ class DataLoader:
 
     def __init__(self, shards, flags):
         self.flags = flags
-        self.long = Windows(shards, flags.seq_len, flags.seed)
-        self.short = Windows(shards, flags.short_len, flags.seed)
+        self.windows = {T: Windows(shards, T, flags.seed) for T in (flags.seq_len, flags.short_len)}
 
     @property
     def n_short(self):
@@ -123,7 +122,7 @@ class DataLoader:
     def micro_batches(self, step, world):
         """Yield this rank's part of a step's batch: tokens, targets int32 and weights, (B, T) each."""
         flags, T = self.flags, self.length(step)
-        windows = self.long if flags.seq_len == T else self.short
+        windows = self.windows[T]
         rows = flags.total_batch_tokens // T  # of the whole batch
         first = 0 if flags.overfit_batch else step * rows
         mine = range(first + world.rank, first + rows, world.size)
@@ -139,7 +138,7 @@ class DataLoader:
 
 
 class Windows:
-    """windows[i] is window i since the beginning of training, (T + 1,) tokens."""
+    """Windows of T + 1 tokens, numbered from the beginning of training through all epochs."""
 
     def __init__(self, shards, T, seed):
         self.shards, self.T, self.seed = [shard for shard in shards if len(shard) > T], T, seed
@@ -147,12 +146,10 @@ class Windows:
             raise too_short("the text", shards, T)
         self.counts = [max(1, len(shard) // T - 1) for shard in self.shards]  # with room for the offset
         self.n_windows = sum(self.counts)
-        self._window_order = functools.lru_cache(maxsize=2)(self._make_window_order)
-        self._shard_order = functools.lru_cache(maxsize=2)(self._make_shard_order)
-
-    def _make_shard_order(self, epoch):
-        """The order of the shards in an epoch, which downloads follow: a list."""
-        return data.shard_order(self.seed, epoch, len(self.shards)).tolist()
+        self._window_order = functools.lru_cache(maxsize=2)(
+            self._make_window_order
+        )  # asked a window at a time
+        self._shard_order = functools.lru_cache(maxsize=2)(data.shard_order)  # downloads follow it, too
 
     def _make_window_order(self, epoch, k):
         """Offset and order of the windows of shard k in an epoch."""
@@ -163,16 +160,11 @@ class Windows:
     def locate(self, i):
         """The shard that window i is in, and where it begins there."""
         epoch, i = divmod(i, self.n_windows)
-        for k in self._shard_order(epoch):
+        for k in self._shard_order(self.seed, epoch, len(self.shards)):
             if i < self.counts[k]:
                 offset, order = self._window_order(epoch, k)
                 return self.shards[k], offset + int(order[i]) * self.T
             i -= self.counts[k]
-        raise IndexError(i)
-
-    def __getitem__(self, i):
-        shard, start = self.locate(i)
-        return shard[start : start + self.T + 1]
 
 
 def learning_rate(step, steps, lr, warmup_steps, final):
@@ -479,7 +471,7 @@ def print_plan(flags, model, loader, world, peak, memory, step_times):
     config, tokens = model.config, flags.steps * flags.total_batch_tokens
     n, flops = config.n_params(), float(tokens * config.flops_per_token(flags.seq_len))
     sizes = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
-    text_tokens = sum(map(len, loader.long.shards))
+    text_tokens = sum(map(len, loader.windows[flags.seq_len].shards))
     split = ", ".join(f"{what} {size(int(n_bytes))}" for what, n_bytes in memory.items())
     seconds = run_seconds(flags.steps, flags, step_times)
     cost = f", ${seconds / 3600 * flags.dollars_per_hour:.2f}" if flags.dollars_per_hour else ""

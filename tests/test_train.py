@@ -129,6 +129,12 @@ def counting(*lengths):
     return [np.arange(n, dtype=np.uint16) + 10_000 * k for k, n in enumerate(lengths)]
 
 
+def window(windows, i):
+    """Window i, (T + 1,) tokens."""
+    shard, start = windows.locate(i)
+    return shard[start : start + windows.T + 1]
+
+
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=4),
     T=st.integers(1, 9),
@@ -139,7 +145,7 @@ def test_an_epoch_shows_each_window_once_and_no_token_twice(lengths, T, seed):
         lengths.append(T + 1)
     windows = Windows(counting(*lengths), T, seed)
     assert windows.n_windows == sum(max(1, n // T - 1) for n in lengths if n > T)
-    rows = np.stack([windows[i] for i in range(3 * windows.n_windows)])
+    rows = np.stack([window(windows, i) for i in range(3 * windows.n_windows)])
     assert rows.shape[1] == T + 1
     assert (np.diff(rows.astype(int), axis=1) == 1).all(), "a window crosses a border"
     for epoch in np.split(rows, 3):
@@ -150,10 +156,10 @@ def test_an_epoch_shows_each_window_once_and_no_token_twice(lengths, T, seed):
 def test_epochs_differ_in_order_and_offset_and_seeds_in_both():
     shards, n = counting(500), 61
     assert Windows(shards, 8, 0).n_windows == n
-    starts = {int(Windows(shards, 8, seed)[n * epoch][0]) for seed in range(5) for epoch in range(5)}
+    starts = {int(window(Windows(shards, 8, seed), n * e)[0]) for seed in range(5) for e in range(5)}
     assert len(starts) > 15
     windows = Windows(shards, 8, 0)
-    epochs = [[windows[i][0] for i in range(e * n, e * n + n)] for e in range(4)]
+    epochs = [[window(windows, i)[0] for i in range(e * n, e * n + n)] for e in range(4)]
     assert len({int(min(epoch)) for epoch in epochs}) > 1, "all epochs begin at the same offset"
     assert all(epoch != sorted(epoch) for epoch in epochs)
 
@@ -162,7 +168,7 @@ def test_an_epoch_walks_shard_by_shard_in_an_order_of_its_own():
     windows = Windows(counting(100, 60, 80), 5, 7)
     orders, first_tokens = set(), {}
     for epoch in range(8):
-        rows = [windows[epoch * windows.n_windows + i] for i in range(windows.n_windows)]
+        rows = [window(windows, epoch * windows.n_windows + i) for i in range(windows.n_windows)]
         shards = [int(row[0]) // 10_000 for row in rows]
         walked = [shard for shard, _ in itertools.groupby(shards)]
         assert sorted(walked) == [0, 1, 2], "an epoch comes back to a shard"
@@ -172,7 +178,7 @@ def test_an_epoch_walks_shard_by_shard_in_an_order_of_its_own():
     assert len(orders) > 2
     assert all(len(offsets) > 1 for offsets in first_tokens.values()), "a shard has one offset in all epochs"
     alike = Windows(counting(100, 100), 5, 7)
-    starts = [int(alike[i][0]) for i in range(alike.n_windows)]
+    starts = [int(window(alike, i)[0]) for i in range(alike.n_windows)]
     one, other = ([start % 10_000 for start in starts if start // 10_000 == k] for k in range(2))
     assert sorted(one) != one != other, "shards of one length are shuffled alike"
 
@@ -229,10 +235,10 @@ def test_a_micro_batch_has_as_many_tokens_however_long_its_rows():
 
 def test_steps_follow_one_another_through_the_epochs():
     loader = loader_of(counting(100), seq_len=4, short_len=4, total_batch_tokens=20, batch_size=5)
-    windows = loader.long
+    windows = loader.windows[4]
     assert windows.n_windows % 5, "the epoch ends with a step, so nothing is tested"
     stream = np.concatenate([batch_of(loader, step)[0] for step in range(20)])
-    np.testing.assert_array_equal(stream, [windows[i][:-1] for i in range(100)])
+    np.testing.assert_array_equal(stream, [window(windows, i)[:-1] for i in range(100)])
     few = loader_of(counting(5), seq_len=4, short_len=4, total_batch_tokens=12, batch_size=3)
     np.testing.assert_array_equal(batch_of(few, 0)[0], [[0, 1, 2, 3]] * 3)  # one window, three times a step
 
