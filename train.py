@@ -263,14 +263,14 @@ def report_hellaswag(run, done, items):
     run.log("hellaswag", step=done, **results)
 
 
-def continuation(model, tokenizer, n, seed, temperature=0.7):
+def continuation(model, tokenizer, n, seed):
     """A document of up to n tokens by the model, from nothing: sample.py does this with more care."""
     n = min(n, model.config.n_positions)
     cache, ids, ops = model.new_cache(1, n), [], model.ops
     token, stream = ops.empty(1, np.int32), ops.zeros(1, np.int64)
     logits = model.decode([[tokenizer.eot]], cache)  # (1, V)
     for i in range(n - 1):
-        ops.sample(token, logits, seed, stream, ops.to_device(np.array([i])), temperature, top_p=0.9)
+        ops.sample(token, logits, seed, stream, ops.to_device(np.array([i])), temperature=0.7, top_p=0.9)
         ids.append(int(ops.to_host(token)[0]))
         if ids[-1] == tokenizer.eot:
             return tokenizer.decode(ids[:-1])
@@ -317,19 +317,20 @@ def make_model(source, config, device, flags):
     return gpt2.GPT2(config, device, flags.dtype, flags.seed, flags.recompute)
 
 
-def check_tokens(shards, vocab_size, at_most=1 << 28):
+def check_tokens(shards, vocab_size):
     """Refuse text of another tokenizer before the run; of very large data only the beginning is read."""
+    unread = 1 << 28  # tokens that are still to be checked
     for shard in shards:
         if isinstance(shard, data.LateShard):
-            continue  # it was compared with its checksum when it came
-        if at_most > 0 and shard.max() >= vocab_size:
+            continue  # it will be compared with its checksum when it comes
+        if unread > 0 and shard.max() >= vocab_size:
             raise UserError(
                 f"{shard.filename} has token {shard.max()}, but the vocabulary ends at {vocab_size - 1}"
             )
-        at_most -= len(shard)
+        unread -= len(shard)
 
 
-def choose_batch_size(flags, config, ops, world, one_memory=True):
+def choose_batch_size(flags, config, ops, world, one_memory):
     """Set --batch-size, the rows of a micro-batch, to the most that fit; return {what: bytes}.
 
     The ranks of a CPU have one memory, and {what: bytes} is for all of them; on GPUs each has its own. All
@@ -499,9 +500,9 @@ PUBLISHED = {
 }
 
 
-def published(flags, name):
+def published(flags, data_name):
     """What others reached with these settings and the data of this name, or that no result is published."""
-    steps, result = PUBLISHED.get((flags.model, name), (0, ""))
+    steps, result = PUBLISHED.get((flags.model, data_name), (0, ""))
     same = all(getattr(flags, name) == RECIPES[flags.model][name] for name in ("lr", "total_batch_tokens"))
     if not result or not same:
         return "none has published a result with these settings and this data"
@@ -575,9 +576,7 @@ def parser():
     what = "part of the updates, the first ones, with rows of --short-len"
     group.add_argument("--short-part", type=number(float, 0, 1), metavar="X", help=what)
     group.add_argument("--total-batch-tokens", type=whole, metavar="N", help="tokens in an update")
-    add_shared_flags(
-        group, "lr", "warmup-steps", "final-lr", "weight-decay", "grad-clip", lr=None, warmup_steps=None
-    )
+    add_shared_flags(group, "lr", "warmup-steps", "final-lr", "weight-decay", "grad-clip")
     what = "decay of the second moment (AdamW)"
     group.add_argument("--beta2", type=number(float, 0, 0.99999), default=0.95, metavar="X", help=what)
     what = "leave out a step whose loss or norm is so many standard deviations above the last ones; 0: none"
