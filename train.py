@@ -168,7 +168,7 @@ class Windows:
 
 
 def learning_rate(step, steps, lr, warmup_steps, final):
-    """Of update `step` (from 0): up in a line, down in half a cosine to final * lr (GPT-3, appendix B)."""
+    """The rate of update `step`, from 0: linear warm-up, half a cosine to final * lr (GPT-3, appendix B)."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
@@ -198,9 +198,10 @@ def right_tokens(model, loader, world):
 
 
 def report_first_update(run, loader, before, after):
-    """Say and log what the first update did to right tokens (T,) of a row; the one of median change is shown.
+    """Say and log what the first update did to the right tokens of a row; one of median change is shown.
 
-    The row is one of many in the batch, so some of its tokens may become less probable.
+    before and after (T,) are their probabilities. The row is one of many in the batch, so some of its tokens
+    may become less probable.
     """
     if np.array_equal(before, after):
         return  # the step was left out
@@ -333,9 +334,9 @@ def check_tokens(shards, vocab_size):
 def choose_batch_size(flags, config, ops, world, one_memory):
     """Set --batch-size, the rows of a micro-batch, to the most that fit; return {what: bytes}.
 
-    The ranks of a CPU have one memory, and {what: bytes} is for all of them; on GPUs each has its own. All
-    ranks decide the same, by the least free memory. UserError if not even what was asked for, or one row,
-    fits.
+    The ranks of a CPU share one memory, and {what: bytes} is for all of them; on GPUs each has its own. All
+    ranks decide the same, by the least free memory of any rank. UserError if --batch-size does not fit, or
+    without that not even one row.
     """
     T, rows = flags.seq_len, flags.total_batch_tokens // flags.seq_len // flags.ranks
     free = min(world.gather(ops.free_memory() or 8e9))
@@ -386,7 +387,7 @@ DATASHEETS = {
 
 
 def peak_flops(model, world):
-    """FLOP/s of all ranks that the utilization is a share of, and the name of that share.
+    """The peak FLOP/s of all ranks, which utilization is measured against, and what the report calls it.
 
     On a GPU whose datasheet is known it is the datasheet's (MFU), else what a large matrix product reaches.
     """
@@ -412,12 +413,13 @@ def measured_flops(ops, dtype, n=128):
 def measure_steps(model, optimizer, loader, flags, world):
     """{row length T: seconds of a step}, the same on all ranks.
 
-    From one micro-batch, a warm one, whose gradients are cleared. For --hours it is the mean of two seconds,
-    and all-reduce and update are measured too; the update is left out, because its limits are below any norm.
+    One micro-batch is timed, after others that warm up, and taken times the micro-batches of a step. With
+    --hours more of them are timed, for two seconds, and so are all-reduce and update; the parameters stay as
+    they are, because the limits given to the update are below any norm. The gradients are cleared at the end.
     """
     times = {}
     n = flags.total_batch_tokens / (flags.batch_size * flags.seq_len * world.size)  # micro-batches of a step
-    cold = 2 if model.device == "cuda" else 1  # rounds that do not count: a GPU records the second
+    cold = 2 if model.device == "cuda" else 1  # rounds that warm up: a GPU records its graph in the second
     for step in sorted({0, loader.n_short}):
         rounds = []
         while len(rounds) <= cold or (flags.hours and sum(rounds[cold:]) < 2 * n):
@@ -439,15 +441,16 @@ def measure_steps(model, optimizer, loader, flags, world):
 
 
 def run_seconds(steps, flags, step_times):
-    """How long so many steps take, and the evaluations between them: forward is a third of a token's work."""
+    """How many seconds so many steps take, and the evaluations between them."""
     short = flags.short_part * steps
     seconds = short * step_times.get(flags.short_len, 0) + (steps - short) * step_times[flags.seq_len]
-    evaluated = flags.eval_tokens / (3 * flags.eval_every) if flags.eval_every else 0  # tokens a step
+    # Evaluated tokens a step: they count a third, because forward is a third of forward and backward.
+    evaluated = flags.eval_tokens / (3 * flags.eval_every) if flags.eval_every else 0
     return seconds * (1 + evaluated / flags.total_batch_tokens)
 
 
 def steps_in(hours, flags, step_times):
-    """How many steps take so long."""
+    """How many steps so many hours have room for."""
     steps = bisect.bisect(range(1 << 40), hours * 3600, key=lambda n: run_seconds(n, flags, step_times)) - 1
     if steps < 1:
         raise UserError(f"one step takes {duration(run_seconds(1, flags, step_times))}; give more --hours")
@@ -466,7 +469,7 @@ def plan_run(run, flags, model, optimizer, loader, world, memory):
 
 
 def print_plan(flags, model, loader, world, peak, memory, step_times):
-    """Print what the run will take, and what others reached with such a one."""
+    """Print what the run will take, and what others reached with such a run."""
     if world.rank:
         return
     config, tokens = model.config, flags.steps * flags.total_batch_tokens
@@ -611,7 +614,7 @@ def parser():
 
 
 def add_time_flags(group):
-    """Flags about what a run takes, which a plan answers and a run can be given."""
+    """Flags on time and cost: a run can be limited by them, and a plan predicts them."""
     above = number(float, above=0)
     what = "as many steps as so much time has room for: one is measured first; checkpoints are not counted"
     group.add_argument("--hours", type=above, metavar="X", help=what)
