@@ -34,7 +34,7 @@ def cache():
 
 
 def sha256(*paths):
-    """The digest of the files' contents, one behind the other."""
+    """The sha256, in hexadecimal, of the files' contents one after the other."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
@@ -63,8 +63,8 @@ def fetch(package, wanted):
         if "DO NOT MATCH THE HASHES" in done.stderr:
             raise UserError(f"{package} is not the file we know (its sha256 differs); try another index")
         if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["pip failed"])[-1].removeprefix("ERROR: ")
-            raise UserError(f"no {package}: {said}; check that pip reaches the Python package index")
+            reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1].removeprefix("ERROR: ")
+            raise UserError(f"no {package}: {reason}; check that pip reaches the Python package index")
         os.replace(next(got.iterdir()), path)
     return path
 
@@ -83,11 +83,11 @@ CHECKPOINT_FILE = re.compile(
 
 def _client():
     """The package huggingface_hub and the address of the hub, which HF_ENDPOINT may replace by a mirror's."""
-    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "critical"}  # we tell it ourselves
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "critical"}  # download() reports
     for name, value in {**quiet, "HF_HUB_DISABLE_TELEMETRY": "1"}.items():
         os.environ.setdefault(name, value)
     try:
-        import huggingface_hub.errors  # noqa: PLC0415  only who downloads needs it
+        import huggingface_hub.errors  # noqa: PLC0415  only downloads need it
         import huggingface_hub.file_download  # noqa: PLC0415
         import huggingface_hub.utils  # noqa: PLC0415
     except ImportError:
@@ -98,9 +98,10 @@ def _client():
 
 
 def list_files(repository, kind, revision="main"):
-    """The commit that a revision is, and its files: {path: {"bytes": size, "checksum": what it must have}}.
+    """The commit of a revision, and its files: {path: {"bytes": size, "checksum": sha256 or git's sha1}}.
 
-    kind is "model" or "dataset". Unreachable if there is no connection; UserError if there is no such thing.
+    kind is "model" or "dataset". Unreachable if there is no connection; UserError if the hub has no such
+    repository.
     """
     client, endpoint = _client()
     api, began = client.HfApi(endpoint=endpoint), time.monotonic()
@@ -131,9 +132,9 @@ def status_of(error):
 
 
 def pause_or_give_up(error, what, since):
-    """After a failed request sleep a while, if another may succeed; `since` is when one last did.
+    """After a failed request: sleep for PAUSE if it may succeed when it is repeated, else raise UserError.
 
-    UserError if the hub has no such thing, or after PATIENCE.
+    `since` is when a request last succeeded; after PATIENCE seconds without success we give up.
     """
     status, waited = status_of(error), time.monotonic() - since
     if status in (401, 403, 404):
@@ -149,8 +150,8 @@ def pause_or_give_up(error, what, since):
 def download(repository, kind, commit, files, directory):
     """Download files, as list_files() names them, into a directory: AT_ONCE at a time, in their order.
 
-    A file that is there is whole and was compared with its checksum. What a process that was killed had of a
-    file, NAME.part, is not fetched again. UserError if the hub fails for PATIENCE seconds.
+    A file that is there with its size is passed over: its checksum was verified when it came. What a killed
+    process had of a file, .NAME.part, is continued. UserError if the hub fails for PATIENCE seconds.
     """
     client, endpoint = _client()
     missing = {Path(directory) / name: file for name, file in files.items()}
@@ -200,7 +201,7 @@ def bytes_there(path):
 
 
 def _fetch_file(client, url, path, wanted):
-    """Download one file; `wanted` has its bytes and its checksum. Wrong bytes are fetched once more."""
+    """Download one file; `wanted` has its size and its checksum. Wrong bytes are fetched once more."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _part_of(path)
     for _ in range(2):
@@ -232,9 +233,9 @@ def _append(client, url, part, n_bytes):
                 since = time.monotonic()
             pause_or_give_up(error, url, since)
         except OSError as error:
-            if error.errno is not None:  # the disk's; the client's own says that the length is another
+            if error.errno is not None:  # an error of the disk
                 raise
-            return
+            return  # the client's own error: the length is wrong, which the caller sees
 
 
 def has_checksum(path, wanted):
@@ -246,14 +247,14 @@ def has_checksum(path, wanted):
 
 
 def from_hub(name):
-    """The directory of this name; if it names a model on the hub, as openai-community/gpt2: where we keep it.
+    """The directory `name`; of a model on the hub, such as openai-community/gpt2, that in our cache.
 
     A name with one slash is the hub's unless that directory or its parent exists here; runs/x is always a
     run. The files are fetched once.
     """
-    directory = Path(name)
+    name, directory = str(name), Path(name)
     is_local = directory.exists() or directory.parent.exists() or directory.parent == Path("runs")
-    if is_local or not MODEL_NAME.fullmatch(str(name)):
+    if is_local or not MODEL_NAME.fullmatch(name):
         return directory
     place = cache() / name
     if (place / "config.json").is_file():
@@ -261,19 +262,19 @@ def from_hub(name):
     place.mkdir(parents=True, exist_ok=True)
     with open(place / "lock", "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # other ranks wait here, and find it complete
-        commit, files = list_files(str(name), "model")
+        commit, files = list_files(name, "model")
         files = {path: file for path, file in files.items() if CHECKPOINT_FILE.fullmatch(path)}
         config = {"config.json": files.pop("config.json", None)}
         if not config["config.json"] or not any("safetensors" in path for path in files):
             raise UserError(f"{name} on the hub has no config.json and model.safetensors; name another")
         say(f"downloading {name} from the Hugging Face hub")
-        download(str(name), "model", commit, files, place)
-        download(str(name), "model", commit, config, place)  # last: it makes the directory a checkpoint
+        download(name, "model", commit, files, place)
+        download(name, "model", commit, config, place)  # last: it makes the directory a checkpoint
     return place
 
 
 def find_checkpoint(name):
-    """The directory of a checkpoint: itself, a run's newest, or that of a model on the hub by its name."""
+    """The directory of a checkpoint, given by its own name, by that of its run or of a model on the hub."""
     return common.newest_checkpoint(from_hub(name))
 
 
@@ -300,7 +301,7 @@ TABLES = {  # {name: (repository, {split: its files})} on the Hugging Face hub
 
 
 def table_files(name, path, split):
-    """The files of a table for "train" or "test", and whether they hold rows of this split alone.
+    """The paths of a table's files for "train" or "test", and whether they hold rows of this split alone.
 
     `path` is a file, or "hub" to download one of TABLES, or a directory of .parquet or .jsonl files. The
     files of a split begin with its name; in a directory without such names every file has rows of both.
@@ -372,7 +373,7 @@ def parquet_rows(paths, columns, rng=None):
     With a random.Random the row groups of all files come in random order, and so do the rows of each 1024.
     """
     try:
-        import pyarrow.parquet  # noqa: PLC0415 -- an extra
+        import pyarrow.parquet  # noqa: PLC0415  an extra
     except ImportError:
         remedy = "python -m pip install -r requirements-hub.txt"
         raise UserError(f"{paths[0]} is parquet, which needs pyarrow; install it: {remedy}") from None
