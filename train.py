@@ -78,7 +78,7 @@ def main(argv=None):
         done = step + 1
         run.save_if_due(done)  # before anything that may fail
         if run.is_due(done, flags.eval_every):
-            batches = validation[loader.length(step)]
+            batches = validation[loader.row_length(step)]
             loss, bits_per_byte = evaluate(model, batches, tokenizer.token_lengths, world)
             run.say(f"step {done}: validation loss {loss:.4f}, {bits_per_byte:.4f} bits per byte")
             run.log("eval", step=done, loss=loss, bits_per_byte=bits_per_byte)
@@ -115,13 +115,13 @@ class DataLoader:
         """The number of steps with short rows; not fixed, because --hours sets --steps later."""
         return round(self.flags.short_part * self.flags.steps)
 
-    def length(self, step):
+    def row_length(self, step):
         """The row length T of a step."""
         return self.flags.short_len if step < self.n_short else self.flags.seq_len
 
     def micro_batches(self, step, world):
         """Yield this rank's part of a step's batch: tokens, targets int32 and weights, (B, T) each."""
-        flags, T = self.flags, self.length(step)
+        flags, T = self.flags, self.row_length(step)
         windows = self.windows[T]
         rows = flags.total_batch_tokens // T  # of the whole batch
         first = 0 if flags.overfit_batch else step * rows
@@ -435,7 +435,7 @@ def measure_steps(model, optimizer, loader, flags, world):
                 model.ops.synchronize()
                 seconds += time.perf_counter() - began
             rounds.append(max(world.gather(seconds)))
-        times[loader.length(step)] = fmean(rounds[cold:])
+        times[loader.row_length(step)] = fmean(rounds[cold:])
     model.sums.fill(0)
     return times
 

@@ -230,7 +230,7 @@ def test_a_micro_batch_has_as_many_tokens_however_long_its_rows():
     world = SimpleNamespace(rank=1, size=2)
     assert [t.shape for t, _, _ in loader.micro_batches(2, world)] == [(12, 2), (12, 2)]
     assert [t.shape for t, _, _ in loader.micro_batches(3, world)] == [(3, 8), (3, 8)]
-    assert [loader.length(step) for step in (0, 2, 3, 99)] == [2, 2, 8, 8]
+    assert [loader.row_length(step) for step in (0, 2, 3, 99)] == [2, 2, 8, 8]
 
 
 def test_steps_follow_one_another_through_the_epochs():
