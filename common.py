@@ -31,19 +31,19 @@ NO_PLACE = ["EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOO
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line break
 
 # With several ranks the number of a pipe that holds one byte: the rank that reads it may say why all end.
-first_word = None
+error_pipe = None
 
 
 class UserError(Exception):
     """Something that the user can put right. The message is one line: what is wrong, and the remedy."""
 
-    status = 2  # of a script that ends with it
+    status = 2  # the exit status of a script that ends with this error
 
 
 def run(main):
     """Call main() as a script does: a user's error is one line on standard error, exit status 2.
 
-    Bytes that are no text, on standard input, and letters that the terminal's encoding lacks end no script.
+    Bytes of standard input that are no text, and letters that the terminal's encoding lacks, are replaced.
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not if a caller has put something else in its place
@@ -75,15 +75,15 @@ def run(main):
 
 def say_why(text):
     """Tell the person why the script ends. Of several ranks only the first that comes here does."""
-    if first_word is None or os.read(first_word, 1):
+    if error_pipe is None or os.read(error_pipe, 1):
         say(text)
 
 
 @contextlib.contextmanager
 def ctrl_c_waits():
-    """Put off Ctrl-C until the end of a `with`: processes that are started within it never get it.
+    """Put off Ctrl-C until the end of a `with`; processes that are started within it never get it.
 
-    A terminal sends it to all processes of a command. The first of them shall end, and then end the others.
+    A terminal sends it to all processes of a command. Only the first of them acts on it, and ends the others.
     """
     came = []
 
@@ -148,7 +148,7 @@ def number(kind, low=None, high=None, above=None):
 
 
 def say(text):
-    """Tell the person something that is not the answer: on standard error."""
+    """Print something that is not the script's result: on standard error."""
     progress_line_gone = "\r\033[K" if sys.stderr.isatty() else ""
     print(progress_line_gone + text, file=sys.stderr, flush=True)
 
@@ -218,7 +218,7 @@ class Line:
 
 
 class Progress:
-    """How far, how fast, how long still:  for item in work: ...; progress.add(1).  Ends with done()."""
+    """A line that says how far, how fast, how long still: add(n) after n units of work, done() at the end."""
 
     def __init__(self, what, total=None, unit="", form=count):
         self.what, self.total, self.unit, self.form = what, total, unit, form
@@ -288,7 +288,7 @@ def whole_directory(place):
 
 
 def _alive(pid):
-    """Whether a process, not this one, has this number; yes where we may not ask."""
+    """Whether another process has this number; True if we are not allowed to ask."""
     try:
         os.kill(int(pid), 0)
     except (ProcessLookupError, ValueError):
@@ -372,7 +372,7 @@ def parse_run(parser, argv):
     checkpoint = checkpoints(flags.out)[-1]
     known = vars(flags)
     before = {name: value for name, value in read_state(checkpoint)["flags"].items() if name in known}
-    before["out"] = str(flags.out)  # the run may have moved
+    before["out"] = flags.out  # the run may have moved
     parser.set_defaults(**before)
     return parser.parse_args(argv), checkpoint
 
@@ -419,7 +419,9 @@ def save_checkpoint(run, step, model, tokenizer, optimizer, keep, **state):
         optimizer.save(beside / "optimizer.safetensors")
         write_whole(beside / "state.json", json.dumps({"step": step, **state}, indent=1).encode())
     for old in checkpoints(run)[:-keep]:
-        gone = old.with_name(f".{old.name}.{os.getpid()}.part")  # not half there if we are stopped now
+        gone = old.with_name(
+            f".{old.name}.{os.getpid()}.part"
+        )  # so that no half of it is left if we are killed
         os.replace(old, gone)
         shutil.rmtree(gone, ignore_errors=True)
     return place
@@ -461,8 +463,8 @@ def require_new(run):
     raise UserError(f"{run} exists; {remedy}, or choose another --out")
 
 
-WINDOW, ENOUGH = 128, 32  # steps that a loss is compared with; and how many of them there must be at least
-LONG_STEP = 5  # seconds: a stop request does not wait for its end, since spot machines give half a minute
+WINDOW, MIN_WINDOW = 128, 32  # a loss is compared with those of so many steps before; and at least so many
+LONG_STEP = 5  # seconds: a longer step is stopped between micro-batches; spot machines give half a minute
 
 
 class Run:
@@ -501,9 +503,9 @@ class Run:
         if "steps" in flags:
             self._require_steps_left(flags.steps, "--steps")
 
-        # As given: None if it follows from the machine, which may be another one when the run goes on.
+        # --ranks as it was given: with None a run that goes on chooses anew, perhaps on another machine.
         self.ranks = getattr(flags, "ranks", None)
-        self.z = getattr(flags, "outlier_z", 0.0)
+        self.outlier_z = getattr(flags, "outlier_z", 0.0)
         self.since = 0  # the first step that others are compared with
         self.skipped_in_a_row = 0
         self.saved = self.start if checkpoint else None  # steps that are in the newest checkpoint
@@ -537,7 +539,7 @@ class Run:
         self.log("start", step=self.start, flags=vars(self.flags), ranks=world.size, **about)
 
     def _open_log(self):
-        """Events after the checkpoint, of a run that was cut off, are dropped: they will come again."""
+        """Open log.jsonl, without the events after the checkpoint: their steps are done again."""
         path = self.directory / "log.jsonl"
         if path.exists():
             events = read_log(self.directory)
@@ -603,21 +605,21 @@ class Run:
         That is --outlier-z standard deviations above the mean of the steps before, from step `since` on.
         """
         self.since = since
-        if not self.z:
+        if not self.outlier_z:
             return [math.inf, math.inf]
-        before = self._before(self.norms, step), self._before(self.losses, step)
-        limits = [mean + self.z * deviation for mean, deviation in before]
+        before = self._mean_and_deviation(self.norms, step), self._mean_and_deviation(self.losses, step)
+        limits = [mean + self.outlier_z * deviation for mean, deviation in before]
         return np.array(limits, self.model.exact).tolist()  # rounded as the device rounds them
 
-    def _before(self, values, step):
+    def _mean_and_deviation(self, values, step):
         """Mean and standard deviation of the values of the steps before; 0 and infinity if they are too few.
 
         The last step does not count: its loss is not read yet.
         """
         window = [value for at, value in values if self.since <= at <= step - 2][-WINDOW:]
-        if len(window) < ENOUGH:
+        if len(window) < MIN_WINDOW:
             return 0.0, math.inf
-        return float(np.mean(window)), max(float(np.std(window)), 1e-6)  # one can divide by it
+        return float(np.mean(window)), max(float(np.std(window)), 1e-6)  # z divides by it: never 0
 
     def report(self, step, lr, tokens=0, shown="", updated=True, **values):
         """Show and log a step, as soon as the device has computed it: while the next one is under way.
@@ -648,7 +650,7 @@ class Run:
             norm, loss = float(report.norm()[0]), float(report.loss()[0])
             measures |= self._compare(report, norm, loss)
             for name in ("loss", "norm"):
-                z = f" (z {measures[name + '_z']:+.1f})" if self.z else ""
+                z = f" (z {measures[name + '_z']:+.1f})" if self.outlier_z else ""
                 parts.append(f"{name} {measures[name]:.4f}{z}")
         parts += [f"lr {report.lr:.2e}", f"{seconds * 1e3:.0f} ms"]
         if report.tokens:
@@ -671,16 +673,15 @@ class Run:
             )
 
     def _compare(self, report, norm, loss):
-        """What the log says of a step's norm and loss. If the step was taken, later ones are compared with
-        them."""
+        """Return what the log says of a step's norm and loss; keep them, if it was taken, for later steps."""
         limits = zip((norm, loss), report.limits)
         taken = all(math.isfinite(value) and value <= limit for value, limit in limits)  # as the device did
         self.skipped += not taken
         self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
         measures = dict(loss=loss, norm=norm, skipped=not taken)
-        if self.z:
+        if self.outlier_z:
             for name, value, values in (("loss", loss, self.losses), ("norm", norm, self.norms)):
-                mean, deviation = self._before(values, report.step)
+                mean, deviation = self._mean_and_deviation(values, report.step)
                 measures[name + "_z"] = (value - mean) / deviation
                 if taken:
                     values.append([report.step, value])
@@ -718,7 +719,7 @@ class Run:
     # -- what it says --------------------------------------------------------------------------------------
 
     def log(self, event, step, **values):
-        """Append an event to log.jsonl; a number that is not finite becomes null, JSON has no other."""
+        """Append an event to log.jsonl; a number that is not finite becomes null, since JSON has none."""
         if not self.is_first:
             return
         for name, value in values.items():
@@ -727,7 +728,7 @@ class Run:
         self.file.write(json.dumps({"event": event, "step": step, **values}).encode() + b"\n")
 
     def say(self, text):
-        """Print a line, or several, that stay: rank 0 does."""
+        """Print a line, or several, that stay on the terminal (rank 0 does)."""
         self.flush()
         if self.is_first:
             self.line.clear(text)

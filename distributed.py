@@ -136,9 +136,9 @@ def start(size, script, argv):
         return _join(rank, size, arguments)
     server = _listen(_address()[1]) if launched else socket.create_server(("127.0.0.1", 0))
     memory = _file_without_name()
-    common.first_word = _pipe_with_one_byte()
+    common.error_pipe = _pipe_with_one_byte()
     where = f"/proc/{os.getpid()}/fd" if launched else "/dev/fd"  # those that are started here inherit them
-    files = [f"{where}/{number}" for number in (memory, common.first_word)]
+    files = [f"{where}/{number}" for number in (memory, common.error_pipe)]
     processes = []
     try:
         if not launched:
@@ -164,7 +164,7 @@ def _start_process(rank, size, script, arguments, server, memory):
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parent), *sys.path]),
     }
     command = [sys.executable, str(script), *arguments]
-    return subprocess.Popen(command, env=environment, pass_fds=(memory, common.first_word))
+    return subprocess.Popen(command, env=environment, pass_fds=(memory, common.error_pipe))
 
 
 def _address():
@@ -244,7 +244,7 @@ def _join(rank, size, arguments):
     memory = None
     if machine == _machine():
         with contextlib.suppress(OSError):  # a machine may hide one process's files from another
-            memory, common.first_word = os.open(files[0], os.O_RDWR), os.open(files[1], os.O_RDONLY)
+            memory, common.error_pipe = os.open(files[0], os.O_RDWR), os.open(files[1], os.O_RDONLY)
     if error:
         raise UserError(error)
     return World(rank, size, connections[:1], connections[1:], memory)
