@@ -48,8 +48,8 @@ from kernels import threads
 SMALL = 1 << 24  # parameters: a larger model keeps all cores busy within every operation
 BLOCK = 64  # elements: the parts of ranks begin at multiples, where a GPU reads 16 bytes at once
 JOIN_SECONDS = 300  # until every rank must have come: the nodes of a job begin at different times
-HANG_SECONDS = 900  # that ranks wait for one of them: rank 0 alone writes checkpoints, which takes minutes
-ENDED, FAILED = b".", b"!"  # the last word of a rank: it has ended; or all must end at once, and why was said
+HANG_SECONDS = 900  # that rank 0 waits for another, and they twice as long for it: checkpoints take minutes
+ENDED, FAILED = b".", b"!"  # the last byte of a rank: it has ended; or all must end at once, and why was said
 
 # What the launchers call a process's rank, the number of all, and its rank among those of its machine.
 # sbatch sets SLURM_PROCID and SLURM_NTASKS for its own script too, SLURM_STEP_NUM_TASKS is srun's alone.
@@ -61,9 +61,9 @@ LAUNCHERS = {
 
 
 def adopt_launcher(environment):
-    """Give what mpirun and srun say of this process the names that torchrun uses; others read only these.
+    """Copy the variables of mpirun and srun to those of torchrun, the only ones that are read below.
 
-    A launcher of a single process is none: `srun bash` begins a shell, in which scripts start their ranks.
+    A launcher of a single process does not count: in the shell of `srun bash` scripts start their own ranks.
     """
     for launcher in ("mpirun", "srun"):
         numbers = [environment.get(name) for name in LAUNCHERS[launcher]]
@@ -92,10 +92,10 @@ def gpu_count():
 
 
 def choose_ranks(wanted, n_params, device, rows):
-    """How many ranks share an update of so many rows: --ranks if given, else as many as pay.
+    """How many ranks share an update of so many rows: --ranks if given, else as many as make it faster.
 
-    That is one a GPU, and on a CPU one a core for a small model. UserError if each rank would not get as many
-    rows, or a GPU of its own.
+    That is one a GPU, and on a CPU one a core for a small model. UserError if the ranks do not divide the
+    rows, or if there are fewer GPUs.
     """
     launched = "WORLD_SIZE" in os.environ
     gpus = gpu_count() if device == "cuda" else 0
@@ -137,12 +137,12 @@ def start(size, script, argv):
     server = _listen(_address()[1]) if launched else socket.create_server(("127.0.0.1", 0))
     memory = _file_without_name()
     common.error_pipe = _pipe_with_one_byte()
-    where = f"/proc/{os.getpid()}/fd" if launched else "/dev/fd"  # those that are started here inherit them
-    files = [f"{where}/{number}" for number in (memory, common.error_pipe)]
+    folder = f"/proc/{os.getpid()}/fd" if launched else "/dev/fd"  # ranks started here inherit the files
+    files = [f"{folder}/{number}" for number in (memory, common.error_pipe)]
     processes = []
     try:
         if not launched:
-            with common.ctrl_c_waits():  # in the others until catch_signals(): this one ends, they follow
+            with common.ctrl_c_waits():  # the others never get Ctrl-C while they start: they end with rank 0
                 for other in range(1, size):
                     processes.append(_start_process(other, size, script, arguments, server, memory))
         sockets, lifelines = _welcome(server, size, arguments, files, processes)
@@ -155,7 +155,7 @@ def start(size, script, argv):
 
 
 def _start_process(rank, size, script, arguments, server, memory):
-    """A rank above 0, on this machine."""
+    """Start a rank above 0, on this machine."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": server.getsockname()[1]}
     environment = os.environ | {name: str(number) for name, number in numbers.items()}
     environment |= {
@@ -192,7 +192,7 @@ def _welcome(server, size, arguments, files, processes):
 
     If not all come, or one has other flags, all that are here end with the same UserError.
     """
-    connections, said, error = {}, {}, None  # (rank, "socket" or "lifeline"): the connection
+    connections, settings, error = {}, {}, None  # {(rank, kind): connection}, {rank: (size, arguments)}
     everyone = {(rank, kind) for rank in range(1, size) for kind in ("socket", "lifeline")}
     deadline = time.monotonic() + JOIN_SECONDS
     server.settimeout(0.1)
@@ -214,8 +214,8 @@ def _welcome(server, size, arguments, files, processes):
         except (OSError, ValueError):  # nobody came, or it was no rank
             continue
         connections[rank, kind] = connection
-        said[rank] = its_size, its_arguments
-    for rank, (its_size, its_arguments) in sorted(said.items()):
+        settings[rank] = its_size, its_arguments
+    for rank, (its_size, its_arguments) in sorted(settings.items()):
         if its_size != size:
             error = f"rank {rank} is of {its_size} ranks, rank 0 of {size}; start all with the same number"
         elif its_arguments != arguments:
@@ -223,7 +223,7 @@ def _welcome(server, size, arguments, files, processes):
             error = f"rank {rank} has other flags than rank 0 ({its_flags}; {flags}); start all with the same"
     for (_, kind), connection in connections.items():
         if kind == "socket" and not (error and processes):  # those that were started here are killed
-            with contextlib.suppress(OSError):  # it has ended meanwhile; the World finds out
+            with contextlib.suppress(OSError):  # the rank has ended: the World will find out
                 _send(connection, [error, _machine(), files])
     if error:
         raise UserError(error)
@@ -265,7 +265,7 @@ def _connect(host, port):
 
 
 def _machine():
-    """A name of the system that this process runs in: processes that see each other have the same."""
+    """A name for the system that this process runs in, the same for all processes that see each other."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -273,12 +273,13 @@ def _machine():
 
 
 def _send(connection, value):
+    """Send what JSON can say, after its length in bytes."""
     message = json.dumps(value).encode()
     connection.sendall(struct.pack("<Q", len(message)) + message)
 
 
 def _receive(connection):
-    """What _send() sent from the other end: OSError if that has ended, or is silent for too long."""
+    """Return what the other end has sent with _send(); OSError if that has ended or is silent too long."""
     (length,) = struct.unpack("<Q", _read(connection, 8))
     return json.loads(_read(connection, length))
 
@@ -294,7 +295,7 @@ def _read(connection, length):
 
 
 def _pipe_with_one_byte():
-    """The file number of a pipe: the first rank that reads gets the byte, the others nothing (say_why)."""
+    """The file number of a pipe: only the first rank that reads from it gets the byte (common.say_why)."""
     reader, writer = os.pipe()
     os.write(writer, b"!")
     os.close(writer)
@@ -302,7 +303,7 @@ def _pipe_with_one_byte():
 
 
 def _file_without_name():
-    """The number of an open file for shared memory, which is gone when the last process has ended."""
+    """The number of an open file for shared memory; the file is gone when the last process has ended."""
     if hasattr(os, "memfd_create"):  # Linux; unlike /dev/shm it is not kept small in a container
         return os.memfd_create("handmade")
     with tempfile.TemporaryFile() as file:
@@ -337,7 +338,7 @@ class World:
             for connection in (*sockets, *lifelines):
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # messages are short
                 connection.settimeout(None)
-            for connection in sockets:  # rank 0 waits for a rank; so long the others must wait for rank 0
+            for connection in sockets:  # while rank 0 waits for one rank, the others wait for rank 0
                 connection.settimeout(HANG_SECONDS if rank == 0 else 2 * HANG_SECONDS)
             threading.Thread(target=self._watch, daemon=True).start()
             atexit.register(self.close)
@@ -401,9 +402,9 @@ class World:
     def all_reduce(self, sums):
         """Let sums (n,) hold the sum over all ranks, and exchange the requests to stop.
 
-        On a CPU it comes from zeros_for_sums(): each rank adds up one part of the buffer, in the order of
-        ranks, and writes the total into everybody's. With --zero a rank gets the sums of its part alone, and
-        those of the last 64 elements, where the loss is.
+        On a CPU the buffer comes from zeros_for_sums(): each rank adds up one part of all ranks' buffers, in
+        the order of ranks, and writes the total into all of them. With --zero a rank gets the sums of its
+        part alone, and those of the last 64 elements, where the loss is.
         """
         self.barrier()  # on a CPU: every rank's sums are complete
         if self.size == 1:
@@ -422,14 +423,14 @@ class World:
             self.barrier()  # every part has its total
 
     def all_gather(self, array):
-        """Let every rank have what each has written to its part of a flat buffer."""
+        """Copy each rank's part of a flat buffer to all ranks."""
         if self.nccl and self.zero:
             self.nccl.all_gather(array)
         elif not self.nccl:
-            self.barrier()  # the ranks of a CPU see the same memory
+            self.barrier()  # on a CPU the buffer is shared: every part is written now
 
     def use_gpus(self, ops, zero=False):
-        """From now on every rank has a GPU, and NCCL adds up. zero: a rank keeps its part's moments alone."""
+        """From now on NCCL sums over GPUs. With zero a rank keeps the moments of its part alone."""
         self.nccl, self.zero = Nccl(self, ops), zero
 
     def zeros(self, shape, dtype):
@@ -461,24 +462,24 @@ class World:
     def _caught(self, name, frame):
         if self.asked_to_stop:
             if self.launched and time.monotonic() - self.asked_at < 5:
-                return  # the same request: a launcher passes on what the system has sent to all already
+                return  # the same request: a launcher passes on a signal that all ranks have got already
             raise KeyboardInterrupt
         self.asked_to_stop, self.asked_at = int(name), time.monotonic()
         if self.rank == 0:
             say("\nfinishing this step; once more to stop at once")
 
     def _watch(self):
-        """Run in a thread: when another rank is killed, end this process too. Nothing is saved then."""
+        """What a thread does: when another rank is killed, end this process too. Nothing is saved then."""
         watched = list(self.lifelines)
         while watched:
             for lifeline in select.select(watched, [], [])[0]:
                 try:
-                    last_word = lifeline.recv(1)
+                    last_byte = lifeline.recv(1)
                 except OSError:
-                    last_word = b""
-                if last_word == FAILED:
+                    last_byte = b""
+                if last_byte == FAILED:
                     os._exit(1)
-                if last_word == ENDED:
+                if last_byte == ENDED:
                     self.other_ended.set()
                     watched.remove(lifeline)
                     continue
@@ -490,29 +491,29 @@ class World:
             time.sleep(30)
             os._exit(1)  # rank 0 has ended, and this one hangs
 
-    def _say_at_last(self, word):
-        """Send the last word of this rank, ENDED or FAILED, to those that it is connected with."""
+    def _send_last_byte(self, byte):
+        """Send ENDED or FAILED to the ranks that this one is connected with."""
         for lifeline in self.lifelines:
             with contextlib.suppress(OSError):  # that rank has ended
-                lifeline.sendall(word)
+                lifeline.sendall(byte)
 
     def _abort_all(self, why):
         """End all ranks at once. Nothing is saved, since an update may be half done."""
         say_why(f"error: {why}; the last checkpoint stands, go on with --resume")
-        self._say_at_last(FAILED)
+        self._send_last_byte(FAILED)
         for process in self.processes:
             process.kill()
         os._exit(1)
 
     def _abort(self):
-        """End, because the other process has: it said why, or it was killed and _watch() says so."""
+        """End, because the other rank has ended: it has said why, or _watch() says that it was killed."""
         self.other_ended.wait(2)
         raise SystemExit(1)
 
     def close(self):
         """End this rank's part; rank 0 waits for the others, which end when they find that it is gone."""
         self.closing = True
-        self._say_at_last(ENDED)
+        self._send_last_byte(ENDED)
         for other in self.sockets:
             other.close()
         deadline = time.monotonic() + 5
@@ -575,7 +576,7 @@ class Nccl:
         return array[self.rank * n : (self.rank + 1) * n]
 
     def close(self, deadline):
-        """Give up what other ranks will never take part in: the process could not end before it is done."""
+        """Abort what other ranks will never take part in: the process could not end while it is queued."""
         while not self.current_stream().done and time.monotonic() < deadline:
             time.sleep(0.01)
         self.comm.abort()
