@@ -35,7 +35,7 @@ import clean
 import common
 import hub
 from cleaning import formats
-from common import UserError
+from common import UserError, number
 from tasks import countries
 from tokenizer import Tokenizer
 
@@ -347,7 +347,6 @@ class LateShard:
 
 
 def parser():
-    number = common.number
     flags = common.Parser(prog="data.py", description="\n\n".join(__doc__.split("\n\n")[:2]))
     add = flags.add_argument_group("what to read").add_argument
     words = "where the text comes from"
@@ -358,33 +357,28 @@ def parser():
     words = "more texts, as for text, which train and never validate"
     add("--train-also", nargs="+", default=[], metavar="PATH", help=words)
     words = "a longer document becomes several, cut at blank lines"
-    add("--document-chars", type=number(int, low=64), default=65536, metavar="N", help=words)
+    add("--document-chars", type=number(int, low=64), default=65536, help=words)
     add("--license", default="unknown", help="license of your text, for meta.json")
     clean.add_flags(flags)
     add = flags.add_argument_group("tokens").add_argument
     words = "bpe is learned from the first 16 MB of the training text; PATH is a tokenizer.json"
     add("--tokenizer", default="bpe", metavar="bpe|gpt2|bytes|PATH", help=words)
     words = "tokens for bpe to learn, special tokens included"
-    add("--vocab-size", type=number(int, low=267, high=65536), default=1024, metavar="N", help=words)
+    add("--vocab-size", type=number(int, low=267, high=65536), default=1024, help=words)
     add = flags.add_argument_group("split").add_argument
     words = "share of the documents that validates; not for shakespeare"
-    add("--val-fraction", type=number(float, above=0, high=0.5), default=0.05, metavar="X", help=words)
-    add(
-        "--seed",
-        type=number(int, low=0, high=2**63),
-        default=42,
-        metavar="N",
-        help="draws the split; order of downloads",
-    )
+    add("--val-fraction", type=number(float, above=0, high=0.5), default=0.05, help=words)
+    words = "draws the split; order of downloads"
+    add("--seed", type=number(int, low=0, high=2**63), default=42, help=words)
     add = flags.add_argument_group("download, for fineweb and fineweb-edu").add_argument
     words = f"training shards of 100 million tokens, 0.2 GB each; as many as --out has, or {SHARDS}"
-    add("--shards", type=number(int, low=1), metavar="N", help=words)
+    add("--shards", type=number(int, low=1), help=words)
     add("--all", action="store_true", help="wait for all shards, and leave none to the background")
     add = flags.add_argument_group("output").add_argument
     add("--out", metavar="DIR", help="a new folder; shards/NAME if not given. For inspect: the picture")
     add("--name", help="what the names of the shards begin with; the source if not given")
     limit = number(int, low=1, high=2**31 - 1)
-    add("--shard-tokens", type=limit, default=100_000_000, metavar="N", help="tokens in one shard")
+    add("--shard-tokens", type=limit, default=100_000_000, help="tokens in one shard")
     return flags
 
 

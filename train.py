@@ -566,35 +566,35 @@ def parser():
     group = flags.add_argument_group("model")
     group.add_argument("--model", choices=gpt2.PRESETS, default="tiny", help="a preset; d12 is GPT-2 small")
     for name, what in (("layer", "layers"), ("head", "heads"), ("embd", "channels")):
-        group.add_argument(f"--n-{name}", type=whole, metavar="N", help=f"{what}, instead of the preset's")
-    group.add_argument("--n-positions", type=whole, metavar="N", help="context; 1024, or --seq-len for tiny")
+        group.add_argument(f"--n-{name}", type=whole, help=f"{what}, instead of the preset's")
+    group.add_argument("--n-positions", type=whole, help="context; 1024, or --seq-len for tiny")
 
     group = flags.add_argument_group("optimisation; by default", describe_recipes(RECIPES))
-    group.add_argument("--steps", type=whole, metavar="N", help="updates")
+    group.add_argument("--steps", type=whole, help="updates")
     what = "rows of a micro-batch; as many as memory allows"
     group.add_argument("--batch-size", type=whole, metavar="B", help=what)
     group.add_argument("--seq-len", type=whole, metavar="T", help="tokens in a row")
     what = "tokens in a row of the first updates; --seq-len if that is given"
     group.add_argument("--short-len", type=whole, metavar="T", help=what)
     what = "part of the updates, the first ones, with rows of --short-len"
-    group.add_argument("--short-part", type=number(float, 0, 1), metavar="X", help=what)
-    group.add_argument("--total-batch-tokens", type=whole, metavar="N", help="tokens in an update")
+    group.add_argument("--short-part", type=number(float, 0, 1), help=what)
+    group.add_argument("--total-batch-tokens", type=whole, help="tokens in an update")
     add_shared_flags(group, "lr", "warmup-steps", "final-lr", "weight-decay", "grad-clip")
     what = "decay of the second moment (AdamW)"
-    group.add_argument("--beta2", type=number(float, 0, 0.99999), default=0.95, metavar="X", help=what)
+    group.add_argument("--beta2", type=number(float, 0, 0.99999), default=0.95, help=what)
     what = "leave out a step whose loss or norm is so many standard deviations above the last ones; 0: none"
     group.add_argument("--outlier-z", type=share, default=7.0, metavar="Z", help=what)
 
     group = flags.add_argument_group("evaluation, samples, checkpoints (in steps; 0: never)")
     what = "steps between evaluations; there is one at the end"
-    group.add_argument("--eval-every", type=steps, metavar="N", help=what)
+    group.add_argument("--eval-every", type=steps, help=what)
     what = "tokens of the validation text that an evaluation reads, from its beginning"
-    group.add_argument("--eval-tokens", type=whole, metavar="N", help=what)
+    group.add_argument("--eval-tokens", type=whole, help=what)
     what = "steps between samples; there is one at the end"
-    group.add_argument("--sample-every", type=steps, default=200, metavar="N", help=what)
+    group.add_argument("--sample-every", type=steps, default=200, help=what)
     what = "steps between evaluations on HellaSwag; 250 for d12 and larger on a GPU, if it has been fetched"
-    group.add_argument("--hellaswag-every", type=steps, metavar="N", help=what)
-    group.add_argument("--sample-tokens", type=whole, default=100, metavar="N", help="length of a sample")
+    group.add_argument("--hellaswag-every", type=steps, help=what)
+    group.add_argument("--sample-tokens", type=whole, default=100, help="length of a sample")
     add_shared_flags(group, "save-every", "keep", save_every=200)
 
     group = flags.add_argument_group("machine")
@@ -617,10 +617,10 @@ def add_time_flags(group):
     """Flags on time and cost: a run can be limited by them, and a plan predicts them."""
     above = number(float, above=0)
     what = "as many steps as so much time has room for: one is measured first; checkpoints are not counted"
-    group.add_argument("--hours", type=above, metavar="X", help=what)
-    group.add_argument("--dollars", type=above, metavar="X", help="the same for so much money")
+    group.add_argument("--hours", type=above, help=what)
+    group.add_argument("--dollars", type=above, help="the same for so much money")
     what = "price of the machine, to show what the run costs"
-    group.add_argument("--dollars-per-hour", type=number(float, low=0), metavar="X", help=what)
+    group.add_argument("--dollars-per-hour", type=number(float, low=0), help=what)
     what = "print memory, time and cost of such a run, and do not train; no GPU is needed"
     group.add_argument("--plan", action="store_true", help=what)
     group.add_argument(
