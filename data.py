@@ -74,9 +74,9 @@ def shakespeare():
 def text_files(paths, web=False, web_in_folders=False, otherwise=""):
     """The files to read, without repeats: each path that is a file, and the files in each that is a folder.
 
-    With `web` that may be pages, archives of the web and what ends in .gz, in folders with `web_in_folders`.
-    There, what is hidden or of another type is passed over. UserError if a path cannot be read, or if there
-    is nothing to read at all. `otherwise` says what else the caller takes, if a file is of another type.
+    With `web` pages, archives of the web and .gz files are read, too; in folders only with `web_in_folders`.
+    In folders hidden files and those of other types are passed over. UserError if a path cannot be read, or
+    if nothing is left to read. `otherwise` ends the message about a file of another type: what else helps.
     """
     named = formats.TEXT + formats.WEB if web else formats.TEXT
     in_folders = formats.TEXT + formats.WEB if web_in_folders else formats.TEXT
@@ -88,8 +88,10 @@ def text_files(paths, web=False, web_in_folders=False, otherwise=""):
             found += [file for file in files if file.exists()]
             broken_links += [file for file in files if not file.exists()]
         elif not path.exists():
-            is_input = str(path) == "-"
-            remedy = "save standard input in a file, and name that" if is_input else "correct the path"
+            is_standard_input = str(path) == "-"
+            remedy = (
+                "save standard input in a file, and name that" if is_standard_input else "correct the path"
+            )
             raise UserError(f"there is no file {path}; {remedy}")
         elif is_readable(path, named, web) or (web and formats.is_gzip(path) and not formats.suffix_of(path)):
             found.append(path)
@@ -127,7 +129,7 @@ def files_below(folder):
 def read_texts(paths, longest):
     """Yield the documents in the files, `longest` characters each at most; invalid UTF-8 becomes U+FFFD.
 
-    Files of Windows that begin with a mark of UTF-16 are read as that.
+    A file that begins with the byte order mark of UTF-16, as some of Windows do, is read as UTF-16.
     """
     for path in paths:
         with open(path, "rb") as file:
@@ -209,7 +211,7 @@ MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 
 
 class ShardWriter:
-    """Writes the shards of a split, `limit` tokens each: NAME_train_000001.bin and on; val from 000000."""
+    """Writes the shards of a split, of `limit` tokens: NAME_train_000001.bin and so on; val from 000000."""
 
     def __init__(self, directory, name, split, limit):
         self.stem, self.limit = f"{directory}/{name}_{split}", limit
@@ -217,7 +219,7 @@ class ShardWriter:
         self.file, self.count = None, 0
 
     def add(self, tokens):
-        """Write an array of tokens, into the next shards too if the shard in hand becomes full."""
+        """Write an array of tokens, into the next shards too if the open one becomes full."""
         while len(tokens):
             if self.file is None:
                 self.file, self.count = open(f"{self.stem}_{self.number:06d}.bin", "wb"), 0
@@ -229,7 +231,7 @@ class ShardWriter:
                 self.close()
 
     def close(self):
-        """Write the header and close the shard in hand, if there is one."""
+        """Write the header of the open shard and close it, if there is one."""
         if self.file is not None:
             self.file.seek(0)
             self.file.write(np.array([MAGIC, VERSION, self.count], "<i4").tobytes())
@@ -305,7 +307,7 @@ def open_shard(path):
 
 
 class LateShard:
-    """A shard that is still being downloaded: its length is known, and after wait() it has its tokens."""
+    """A shard that is still being downloaded: its length is known, its tokens only after wait()."""
 
     def __init__(self, path, n_bytes):
         self.path, self.n_bytes, self.tokens = path, n_bytes, None
@@ -338,7 +340,9 @@ class LateShard:
             if world.rank == 0:
                 progress.add(hub.bytes_there(self.path) - had - progress.done_so_far)
             time.sleep(0.1)
-            will_come = is_downloading(directory)  # a download that ended now has left the file there
+            will_come = is_downloading(
+                directory
+            )  # asked before the file is looked for: it may end in between
         self.tokens = open_shard(self.path)
 
 
@@ -385,8 +389,8 @@ def parser():
 def find_sources(flags, standard_input):
     """What the flags ask to read: (its entry in meta.json, {what was left out: how often}, sources, bytes).
 
-    `sources` are the arguments of read_documents(). Standard input is copied to the path `standard_input`,
-    because it can be read only once.
+    `sources` are the first arguments of read_documents(). Standard input is copied to the path
+    `standard_input`, because it is read twice.
     """
     texts, paths, train_also, left_out = [], [], [], {}
     if flags.source == "factbook":
@@ -476,8 +480,8 @@ HUB = {  # the repository, and what the names of its shards begin with
     "fineweb": ("kjj0/fineweb10B-gpt2", "fineweb"),
     "fineweb-edu": ("karpathy/fineweb-edu-100B-gpt2-token-shards", "edu_fineweb"),
 }
-SHARDS = 103  # all that the first has, 10.3 billion tokens
-LOG, LOCK = "download.log", "download.lock"  # of the process in the background, in the shards' directory
+SHARDS = 103  # how many the first repository has: 10.3 billion tokens
+LOG, LOCK = "download.log", "download.lock"  # of the background process, in the directory of the shards
 
 
 def download_shards(flags):
@@ -515,7 +519,7 @@ def download_shards(flags):
                 stderr=log,
                 start_new_session=True,
             )
-        while process.poll() is None and not is_downloading(out):  # who trains next finds it at work
+        while process.poll() is None and not is_downloading(out):  # until its lock tells that it is at work
             time.sleep(0.05)
     tokens = sum(file["bytes"] // 2 for file in files.values())
     rest = f"; {len(late)} of them arrive in the background, see {out / LOG}" if late else ""
@@ -525,7 +529,7 @@ def download_shards(flags):
 def list_files(out, flags):
     """meta.json of the directory `out`: it names all files and their sizes before the first of them is there.
 
-    The hub is asked only if it does not name the files that the flags ask for.
+    The hub is asked only if there is no meta.json yet, or one for another number of shards.
     """
     repository, stem = HUB[flags.source]
     revision, n_train = "main", flags.shards or SHARDS
@@ -562,7 +566,7 @@ def list_files(out, flags):
 def in_order_of_need(files, seed):
     """The names of the files as training needs them: val, then the first epoch of a run with this --seed.
 
-    With another seed training works, too, but waits for its shards.
+    A run with another seed works, too, but waits longer for its shards.
     """
     names = sorted(files)
     train = [name for name in names if "_train_" in name]
@@ -576,7 +580,7 @@ def shard_order(seed, epoch, n):
 
 
 def missing(out, files, names):
-    """Those of the names whose file is not there, or has another size."""
+    """The names of the files that are not in the directory `out`, or have another size there."""
     return [name for name in names if hub.size_of(out / name) != files[name]["bytes"]]
 
 
