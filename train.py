@@ -342,7 +342,7 @@ def choose_batch_size(flags, config, ops, world, one_memory):
     free = min(world.gather(ops.free_memory() or 8e9))
 
     def needed(B):
-        itemsize = {"bfloat16": 2, "float32": 4, "float64": 8}[flags.dtype]
+        itemsize = np.dtype(flags.dtype).itemsize
         parts = gpt2.memory(config, B, T, itemsize, flags.recompute, ops.LOGITS)
         if one_memory:
             parts["gradients"] *= flags.ranks
@@ -362,13 +362,14 @@ def choose_batch_size(flags, config, ops, world, one_memory):
         for B in range(2, min(rows, ops.BATCH_TOKENS // T) + 1):
             if rows % B == 0 and sum(needed(B).values()) <= ops.SHARE * free:
                 flags.batch_size = B
-    total = sum(needed(flags.batch_size).values())
+    memory = needed(flags.batch_size)
+    total = sum(memory.values())
     if total > free:
         what = f"training takes {size(total)}, and {size(free)} are free"
         raise UserError(
             f"{what}; lower --batch-size {flags.batch_size}, use --recompute, or choose a smaller --model"
         )
-    return needed(flags.batch_size)
+    return memory
 
 
 # FLOP/s without sparsity from the datasheets, by a part of the card's name; the first that fits counts.
