@@ -562,9 +562,9 @@ class Run:
             self.save_if_due(done)
 
     def until_stopped(self, step, micro_batches):
-        """The micro-batches of a step; a stop request ends a step that takes long between two of them.
+        """The micro-batches of a step; a stop request ends a long step between two of them.
 
-        The state before the step is saved then: an update needs all of its micro-batches.
+        What is saved then is the state before the step, because an update needs all of its micro-batches.
         """
         for i, micro_batch in enumerate(micro_batches):
             if i and self.step_seconds > LONG_STEP:
@@ -576,18 +576,18 @@ class Run:
 
     def _stop_after(self, done):
         """Save, say how to go on, and end the script."""
-        self.save_if_due(done, self.world.stop)
+        self.save_if_due(done)
         command = f"python {self.script} --out {shlex.quote(str(self.directory))} --resume"
         self.say(f"stopped after step {done}; go on with: {command}")
         raise SystemExit(128 + self.world.stop)
 
-    def save_if_due(self, done, stop=0):
-        """Write a checkpoint if one is due after `done` steps; at the end there is always one.
+    def save_if_due(self, done):
+        """Write a checkpoint if one is due after `done` steps; there is always one if the run stops or ends.
 
         steps() does it after each step. Call it before anything that takes long or may fail: an evaluation
         that runs out of memory must not cost the steps before it.
         """
-        due = stop or done == self.n_steps or self.is_due(done, self.flags.save_every)
+        due = self.world.stop or done == self.n_steps or self.is_due(done, self.flags.save_every)
         if due and done != self.saved:
             self.save(done)
             self.saved = done
