@@ -493,31 +493,26 @@ def download_shards(flags):
     about = list_files(out, flags)
     source, files = about["sources"][0], about["files"]
     names = in_order_of_need(files, flags.seed)
-    first = names if flags.all else names[:2]
-    while missing(out, files, first):
+    first = {name: files[name] for name in (names if flags.all else names[:2])}
+    while hub.missing(out, first):
         lock = common.lock_file(out / LOCK)
         if lock is None:  # another process is downloading
             time.sleep(0.2)
             continue
         with lock:
-            wanted = {name: files[name] for name in first}
-            hub.download(source["repository"], "dataset", source["revision"], wanted, out)
+            hub.download(source["repository"], "dataset", source["revision"], first, out)
     if not flags.all:
         try:
             hub.fetch_table("hellaswag", "test")  # train.py evaluates it on the way, if it is there
         except UserError as error:
             common.say(f"note: no HellaSwag while training, {error}")
-    late = missing(out, files, names)
+    late = hub.missing(out, files)
     if late and not is_downloading(out):
-        command = [sys.executable, __file__, flags.source, "--all", "--out", out, "--seed", flags.seed]
-        command += ["--shards", len(files) - 1]
+        command = [sys.executable, __file__, flags.source, "--all", "--out", out]
+        command += ["--seed", str(flags.seed), "--shards", str(len(files) - 1)]
         with open(out / LOG, "ab") as log:
             process = subprocess.Popen(
-                list(map(str, command)),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         while process.poll() is None and not is_downloading(out):  # until its lock tells that it is at work
             time.sleep(0.05)
@@ -553,7 +548,7 @@ def list_files(out, flags):
     about["sources"] = [{"repository": repository, "revision": commit, "license": "ODC-By 1.0"}]
     about["files"] = {name: files[name] for name in names}
     out.mkdir(parents=True, exist_ok=True)
-    needed = sum(files[name]["bytes"] for name in missing(out, files, names))
+    needed = sum(file["bytes"] for file in hub.missing(out, about["files"]).values())
     free = shutil.disk_usage(out).free
     if needed > free:
         what = f"{common.size(needed)} are missing in {out}, and {common.size(free)} are free there"
@@ -577,11 +572,6 @@ def in_order_of_need(files, seed):
 def shard_order(seed, epoch, n):
     """The order in which an epoch of training goes through n shards, a list of their indices."""
     return np.random.default_rng([seed, epoch, n]).permutation(n).tolist()
-
-
-def missing(out, files, names):
-    """The names of the files that are not in the directory `out`, or have another size there."""
-    return [name for name in names if hub.size_of(out / name) != files[name]["bytes"]]
 
 
 def is_downloading(out):

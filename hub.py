@@ -154,33 +154,37 @@ def download(repository, kind, commit, files, directory):
     process had of a file, .NAME.part, is continued. UserError if the hub fails for PATIENCE seconds.
     """
     client, endpoint = _client()
-    missing = {Path(directory) / name: file for name, file in files.items()}
-    missing = {path: file for path, file in missing.items() if size_of(path) != file["bytes"]}
-    waiting, errors = iter(missing.items()), []
+    files = missing(directory, files)
+    paths = [Path(directory) / name for name in files]
+    waiting, errors = iter(files.items()), []
 
     def work():
         try:
-            for path, wanted in waiting:  # each thread takes the next file
+            for name, wanted in waiting:  # each thread takes the next file
                 if errors:
                     return
-                name = path.relative_to(directory).as_posix()
                 url = client.hf_hub_url(repository, name, repo_type=kind, revision=commit, endpoint=endpoint)
-                _fetch_file(client, url, path, wanted)
+                _fetch_file(client, url, Path(directory) / name, wanted)
         except Exception as error:
             errors.append(error)
 
-    before = sum(map(bytes_there, missing))
-    progress = Progress("downloading", sum(file["bytes"] for file in missing.values()) - before, form=size)
+    before = sum(map(bytes_there, paths))
+    progress = Progress("downloading", sum(file["bytes"] for file in files.values()) - before, form=size)
     threads = [threading.Thread(target=work, daemon=True) for _ in range(AT_ONCE)]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
         time.sleep(0.05)
-        progress.add(sum(map(bytes_there, missing)) - before - progress.done_so_far)
+        progress.add(sum(map(bytes_there, paths)) - before - progress.done_so_far)
     if errors:
         progress.line.clear()
         raise errors[0]
     progress.done()
+
+
+def missing(directory, files):
+    """Those of `files`, as list_files() names them, that the directory lacks or has in another size."""
+    return {name: file for name, file in files.items() if size_of(Path(directory) / name) != file["bytes"]}
 
 
 def _part_of(path):
