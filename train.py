@@ -265,7 +265,7 @@ def report_hellaswag(run, done, items):
 
 
 def continuation(model, tokenizer, n, seed):
-    """A document of up to n tokens by the model, from nothing: sample.py does this with more care."""
+    """A document that the model writes, of up to n tokens; sample.py does this with more care."""
     n = min(n, model.config.n_positions)
     cache, ids, ops = model.new_cache(1, n), [], model.ops
     token, stream = ops.empty(1, np.int32), ops.zeros(1, np.int64)
