@@ -357,10 +357,11 @@ def add_shared_flags(group, *names, **defaults):
     group.set_defaults(**defaults)
 
 
-def parse_run(parser, argv):
+def parse_run(parser, argv, script):
     """The flags of a script that trains, and the checkpoint that it goes on from or None.
 
-    With --resume the flags are those of the run's newest checkpoint, unless they are given anew.
+    With --resume the flags are those of the run's newest checkpoint, unless they are given anew. UserError if
+    another script made that run.
     """
     flags = parser.parse_args(argv)
     if not flags.resume:
@@ -370,8 +371,12 @@ def parse_run(parser, argv):
     if is_first_rank():
         lock(flags.out).close()  # another process that trains this run could remove what is read now
     checkpoint = checkpoints(flags.out)[-1]
-    known = vars(flags)
-    before = {name: value for name, value in read_state(checkpoint)["flags"].items() if name in known}
+    state, known = read_state(checkpoint), vars(flags)
+    made_by = state.get("script", script)
+    if made_by != script:
+        command = f"python {made_by} --out {shlex.quote(str(flags.out))} --resume"
+        raise UserError(f"{flags.out} is a run of {made_by}, not of {script}; go on with: {command}")
+    before = {name: value for name, value in state["flags"].items() if name in known}
     before["out"] = flags.out  # the run may have moved
     parser.set_defaults(**before)
     return parser.parse_args(argv), checkpoint
@@ -419,9 +424,7 @@ def save_checkpoint(run, step, model, tokenizer, optimizer, keep, **state):
         optimizer.save(beside / "optimizer.safetensors")
         write_whole(beside / "state.json", json.dumps({"step": step, **state}, indent=1).encode())
     for old in checkpoints(run)[:-keep]:
-        gone = old.with_name(
-            f".{old.name}.{os.getpid()}.part"
-        )  # so that no half of it is left if we are killed
+        gone = old.with_name(f".{old.name}.{os.getpid()}.part")  # renamed first: never half a checkpoint
         os.replace(old, gone)
         shutil.rmtree(gone, ignore_errors=True)
     return place
@@ -695,6 +698,7 @@ class Run:
         if self.is_first:
             state = dict(skipped=self.skipped, losses=self.losses, norms=self.norms)
             state["flags"] = {**vars(self.flags), "ranks": self.ranks}
+            state["script"] = self.script
             if self.stage:
                 state["stage"] = self.stage
             state.update(self.also_saved)

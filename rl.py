@@ -519,12 +519,7 @@ def parser():
 
 def parse(argv):
     """The flags, and the checkpoint to go on from or None."""
-    flags, checkpoint = common.parse_run(parser(), argv)
-    if checkpoint:
-        before = common.read_state(checkpoint)["flags"]
-        if "what" in before or before.get("reward") == "model":  # its reward is not the verifier's
-            command = f"python -m extras.rlhf {before.get('what', 'policy')}"
-            raise UserError(f"{flags.out} is a run of RLHF; go on with: {command} --out {flags.out} --resume")
+    flags, checkpoint = common.parse_run(parser(), argv, "rl.py")
     use_recipe(flags, RECIPES[recipe_name(config_of(flags, checkpoint))])
     check_flags(flags, checkpoint)
     return flags, checkpoint

@@ -338,7 +338,7 @@ def parser():
 
 def parse(argv):
     """The flags, with the recipe's values where none are given, and the checkpoint to go on from or None."""
-    flags, checkpoint = common.parse_run(parser(), argv)
+    flags, checkpoint = common.parse_run(parser(), argv, "sft.py")
     use_recipe(flags, RECIPES[recipe_name(config_of(flags, checkpoint))])
     return flags, checkpoint
 

@@ -633,7 +633,7 @@ def add_time_flags(group):
 
 def parse(argv):
     """The flags, with the recipe's values where none are given, and the checkpoint to go on from or None."""
-    flags, checkpoint = common.parse_run(parser(), argv)
+    flags, checkpoint = common.parse_run(parser(), argv, "train.py")
     if flags.dollars:
         if not flags.dollars_per_hour:
             raise UserError("--dollars needs the price of the machine; give --dollars-per-hour")

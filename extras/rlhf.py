@@ -353,7 +353,7 @@ def parse(argv):
     what = parser().parse_args(argv).what
     with_defaults = parser()
     with_defaults.set_defaults(**STAGES[what])
-    flags, checkpoint = common.parse_run(with_defaults, argv)
+    flags, checkpoint = common.parse_run(with_defaults, argv, f"-m extras.rlhf {what}")
     if what == "manners":
         common.require_new(flags.out)
         return flags, None
@@ -362,11 +362,6 @@ def parse(argv):
     for name in OF_POLICY:
         if what != "policy" and getattr(flags, name) != parser().get_default(name):
             raise UserError(f"--{name.replace('_', '-')} is for the stage policy; leave it out")
-    if checkpoint:
-        before = common.read_state(checkpoint)["flags"]
-        stage = before.get("what", "policy" if before.get("reward") == "model" else "")
-        if stage != what:
-            raise UserError(f"{flags.out} is no run of the stage {what}; name another --out")
     rl.check_flags(flags, checkpoint)
     return flags, checkpoint
 

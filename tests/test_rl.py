@@ -737,27 +737,6 @@ def test_ctrl_c_saves_and_a_resumed_run_goes_on_bit_for_bit(start, tmp_path, mon
     assert logs[0] == logs[1] and len(logs[0]) == 9
 
 
-def test_a_run_of_the_previous_version_goes_on(start, tmp_path):
-    """Its state had other flags, too, and nothing about losses."""
-    assert start("run", "--keep", 9).status == 0
-    run = tmp_path / "run"
-    state = common.read_state(run / "step_000002")
-    old = {name: value for name, value in state["flags"].items() if name not in ("ranks", "warmup_steps")}
-    old |= dict(eval=None, json=False, reward="verifier", reward_model="runs/rlhf-reward", dtype="float32")
-    whole = (run / "step_000006" / "model.safetensors").read_bytes()
-    for step in (4, 6):
-        (run / f"step_{step:06d}").rename(tmp_path / f"step_{step}")
-    path = run / "step_000002" / "state.json"
-    path.write_text(json.dumps(dict(step=2, stage="rl", problems=4, flags=old)))
-    assert (done := script.run(rl.main, "--out", run, "--resume")).status == 0, done.err
-    assert (run / "step_000006" / "model.safetensors").read_bytes() == whole
-    for more in (dict(reward="model"), dict(what="policy")):  # not the verifier's reward
-        path = run / "step_000006" / "state.json"
-        path.write_text(json.dumps(dict(step=6, stage="rl", problems=12, flags=old | more)))
-        done = script.run(rl.main, "--out", run, "--resume")
-        assert script.refused(done, f"python -m extras.rlhf policy --out {run} --resume")
-
-
 def test_the_loop_makes_these_updates_and_no_others(start, tmp_path, taught_run):
     """Two steps, written out."""
     more = ("--steps", 2, "--epochs", 2, "--kl", 0.2, "--clip", 0.01, "--std", "--batch-tokens", 64)

@@ -605,7 +605,8 @@ def test_a_run_of_another_stage_or_one_that_is_done_does_not_go_on(start, please
     before = script.tree(tmp_path / "run")
     for what in ("dpo", "policy"):
         done = script.run(rlhf.main, what, "--out", tmp_path / "run", "--resume")
-        assert script.refused(done, f"no run of the stage {what}", "--out")
+        refusal = f"reward, not of -m extras.rlhf {what}"
+        assert script.refused(done, refusal, "python -m extras.rlhf reward --out")
     done = script.run(rlhf.main, "reward", "--out", tmp_path / "run", "--resume")
     assert script.refused(done, "all its 1 steps", "--steps")
     assert script.tree(tmp_path / "run") == before

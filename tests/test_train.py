@@ -32,6 +32,8 @@ import common
 import data
 import gpt2
 import hub
+import rl
+import sft
 import train
 from common import Run, UserError
 from distributed import World
@@ -686,6 +688,17 @@ def test_a_run_goes_on_with_another_micro_batch_and_elsewhere(start, tmp_path, w
     os.rename(tmp_path / "two", tmp_path / "runs" / "factbook")
     assert script.run(train.main, "--resume", "--steps", 22).status == 0
     assert loads(tmp_path / "runs" / "factbook" / "step_000022") == 22
+
+
+def test_a_run_goes_on_with_the_script_that_made_it(whole, start, tmp_path):
+    for name, main in (("sft.py", sft.main), ("rl.py", rl.main)):
+        done = script.run(main, "--out", whole, "--resume")
+        words = f"is a run of train.py, not of {name}", f"python train.py --out {whole} --resume"
+        assert script.refused(done, *words)
+    shutil.copytree(whole, tmp_path / "assistant")
+    state = common.read_state(whole / "step_000020") | {"script": "sft.py", "flags": {}}
+    (tmp_path / "assistant" / "step_000020" / "state.json").write_text(json.dumps(state))
+    assert script.refused(start("assistant", "--resume"), "python sft.py")
 
 
 def test_a_run_begins_with_short_rows_and_goes_on_bit_for_bit(start, tmp_path, monkeypatch):
