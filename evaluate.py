@@ -45,6 +45,7 @@ BARS = {  # what an assistant should reach: {skill: {measure: (at least, at most
     "by turn": {"turn_1": (0.85, 1), "turn_2": (0.8, 1), "turn_3": (0.8, 1), "turn_5": (0.8, 1)},
 }
 NAME = "Handmade"  # what the assistant should call itself
+WORD = re.compile(r"\S*[^\s.]")  # a word or a number, without the full stop behind it
 ROWS = 64  # prompts in a batch
 ALONE = distributed.World(0, 1)  # a world of one rank
 
@@ -191,9 +192,14 @@ def known_facts(answers, rng, lines):
     return dict(n=len(asked), right=right, refused=mean(is_refusal(reply) for reply in replies))
 
 
+def name_questions():
+    """Held-out questions such as "Who are you?"."""
+    return [question for row in texts("source") if row.get("who") for question in row["held_out"]]
+
+
 def identity(answers, rng, n):
-    """Who are you?"""
-    asked = [question for row in texts("source") if row.get("who") for question in row["held_out"]]
+    """Does it say its name?"""
+    asked = name_questions()
     if n < 100:
         asked = rng.sample(asked, n)
     replies = answers(asked, max_tokens=40)
@@ -219,14 +225,18 @@ def search(answers, rng, n):
     return dict(n=len(asked), searched=searched, right=right)
 
 
-def calculator(answers, rng, n):
-    """Is the calculator called (without an error), its output copied (share of the calls) and right?"""
-    asked = []  # (question, result)
-    while len(asked) < n:
+def sum_question(rng):
+    """A held-out calculation that has a result (3 / 0 has none), and the result."""
+    result = "error"
+    while result.startswith("error"):
         question, answer = arithmetic(rng, "test")
         result = answer["content"][1]["text"].strip()
-        if not result.startswith("error"):
-            asked.append((question["content"], result))
+    return question["content"], result
+
+
+def calculator(answers, rng, n):
+    """Is the calculator called (without an error), its output copied (share of the calls) and right?"""
+    asked = [sum_question(rng) for _ in range(n)]
     n_called = n_copied = n_right = 0
     replies = answers([question for question, _ in asked])
     for (_, result), reply in zip(asked, replies):
@@ -237,7 +247,7 @@ def calculator(answers, rng, n):
         if output.startswith("error"):
             continue
         n_called += 1
-        if output in re.findall(r"[^\s]*[^\s.]", text_of(reply)):
+        if output in WORD.findall(text_of(reply)):
             n_copied += 1
             n_right += output == result
     return dict(n=n, called=n_called / n, copied=n_copied / max(n_called, 1), right=n_right / n)
@@ -284,14 +294,10 @@ def by_turn(reply, rng, n, seed):
 def chat_question(rng, kind, streams):
     """A held-out question of this kind, and a function that says whether the text of a reply is right."""
     if kind == "sum":
-        result = "error"
-        while result.startswith("error"):  # 3 / 0
-            question, answer = arithmetic(rng, "test")
-            result = answer["content"][1]["text"].strip()
-        return question["content"], lambda text: result in re.findall(r"[^\s]*[^\s.]", text)
+        question, result = sum_question(rng)
+        return question, lambda text: result in WORD.findall(text)
     if kind == "name":
-        asked = [question for row in texts("source") if row.get("who") for question in row["held_out"]]
-        return rng.choice(asked), lambda text: NAME in text
+        return rng.choice(name_questions()), lambda text: NAME in text
     if kind == "fact":
         fact = rng.choice(facts("test"))
         return fact.ask(rng, "test"), lambda text: matches(fact, text)
