@@ -271,24 +271,20 @@ def by_turn(reply, rng, n, seed):
     The turns before are questions of every kind, in held-out phrasings, with the assistant's own answers.
     """
     streams = {task: problems(task, split="test", seed=seed + 1) for task in ("counting", "spelling")}
+    shares = {"fact": 4, "chitchat": 4, "spelling": 2, "sum": 1, "counting": 1, "name": 1}  # of turns before
     measures, conversations = {"n": n}, [[] for _ in range(n)]
     for turn in range(1, 6):
         if turn != 4:
             asked = [chat_question(rng, ("sum", "counting", "name")[i % 3], streams) for i in range(n)]
-            replies = reply([before + turns(text) for before, (text, _) in zip(conversations, asked)])
-            measures[f"turn_{turn}"] = mean(is_right(text_of(r)) for (_, is_right), r in zip(asked, replies))
+            replies = reply([before + turns(question) for before, (question, _) in zip(conversations, asked)])
+            measures[f"turn_{turn}"] = mean(check(text_of(r)) for (_, check), r in zip(asked, replies))
         if turn == 5:
             return measures
-        kinds = rng.choices(
-            ("fact", "chitchat", "spelling", "sum", "counting", "name"), (4, 4, 2, 1, 1, 1), k=n
-        )
-        conversations = [
-            before + turns(chat_question(rng, kind, streams)[0]) for before, kind in zip(conversations, kinds)
-        ]
-        replies = reply(conversations)
-        conversations = [
-            [*before, {"role": "assistant", "content": r}] for before, r in zip(conversations, replies)
-        ]
+        kinds = rng.choices(list(shares), shares.values(), k=n)
+        questions = [chat_question(rng, kind, streams)[0] for kind in kinds]
+        replies = reply([before + turns(question) for before, question in zip(conversations, questions)])
+        exchanges = [turns(question, r) for question, r in zip(questions, replies)]
+        conversations = [before + exchange for before, exchange in zip(conversations, exchanges)]
 
 
 def chat_question(rng, kind, streams):
@@ -435,6 +431,7 @@ def distinct_problems(model, tokenizer, task, level, n, seed):
 
 
 def is_right(problem, reply):
+    """Whether a reply, one of reply_to(), is complete and its answer right."""
     return reply["finished"] and problem.verify(text_of(reply["parts"])) > 0
 
 
@@ -479,7 +476,7 @@ def read_hellaswag(path, tokenizer, n_positions):
     too long for a model of n_positions.
     """
     if path == "hub":
-        [path], _ = hub.table_files("hellaswag", path, "test")
+        [path] = hub.fetch_table("hellaswag", "test")
     items = []
     for where, row in hub.read_table(path, ("ctx", "endings", "label")):
         context, endings, label = row["ctx"], row["endings"], row["label"]
@@ -654,8 +651,7 @@ def main(argv=None):
     if mix:
         k, max_tokens = flags.k or 8, flags.max_tokens or 96
         results = evaluate_problems(model, tokenizer, mix, flags.problems, k, max_tokens, flags.seed)
-        answer = json.dumps({"run": directory, "results": results}) if flags.json else problem_table(results)
-        print(answer)
+        print(json.dumps({"run": directory, "results": results}) if flags.json else problem_table(results))
         return
     if flags.probe or known is None:
         known = probe(model, tokenizer, flags.k or 3, flags.seed, flags.probe)
