@@ -243,10 +243,8 @@ class Tokenizer:
         self.kind, self.ranks, self.pattern = kind, ranks, pattern
         self.special_tokens = {name: len(ranks) + n for n, name in enumerate(names)}
         self.eot, self.vocab_size = len(ranks), len(ranks) + len(names)
-        self._bytes = {id: token for token, id in ranks.items()}
-        lengths = [len(self._bytes[id]) for id in range(len(ranks))]
-        self.token_lengths = np.array(lengths + [0] * len(names), np.int32)
-        self._bytes.update({id: name.encode() for name, id in self.special_tokens.items()})
+        self.token_lengths = np.array([len(token) for token in ranks] + [0] * len(names), np.int32)
+        self._bytes = [*ranks, *(name.encode() for name in names)]  # of every id
         self._encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     @classmethod
