@@ -121,8 +121,7 @@ DIGITS = PATTERN.replace(r"\p{N}++", r"\p{N}")
 # to its last but one, because the last belongs to the word. PATTERN cuts there too, so the ids are the same.
 LONG_BLANK = regex.compile(r"((?<!\s)\s{99999,}(?=\s\S))")
 
-
-GAP, GONE = -1, -2  # on the tape of learn_merges(): between two chunks; what a merge has unlinked
+GAP, GONE = -1, -2  # symbols on the tape of learn_merges(): between two chunks; unlinked by a merge
 
 
 def learn_merges(chunks, n_merges):
@@ -145,7 +144,11 @@ def learn_merges(chunks, n_merges):
         weights += [n] * (len(chunk) + 1)
     before = list(range(-1, len(symbols) - 1))  # for every place: the place of the symbol before it
     after = list(range(1, len(symbols) + 1))
-    counts, places = count_and_place(symbols, weights)  # other merges may take some of these places
+    counts, places = defaultdict(int), defaultdict(list)  # of every pair; a place is that of its left symbol
+    for i, pair in enumerate(itertools.pairwise(symbols)):
+        if GAP not in pair:
+            counts[pair] += weights[i]
+            places[pair].append(i)  # other merges may take it later
     heap = [(-n, pair) for pair, n in counts.items()]  # the most frequent pair first, then the smallest ids
     heapq.heapify(heap)
 
@@ -183,16 +186,6 @@ def learn_merges(chunks, n_merges):
         progress.add(1)
     progress.done()
     return merges
-
-
-def count_and_place(symbols, weights):
-    """For every pair of neighbours how often the text has it, and the places of its left symbol."""
-    counts, places = defaultdict(int), defaultdict(list)
-    for i, pair in enumerate(itertools.pairwise(symbols)):
-        if GAP not in pair:
-            counts[pair] += weights[i]
-            places[pair].append(i)
-    return counts, places
 
 
 def utf8(text):
@@ -337,7 +330,7 @@ class Tokenizer:
         return tokens + self._header("assistant")
 
     def fit(self, conversation, room):
-        """The conversation, without as many of its oldest turns as must go for prompt() to fit `room` tokens.
+        """The conversation without its oldest turns, as few as possible, so that prompt() fits `room` tokens.
 
         An answer is dropped together with its question. System turns and the last user turn are never
         dropped: if they do not fit, a UserError says which of them is too long.
@@ -356,8 +349,8 @@ class Tokenizer:
     def _pieces(self, turn):
         """The turn's tokens piece by piece, [(ids, mask), ...]: its header, its parts, its <|im_end|>.
 
-        Every part is encoded on its own. So the parts into which parts() takes the ids of a completion are
-        rendered to the same ids again.
+        Every part is encoded on its own, so that what parts() makes of a completion is rendered to the same
+        ids again.
         """
         role, content = turn["role"], turn["content"]
         learned = int(role == "assistant" and turn.get("weight") != 0)
@@ -389,9 +382,9 @@ class Tokenizer:
     def parts(self, ids):
         """The content of the assistant's turn whose completion is `ids`: the reverse of render().
 
-        The token that ended the completion is left out. Where encoding a part would not give its ids again,
-        the part keeps them under "ids". Such parts are a word in unusual tokens, half a character, a call
-        without an end, and any other special token, which is text with its name.
+        The token that ended the completion is left out. A part has its ids under "ids" if encoding its text
+        would give others: a word in unusual tokens, half a character, a call without an end, or a special
+        token that has no meaning there, whose name becomes text.
         """
         names = {id: name for name, id in self.special_tokens.items()}
         if ids and names.get(ids[-1]) in (EOT, "<|im_end|>"):
@@ -499,10 +492,11 @@ def as_parts(content):
 
 
 def checked(messages, training=False):
-    """Messages from outside as a conversation that has nothing else in it. UserError says what is wrong.
+    """Check messages from a file or a request; return them as a conversation, without any other keys.
 
-    A message of the assistant with "weight": 0 is not learned, as OpenAI's files have it. Empty messages are
-    left out. For training only the system's may be empty, and the assistant must speak.
+    UserError says what is wrong. A message of the assistant with "weight": 0 is not learned, as in OpenAI's
+    files. Empty messages are left out. For training only the system's may be empty, and the assistant must
+    speak.
     """
     if not isinstance(messages, list):
         raise UserError('there is no list of "messages"')
