@@ -21,9 +21,6 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -374,7 +371,7 @@ class ConversationStats:
     """What only conversations have: turns, system messages, calls, and questions with several answers."""
 
     def __init__(self):
-        self.n = self.n_targets = self.n_tokens = self.n_with_calls = 0
+        self.n_targets = self.n_with_calls = 0
         self.user_turns, self.systems = Counter(), Counter()
         # {hash of all that was said before an answer: (what was said last, {answer: how often})}
         self.questions = Bounded(KEYS // 10)
@@ -382,8 +379,6 @@ class ConversationStats:
     def add(self, turns, tokenizer):
         """Add a conversation; return its tokens, as sft.py trains on them."""
         ids, mask = tokenizer.render(turns)
-        self.n += 1
-        self.n_tokens += len(mask) - 1
         self.n_targets += sum(mask)
         self.user_turns[sum(turn["role"] == "user" for turn in turns)] += 1
         parts = [part for turn in turns for part in as_parts(turn["content"])]
@@ -437,7 +432,7 @@ def page(name, look):
         section("copies", copies),
     ]
     if look.talk:
-        parts.append(section("turns and answers", talk_lines(look.talk)))
+        parts.append(section("turns and answers", talk_lines(look)))
     for kind, form in EXTREMES.items():
         if look.extremes[kind]:
             lines = [f"{form.format(abs(value))}: {text}" for value, _, text in look.extremes[kind]]
@@ -533,13 +528,14 @@ def copy_lines(what, texts):
         yield f"{times:>7,} x  {beginning(text, 150)}"
 
 
-def talk_lines(talk):
-    """What only conversations have, of a ConversationStats."""
+def talk_lines(look):
+    """What only conversations have."""
+    talk, n_looked = look.talk, len(look.lengths)
     turns = ", ".join(f"{n}: {times:,}" for n, times in sorted(talk.user_turns.items()))
     yield f"turns of the user: {turns}"
     systems = "; ".join(f"{times:,} x {visible(utf8(text))}" for text, times in talk.systems.most_common(3))
-    yield f"{percent(talk.systems.total() / talk.n)} have a system message {systems}"
-    calls, targets = percent(talk.n_with_calls / talk.n), percent(talk.n_targets / talk.n_tokens)
+    yield f"{percent(talk.systems.total() / n_looked)} have a system message {systems}"
+    calls, targets = percent(talk.n_with_calls / n_looked), percent(talk.n_targets / look.n_tokens)
     yield f"{calls} call tools; {targets} of the tokens are targets"
     several = talk.several_answers()
     n_again = sum(answers.total() > 1 for _, answers in talk.questions.values())
