@@ -33,13 +33,13 @@ from extras import plot
 from tasks.conversations import parsed
 from tokenizer import Tokenizer, as_parts, transcript, utf8, visible
 
-SHARD_TOKENS, TEXT_BYTES = 100_000_000, 100_000_000  # of larger data so much is looked into
-BATCH_BYTES = 1 << 22  # of texts that are encoded together
+SHARD_TOKENS, TEXT_BYTES = 100_000_000, 100_000_000  # of larger data a sample of this size is looked into
+BATCH_TOKENS, BATCH_BYTES = 1 << 20, 1 << 22  # of a shard or of texts, looked at together
 LONGEST = 1 << 24  # characters or tokens: a longer document is cut
-KEYS = 1_000_000  # texts of which it is remembered how often they came, some 200 bytes each
-SAMPLE = 1000  # documents at random, of which some are printed, and all measured
-SOURCES = 10_000  # of more the rest is one source
-PARAGRAPH = 40  # bytes: what is shorter is a title, or an item of a list
+KEYS = 1_000_000  # different texts that are counted, some 200 bytes of memory each
+SAMPLE = 1000  # random documents, for languages and picture; ten of them are printed
+SOURCES = 10_000  # sources that are counted one by one; documents of any other belong to "others"
+PARAGRAPH = 40  # bytes: a shorter paragraph is a title or an item of a list, and not compared
 LETTERS = string.ascii_letters.encode() + string.whitespace.encode() + bytes(range(128, 256))
 
 
@@ -109,12 +109,12 @@ def shards_there(directory, split):
     return there
 
 
-def from_shards(split, shards, tokenizer, block_tokens=1 << 20):
+def from_shards(split, shards, tokenizer):
     """Yield the documents of a split. One may begin in one shard and end in the next."""
     left = np.zeros(0, np.uint16)  # the document that is not complete yet
     for shard in shards:
-        for start in range(0, len(shard), block_tokens):
-            block = shard[start : start + block_tokens]
+        for start in range(0, len(shard), BATCH_TOKENS):
+            block = shard[start : start + BATCH_TOKENS]
             if block.max() >= tokenizer.vocab_size:
                 what = f"{shard.filename} has token {block.max()}"
                 raise UserError(f"{what}, but the vocabulary ends at {tokenizer.vocab_size - 1}")
@@ -145,7 +145,7 @@ def open_files(flags):
 def from_files(paths, look):
     """Yield the documents or conversations in files, in batches."""
     for path in paths:
-        source = path.name if len(paths) <= 20 else str(path.parent)  # else there were too many sources
+        source = path.name if len(paths) <= 20 else str(path.parent)  # few enough for the page
         documents = conversations(path, source, look) if look.talk else texts(path, source)
         for batch in formats.in_batches(documents, attrgetter("text"), BATCH_BYTES):
             yield batch, sum(len(document.text) for document in batch)
@@ -291,14 +291,14 @@ class Look:
         self.frequent = [(f'"{visible(self.words[id])}"', self.counts[id] / self.n_tokens) for id in frequent]
 
 
-def keep_highest(best, value, document, n=3):
-    """Add a document to the n of the highest values, [(value, key, beginning), ...], if it is one of them."""
-    is_full = len(best) == n
+def keep_highest(best, value, document):
+    """Add a document to the three of the highest values, [(value, key, beginning), ...], if it is one."""
+    is_full = len(best) == 3
     if (is_full and value <= best[-1][0]) or document.key in [key for _, key, _ in best]:
         return
     best.append((value, document.key, beginning(document.text, 300)))
     best.sort(key=lambda entry: -entry[0])  # of equal values the first document stays
-    del best[n:]
+    del best[3:]
 
 
 def compressed(text):
@@ -397,9 +397,9 @@ class ConversationStats:
         return ids[1:]
 
     def several_answers(self):
-        """[(question, {answer: how often}), ...] of several answers, the question with most of them first."""
-        found = [entry for entry in self.questions.values() if len(entry[1]) > 1]
-        return sorted(found, key=lambda entry: -len(entry[1]))
+        """[(question, {answer: how often}), ...] with more than one answer, most answers first."""
+        questions = [entry for entry in self.questions.values() if len(entry[1]) > 1]
+        return sorted(questions, key=lambda entry: -len(entry[1]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -410,9 +410,9 @@ NO_BREAK = "\N{NO-BREAK SPACE}"  # between a token and its share
 
 
 def page(name, look):
-    """What was found, for a person to read in a minute or to look into for a quarter of an hour."""
+    """The text of the page: what was found, most important first."""
     unit, n_looked, n_tokens, n_bytes = look.unit, len(look.lengths), look.n_tokens, look.n_bytes
-    some = f"{n_looked:,} looked into have " if look.every > 1 else ""
+    looked = f"{n_looked:,} looked into have " if look.every > 1 else ""
     tokens = "  ".join(f"{token} {percent(share)}".replace(" ", NO_BREAK) for token, share in look.frequent)
     used = f"{np.count_nonzero(look.counts):,} of {len(look.counts):,} tokens are used"
     spoken = "unknown; to find them out: pip install -r requirements-clean.txt"
@@ -422,7 +422,7 @@ def page(name, look):
     copies = [*copy_lines(f"{unit}s", look.copies), *copy_lines("paragraphs", look.paragraphs)]
     parts = [
         f"{name}: {look.n_documents:,} {unit}s",
-        f"  {some}{size(n_bytes)} of text, {count(n_tokens)} tokens of {look.tokenizer.kind}; "
+        f"  {looked}{size(n_bytes)} of text, {count(n_tokens)} tokens of {look.tokenizer.kind}; "
         f"{n_tokens / n_bytes:.3f} tokens a byte, {n_bytes / n_tokens:.2f} bytes a token",
         *(f"  ! {text}" for text in findings(look)),
         section(f"tokens in a {unit}", length_lines(look.lengths)),
@@ -450,7 +450,7 @@ def section(title, texts, most=2):
 
 
 def sample_of(every):
-    """What the page says of things of which only every n-th is known."""
+    """What the page says behind a number that was counted in a sample."""
     return f" (a sample of 1 of {every})" if every > 1 else ""
 
 
@@ -493,15 +493,15 @@ def length_lines(lengths):
         yield f"{low:>10,} to {high:<10,} {number:>9,} {'#' * round(60 * number / max(numbers.values()))}"
 
 
-def source_lines(look, most=8):
-    """The sources of the most bytes; where the data is from, and what was left out, as meta.json says."""
-    sources = list(look.sources.items())
-    for name, n in sources[:most]:
+def source_lines(look):
+    """The eight largest sources; where the data is from, and what was left out, as meta.json says."""
+    largest, others = list(look.sources.items())[:8], list(look.sources.items())[8:]
+    for name, n in largest:
         share = percent(n["bytes"] / look.n_bytes)
         yield f"{share:>6}  {name}: {n['documents']:,} {look.unit}s, {count(n['tokens'])} tokens"
-    if sources[most:]:
-        rest = sum(n["bytes"] for _, n in sources[most:])
-        yield f"{percent(rest / look.n_bytes):>6}  {len(sources) - most} others"
+    if others:
+        rest = sum(n["bytes"] for _, n in others)
+        yield f"{percent(rest / look.n_bytes):>6}  {len(others)} others"
     for source in look.meta.get("sources", []):
         shown = [key for key in source if "sha256" not in key and key != "cleaning"]
         yield "from " + ", ".join(f"{key} {source[key]}" for key in shown)
@@ -516,7 +516,7 @@ def source_lines(look, most=8):
 
 
 def copy_lines(what, texts):
-    """How many of some texts, a Repeats, are copies of others, and the three that came most often."""
+    """How many of the texts in a Repeats are copies of others, and the three that came most often."""
     n_copies, share = texts.copies()
     repeated = texts.repeated()
     of = f"{len(texts) + n_copies:,} {what}{sample_of(texts.every)}"
