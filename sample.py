@@ -4,7 +4,7 @@
     python sample.py RUN --prompt "What is 3 * 17?"                    an assistant answers, with its tools
     python sample.py RUN --num-samples 3 --temperature 0.7 --top-p 0.95
     python sample.py RUN --prompt "Population:" --show-probs           the candidates at every step
-    python sample.py RUN --prompt "The" --speed | less                 also says how many tokens a second came
+    python sample.py RUN --prompt "The" --speed                        also says how many tokens a second came
     python sample.py RUN --prompt "What is 3 * 17?" --beams 4          the most probable texts: beam search
     python sample.py RUN --chat                                        a conversation
 
@@ -61,10 +61,8 @@ def generate(
     ops, n_positions = model.ops, model.config.n_positions
     if stop_texts and tokenizer is None:
         raise ValueError("stop_texts need a tokenizer")
-    rows = []
-    for index, prompt in enumerate(prompts):
-        stream = index if streams is None else streams[index]
-        rows.append(Completion(index, list(prompt), stream, tokenizer))
+    streams = range(len(prompts)) if streams is None else streams
+    rows = [Completion(i, list(prompt), streams[i], tokenizer) for i, prompt in enumerate(prompts)]
 
     began = time.perf_counter()
     batch = rows  # the rows of the cache; more than half of them are not finished
@@ -93,16 +91,14 @@ def generate(
         if 2 * len(unfinished) <= len(batch):
             cache.select(unfinished)
             batch = [batch[i] for i in unfinished]
-        # Nobody reads the finished rows. They stay, because a GPU has recorded a step of this many rows.
+        # Finished rows stay in the batch, because a GPU has recorded a step of this size. Nobody reads them.
         cache.restart([i for i, row in enumerate(batch) if row.finish])
         logits = model.decode([row.ids[-1:] for row in batch], cache)  # (B, 1) -> (B, V): a decode step
 
 
 def sample_tokens(ops, logits, rows, seed, *filters):
-    """Sample a token for each row from logits (B, V): tokens (B,), and log-probabilities (2, B).
-
-    They are those of the tokens under the filtered distribution and under the model's own (ops.sample).
-    """
+    """Sample a token for each row from logits (B, V). Return the tokens (B,) and log-probabilities (2, B):
+    those of the tokens under the distribution that the filters leave, and under the model's own."""
     tokens = ops.empty(len(rows), np.int32)  # (B,)
     logprobs = ops.empty((2, len(rows)), logits.dtype)  # (2, B)
     counters = np.array([[row.stream for row in rows], [row.position for row in rows]], np.int64)  # (2, B)
@@ -188,7 +184,7 @@ def beam_search(
                 candidates.append((score, beam, row, token, float(logprobs[row, token])))
         candidates.sort(key=operator.itemgetter(0), reverse=True)  # of equals the first stays the first
 
-        beams, rows = [], []  # rows: which one each beam that goes on continues
+        beams, rows = [], []  # rows: for each beam that has not ended, the row of the cache that it continues
         for _, beam, row, token, logprob in candidates[:n_beams]:
             if beam.finish:
                 beams.append(beam)
@@ -212,7 +208,7 @@ def beam_search(
 def continuations(beam, logprobs, n):
     """[(score, token)] of a beam's n most probable next tokens, whose log-probabilities are logprobs (V,).
 
-    A beam that waits for the output of a tool has one continuation, which leaves its score as it is.
+    A beam whose next token is pending, as the output of a tool is, has this one continuation and its score.
     """
     if beam.pending:
         return [(beam.mean_logprob, beam.pending[0])]
@@ -255,7 +251,7 @@ class Completion:
         return sum(self.full_logprobs) / (len(self.full_logprobs) - sum(self.forced))
 
     def copy(self):
-        """Another one that is the same so far, and can grow in another way."""
+        """A copy that grows independently of this one."""
         other = copy.copy(self)
         other.decoder = copy.copy(self.decoder)
         for name in ("ids", "forced", "pending", "logprobs", "full_logprobs", "seconds"):
@@ -293,8 +289,8 @@ class Completion:
 
 
 def speed(completions):
-    """How fast generate() was: how many tokens it made in how many seconds, when the first token was there,
-    and how many came in a second after it (None if that was all), a dict."""
+    """The speed of generate(), a dict: tokens, seconds, seconds until the first token, and tokens per second
+    after it (None if there are no others)."""
     tokens = sum(len(row.ids) for row in completions)
     first = min(row.seconds[0] for row in completions)
     seconds = max(row.seconds[-1] for row in completions)
@@ -313,12 +309,12 @@ def speed_text(completions):
 def release(text, stop_texts, last):
     """Split text into what may be shown and what is held back; also return whether a stop text was found.
 
-    An end of the text that could still grow into a stop text is held back, unless this is the `last` of the
+    If the text ends with the beginning of a stop text, this is held back, unless it is the `last` of the
     text. Of several stop texts the one that is complete first counts, so that the result does not depend on
     the pieces in which the text arrives.
     """
     matches = [(text.find(stop) + len(stop), text.find(stop)) for stop in stop_texts if stop in text]
-    if matches:  # (where it ends, where it begins)
+    if matches:  # (end, beginning) of each
         return text[: min(matches)[1]], "", True
 
     n_held = 0
@@ -427,7 +423,7 @@ class Assistant:
 
 
 def room_for_prompt(model, max_tokens):
-    """How many tokens a prompt may have, so that the answer has max_tokens, or a third of a small context."""
+    """The most tokens a prompt may have. The answer keeps max_tokens, or a third of a small context."""
     n_positions = model.config.n_positions
     return n_positions - min(max_tokens, n_positions // 3)
 
@@ -549,8 +545,8 @@ def load(directory, flags):
     """
     checkpoint = hub.find_checkpoint(directory)
     tokenizer = Tokenizer.load(checkpoint)
-    where = kernels.choose(flags.device, flags.dtype)
-    model = gpt2.GPT2.from_pretrained(checkpoint, *where, own_tokens=tokenizer.vocab_size)
+    device, dtype = kernels.choose(flags.device, flags.dtype)
+    model = gpt2.GPT2.from_pretrained(checkpoint, device, dtype, own_tokens=tokenizer.vocab_size)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
             f"{checkpoint}: tokenizer.json has {tokenizer.vocab_size} tokens and the model "
@@ -726,8 +722,8 @@ def complete(model, tokenizer, prompts, assistant, on_token=None, n_beams=None, 
         return host.reply(completion) if assistant else None
 
     ids = [prompt_ids(tokenizer, prompt, assistant) for prompt in prompts]
-    settings |= dict(tokenizer=tokenizer, on_token=after_token)
-    settings["stop_tokens"] = {tokenizer.eot, end_token(tokenizer, assistant)}
+    stop_tokens = {tokenizer.eot, end_token(tokenizer, assistant)}
+    settings |= dict(stop_tokens=stop_tokens, tokenizer=tokenizer, on_token=after_token)
     if n_beams:
         return beam_search(model, *ids, n_beams=n_beams, **settings)
     return generate(model, ids, **settings)
@@ -748,7 +744,7 @@ def end_token(tokenizer, assistant):
 def most_probable(model, logits, settings):
     """The five most probable tokens of the distribution that is sampled: [(token, probability), ...].
 
-    At temperature 0 that distribution has one token, so there it is the model's own.
+    At temperature 0, where it has only one token, the model's own distribution stands in for it.
     """
     names = ("temperature", "top_k", "top_p", "min_p")
     filters = {name: settings[name] for name in names} if settings["temperature"] > 0 else {}
