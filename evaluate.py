@@ -62,8 +62,8 @@ def ask(
     With a `world` of several ranks each rank asks conversations[rank::size], and all of them return all
     replies. Random streams are numbered globally, so the replies do not depend on the number of ranks.
     """
-    room = sample.room_for_prompt(model, max_tokens)  # as in a chat, what is oldest may have to go
-    prompts = [tokenizer.prompt(tokenizer.fit(conversation, room)) for conversation in conversations]
+    kept = [sample.fit_to_context(model, tokenizer, one, max_tokens) for one in conversations]
+    prompts = [tokenizer.prompt(conversation) for conversation in kept]
     replies = reply_to(model, tokenizer, prompts, tools, max_tokens, temperature, seed, streams, world)
     return [reply["parts"] for reply in replies]
 

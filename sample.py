@@ -379,11 +379,6 @@ class Assistant:
         forbidden = [special[f"<|{name}|>"] for name in ("im_start", "im_sep", "output_start", "output_end")]
         self.mask = ~np.isin(np.arange(tokenizer.vocab_size), forbidden)  # (V,)
 
-    def fitting(self, conversation):
-        """The conversation without its oldest turns, if there are too many; UserError if not even the system
-        message and the last turn fit."""
-        return self.tokenizer.fit(conversation, room_for_prompt(self.model, self.max_tokens))
-
     def answer(self, conversation, show):
         """Answer the last turn. Returns the content of the assistant's turn, [] if there are no words in it.
 
@@ -392,7 +387,7 @@ class Assistant:
         Ctrl-C ends the answer and keeps what has been generated, except a call that has no output yet.
         """
         tokenizer = self.tokenizer
-        kept = self.fitting(conversation)
+        kept = fit_to_context(self.model, tokenizer, conversation, self.max_tokens)
         ids, events, notes = [], AnswerEvents(), []
 
         def on_token(completion, shown, logits):
@@ -422,10 +417,13 @@ class Assistant:
         return content if any(part["text"].strip() for part in content) else []
 
 
-def room_for_prompt(model, max_tokens):
-    """The most tokens a prompt may have. The answer keeps max_tokens, or a third of a small context."""
+def fit_to_context(model, tokenizer, conversation, max_tokens):
+    """The conversation without its oldest turns, as few as possible; UserError if it never fits.
+
+    It leaves max_tokens of the model's context for the answer, or a third of a small context.
+    """
     n_positions = model.config.n_positions
-    return n_positions - min(max_tokens, n_positions // 3)
+    return tokenizer.fit(conversation, n_positions - min(max_tokens, n_positions // 3))
 
 
 def is_unfinished(part):
@@ -492,7 +490,7 @@ def chat(model, tokenizer, **settings):
                     turns = []
                 case ["/system", *text]:
                     asked = [{"role": "system", "content": text[0]}] if text else []
-                    system = assistant.fitting(asked)
+                    system = fit_to_context(model, tokenizer, asked, assistant.max_tokens)
                 case ["/save", path]:
                     saved = json.dumps({"messages": checked(system + turns, True)}, ensure_ascii=False)
                     with open(os.path.expanduser(path), "a", encoding="utf-8", errors="replace") as file:
