@@ -53,10 +53,7 @@ ALONE = distributed.World(0, 1)  # a world of one rank
 # Asking
 
 
-def ask(
-    model, tokenizer, conversations, tools=None, max_tokens=96, temperature=0.0, seed=0, streams=None,
-    world=ALONE,
-):  # fmt: skip
+def ask(model, tokenizer, conversations, tools=None, max_tokens=96, temperature=0.0, seed=0, world=ALONE):
     """The assistant's next turn in every conversation, as a list of parts; `tools` are those of sample.Host.
 
     With a `world` of several ranks each rank asks conversations[rank::size], and all of them return all
@@ -64,13 +61,13 @@ def ask(
     """
     kept = [sample.fit_to_context(model, tokenizer, one, max_tokens) for one in conversations]
     prompts = [tokenizer.prompt(conversation) for conversation in kept]
-    replies = reply_to(model, tokenizer, prompts, tools, max_tokens, temperature, seed, streams, world)
+    replies = reply_to(model, tokenizer, prompts, tools, max_tokens, temperature, seed, world)
     return [reply["parts"] for reply in replies]
 
 
-def reply_to(model, tokenizer, prompts, tools, max_tokens, temperature, seed, streams=None, world=ALONE):
+def reply_to(model, tokenizer, prompts, tools, max_tokens, temperature, seed, world=ALONE):
     """For every prompt (a list of ids) {"parts": the reply, "length": tokens, "finished": not cut off}."""
-    streams = range(len(prompts)) if streams is None else streams
+    streams = range(len(prompts))
     progress = common.Progress("asking", total=len(prompts[world.rank :: world.size]))
     results = sample_replies(
         model, tokenizer, prompts, tools, max_tokens, temperature, seed, streams, world, ROWS, progress
@@ -377,9 +374,9 @@ def evaluate_problems(model, tokenizer, mix, n, k, max_tokens, seed, score=None,
             status.show(f"evaluating {task}" + (f", level {level}" if level else ""))
         asked = distinct_problems(model, tokenizer, task, level, n, seed)
         prompts = [prompt_of(tokenizer, problem) for problem in asked]
-        greedy = reply_to(model, tokenizer, prompts, TOOLS, max_tokens, 0.0, seed, world=world)
+        greedy = reply_to(model, tokenizer, prompts, TOOLS, max_tokens, 0.0, seed, world)
         prompts = [prompt for prompt in prompts for _ in range(k)]
-        samples = reply_to(model, tokenizer, prompts, TOOLS, max_tokens, 1.0, seed, world=world)
+        samples = reply_to(model, tokenizer, prompts, TOOLS, max_tokens, 1.0, seed, world)
         groups = [samples[i : i + k] for i in range(0, len(samples), k)]  # of each problem
         n_right = [sum(is_right(p, reply) for reply in group) for p, group in zip(asked, groups)]
 

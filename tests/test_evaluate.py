@@ -231,7 +231,11 @@ def test_asked_in_batches_the_replies_come_in_order(monkeypatch):
     asked = [turns("?" * n) for n in (7, 1, 5, 3, 9, 2, 8)]
     settings = dict(max_tokens=6, temperature=1.0, seed=5)
     together = evaluate.ask(model, tokenizer, asked, **settings)
-    alone = [evaluate.ask(model, tokenizer, [one], streams=[i], **settings)[0] for i, one in enumerate(asked)]
+    alone = []
+    for i, one in enumerate(asked):
+        arguments = [tokenizer.prompt(one)], None, 6, 1.0, 5, [i], evaluate.ALONE, 1
+        [[ids, *_]] = evaluate.sample_replies(model, tokenizer, *arguments)
+        alone.append(tokenizer.parts(ids))
     assert together == alone
     assert len({text_of(reply) for reply in together}) > 1
 
