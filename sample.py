@@ -373,7 +373,7 @@ class Assistant:
         self.model, self.tokenizer, self.max_tokens, self.sampling = model, tokenizer, max_tokens, sampling
         self.host = Host(tokenizer, tools)
         self.seed, self.tell_speed = seed, tell_speed
-        self.n_answers = 0  # the stream of the next answer: a repeated question may get another answer
+        self.n_answers = 0  # also the random stream of an answer: a repeated question may get another one
         self.stop_tokens = {special["<|im_end|>"], tokenizer.eot}
         # Only the host writes outputs and the headers of turns, so the model may not sample these tokens.
         forbidden = [special[f"<|{name}|>"] for name in ("im_start", "im_sep", "output_start", "output_end")]
@@ -688,7 +688,7 @@ def read_prompt(flags):
 
 
 def settings_of(flags, assistant):
-    """The keyword arguments of generate() that the flags name, except for --stop."""
+    """Keyword arguments of generate() from the flags, except stop_texts, which chat() does not take."""
     if "" in flags.stop:
         raise UserError("--stop needs a text that is not empty")
     temperature = flags.temperature
