@@ -461,15 +461,15 @@ def percent(share):
 
 def findings(look):
     """Yield what a person should look at first."""
-    units, longest, spoken = f"{look.unit}s", max(look.lengths), look.languages or {"": 1}
+    units, longest = f"{look.unit}s", max(look.lengths)
     for what, texts, usual in ((units, look.copies, 0), ("paragraphs", look.paragraphs, 0.02)):
         _, share = texts.copies()
         if share > usual:
             yield f"{percent(share)} of the {what} are copies of others"
     if longest > 0.05 * look.n_tokens and len(look.lengths) > 20:
         yield f"the longest {look.unit} has {percent(longest / look.n_tokens)} of all tokens"
-    if max(spoken.values()) < 0.9:
-        yield f"only {percent(max(spoken.values()))} of the {units} are in one language"
+    if look.languages and max(look.languages.values()) < 0.9:
+        yield f"only {percent(max(look.languages.values()))} of the {units} are in one language"
     if look.n_empty:
         yield f"empty {units}: {look.n_empty:,}"
     if look.n_damaged:
