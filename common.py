@@ -610,19 +610,9 @@ class Run:
         self.since = since
         if not self.outlier_z:
             return [math.inf, math.inf]
-        before = self._mean_and_deviation(self.norms, step), self._mean_and_deviation(self.losses, step)
+        before = [mean_and_deviation(values, since, step) for values in (self.norms, self.losses)]
         limits = [mean + self.outlier_z * deviation for mean, deviation in before]
         return np.array(limits, self.model.exact).tolist()  # rounded as the device rounds them
-
-    def _mean_and_deviation(self, values, step):
-        """Mean and standard deviation of the values of the steps before; 0 and infinity if they are too few.
-
-        The last step does not count: its loss is not read yet.
-        """
-        window = [value for at, value in values if self.since <= at <= step - 2][-WINDOW:]
-        if len(window) < MIN_WINDOW:
-            return 0.0, math.inf
-        return float(np.mean(window)), max(float(np.std(window)), 1e-6)  # z divides by it: never 0
 
     def report(self, step, lr, tokens=0, shown="", updated=True, **values):
         """Show and log a step, as soon as the device has computed it: while the next one is under way.
@@ -634,7 +624,7 @@ class Run:
         report = SimpleNamespace(step=step, lr=lr, tokens=tokens, shown=shown, values=values)
         report.loss = ops.read_later(self.optimizer.loss) if updated else None
         report.norm = ops.read_later(self.optimizer.norm) if updated else None
-        report.limits = self.limits(step, self.since)
+        report.since, report.limits = self.since, self.limits(step, self.since)
         report.began, report.ended = self.step_began, ops.now()
         report.seconds_so_far = time.monotonic() - self.began
         self.flush()
@@ -684,7 +674,7 @@ class Run:
         measures = dict(loss=loss, norm=norm, skipped=not taken)
         if self.outlier_z:
             for name, value, values in (("loss", loss, self.losses), ("norm", norm, self.norms)):
-                mean, deviation = self._mean_and_deviation(values, report.step)
+                mean, deviation = mean_and_deviation(values, report.since, report.step)
                 measures[name + "_z"] = (value - mean) / deviation
                 if taken:
                     values.append([report.step, value])
@@ -736,3 +726,15 @@ class Run:
         self.flush()
         if self.is_first:
             self.line.clear(text)
+
+
+def mean_and_deviation(values, since, step):
+    """Of the values [[step, value], ...] of the last steps before `step`, from `since` on: their mean and
+    standard deviation; 0 and infinity if they are too few.
+
+    The step just before does not count: its loss is not read yet.
+    """
+    window = [value for at, value in values if since <= at <= step - 2][-WINDOW:]
+    if len(window) < MIN_WINDOW:
+        return 0.0, math.inf
+    return float(np.mean(window)), max(float(np.std(window)), 1e-6)  # z divides by it: never 0

@@ -500,6 +500,15 @@ def test_limits_follow_from_the_steps_before_the_last_also_after_a_resume(start,
         assert [event[name] for event in again] == [event[name] for event in steps]
 
 
+def test_the_last_short_rows_are_compared_with_short_ones_in_the_log_too(start, tmp_path):
+    flags = ("--n-positions", 16, "--short-len", 4, "--short-part", 0.6, "--steps", 60)
+    assert start("run", *flags).status == 0
+    steps = events(tmp_path / "run", "step")
+    before = [event["loss"] for event in steps[:34]]  # step 36 is the last short one; 35 does not count yet
+    assert steps[35]["loss_z"] == pytest.approx((steps[35]["loss"] - np.mean(before)) / np.std(before))
+    assert steps[36]["loss_z"] == 0, "the first long rows have nothing to be compared with"
+
+
 def test_a_step_whose_norm_and_loss_are_its_limits_is_taken(start, tmp_path, whole, monkeypatch):
     """By the device and by the log alike; with a lower limit, by one bit, it is left out."""
     values = {event["step"]: (event["norm"], event["loss"]) for event in events(whole, "step")}
