@@ -575,8 +575,7 @@ def load_assistant(directory, flags):
 
 def main(argv=None):
     flags = parser().parse_args(argv)
-    if flags.beams:
-        check_beams(flags)
+    check_flags(flags)
     prompt = read_prompt(flags)
     model, tokenizer, checkpoint = load(flags.directory, flags)
     assistant = is_assistant(checkpoint) and not flags.raw
@@ -632,13 +631,22 @@ def parser():
     return flags
 
 
-def check_beams(flags):
-    """UserError for flags that do not go with --beams: it writes the most probable texts for one prompt."""
+def check_flags(flags):
+    """UserError for flags that do not go with --beams or --chat."""
+    if flags.beams:
+        refuse(flags, "--beams writes texts for one prompt", "chat", "show_probs", "num_samples")
+        refuse(flags, "--beams samples nothing", "temperature", "top_k", "top_p", "min_p", "seed")
+    if flags.chat:
+        refuse(flags, "--chat asks for each message", "prompt", "prompt_file", "raw", "num_samples", "stop")
+        refuse(flags, "--chat writes each answer as it comes", "json", "show_probs")
+
+
+def refuse(flags, why, *names):
+    """UserError if one of the flags of these names is given."""
     defaults = parser().parse_args([flags.directory])
-    for name in ("num_samples", "temperature", "top_k", "top_p", "min_p", "seed", "chat", "show_probs"):
+    for name in names:
         if getattr(flags, name) != getattr(defaults, name):
-            why = "writes texts for one prompt" if name in ("chat", "show_probs") else "samples nothing"
-            raise UserError(f"--beams {why}; leave out --{name.replace('_', '-')}")
+            raise UserError(f"{why}; leave out --{name.replace('_', '-')}")
 
 
 def add_flags(flags, num_samples=1):

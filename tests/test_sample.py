@@ -852,6 +852,8 @@ def test_cli_says_that_the_context_is_full(checkpoint, capsys):
         (["--beams", "2", "--num-samples", "3"], "leave out --num-samples"),
         (["--beams", "2", "--seed", "1"], "leave out --seed"),
         (["--beams", "2", "--chat"], "--beams writes texts for one prompt; leave out --chat"),
+        (["--chat", "--prompt", "Hello"], "--chat asks for each message; leave out --prompt"),
+        (["--chat", "--json"], "--chat writes each answer as it comes; leave out --json"),
         (["elsewhere"], "unrecognized arguments: elsewhere"),
         (["--prompt", "x" * 60], "61 tokens.*at most 48"),
         (["--prompt", "a", "--prompt-file", "b"], "not allowed with"),
