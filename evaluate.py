@@ -199,7 +199,7 @@ def identity(answers, rng, n):
     asked = name_questions()
     if n < 100:
         asked = rng.sample(asked, n)
-    replies = answers(asked, max_tokens=40)
+    replies = answers(asked)
     return dict(n=len(replies), named=mean(NAME in text_of(reply) for reply in replies))
 
 
