@@ -211,7 +211,7 @@ def _welcome(server, size, arguments, files, processes):
             connection, _ = server.accept()
             connection.settimeout(5)
             rank, kind, its_size, its_arguments = _receive(connection)
-        except (OSError, ValueError):  # nobody came, or it was no rank
+        except (OSError, ValueError, TypeError):  # nobody came, or it was no rank
             continue
         connections[rank, kind] = connection
         settings[rank] = its_size, its_arguments
