@@ -145,7 +145,7 @@ class GPT2:
         row of zeros, if it has no weight. Both are None where every token has a weight.
         """
         ops, C, V, (B, T) = self.ops, self.config.n_embd, self.config.vocab_size, tokens.shape
-        a = self._activations("training", B, T, self.config.n_layer, backward=True)
+        a = self._activations("training", B, T)
         self._transformer(a, tokens, self._causal_attention)
         x, dx = a.ln_f.reshape(-1, C), a.dln_f.reshape(-1, C)  # (N, C)
         if rows is not None:
@@ -198,7 +198,7 @@ class GPT2:
 
         a.dx (B, T, C) is the gradient of the residual stream: each layernorm_backward adds to it.
         """
-        a, ops = self._activations("training", *tokens.shape, self.config.n_layer, backward=True), self.ops
+        a, ops = self._activations("training", *tokens.shape), self.ops
         ops.residual_forward(self.dwte, self.dwte, self.dwte_head)  # (Vp, C) an addition: dwte += dwte_head
         inputs = [a.embedded] + [s.out for s in a.layers]  # of each layer, and of ln_f
         a.dx.fill(0)
@@ -230,7 +230,7 @@ class GPT2:
         tokens, targets = self._checked(tokens), self._checked(targets)
         if tokens.shape != targets.shape:
             raise ValueError(f"tokens {tokens.shape} and targets {targets.shape} differ")
-        a = self._activations("evaluation", *tokens.shape, 1)
+        a = self._activations("evaluation", *tokens.shape)
         self._transformer(a, self.ops.to_device(tokens), self._causal_attention)
         x, targets = a.ln_f.reshape(-1, self.config.n_embd), self.ops.to_device(targets.reshape(-1))
         losses = self.ops.empty(tokens.size, self.exact)
@@ -242,7 +242,7 @@ class GPT2:
     def logits(self, tokens):
         """Logits (B, T, V) float32 at every position of tokens (B, T), to look at and to test with."""
         tokens = self._checked(tokens)
-        a = self._activations("evaluation", *tokens.shape, 1)
+        a = self._activations("evaluation", *tokens.shape)
         self._transformer(a, self.ops.to_device(tokens), self._causal_attention)
         out = self.ops.empty((*tokens.shape, len(self.wte)), self.exact)  # (B, T, Vp)
         self.ops.matmul_forward(out, a.ln_f, self.wte.T, None)
@@ -293,7 +293,7 @@ class GPT2:
         offsets (B,) are the rows' lengths before; last (B,) says which of the B T tokens end them, if T > 1.
         """
         (B, T), C, ops = tokens.shape, self.config.n_embd, self.ops
-        a = self._activations("decoding", B, T, 1)
+        a = self._activations("decoding", B, T)
         logits = self._buffer("next", (B, len(self.wte)), self.exact)
 
         def attention(i, s):
@@ -453,20 +453,20 @@ class GPT2:
             buffer = self.buffers[name] = self.ops.empty(n, dtype or self.type)
         return buffer[:n].reshape(shape)
 
-    def _activations(self, purpose, B, T, layers, backward=False):
+    def _activations(self, purpose, B, T):
         """The arrays of a pass of this shape, a.name and a.layers[i].name, in buffers that only grow."""
         a, shape = self.views.get(purpose, (None, None))
         if shape == (B, T):
             return a
-        a = SimpleNamespace(layers=[SimpleNamespace() for _ in range(layers)])
-        lists = activation_shapes(self.config, B, T, layers, backward, self.recompute)
+        a = SimpleNamespace(layers=[SimpleNamespace() for _ in range(self.config.n_layer)])
+        owners = {"": [a], "all": a.layers} | {str(i): [layer] for i, layer in enumerate(a.layers)}
+        lists = activation_shapes(self.config, B, T, purpose == "training", self.recompute)
         for what, shapes, dtype in zip(("activations", "statistics"), lists, (self.type, self.exact)):
             buffer = self._buffer(f"{purpose} {what}", (flat_length(shapes),), dtype)
             for name, view in make_views(buffer, shapes).items():
-                owner, _, short = name.rpartition(".")
-                for where in {"": [a], "all": a.layers}.get(owner) or [a.layers[int(owner)]]:
-                    setattr(where, short, view)
-        a.layers *= self.config.n_layer // layers  # if one layer is kept, all layers write the same arrays
+                prefix, _, short = name.rpartition(".")
+                for owner in owners[prefix]:
+                    setattr(owner, short, view)
         self.views[purpose] = a, (B, T)
         return a
 
@@ -718,11 +718,12 @@ def make_views(buffer, shapes):
     return views
 
 
-def activation_shapes(config, B, T, layers, backward=False, recompute=False):
-    """What a forward pass of `layers` layers keeps, and what backward needs besides.
+def activation_shapes(config, B, T, training, recompute=False):
+    """The arrays of a pass, two lists of (name, shape): activations, and statistics that stay float32.
 
-    Two lists of (name, shape): activations, and statistics that stay float32. "3.att" belongs to layer 3,
-    "all.att" to every layer: with `recompute`, backward makes layernorm's and GELU's outputs anew.
+    "3.att" belongs to layer 3; "all.att" is one array that all layers write in turn. In training each layer
+    keeps its arrays for backward, which has some of its own; with `recompute` it computes the outputs of
+    layernorm and GELU again.
     """
     C, NH = config.n_embd, config.n_head
     stored = [("embedded", (B, T, C)), ("ln_f", (B, T, C))]
@@ -733,11 +734,11 @@ def activation_shapes(config, B, T, layers, backward=False, recompute=False):
         stored += [(f"all.{name}", (B, T, width)) for name, width in made_again.items()]
     else:
         kept.update(made_again)
-    for i in range(layers):
+    for i in range(config.n_layer) if training else ["all"]:
         stored += [(f"{i}.{name}", (B, T, width)) for name, width in kept.items()]
         statistics += [(f"{i}.{name}", (B, T)) for name in ("mean_1", "rstd_1", "mean_2", "rstd_2")]
         statistics.append((f"{i}.lse", (B, NH, T)))
-    if backward:
+    if training:
         widths = dict(dx=C, dln=C, datt=C, dqkv=3 * C, dpre=4 * C, dln_f=C)
         stored += [(name, (B, T, width)) for name, width in widths.items()]
     return stored, statistics
@@ -756,10 +757,9 @@ def memory(config, B, T, itemsize=4, recompute=False, logits=1 << 22):
     """
     n, exact = config.n_params(), max(itemsize, 4)
     n_head = config.padded_vocab_size * config.n_embd  # the classifier's gradient has a buffer of its own
-    stored, statistics = activation_shapes(config, B, T, config.n_layer, True, recompute)
-    for_evaluation = activation_shapes(config, B, T, 1, False, recompute)
-    n_stored = flat_length(stored) + flat_length(for_evaluation[0])
-    n_statistics = flat_length(statistics) + flat_length(for_evaluation[1])
+    passes = [activation_shapes(config, B, T, training, recompute) for training in (True, False)]
+    n_stored = sum(flat_length(stored) for stored, _ in passes)
+    n_statistics = sum(flat_length(statistics) for _, statistics in passes)
     n_logits = chunk_rows(config, B * T, logits) * config.padded_vocab_size
     return {
         "parameters": n * itemsize + (n * exact if itemsize < exact else 0),
