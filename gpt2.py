@@ -78,7 +78,7 @@ class GPT2Config:
         return shapes
 
     def n_params(self):
-        return sum(int(np.prod(shape)) for shape in self.shapes().values())
+        return sum(math.prod(shape) for shape in self.shapes().values())
 
     def flops_per_token(self, T):
         """FLOP of forward and backward at context T.
@@ -155,13 +155,12 @@ class GPT2:
         losses = self._buffer("losses", (len(x),), self.exact)
         # The classifier's part of dwte has a buffer of its own until backward() adds it, so that a forward
         # pass without a backward pass changes no gradient.
-        if self.dwte_head is None:
-            self.dwte_head = ops.empty(self.wte.shape, self.exact)
-        self.dwte_head.fill(0)
+        dwte_head = self._buffer("dwte_head", self.wte.shape, self.exact)  # (Vp, C)
+        dwte_head.fill(0)
         for z, chunk in self._logit_chunks(len(x)):
             ops.matmul_forward(z, x[chunk], self.wte.T, None)  # (n, Vp) logits
             ops.classifier(losses[chunk], z, targets[chunk], weights[chunk], V)  # z is now dlogits
-            ops.matmul_backward(dx[chunk], self.dwte_head.T, None, z, x[chunk], self.wte.T)
+            ops.matmul_backward(dx[chunk], dwte_head.T, None, z, x[chunk], self.wte.T)
         if rows is not None:
             dx[len(rows) :].fill(0)  # for the tokens without a weight
             ops.take_rows(a.dln_f.reshape(-1, C), dx, places)  # (N, C)
@@ -199,7 +198,8 @@ class GPT2:
         a.dx (B, T, C) is the gradient of the residual stream: each layernorm_backward adds to it.
         """
         a, ops = self._activations("training", *tokens.shape), self.ops
-        ops.residual_forward(self.dwte, self.dwte, self.dwte_head)  # (Vp, C) an addition: dwte += dwte_head
+        dwte_head = self._buffer("dwte_head", self.wte.shape, self.exact)  # (Vp, C), from _forward()
+        ops.residual_forward(self.dwte, self.dwte, dwte_head)  # (Vp, C) an addition: dwte += dwte_head
         inputs = [a.embedded] + [s.out for s in a.layers]  # of each layer, and of ln_f
         a.dx.fill(0)
         w, dw, db = self._gradients("ln_f")
@@ -319,11 +319,11 @@ class GPT2:
         # Matrices come first in the flat buffers: weight decay is for them alone (n_decayed elements).
         padded = self.config.shapes()
         padded["wte.weight"] = (self.config.padded_vocab_size, self.config.n_embd)
-        self.layout = sorted(padded.items(), key=is_vector)
-        self.n_decayed = flat_length([item for item in self.layout if not is_vector(item)])
+        matrices = [(name, shape) for name, shape in padded.items() if len(shape) == 2]
+        vectors = [(name, shape) for name, shape in padded.items() if len(shape) == 1]
+        self.layout, self.n_decayed = matrices + vectors, flat_length(matrices)
         n = flat_length(self.layout)
         self.flat_master = None if self.type == self.exact else ops.zeros(n, self.exact)
-        self.dwte_head = None  # (Vp, C): the classifier's share of dwte between forward and backward
         self.buffers, self.views = {}, {}  # activations, by what they are for
         self.recordings = {}  # of passes, on a GPU; they know the buffers
         self.pending = None  # tokens of the forward pass that backward belongs to
@@ -699,21 +699,16 @@ def copy_of(array, ops):
     return copy
 
 
-def is_vector(item):
-    """Whether a (name, shape) is one of a bias or a layernorm."""
-    return len(item[1]) == 1
-
-
 def flat_length(shapes):
     """Elements of a flat buffer for [(name, shape)]."""
-    return sum(-(-int(np.prod(shape)) // ALIGNMENT) * ALIGNMENT for _, shape in shapes)
+    return sum(-(-math.prod(shape) // ALIGNMENT) * ALIGNMENT for _, shape in shapes)
 
 
 def make_views(buffer, shapes):
     """{name: view} into a flat buffer, one view behind the other. shapes: [(name, shape)]."""
     views, start = {}, 0
     for name, shape in shapes:
-        views[name] = buffer[start : start + int(np.prod(shape))].reshape(shape)
+        views[name] = buffer[start : start + math.prod(shape)].reshape(shape)
         start += flat_length([(name, shape)])
     return views
 
