@@ -483,13 +483,10 @@ class GPT2:
         """Write config.json and model.safetensors as Hugging Face's GPT2LMHeadModel reads them."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
-        config |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-        config |= {"tie_word_embeddings": True, "torch_dtype": "float32"}
+        config = {"architectures": ["GPT2LMHeadModel"]} | NETWORK | {"torch_dtype": "float32"}
         config |= dataclasses.asdict(self.config) | {"n_ctx": self.config.n_positions}
-        config |= dict.fromkeys(
-            ("bos_token_id", "eos_token_id"), 50256 if self.config.vocab_size > 50256 else None
-        )
+        end_of_text = 50256 if self.config.vocab_size > 50256 else None
+        config |= {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
         tensors = {
             "transformer." + name: np.ascontiguousarray(self.ops.to_host(self.master[name]), np.float32)
             for name in self.config.shapes()
@@ -530,9 +527,9 @@ class GPT2:
                 raise UserError(f"{directory}: {name} has shape {value.shape}; config.json asks for {shape}")
             if target == "wte.weight":
                 value = value[:own]  # noqa: PLW2901
-            if new and target == "wte.weight":
-                added = np.tile(value.mean(axis=0, keepdims=True, dtype=np.float64), (new, 1))
-                value = np.concatenate([value, added])  # noqa: PLW2901
+                if new:
+                    mean = value.mean(axis=0, keepdims=True, dtype=np.float64)  # (1, C)
+                    value = np.concatenate([value, np.repeat(mean, new, axis=0)])  # noqa: PLW2901
             if target not in missing and not np.array_equal(
                 value.astype(model.exact), model.ops.to_host(model.master[target])
             ):
@@ -768,6 +765,15 @@ def memory(config, B, T, itemsize=4, recompute=False, logits=1 << 22):
 # Files
 
 
+# What config.json must say of the network: the one that is written here.
+NETWORK = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+}
+
+
 def read_config(directory):
     """GPT2Config from config.json, refusing networks that are not GPT-2's."""
     path = directory / "config.json"
@@ -777,10 +783,8 @@ def read_config(directory):
         raise UserError(f"{directory} is no checkpoint: it has no config.json") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-    wanted |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-    wanted |= {"tie_word_embeddings": True}
-    for name, value in wanted.items():
+    options = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+    for name, value in (NETWORK | options).items():
         if not isinstance(values, dict) or values.get(name, value) != value:
             raise UserError(f"{path}: only GPT-2 can be loaded, which has {name} = {value}")
     fields = [field.name for field in dataclasses.fields(GPT2Config)]
