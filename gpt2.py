@@ -108,8 +108,9 @@ class GPT2:
 
     device is "reference", "cpu" or "cuda". dtype is that of parameters and activations; gradients, statistics
     and losses are float32 at least, and with bfloat16 the optimizer works on a float32 master copy of the
-    parameters. recompute: backward makes the outputs of layernorm and GELU anew, which saves a third of the
-    activations. seed None leaves the parameters 0. UserError for settings that do not exist.
+    parameters. With recompute, backward computes the outputs of layernorm and GELU again instead of keeping
+    them, which saves a third of the activations. seed None leaves the parameters 0. UserError if the device
+    does not have the dtype.
     """
 
     def __init__(self, config, device="cpu", dtype="float32", seed=42, recompute=False):
@@ -124,8 +125,8 @@ class GPT2:
 
         tokens, targets and weights are (B, T) arrays of the host. weights are 1 / (B T) each if not given.
         Tokens of weight 0 get no logits at all, because their loss does not count. The loss adds up over
-        forward passes as the gradients do over backward passes, until AdamW.step() clears both: self.grads is
-        always the gradient of self.loss.
+        forward passes as the gradients do over backward passes, until AdamW.step() clears both, so self.grads
+        is the gradient of self.loss.
 
         All logits (N, Vp) would dwarf everything else in memory, so they exist for a chunk of rows at a time,
         and each chunk becomes losses and then gradients before the next one.
@@ -138,11 +139,11 @@ class GPT2:
         return copy_of(self.loss, self.ops)
 
     def _forward(self, tokens, targets, weights, rows, places):
-        """What forward() computes, and a GPU records.
+        """The computation of forward(), which a GPU records.
 
-        rows (n,) are the indices of the n tokens that have a weight, among the N = B T; targets and weights
-        (n,) are theirs. places (N,) is the inverse: for each token its index among the n, or n, which is a
-        row of zeros, if it has no weight. Both are None where every token has a weight.
+        rows (n,) are the indices of the n tokens with a weight, among the N = B T; targets and weights (n,)
+        are theirs. places (N,) is the inverse: for each token its index among the n, or, without a weight, n,
+        the index of a row of zeros. Both are None where every token has a weight.
         """
         ops, C, V, (B, T) = self.ops, self.config.n_embd, self.config.vocab_size, tokens.shape
         a = self._activations("training", B, T)
@@ -162,7 +163,7 @@ class GPT2:
             ops.classifier(losses[chunk], z, targets[chunk], weights[chunk], V)  # z is now dlogits
             ops.matmul_backward(dx[chunk], dwte_head.T, None, z, x[chunk], self.wte.T)
         if rows is not None:
-            dx[len(rows) :].fill(0)  # for the tokens without a weight
+            dx[len(rows) :].fill(0)  # (1, C) the gradient of every token without a weight
             ops.take_rows(a.dln_f.reshape(-1, C), dx, places)  # (N, C)
         ops.weighted_sum(self.loss, losses, weights)
 
@@ -193,7 +194,7 @@ class GPT2:
         self.ops.replay(self.recordings, self._backward, tokens)
 
     def _backward(self, tokens):
-        """What backward() computes, and a GPU records: _forward(), read from its end to its beginning.
+        """The computation of backward(), which a GPU records: _forward() from its end to its beginning.
 
         a.dx (B, T, C) is the gradient of the residual stream: each layernorm_backward adds to it.
         """
@@ -202,31 +203,31 @@ class GPT2:
         ops.residual_forward(self.dwte, self.dwte, dwte_head)  # (Vp, C) an addition: dwte += dwte_head
         inputs = [a.embedded] + [s.out for s in a.layers]  # of each layer, and of ln_f
         a.dx.fill(0)
-        w, dw, db = self._gradients("ln_f")
+        w, dw, db = self._weight_and_gradients("ln_f")
         ops.layernorm_backward(a.dx, dw, db, a.dln_f, inputs[-1], w, a.mean_f, a.rstd_f)
         for i, s in reversed(list(enumerate(a.layers))):
             if self.recompute:
                 ops.layernorm_forward(s.ln_2, s.mean_2, s.rstd_2, s.mid, *self._parameters(f"h.{i}.ln_2"))
                 ops.gelu_forward(s.act, s.pre)
-            w, dw, db = self._gradients(f"h.{i}.mlp.c_proj")
+            w, dw, db = self._weight_and_gradients(f"h.{i}.mlp.c_proj")
             ops.matmul_gelu_backward(a.dpre, dw, db, a.dx, s.act, w, s.pre)  # (B, T, 4C)
-            w, dw, db = self._gradients(f"h.{i}.mlp.c_fc")
+            w, dw, db = self._weight_and_gradients(f"h.{i}.mlp.c_fc")
             ops.matmul_backward(a.dln, dw, db, a.dpre, s.ln_2, w)  # (B, T, C)
-            w, dw, db = self._gradients(f"h.{i}.ln_2")
+            w, dw, db = self._weight_and_gradients(f"h.{i}.ln_2")
             ops.layernorm_backward(a.dx, dw, db, a.dln, s.mid, w, s.mean_2, s.rstd_2)
-            w, dw, db = self._gradients(f"h.{i}.attn.c_proj")
+            w, dw, db = self._weight_and_gradients(f"h.{i}.attn.c_proj")
             ops.matmul_backward(a.datt, dw, db, a.dx, s.att, w)  # (B, T, C)
             ops.attention_backward(a.dqkv, a.datt, s.att, s.lse, s.qkv, self.config.n_head)  # (B, T, 3C)
             if self.recompute:
                 ops.layernorm_forward(s.ln_1, s.mean_1, s.rstd_1, inputs[i], *self._parameters(f"h.{i}.ln_1"))
-            w, dw, db = self._gradients(f"h.{i}.attn.c_attn")
+            w, dw, db = self._weight_and_gradients(f"h.{i}.attn.c_attn")
             ops.matmul_backward(a.dln, dw, db, a.dqkv, s.ln_1, w)  # (B, T, C)
-            w, dw, db = self._gradients(f"h.{i}.ln_1")
+            w, dw, db = self._weight_and_gradients(f"h.{i}.ln_1")
             ops.layernorm_backward(a.dx, dw, db, a.dln, inputs[i], w, s.mean_1, s.rstd_1)
         ops.encoder_backward(self.dwte, self.grads["wpe.weight"], a.dx, tokens)
 
     def losses(self, tokens, targets):
-        """The loss of every token, (B, T) on the device, for evaluation: nothing is kept for backward()."""
+        """The loss of every token (B, T), on the device, for evaluation: nothing is kept for backward()."""
         tokens, targets = self._checked(tokens), self._checked(targets)
         if tokens.shape != targets.shape:
             raise ValueError(f"tokens {tokens.shape} and targets {targets.shape} differ")
@@ -251,7 +252,7 @@ class GPT2:
     # -- decoding: one token after the other, with the keys and values of those before -----------------------
 
     def new_cache(self, batch, length):
-        """Room for the keys and values of `batch` rows of up to `length` tokens."""
+        """A Cache for the keys and values of `batch` rows of up to `length` tokens."""
         if length > self.config.n_positions:
             raise UserError(f"{length} tokens do not fit the model's context of {self.config.n_positions}")
         return Cache(self, batch, length)
@@ -259,9 +260,9 @@ class GPT2:
     def decode(self, tokens, cache, lengths=None):
         """Append tokens (B, T) to the cache; return the logits (B, V) after the last token of each row.
 
-        T > 1 is the prefill of a prompt, T = 1 a decode step. lengths (B,) says how many tokens of a row are
-        real, if rows differ: the rest is padding on the right, which leaves no trace. UserError where the
-        context ends.
+        T > 1 is the prefill of a prompt, T = 1 a decode step. lengths (B,), if the rows' lengths differ, says
+        how many tokens of each are its own: the rest is padding on the right, which no later token sees.
+        UserError if the tokens do not fit the cache.
         """
         ops, tokens = self.ops, self._checked(tokens)
         B, T = tokens.shape
@@ -278,7 +279,7 @@ class GPT2:
                 f"{cache.lengths.max()} + {T} tokens do not fit the room for {cache.length}; "
                 f"the model's context is {self.config.n_positions}"
             )
-        last, empty_cache = None, False  # the same for all decode steps: they share a recording
+        last, empty_cache = None, False  # the same in every decode step, so that all share a recording
         if T > 1:
             last = np.arange(B, dtype=np.int32) * T + lengths - 1  # (B,) rows of the B T
             empty_cache = not cache.lengths.any()
@@ -288,9 +289,10 @@ class GPT2:
         return copy_of(self._buffer("next", (B, len(self.wte)), self.exact), ops)[:, : self.config.vocab_size]
 
     def _decode(self, tokens, offsets, last, keys, values, empty_cache):
-        """What decode() computes, and a GPU records: the logits (B, Vp) go to the buffer "next".
+        """The computation of decode(), which a GPU records: the logits (B, Vp) go to the buffer "next".
 
-        offsets (B,) are the rows' lengths before; last (B,) says which of the B T tokens end them, if T > 1.
+        offsets (B,) are the rows' lengths in the cache. last (B,), if T > 1, are the indices of the rows'
+        last tokens among the B T.
         """
         (B, T), C, ops = tokens.shape, self.config.n_embd, self.ops
         a = self._activations("decoding", B, T)
@@ -324,13 +326,13 @@ class GPT2:
         self.layout, self.n_decayed = matrices + vectors, flat_length(matrices)
         n = flat_length(self.layout)
         self.flat_master = None if self.type == self.exact else ops.zeros(n, self.exact)
-        self.buffers, self.views = {}, {}  # activations, by what they are for
-        self.recordings = {}  # of passes, on a GPU; they know the buffers
+        self.buffers, self.views = {}, {}  # see _buffer() and _activations()
+        self.recordings = {}  # of passes, on a GPU; cleared when a buffer is replaced that they write to
         self.pending = None  # tokens of the forward pass that backward belongs to
         self.use_buffers(ops.zeros(n, self.type), ops.zeros(n + ALIGNMENT, self.exact))
 
     def use_buffers(self, flat_params, sums):
-        """Let flat_params (n,) hold the parameters, and sums (n + 64,) what adds up over micro-batches and
+        """Let flat_params (n,) hold the parameters, and sums (n + 64,) what is summed over micro-batches and
         ranks: the gradients, flat_grads (n,), and behind them the loss (1,)."""
         n = len(flat_params)
         self.recordings.clear()
@@ -346,10 +348,10 @@ class GPT2:
             views["wte.weight"] = views["wte.weight"][: self.config.vocab_size]
 
     def share(self, world, zero=False):
-        """Let all ranks of a World have rank 0's parameters, and add up their sums by its all_reduce().
+        """Give all ranks of a World rank 0's parameters, and buffers that its all_reduce() can sum.
 
-        On a CPU the parameters are in memory that all ranks see. On GPUs each rank has its own; with zero the
-        buffers are padded, so that the parts which ranks update are of equal length.
+        On a CPU the parameters lie in memory that all ranks share. On GPUs each rank has its own; with zero
+        the buffers are padded, so that the parts which the ranks update are equally long.
         """
         if world.size == 1:
             return
@@ -363,20 +365,20 @@ class GPT2:
         world.use_gpus(self.ops, zero)
         if zero:
             padded = -(-n // (ALIGNMENT * world.size)) * ALIGNMENT * world.size
-            before = self.flat_params, self.flat_master
+            params, master = self.flat_params, self.flat_master
             if self.type != self.exact:
                 self.flat_master = self.ops.zeros(padded, self.exact)
-                self.flat_master[:n] = before[1]
+                self.flat_master[:n] = master
             self.use_buffers(
                 self.ops.zeros(padded, self.type), self.ops.zeros(padded + ALIGNMENT, self.exact)
             )
-            self.flat_params[:n] = before[0]
+            self.flat_params[:n] = params
         world.nccl.broadcast(self.flat_params)
         if self.type != self.exact:
             world.nccl.broadcast(self.flat_master)
 
     def _initialise(self, seed):
-        """N(0, 0.02); the projections into the residual stream by 1 / sqrt(2 L), as there are 2 L of them."""
+        """N(0, 0.02); the 2 L projections into the residual stream are scaled by 1 / sqrt(2 L)."""
         rng = np.random.default_rng(seed)
         for name, shape in self.config.shapes().items():
             if name.endswith(".bias"):
@@ -397,10 +399,10 @@ class GPT2:
     def _parameters(self, name):
         return self.params[name + ".weight"], self.params[name + ".bias"]
 
-    def _gradients(self, name):
+    def _weight_and_gradients(self, name):
         return self.params[name + ".weight"], self.grads[name + ".weight"], self.grads[name + ".bias"]
 
-    # -- what a pass works on --------------------------------------------------------------------------------
+    # -- the inputs and the arrays of a pass -----------------------------------------------------------------
 
     def _checked(self, tokens):
         """tokens as an int32 array (B, T) on the host, all of them in the vocabulary."""
@@ -418,9 +420,9 @@ class GPT2:
     def _weighted_targets(self, tokens, targets, weights):
         """targets, weights, rows and places, as _forward() takes them.
 
-        A GPU has a recording for every n, so n is rounded up to eighths of B T there: some tokens of weight 0
-        are among the n. (SFT's batches of 16 conversations are cut into 121 shapes (B, T) in 1,500 steps;
-        with eighths that makes 288 recordings, with any n 2,536.)
+        A GPU makes a recording for every n, so n is rounded up to a multiple of an eighth of B T there: some
+        tokens of weight 0 are among the n. (SFT's batches of 16 conversations are cut into 121 shapes (B, T)
+        in 1,500 steps; with eighths that makes 288 recordings, with any n 2,536.)
         """
         targets = self._checked(targets)
         if weights is None:
@@ -449,7 +451,7 @@ class GPT2:
         """An array of this shape, of the parameters' type, in a buffer that only grows."""
         n, buffer = math.prod(shape), self.buffers.get(name)
         if buffer is None or len(buffer) < n:
-            self.recordings.clear()  # they write to the smaller one
+            self.recordings.clear()  # they write to the smaller buffer
             buffer = self.buffers[name] = self.ops.empty(n, dtype or self.type)
         return buffer[:n].reshape(shape)
 
@@ -471,7 +473,7 @@ class GPT2:
         return a
 
     def _logit_chunks(self, rows):
-        """Buffers for logits (n, Vp), and the slice of the rows (N = B T of them) that each is for."""
+        """Yield a buffer for logits (n, Vp), and the slice of the rows that it is for, chunk by chunk."""
         n = chunk_rows(self.config, rows, self.ops.LOGITS)
         buffer = self._buffer("logits", (n, self.config.padded_vocab_size))
         for start in range(0, rows, n):
@@ -501,11 +503,11 @@ class GPT2:
         """Load a directory in Hugging Face's format: ours, OpenAI's GPT-2, one file or several; or a model of
         the hub by its name, as openai-community/gpt2.
 
-        Names may begin with "transformer."; a lm_head.weight must be wte, as GPT-2's is. own_tokens is how
-        many tokens the checkpoint's tokenizer has: up to 127 rows of wte behind them are padding, as nanoGPT
-        writes it, or a [PAD], and left out. A larger vocab_size adds tokens, each the mean of all (Hewitt
-        2021: their logits are then in range). UserError names what is missing, superfluous or of the wrong
-        shape.
+        Names may begin with "transformer."; a lm_head.weight must equal wte, as GPT-2's does. own_tokens is
+        the number of tokens of the checkpoint's tokenizer: up to 127 rows of wte behind those are padding, as
+        nanoGPT writes it, or a [PAD], and are left out. A larger vocab_size adds tokens, whose embeddings are
+        the mean of all, so that their logits are in range (Hewitt 2021). UserError names what is missing,
+        superfluous or of the wrong shape.
         """
         directory = from_hub(directory)
         config = read_config(directory)
@@ -544,7 +546,7 @@ class GPT2:
 
 
 class Cache:
-    """Keys and values of what has been read: rows may have different lengths (B,), up to `length`."""
+    """Keys and values of the tokens read so far: rows have lengths (B,), which may differ, up to `length`."""
 
     def __init__(self, model, batch, length):
         NH, HS = model.config.n_head, model.config.n_embd // model.config.n_head
@@ -553,7 +555,7 @@ class Cache:
         self.model, self.lengths, self.length = model, np.zeros(batch, np.int32), length
 
     def select(self, rows):
-        """Keep these rows, in this order; a row named twice is copied: drop what is done, share a prompt."""
+        """Keep these rows, in this order: a row left out is dropped, a row named twice is copied."""
         picked, ops, n = np.asarray(rows, np.int32), self.model.ops, len(rows)
         for name in ("keys", "values"):
             before = getattr(self, name)  # (L, B, NH, length, HS)
@@ -564,7 +566,7 @@ class Cache:
         self.lengths = self.lengths[picked]
 
     def restart(self, rows):
-        """Let these rows be empty again."""
+        """Make these rows empty."""
         self.lengths[rows] = 0
 
 
@@ -575,9 +577,8 @@ class Cache:
 class AdamW:
     """AdamW (Loshchilov and Hutter 2019) over flat buffers; weight decay on matrices and embeddings only.
 
-    Of the ranks of a World each updates a part of the parameters, world.part(n). Where the ranks share no
-    memory and World.zero is set, a rank has the moments and the master weights of its part alone (ZeRO stage
-    1, Rajbhandari et al. 2020).
+    Each rank of a World updates a part of the parameters, world.part(n). With World.zero, on GPUs, a rank has
+    the moments and the master weights of its part alone (ZeRO stage 1, Rajbhandari et al. 2020).
     """
 
     def __init__(self, model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, world=None):
@@ -591,7 +592,7 @@ class AdamW:
         self.m, self.v = zeros(length, model.exact), zeros(length, model.exact)
         if self.zero and model.flat_master is not model.flat_params:
             model.flat_master, model.master = copy_of(model.flat_master[self.part], ops), None
-        self.norms = ops.zeros(self.world.size, model.exact) if self.zero else None  # of the parts
+        self.norms = ops.zeros(world.size, model.exact) if self.zero else None  # of the ranks' parts
         self.collected = None  # see collect()
         self.steps = ops.zeros(1, np.int32)  # updates so far: a step that is left out does not count
         self.loss, self.norm = ops.zeros(1, model.exact), ops.zeros(1, model.exact)  # of the last step
@@ -602,7 +603,7 @@ class AdamW:
         """Update the parameters, clear gradients and loss; return the norm before clipping, a device scalar.
 
         Gradients are scaled down to max_norm. If norm or loss is not finite, or over its limit, parameters
-        and moments stay as they are: the device decides, and nobody waits for it.
+        and moments stay as they are: the device decides, and the host does not wait for it.
         """
         model, ops = self.model, self.model.ops
         if self.zero:
@@ -616,7 +617,7 @@ class AdamW:
         return copy_of(self.norm, ops)
 
     def _update(self, settings, betas, eps, weight_decay):
-        """What step() computes, and a GPU records; settings (4,) are the arguments of step()."""
+        """The computation of step(), which a GPU records; settings (4,) are the arguments of step()."""
         model, ops = self.model, self.model.ops
         ops.assign(self.loss, model.loss)
         if not self.zero:
@@ -632,18 +633,18 @@ class AdamW:
                 ops.adamw(*[a[elements] for a in arrays], self.plan, *betas, eps, decay, copied)
 
     def _own(self, array):
-        """This rank's part of a flat buffer; all of one that is no longer than that (with zero)."""
+        """This rank's part of a flat buffer; with zero some buffers are that part already."""
         return array[self.part] if len(array) == len(self.model.flat_grads) else array
 
     def _norm_of_parts(self):
-        """self.norm (1,), the length of the whole gradient, from the lengths of the ranks' parts of it."""
+        """Fill self.norm (1,), the norm of the whole gradient, from the norms of the ranks' parts of it."""
         ops, rank = self.model.ops, self.world.rank
         ops.global_norm(self.norms[rank : rank + 1], self.model.flat_grads[self.part])
         self.world.all_gather(self.norms)
         ops.global_norm(self.norm, self.norms)
 
     def collect(self):
-        """Bring to rank 0 what zero has left with the ranks, on the host. All call it before rank 0 saves."""
+        """With zero, gather moments and master weights from the ranks, to be saved; every rank calls it."""
         if not self.zero:
             return
         model = self.model
@@ -653,7 +654,7 @@ class AdamW:
             model.master["wte.weight"] = model.master["wte.weight"][: model.config.vocab_size]
 
     def _whole(self, part):
-        """All ranks' parts of a buffer, on the host; the gradients' buffer is free between updates."""
+        """All ranks' parts of a buffer, on the host, through the gradients' buffer, free between updates."""
         buffer = self.model.flat_grads
         buffer[self.part] = part
         self.world.all_gather(buffer)
@@ -702,7 +703,7 @@ def flat_length(shapes):
 
 
 def make_views(buffer, shapes):
-    """{name: view} into a flat buffer, one view behind the other. shapes: [(name, shape)]."""
+    """{name: view} into a flat buffer, one view behind the other, for shapes [(name, shape)]."""
     views, start = {}, 0
     for name, shape in shapes:
         views[name] = buffer[start : start + math.prod(shape)].reshape(shape)
@@ -737,7 +738,7 @@ def activation_shapes(config, B, T, training, recompute=False):
 
 
 def chunk_rows(config, rows, elements):
-    """How many of the N = B * T rows of logits exist at once."""
+    """How many of `rows` rows of logits exist at once, where they may have `elements` elements."""
     return min(rows, max(256, elements // config.padded_vocab_size))
 
 
@@ -775,7 +776,7 @@ NETWORK = {
 
 
 def read_config(directory):
-    """GPT2Config from config.json, refusing networks that are not GPT-2's."""
+    """GPT2Config from config.json; UserError for a network that is not GPT-2's."""
     path = directory / "config.json"
     try:
         values = json.loads(path.read_text())
