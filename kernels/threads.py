@@ -12,7 +12,6 @@ import ctypes
 import math
 import os
 import queue
-import sys
 import threading
 from pathlib import Path
 
@@ -20,9 +19,10 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 threadpool_limits(1, user_api="blas")  # a BLAS call uses one thread: `parallel` makes calls side by side
-if sys.platform == "linux":  # keep freed memory: faulting it in anew was a tenth of a small step's CPU time
-    for parameter, n_bytes in ((-1, 1 << 30), (-3, 1 << 25)):  # glibc's M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(parameter, n_bytes)
+libc = ctypes.CDLL(None)
+if hasattr(libc, "mallopt"):  # glibc. Keep freed memory: page faults were a tenth of a small step's CPU time
+    libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, in bytes
+    libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
 
 GRAIN = 1 << 17  # elements of a block of rows: 512 KB in float32, about what an L2 cache holds
 TILE = 1 << 20  # elements of a tile of a matrix product
@@ -39,8 +39,7 @@ def thread_count():
 THREADS = thread_count()
 _work = queue.SimpleQueue()
 _workers = []
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_workers.clear)  # a child has none of its parent's threads
+os.register_at_fork(after_in_child=_workers.clear)  # a child has none of its parent's threads
 
 
 def _worker():
@@ -125,9 +124,9 @@ def pieces(n, length):
 
 
 def by_rows(body, rows, width):
-    """Call body(slice) for blocks of rows of `width` elements; what is too little to share stays whole."""
-    block = min(max(1, GRAIN // width), -(-rows // 2)) if rows * width > GRAIN else rows
-    parallel(body, [(rows,) for rows in pieces(rows, max(1, block))])
+    """Call body(slice) for blocks of rows of `width` elements; a small array is one block."""
+    length = min(max(1, GRAIN // width), -(-rows // 2)) if rows * width > GRAIN else rows
+    parallel(body, [(block,) for block in pieces(rows, length)])
 
 
 def tiles(rows, columns):
