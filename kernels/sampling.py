@@ -32,9 +32,7 @@ def philox(c0, c1, c2, c3, k0, k1):
 def uniform(seed, streams, counters):
     """One number in [0, 1) for every (stream, counter) under this seed: (B,) float64, 32 random bits each."""
     seed = np.uint64(seed)
-    streams, counters = np.broadcast_arrays(
-        np.asarray(streams).astype(np.uint64), np.asarray(counters).astype(np.uint64)
-    )
+    streams, counters = np.asarray(streams).astype(np.uint64), np.asarray(counters).astype(np.uint64)
     words = philox(
         counters & WORD, counters >> HALF, streams & WORD, streams >> HALF, seed & WORD, seed >> HALF
     )
