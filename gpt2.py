@@ -381,15 +381,13 @@ class GPT2:
         """N(0, 0.02); the 2 L projections into the residual stream are scaled by 1 / sqrt(2 L)."""
         rng = np.random.default_rng(seed)
         for name, shape in self.config.shapes().items():
-            if name.endswith(".bias"):
-                continue  # zero
-            if len(shape) == 1:
+            if len(shape) == 2:
+                value = rng.standard_normal(shape, np.float32)
+                into_the_stream = name.endswith("c_proj.weight")
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if into_the_stream else 0.02
+                self.set(name, std * value)
+            elif name.endswith(".weight"):  # of a layernorm; biases stay 0
                 self.set(name, np.ones(shape, np.float32))
-                continue
-            value = rng.standard_normal(shape, np.float32)
-            into_the_stream = name.endswith("c_proj.weight")
-            std = 0.02 / math.sqrt(2 * self.config.n_layer) if into_the_stream else 0.02
-            self.set(name, std * value)
 
     def set(self, name, value):
         """Give a parameter the values of a NumPy array of its shape."""
