@@ -71,7 +71,10 @@ def encoder_forward(out, tokens, wte, wpe, offsets=None):
         launch("encoder", f"encoder_forward_naive<{n.S}>", cdiv(n.B * n.T * n.C, 256), 256, *arguments)
 
 
-_chunk_count = []  # (1,) int32: a counter of token_groups, allocated once; the kernels leave it zero
+@functools.cache
+def _chunk_count():
+    """A counter (1,) int32 of token_groups. encoder_backward's kernels leave it zero."""
+    return zeros(1, np.int32)
 
 
 def encoder_backward(dwte, dwpe, dout, tokens):
@@ -84,17 +87,16 @@ def encoder_backward(dwte, dwpe, dout, tokens):
         launch("encoder", f"encoder_backward_naive<{n.S}>", grid, 256, *arguments)
         grid, arguments = cdiv(n.T * n.C, 256), (dwpe, dout, n.B, n.T, n.C)
         return launch("encoder", f"encoder_backward_wpe_naive<{n.S}>", grid, 256, *arguments)
-    if not _chunk_count:
-        _chunk_count.append(zeros(1, np.int32))
     N, slots, most = n.B * n.T, cdiv(n.B * n.T, 32), min(n.B * n.T, n.V + n.B * n.T // 32)
     wanted = (N, np.int32), (4 * most, np.int32), (2 * slots, np.int32), (slots * n.C, np.float32)
     order, chunks, groups, partials = scratch(*wanted)
+    count = _chunk_count()
     bits = max((cdiv(n.V, 400) - 1).bit_length(), min(6, (N // 512).bit_length()))  # of the number of blocks
-    arguments = order, chunks, *_chunk_count, groups, tokens, N, n.V, bits
+    arguments = order, chunks, count, groups, tokens, N, n.V, bits
     launch("encoder", "token_groups", 1 << bits, 1024, *arguments, shared=4 * 33 * cdiv(n.V, 1 << bits))
-    arguments = dwte, dwpe, partials, dout, order, chunks, *_chunk_count, n.B, n.T, n.C
+    arguments = dwte, dwpe, partials, dout, order, chunks, count, n.B, n.T, n.C
     launch("encoder", f"encoder_backward<{n.S}, 16, 4>", 4 * SMS, 256, *arguments)
-    arguments = dwte, partials, groups, *_chunk_count, N, n.C
+    arguments = dwte, partials, groups, count, N, n.C
     launch("encoder", "encoder_backward_join", (cdiv(slots, 8), cdiv(n.C, 128)), 256, *arguments)
 
 
@@ -171,8 +173,6 @@ def residual_forward(out, inp1, inp2):
 
 def _tile(S, M, N, K, split):
     """BM, BN, BK, then how threads share them (matmul.cu's table). split: K can be cut for more blocks."""
-    if "matmul" in KERNEL_OVERRIDES:
-        return KERNEL_OVERRIDES["matmul"]
     blocks = cdiv(M, 128) * cdiv(N, 128) * (cdiv(K, 512) if split else 1)
     if S == "float":
         return (128, 128, 8, 8, 8) if blocks >= SMS else (64, 64, 16, 4, 4)
@@ -305,7 +305,7 @@ def _product(out, a, b, a_t, b_t, epilogue, M, N, K, extra=None, bias=None):
             (partial,), finished = scratch((grid[0] * slices * 16 * MI * BN, np.float32)), _finished()
         arguments = out, extra, bias, a, b, partial, finished, M, N, K
         return launch("matmul", kernel, grid, 256, *arguments, shared=shared, overlap=True)
-    tile = _tile(S, M, N, K, split=epilogue == "ACCUMULATE")
+    tile = wanted or _tile(S, M, N, K, split=epilogue == "ACCUMULATE")
     BM, BN, BK, WM, WN, *stages = tile
     shared = stages[0] * (BM + BN) * BK * 2 if stages else 0
     threads = BM * BN // (WM * WN) * (32 if stages else 1)
@@ -402,8 +402,10 @@ def _bias_gradient(dbias, dout, n):
 # Attention
 
 
-def _attention_version(n, *arrays):
+def _attention_version(n, n_head, *arrays):
     """(head size HS, HS rounded up to 64 or 128, whether the tensor cores compute)."""
+    if n_head != n.H:
+        raise ValueError(f"attention: lse is for {n.H} heads, not {n_head}")
     if n.C % n.H:
         raise ValueError(f"attention: {n.C} channels cannot be shared by {n.H} heads")
     HS = n.C // n.H
@@ -428,9 +430,7 @@ def _float_tile(HP):
 
 def attention_forward(out, lse, qkv, n_head):
     n = check("attention_forward: out S B T C, lse float B H T, qkv S B T 3C", out, lse, qkv)
-    HS, HP, tensor = _attention_version(n, out, qkv)
-    if n_head != n.H:
-        raise ValueError(f"attention_forward: lse is for {n.H} heads, not {n_head}")
+    HS, HP, tensor = _attention_version(n, n_head, out, qkv)
     if tensor and _on_hopper():  # QUERIES, KEYS and SHARED of attention_hopper.cu's Forward<HS>
         queries, keys, shared = (192, 128, 139360) if HS == 64 else (128, 128, 229472)
         maps = head_map(qkv, 3, n.H, queries), head_map(qkv, 3, n.H, keys), head_map(out, 1, n.H, 64)
@@ -451,9 +451,7 @@ def attention_forward(out, lse, qkv, n_head):
 def attention_backward(dqkv, dout, out, lse, qkv, n_head):
     what = "attention_backward: dqkv S B T 3C, dout S B T C, out S B T C, lse float B H T, qkv S B T 3C"
     n = check(what, dqkv, dout, out, lse, qkv)
-    HS, HP, tensor = _attention_version(n, dqkv, dout, out, qkv)
-    if n_head != n.H:
-        raise ValueError(f"attention_backward: lse is for {n.H} heads, not {n_head}")
+    HS, HP, tensor = _attention_version(n, n_head, dqkv, dout, out, qkv)
     hopper = tensor and _on_hopper()
     Tp = cdiv(n.T, 128) * 128 if hopper else cdiv(n.T, 64) * 64
     (rows,) = scratch((n.B * n.H * Tp * 2, np.float32))  # float2: lse and D of every query
@@ -490,7 +488,7 @@ def attention_backward(dqkv, dout, out, lse, qkv, n_head):
 def attention_decode(out, qkv, keys, values, lengths, empty_cache=False):
     what = "attention_decode: out S B T C, qkv S B T 3C, keys S B H M D, values S B H M D, lengths int B"
     n = check(what, out, qkv, keys, values, lengths)
-    HS, HP, _ = _attention_version(n)
+    HS, HP, _ = _attention_version(n, n.H)
     if HS != n.D:
         raise ValueError(f"attention_decode: {n.H} heads of {n.D} channels are not {n.C}")
 

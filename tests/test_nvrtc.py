@@ -250,7 +250,7 @@ def launches(capability, monkeypatch, training_only=False):
         as_card(capability, patch)
         for name, stand_in in without_a_card(launch).items():
             patch.setattr(cuda, name, stand_in)
-        patch.setattr(cuda, "_chunk_count", [ghost(1, dtype=np.int32)])
+        patch.setattr(cuda, "_chunk_count", lambda: ghost(1, dtype=np.int32))
         patch.setattr(gpu, "xp", SimpleNamespace(ndarray=Ghost))
         cuda._slices.cache_clear()  # it knows this card's number of multiprocessors
         step("bfloat16" if capability >= 80 else "float32")
