@@ -435,7 +435,7 @@ class GPT2:
         if len(rows) == 0:
             raise ValueError("no token has a weight")
         N, n = len(weights), len(rows)
-        if self.ops.EIGHTHS:
+        if self.ops.ROUND_TO_EIGHTHS:
             eighth = -(-N // 8)
             n = min(N, -(-n // eighth) * eighth)
             rows = np.concatenate([rows, np.flatnonzero(weights == 0)[: n - len(rows)]])

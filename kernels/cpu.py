@@ -17,9 +17,9 @@ from kernels import threads
 from kernels.reference import (  # noqa: F401  constants, and what a device offers besides fast operations
     BATCH_TOKENS,
     DTYPES,
-    EIGHTHS,
     EPSILON,
     LOGITS,
+    ROUND_TO_EIGHTHS,
     SHARE,
     A,
     K,

@@ -50,8 +50,8 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 if CAPABILITY < 80:
     del DTYPES["bfloat16"]  # its tensor cores came with sm_80
 LOGITS = 8192 * 50304  # elements of a chunk of logits: 8,192 rows of GPT-2's, 0.8 gigabytes of bf16
-EIGHTHS = True  # of a micro-batch is the number of tokens with a weight: see GPT2._weighted_targets
-BATCH_TOKENS, SHARE = 1 << 17, 0.9  # a default micro-batch: at most so many tokens, that part of the memory
+ROUND_TO_EIGHTHS = True  # whether GPT2._weighted_targets rounds the number of tokens up
+BATCH_TOKENS, SHARE = 1 << 17, 0.9  # the default micro-batch: at most these tokens, this share of free memory
 # What a benchmark or a test wants instead of what is chosen here. "matmul": a tile of matmul.cu or a name of
 # HOPPER_TILES; "slices": pieces of the inner dimension of dweight; "attention": "portable" or "flash".
 KERNEL_OVERRIDES = {}

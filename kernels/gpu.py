@@ -161,7 +161,7 @@ def _upload(buffer, arrays, slices):
     _uploads.append((fetched, pinned, address))
 
 
-def _slices(wanted):
+def _byte_slices(wanted):
     """Slices of a buffer of bytes with room for each (elements, type), from multiples of 256 on."""
     slices, end = [], 0
     for n, dtype in wanted:
@@ -229,7 +229,7 @@ def scratch(*wanted):
 
     One buffer serves all operations, because they follow each other on one stream. It only grows.
     """
-    slices = _slices(wanted)
+    slices = _byte_slices(wanted)
     if _scratch.buffer is None or _scratch.buffer.size < slices[-1].stop:
         if not _recording:
             _scratch.buffer = None  # freed first, so that its memory can be part of the new one
@@ -270,7 +270,7 @@ def replay(recordings, function, *arguments, overlap=False):
     key = function.__name__, *map(_identity, arguments)
     recording = recordings.pop(key, None)
     if recording is None:
-        slices = _slices([(x.size, x.dtype) for x in arrays])
+        slices = _byte_slices([(x.size, x.dtype) for x in arrays])
         buffer = empty(slices[-1].stop if slices else 0, np.uint8)
         views = (buffer[part].view(x.dtype).reshape(x.shape) for part, x in zip(slices, arrays))
         inputs = [next(views) if isinstance(x, np.ndarray) else x for x in arguments]

@@ -347,8 +347,8 @@ def adamw(params, grads, m, v, update, beta1, beta2, eps, weight_decay, copy=Non
 # What a device offers besides operations; cpu.py takes it from here
 
 DTYPES = {"float32": np.float32, "float64": np.float64}
-LOGITS = 1 << 22  # elements of logits that exist at once, 17 MB in float32
-EIGHTHS = False  # n, the number of tokens with a weight, is what it is: see GPT2._weighted_targets
+LOGITS = 1 << 22  # elements of a chunk of logits, 17 MB in float32
+ROUND_TO_EIGHTHS = False  # whether GPT2._weighted_targets rounds the number of tokens up
 BATCH_TOKENS, SHARE = 8192, 0.5  # the default micro-batch: at most these tokens, this share of free memory
 
 
