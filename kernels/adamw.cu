@@ -10,7 +10,7 @@
 // negative the step is left out: params, m and v stay as they are. copy, bf16, may be null. n is below 2^31;
 // in the second version it is a multiple of 8, and all arrays begin on 16-byte boundaries.
 //
-// The floor is the memory's: 34 bytes a parameter (params, grads, m and v read and written, copy written) for
+// The floor is set by the memory: 34 bytes a parameter (params, grads, m and v read and written, copy written) for
 // 15 FLOP, one root and one division: 0.9 ms for GPT-2 small on an H200. Nothing is touched twice.
 
 #include "common.cuh"

@@ -5,8 +5,8 @@
 //     dV = Pᵀ dOut     dP = dOut Vᵀ     dS = P ∘ (dP - D)     dQ = dS K / sqrt(HS)     dK = dSᵀ Q / sqrt(HS)
 //
 // with D = rowsum(P ∘ dP) = rowsum(out ∘ dOut), one number for each query. dK and dV are sums over queries,
-// dQ is a sum over keys. Whoever owns a tile of keys can add up dK and dV in registers but would have to
-// share dQ with the others; that needs atomics, whose order nobody fixes. So there are two passes, one that
+// dQ is a sum over keys. A block that owns a tile of keys can add up dK and dV in registers but would have to
+// share dQ with the others; that needs atomics, whose order is not fixed. So there are two passes, one that
 // owns keys and one that owns queries. Both compute S and dP: seven products instead of five, and the same
 // bits every time.
 //
@@ -25,8 +25,8 @@
 // KEYS and QUERIES in any order. Storage, HP, HS and alignment as in attention.cu; ROWS is 64 for HP 64 and 32 for
 // HP 128; on sm_75 it is half of that, and 39,424 and 35,072 bytes. All of dqkv is overwritten.
 //
-// The floor: five products, 5 B T² C FLOP with causality, for 16 B T C bytes of bf16. Above it by 7/5, the
-// price of no atomics, and by what attention.cu says.
+// The floor: five products, 5 B T² C FLOP with causality, for 16 B T C bytes of bf16. On top of it come the two
+// further products, the price of no atomics, and what attention.cu says.
 //
 // Workspace: rows (B, NH, Tp) float2, aligned to 16 bytes, with Tp = T rounded up to a multiple of 64 (of 128
 // for attention_hopper.cu). Of the naive version: p and ds (B, NH, T, T) float32.
@@ -281,7 +281,7 @@ attention_backward_tensor(bf16* dqkv, const bf16* dout, const bf16* qkv, const f
     for (int n = 0; n < HS / 8; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) sum[0][n][i] *= scale * LN2;
-    // Each warp leaves through the rows of x_tile that were its own.
+    // Each warp stores its results through its own rows of x_tile.
     bf16 *result = dqkv + head.qkv + (OWNER == KEYS ? C : 0), *warp_tile = x_tile + 16 * warp * HS;
     store_rows<HS>(result, stride, warp_row, T, sum, warp_tile);
     if (OWNER == KEYS) store_rows<HS>(result + C, stride, warp_row, T, sum_dv, warp_tile);

@@ -144,8 +144,8 @@ attention_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_c
     }
     __syncthreads();
     const int tiles = ceil_div(T, QUERIES), heads = B * NH, last = tiles * heads;
-    // Only of a number from a shuffle does the compiler know that it is one for the warp: otherwise it may
-    // serialize wgmma, and computes descriptors lane by lane.
+    // The compiler knows that a number is the same in all lanes of a warp only if it comes from a shuffle.
+    // Otherwise it may serialize wgmma, and computes descriptors lane by lane.
     const int warpgroup = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0);
     const int thread = threadIdx.x % WARPGROUP;
     RingPosition<STAGES> at;

@@ -20,9 +20,10 @@
 // from sm_80 on has (an H100 for two blocks), but of float32 201,216 bytes, which only sm_90 and sm_100 have. And
 // it needs cp.async, which sm_75 does not have. Where one of them is missing, classifier_twice runs.
 //
-// The floor is the memory's: 2 N Vp sizeof(T) bytes, each logit read once and its gradient written. Version 3
-// has two exponentials for each, in bf16 65% of what an H200 computes in that time. Above the floor by what
-// two blocks on a multiprocessor leave uncovered: one of them waits for its row while the other computes.
+// The floor is set by the memory: 2 N Vp sizeof(T) bytes, each logit read once and its gradient written. Version 3
+// has two exponentials for each, in bf16 65% of what an H200 computes in that time. What comes on top of the
+// floor: one of two blocks on a multiprocessor waits for its row while the other computes, which hides the
+// waiting only in part.
 
 #include "common.cuh"
 #include "ptx.cuh"
@@ -123,9 +124,9 @@ classifier_twice(float* losses, T* logits, const int* targets, const float* weig
 // ---- Version 3: the row stays in shared memory between the passes ----------------------------------------
 //
 // So it is read from memory once. cp.async brings all of it in, without registers; every thread then works on
-// the packs that it asked for itself. The padding becomes -inf there, which has probability and gradient 0
-// without another word. Two blocks on a multiprocessor: one computes while the other waits for memory. 3437
-// -> 4053 GB/s.
+// the packs that it asked for itself. The padding becomes -inf there, whose probability and gradient are 0 in
+// the same formulas. Two blocks on a multiprocessor: one computes while the other waits for memory. 3437 ->
+// 4053 GB/s.
 
 template <typename T>
 __global__ void __launch_bounds__(768, 2)
@@ -191,9 +192,9 @@ __global__ void cross_entropy_naive(float* losses, const T* logits, const int* t
     losses[n] = softmax_naive(z, V).loss(logit);
 }
 
-// Version 2 reads each row once, the floor: N V sizeof(T) bytes. There is no second pass that shared memory could
-// spare. On an H200 on 2026-11-27 (5,336 rows of 50,304, bf16): 135 us, 3976 GB/s, with 512 threads as with
-// 256; 149.5 us with 1024.
+// Version 2 reads each row once, which is the floor: N V sizeof(T) bytes. Nothing is read again, so keeping the
+// row in shared memory would win nothing. On an H200 on 2026-11-27 (5,336 rows of 50,304, bf16): 135 us, 3976
+// GB/s, with 512 threads as with 256; 149.5 us with 1024.
 template <typename T>
 __global__ void __launch_bounds__(1024)
 cross_entropy(float* losses, const T* logits, const int* targets, int V, int Vp) {

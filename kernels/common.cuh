@@ -1,11 +1,11 @@
 // What every kernel file shares: 16-byte loads and stores, reductions over a warp and over a block,
-// conversions between storage type and float32, and GELU. Read this first; ptx.cuh holds the instructions C++
-// cannot say.
+// conversions between storage type and float32, and GELU. Read this first; ptx.cuh has the instructions that
+// C++ cannot express.
 //
 // House rules. Storage is `T`, float or bf16; arithmetic is float32. A kernel takes its sizes as int and
 // computes offsets in size_t where they may pass 2^31. Nothing is added atomically: every sum has a fixed
 // order, so that the same launch gives the same bits. Only cuda_bf16.h is included: NVRTC has no host
-// headers. Constants of a file are inline: of others NVRTC complains where no kernel uses them.
+// headers. Constants of a file are inline, because NVRTC warns of any other constant that no kernel uses.
 
 #pragma once
 #include <cuda_bf16.h>
@@ -58,7 +58,7 @@ template <typename T> __device__ inline Pack<T> load_pack(const T* address) {
 template <typename T> __device__ inline void store_pack(T* address, const Pack<T>& pack) {
     *reinterpret_cast<int4*>(address) = *reinterpret_cast<const int4*>(&pack);
 }
-// Its floats. bf16 come out of a register in pairs, by a shift and a mask.
+// The floats of a pack. Two bf16 come out of a register by a shift and a mask.
 template <typename T> __device__ inline void to_floats(float (&x)[Pack<T>::size], const Pack<T>& pack) {
     if constexpr (sizeof(T) == 2) {
         for (int i = 0; i < Pack<T>::size; i += 2) {
@@ -69,8 +69,8 @@ template <typename T> __device__ inline void to_floats(float (&x)[Pack<T>::size]
         for (int i = 0; i < Pack<T>::size; i++) x[i] = pack[i];
     }
 }
-// Floats as they are stored. bf16 go in pairs, which is one fast instruction; each alone is one at an eighth of
-// the rate.
+// The pack of these floats. Two are rounded to bf16 by one fast instruction; the one that rounds a single float
+// has an eighth of its rate.
 template <typename T> __device__ inline Pack<T> rounded_pack(const float (&x)[Pack<T>::size]) {
     Pack<T> pack;
     if constexpr (sizeof(T) == 2) {

@@ -27,8 +27,8 @@ inline constexpr int DECODE_GROUPS = 16;                    // groups of 8 lanes
 inline constexpr int MOST_SPLITS = 8;
 inline constexpr float NO_SCORE = -1e30f;                   // below any score, and finite: inf - inf is NaN
 
-// Copies the new keys and values to their places in the cache. A thread per channel; what does not fit is
-// dropped: padding, for the host has seen to it that real tokens fit.
+// Copies the new keys and values to their places in the cache. A thread per channel. What does not fit is
+// padding, because the host has checked that real tokens fit, and is dropped.
 template <typename Storage>
 __global__ void attention_append(Storage* keys, Storage* values, const Storage* qkv, const int* lengths,
                                  int T, int NH, int HS, int Tmax) {

@@ -1,5 +1,5 @@
-// The encoder: a token and its position become one vector; backward, every row of the two tables collects the
-// gradients of the places where it was used. Read common.cuh before.
+// The encoder: a token and its position become one vector; backward, every row of the two tables sums the
+// gradients of the tokens that used it. Read common.cuh before.
 //
 //   tokens (B, T) int32, N = B * T    wte (V, C), wpe (P, C), out, dout (B, T, C) of S    dwte, dwpe float32
 //
@@ -15,11 +15,11 @@
 // The last three, in this order, are both gradients; V <= 1024 * 2^bits. Their workspace: order (N,), chunks
 // (min(N, V + N / 32), 4) and groups (ceil(N / 32), 2) int32; partials (ceil(N / 32), C) float32; chunk_count
 // (1,) int32, zero before the first use and left zero by every use. All but the naive versions want rows aligned
-// to 16 bytes. Token ids must lie in 0 .. V - 1: whoever brings them to the device has checked that.
+// to 16 bytes. Token ids must lie in 0 .. V - 1: gpt2.py has checked that on the host.
 //
-// The floor is the memory's: 2 N C sizeof(S) bytes forward, with wpe in the L2 cache; backward dout once, and
-// 8 C bytes for each row of dwte and dwpe that is used. Above it backward by the first and the last launch,
-// about 48 and 14 us of 144 at N = 65,536, and where the L2 cache does not keep a strip of dout.
+// The floor is set by the memory: 2 N C sizeof(S) bytes forward, with wpe in the L2 cache; backward dout once,
+// and 8 C bytes for each row of dwte and dwpe that is used. On top of it come, backward, the first and the last
+// launch, about 48 and 14 us of 144 at N = 65,536, and strips of dout that the L2 cache does not keep.
 
 #include "common.cuh"
 #include "ptx.cuh"
@@ -110,8 +110,8 @@ __global__ void encoder_backward_wpe_naive(float* dwpe, const S* dout, int B, in
 //                                                                      {8, begin + 32, begin + 70, slot + 1}
 //
 // The sums of a group of several chunks wait in the rows `slot` of partials, and groups[slot] of its first
-// chunk holds the token and the number of chunks. Whose chunks come first in the list is decided by an atomic
-// counter: that changes who computes a sum, not the sum.
+// chunk holds the token and the number of chunks. An atomic counter decides which block's chunks come first in
+// the list: that changes which worker computes a sum, not the sum.
 //
 // It is a counting sort. Block `bucket` sorts the tokens whose lowest bits are `bucket`, because the frequent
 // tokens, whose numbers are close together, are then dealt out. Every block reads all the tokens, twice, and

@@ -12,9 +12,9 @@
 //
 // n, the number of elements, is below 2^31. Version 2 wants arrays that begin on 16-byte boundaries.
 //
-// The floor is the memory's: 2 n sizeof(T) bytes for gelu_forward, 3 n sizeof(T) for the others. About 11
-// instructions an element, 21 with the slope, are hidden behind that, in bf16 just so. Above the floor by what
-// the first and the last blocks of a launch leave idle.
+// The floor is set by the memory: 2 n sizeof(T) bytes for gelu_forward, 3 n sizeof(T) for the others. About 11
+// instructions an element, 21 with the slope, are hidden behind that, in bf16 only just. On top of the floor
+// comes what the first and the last blocks of a launch leave idle.
 
 #include "common.cuh"
 

@@ -16,9 +16,9 @@
 // channels of the largest GPT-2; for float32 at most 13 forward, 10 backward. F = min(5 * SMs, ceil(N / 4)) and
 // G = min(3 * SMs, ceil(N / 4)) blocks, though any number works.
 //
-// The floor is the memory's: N C elements are read and written once forward (2 N C), and 4 N C backward (dout,
-// inp, dinp read, dinp written); 10 to 20 FLOP each, and half the instructions that an H200 has time for. Above
-// it backward by the partials, 16 G C bytes that the L2 cache holds.
+// The floor is set by the memory: N C elements are read and written once forward (2 N C), and 4 N C backward (dout,
+// inp, dinp read, dinp written); 10 to 20 FLOP each, and half the instructions that an H200 has time for. On top
+// of it come, backward, the partials, 16 G C bytes that the L2 cache holds.
 
 #include "common.cuh"
 #include "ptx.cuh"

@@ -10,13 +10,13 @@
 //
 // The grid does not depend on the card, so neither does the order of the sum.
 //
-// The floor is the memory's: 4 n bytes, 2 FLOP each. Above it by the second launch, a few microseconds.
+// The floor is set by the memory: 4 n bytes, 2 FLOP each. The second launch adds a few microseconds.
 
 #include "common.cuh"
 
 // ---- norm = sqrt(sum of squares of the n gradients, float32, n below 2^31) -------------------------------
 
-// Version 1: one block walks everything, so 131 of 132 multiprocessors watch.
+// Version 1: one block walks everything, so 131 of an H200's 132 multiprocessors are idle.
 __global__ void global_norm_naive(float* norm, const float* grads, int n) {
     float sum = 0.0f;
     for (size_t i = threadIdx.x; i < n; i += blockDim.x) sum += grads[i] * grads[i];

@@ -1,7 +1,7 @@
 // The PTX instructions that the Hopper kernels use besides those of ptx.cuh, one small function each, and nothing
 // else. Read ptx.cuh before, matmul_hopper.cu after. tests/emulator/ brings its own ptx_hopper.cuh, which
-// explains them in C++. No kernel uses the functions for clusters, which did not help (RESULTS.md): they stand
-// here for who tries again.
+// explains them in C++. No kernel uses the functions for clusters, which did not help (RESULTS.md): they are
+// kept for another attempt.
 //
 // A Hopper kernel is several programs that meet at barriers. The copy engine (TMA) moves whole tiles between
 // global and shared memory; the tensor cores (wgmma) read their operands from shared memory; both run on their
@@ -55,7 +55,7 @@ __device__ inline bool barrier_try_wait(Barrier* barrier, int parity) {
                  : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
     return done != 0;
 }
-// A mistake would hang the card for good: after about ten seconds the wait ends in an illegal access instead.
+// A mistake would hang the card forever, so after about ten seconds the wait ends in an illegal access.
 // (Not in __trap(), with which ptxas ignores setmaxnreg in the rest of the kernel, warns C7512, and spills.)
 __device__ inline void barrier_wait(Barrier* barrier, int parity) {
     if (barrier_try_wait(barrier, parity)) return;

@@ -1,5 +1,5 @@
-// From logits to a token, on the device: temperature, top-k, top-p, min-p, and a coin that falls the same way
-// twice. The definitions are in kernels/sampling.py: read it before, and common.cuh.
+// From logits to a token, on the device: temperature, top-k, top-p, min-p, and random numbers that can be
+// reproduced. The definitions are in kernels/sampling.py: read it before, and common.cuh.
 //
 //   out (B,) int32    logprobs (2, B) float32 or null    logits (B, stride) of T, the first V columns of it
 //   streams, counters (B,) int64, seed an unsigned 64-bit number
@@ -14,18 +14,18 @@
 // 1. Sums are float32, so a token may differ from the CPU's where the uniform number falls on a border to
 // within rounding.
 //
-// The floor is to read a row once, 4 V bytes. Above it, by far, because one multiprocessor works on a row and
-// reads it 4 times, and 16 times more for each of top-k and top-p: a fraction of a millisecond, in which all
-// rows of a batch are served.
+// The floor is to read a row once, 4 V bytes. The kernel takes far longer, because one multiprocessor works on
+// a row and reads it 4 times, and 16 times more for each of top-k and top-p: a fraction of a millisecond, in
+// which all rows of a batch are served.
 
 #include "common.cuh"
 
 inline constexpr float COLDEST = 1e-30f;                    // a temperature below is as good as 0
 
-// ---- The coin --------------------------------------------------------------------------------------------
+// ---- Random numbers --------------------------------------------------------------------------------------
 
-// Philox4x32-10 (Salmon et al. 2011): counter and key become random bits. The first word, of which float32
-// has room for 24 bits, is a number in [0, 1).
+// Philox4x32-10 (Salmon et al. 2011): counter and key become random bits. The upper 24 bits of the first word,
+// as many as float32 has room for, make a number in [0, 1).
 __device__ inline float uniform(unsigned long long seed, unsigned long long stream,
                                 unsigned long long counter) {
     unsigned c0 = counter, c1 = counter >> 32, c2 = stream, c3 = stream >> 32, k0 = seed, k1 = seed >> 32;
@@ -96,7 +96,7 @@ template <typename T> __device__ inline Peak find_peak(const T* logits, int V) {
     return {highest, int(-block_max(-lowest))};
 }
 
-// The log-probabilities of the token drawn, whose weight was this part of the total.
+// The log-probabilities of the token drawn; `part` is its weight as a part of the total.
 template <typename T>
 __device__ inline void write_logprobs(float* logprobs, const T* logits, int V, int token, float highest,
                                       float part) {
