@@ -151,7 +151,7 @@ def _gelu(out, x):
 def _gelu_backward(dx, dout, x, act):
     """dx = dout * gelu'(x) for one block, where act = gelu(x). dx may be dout.
 
-    tanh costs more than all else, and act still knows it: gate = (1 + tanh) / 2 = act / x. In its terms
+    tanh costs more than everything else, and act has it already: gate = (1 + tanh) / 2 = act / x. So
     gelu'(x) = gate + x gate (1 - gate) 2 K (1 + 3 A x^2) = gate (1 + (x - act) (2 K + 6 K A x^2)).
     """
     slope, gate, other = (scratch(i, x.shape, x.dtype) for i in range(3))

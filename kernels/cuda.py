@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from common import UserError
-from kernels.gpu import (  # noqa: F401  what reference.py has at its end is among these
+from kernels.gpu import (  # noqa: F401  among these is what reference.py defines at its end
     CAPABILITY,
     DEVICE,
     HERE,
@@ -52,8 +52,9 @@ if CAPABILITY < 80:
 LOGITS = 8192 * 50304  # elements of a chunk of logits: 8,192 rows of GPT-2's, 0.8 gigabytes of bf16
 ROUND_TO_EIGHTHS = True  # whether GPT2._weighted_targets rounds the number of tokens up
 BATCH_TOKENS, SHARE = 1 << 17, 0.9  # the default micro-batch: at most these tokens, this share of free memory
-# What a benchmark or a test wants instead of what is chosen here. "matmul": a tile of matmul.cu or a name of
-# HOPPER_TILES; "slices": pieces of the inner dimension of dweight; "attention": "portable" or "flash".
+# A benchmark or a test writes here what is to run instead of what would be chosen below. "matmul": a tile of
+# matmul.cu or a name of HOPPER_TILES; "slices": in how many slices to cut the inner dimension of dweight's
+# product; "attention": "portable" or "flash".
 KERNEL_OVERRIDES = {}
 
 
@@ -172,7 +173,7 @@ def residual_forward(out, inp1, inp2):
 
 
 def _tile(S, M, N, K, split):
-    """BM, BN, BK, then how threads share them (matmul.cu's table). split: K can be cut for more blocks."""
+    """BM, BN, BK, then how threads share them (matmul.cu's table). split: cutting K may give more blocks."""
     blocks = cdiv(M, 128) * cdiv(N, 128) * (cdiv(K, 512) if split else 1)
     if S == "float":
         return (128, 128, 8, 8, 8) if blocks >= SMS else (64, 64, 16, 4, 4)
@@ -198,7 +199,7 @@ def _slices(tile, M, N, K, shared):
 
 @functools.cache
 def _finished():
-    """Counters (SMS,) uint32 of blocks that share a result. Whoever uses them leaves them zero."""
+    """Counters (SMS,) uint32 of finished blocks that share a result. Every kernel leaves them zero."""
     return zeros(SMS, np.uint32)
 
 

@@ -70,7 +70,7 @@ def cdiv(a, b):
 
 @contextlib.contextmanager
 def _needing(what):
-    """Make "out of memory", for which CuPy, the runtime and the driver have an error each, one UserError."""
+    """Turn the "out of memory" errors of CuPy, the runtime and the driver into one UserError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -89,7 +89,7 @@ _overlapping = False  # True while it records launches that may overlap
 
 
 def _n_bytes(shape, dtype):
-    """The bytes of an array, which must not be allocated in a recording."""
+    """The bytes of an array that is about to be allocated; RuntimeError inside of a recording."""
     if _recording:  # a replay would use this memory when it belongs to other arrays
         what = "the first call, which is not recorded, must bring everything to its size"
         raise RuntimeError(f"{np.dtype(dtype)} {shape} would be allocated inside of a recording; {what}")
@@ -110,7 +110,7 @@ def empty(shape, dtype=np.float32):
 
 
 _uploads = collections.deque()  # (event, pinned array, its address) of copies to the GPU, the oldest first
-_free = collections.defaultdict(list)  # bytes: the same of copies that are done
+_free = collections.defaultdict(list)  # {bytes: the same three of copies that are done}
 KEPT = 1 << 20  # bytes: pinned arrays up to this size are kept for later copies
 HOST_TO_DEVICE, DEVICE_TO_DEVICE = 1, 3  # cudaMemcpyKind
 
@@ -262,7 +262,7 @@ def replay(recordings, function, *arguments, overlap=False):
     uses and that is no argument. The function may launch kernels and fill arrays that it overwrites; it may
     neither wait nor, after its first call, allocate.
 
-    With overlap, a kernel that is launched with overlap=True, too, may begin before the one before it has
+    With overlap, a kernel that launch() also gets with overlap=True may begin before the preceding kernel has
     ended. The function must then launch kernels only, and none of them may write parameters, which the next
     kernel may be reading already.
     """
@@ -319,13 +319,13 @@ def _recorded(function, inputs, overlap):
     return graph
 
 
-_planned = None  # {(file, kernel): shared} while _compile_side_by_side() looks for kernels
+_planned = None  # {(file, kernel): shared} of launches that are noted, in _compile_side_by_side()
 
 
 def _compile_side_by_side(function, inputs):
     """Compile the kernels that function(*inputs) will launch, on all cores: NVRTC holds no lock of Python's.
 
-    To find them the function is called with launches that are written down and not made.
+    To find them the function is called while launch() only notes what it would launch.
     """
     global _planned  # noqa: PLW0603
     _planned = {}
@@ -525,8 +525,8 @@ def launch(file, kernel, grid, block, *arguments, shared=0, overlap=False):
     None becomes a null pointer: CuPy itself would make 0xffffffff of it (its issue 9046).
 
     overlap is for kernels in whose source every block calls griddepcontrol_wait() (ptx.cuh). In a recording
-    of replay(..., overlap=True) their blocks may begin before the kernel before has ended, to do until they
-    wait what does not depend on that one.
+    of replay(..., overlap=True) their blocks may begin before the preceding kernel has ended; until they wait
+    they do what does not depend on it.
     """
     grid, block = (shape if isinstance(shape, tuple) else (shape,) for shape in (grid, block))
     plain = {int: np.int32, float: np.float32, type(None): lambda _: np.uint64(0)}

@@ -1,11 +1,13 @@
 """NumPy on all cores: blocks of an operation, shared out over threads. Nothing here is about GPT-2.
 
-NumPy's matmul is the BLAS library's, held here to one thread; `parallel` cuts an operation's rows (or the
-tiles of a product) into blocks that fit the cache, and our own threads take them in turn. NumPy lets go of
-the interpreter lock while it computes, so they really run side by side, and a block is still in the cache
-when its bias and its GELU are added. Sums over blocks are cut by size alone: they do not depend on the
-number of threads. The tiles of a product do, because small tiles cost time, and a BLAS library may round the
-last rows and columns of a tile differently: the bits are the same on the same number of threads.
+NumPy's matmul calls the BLAS library, which is limited here to one thread. An operation's rows, or the tiles
+of a product, are cut into blocks that fit the cache, and our own threads take them in turn (`parallel`).
+NumPy releases the interpreter lock while it computes, so the threads really run side by side, and a block is
+still in the cache when its bias and its GELU are added.
+
+The blocks of a sum depend on the sizes alone, not on the number of threads. The tiles of a product do depend
+on it, because small tiles cost time, and a BLAS library may round the last rows and columns of a tile
+differently: the bits are the same on the same number of threads.
 """
 
 import ctypes
@@ -82,8 +84,8 @@ def parallel(body, blocks):
 def free_memory():
     """Bytes that this process can still allocate, or None where the system does not say.
 
-    That is what the machine has, and no more than a container leaves it (Linux control groups, version 2 and
-    1). What files have in memory can be given back, and counts as free.
+    That is the machine's free memory, or what the limit of a container leaves of it (Linux control groups,
+    version 2 and 1). Cached files count as free, because the system drops them when it needs the memory.
     """
     free = [1024 * fields_of("/proc/meminfo").get("MemAvailable:", math.inf)]
     for line in text_of("/proc/self/cgroup").splitlines():
@@ -105,7 +107,7 @@ def free_memory():
 
 
 def fields_of(path):
-    """{first word: the number behind it} of a file's lines."""
+    """{first word: the number after it} of a file's lines."""
     lines = [line.split() for line in text_of(path).splitlines()]
     return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
 
@@ -141,7 +143,7 @@ _local = threading.local()
 
 
 def scratch(i, shape, dtype):
-    """Array i of this thread's own scratch memory: fresh memory for every block would cost as much as it."""
+    """Scratch array i of this thread. A new array for every block would take as long as the block itself."""
     arrays = _local.__dict__.setdefault("arrays", {})
     needed = math.prod(shape)
     if (i, dtype) not in arrays or arrays[i, dtype].size < needed:
