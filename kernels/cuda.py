@@ -83,12 +83,13 @@ def encoder_backward(dwte, dwpe, dout, tokens):
     n = check(what, dout, dwte, dwpe, tokens)
     if n.T > n.P:
         raise ValueError(f"encoder_backward: dwpe has {n.P} positions, dout {n.T}")
+    N = n.B * n.T
     if not aligned(dout, dwte, dwpe):
-        grid, arguments = (n.V, cdiv(n.C, 256)), (dwte, dout, tokens, n.B * n.T, n.C)
+        grid, arguments = (n.V, cdiv(n.C, 256)), (dwte, dout, tokens, N, n.C)
         launch("encoder", f"encoder_backward_naive<{n.S}>", grid, 256, *arguments)
         grid, arguments = cdiv(n.T * n.C, 256), (dwpe, dout, n.B, n.T, n.C)
         return launch("encoder", f"encoder_backward_wpe_naive<{n.S}>", grid, 256, *arguments)
-    N, slots, most = n.B * n.T, cdiv(n.B * n.T, 32), min(n.B * n.T, n.V + n.B * n.T // 32)
+    slots, most = cdiv(N, 32), min(N, n.V + N // 32)
     wanted = (N, np.int32), (4 * most, np.int32), (2 * slots, np.int32), (slots * n.C, np.float32)
     order, chunks, groups, partials = scratch(*wanted)
     count = _chunk_count()
@@ -269,12 +270,12 @@ def _hopper_product(out, a, b, a_t, b_t, epilogue, M, N, K, extra, bias, forced)
     most = (SHARED - fixed) // (2 * (8192 + 8))  # a box and its barrier, for two consumers
     # The largest ring that fits and divides the boxes, so that every tile begins with box 0.
     ring = next(r for r in (4, 3, 2) if r <= most and boxes % r == 0 and r % each == 0)
-    flags = a_t, b_t, BM, BN, stages, pingpong, ring
-    flags = (str(flag).lower() for flag in flags)
+    flags = (str(flag).lower() for flag in (a_t, b_t, BM, BN, stages, pingpong, ring))
     kernel = f"matmul_hopper<{', '.join((NAMES[out.dtype], epilogue, *flags))}>"
-    maps = tensor_map(a, 64 if a_t else BM), tensor_map(b, BN if b_t else 64), tensor_map(target, 64)
-    maps = *maps, maps[2] if extra is None else tensor_map(extra, 64)
-    arguments = *maps, bias, M, N, K, slices
+    a_map, b_map = tensor_map(a, 64 if a_t else BM), tensor_map(b, BN if b_t else 64)
+    target_map = tensor_map(target, 64)
+    extra_map = target_map if extra is None else tensor_map(extra, 64)
+    arguments = a_map, b_map, target_map, extra_map, bias, M, N, K, slices
     grid, shared = min(SMS, cdiv(M, BM) * cdiv(N, BN) * slices), fixed + 2 * ring * (8192 + 8)
     launch("matmul_hopper", kernel, grid, 384, *arguments, shared=shared)
     if slices > 1:
