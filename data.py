@@ -339,9 +339,8 @@ class LateShard:
             if world.rank == 0:
                 progress.add(hub.bytes_there(self.path) - had - progress.done_so_far)
             time.sleep(0.1)
-            will_come = is_downloading(
-                directory
-            )  # asked before the file is looked for: it may end in between
+            # Asked before the file is looked for, because the download may end in between.
+            will_come = is_downloading(directory)
         self.tokens = open_shard(self.path)
 
 

@@ -146,10 +146,9 @@ class Windows:
             raise too_short("the text", shards, T)
         self.counts = [max(1, len(shard) // T - 1) for shard in self.shards]  # with room for the offset
         self.n_windows = sum(self.counts)
-        self._window_order = functools.lru_cache(maxsize=2)(
-            self._make_window_order
-        )  # asked a window at a time
-        self._shard_order = functools.lru_cache(maxsize=2)(data.shard_order)  # downloads follow it, too
+        # locate() asks for both orders again for every window.
+        self._window_order = functools.lru_cache(maxsize=2)(self._make_window_order)
+        self._shard_order = functools.lru_cache(maxsize=2)(data.shard_order)
 
     def _make_window_order(self, epoch, k):
         """Offset and order of the windows of shard k in an epoch."""
