@@ -37,7 +37,7 @@ help:
 	@echo "make sft      make an assistant of it, with tools (8 to 35 minutes), and evaluate it"
 	@echo "make chat     talk to the assistant; make chat-web: in the browser"
 	@echo "make rl       let it practise problems whose answers can be checked (3 to 9 minutes)"
-	@echo "make rlhf     let it learn to please a reward model, and to fool it (about 8 minutes)"
+	@echo "make rlhf     let it learn to please a reward model, and to fool it (5 to 8 minutes)"
 	@echo "make experiments  answer some questions of the lecture, a table and a figure each (an hour)"
 	@echo "make plot     draw its loss and learning rate"
 	@echo "make figures  draw the figures of the README from the runs of these"

@@ -130,6 +130,9 @@ def draw_pretraining(run, out):
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
     axes.legend()
+    flags = next(event["flags"] for event in events if event["event"] == "start")
+    rows = f"rows of {flags['seq_len']} tokens, before: {flags['short_len']}"
+    axes.text(flags["short_part"] * flags["steps"], 4.3, rows, fontsize=9)
     samples = [event for event in events if event["event"] == "sample"]
     shown = [samples[0], samples[len(samples) // 10 - 1], samples[-1]]
     lines = []
