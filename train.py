@@ -29,6 +29,7 @@ import hub
 import kernels
 from common import Run, UserError, add_shared_flags, count, duration, number, size
 from evaluate import hellaswag, hellaswag_text, read_hellaswag
+from sample import generate
 from tokenizer import Tokenizer, visible
 
 
@@ -85,7 +86,7 @@ def main(argv=None):
         if run.is_due(done, flags.hellaswag_every):
             report_hellaswag(run, done, hellaswag_items)
         if run.is_due(done, flags.sample_every) and world.rank == 0:
-            text = continuation(model, tokenizer, flags.sample_tokens, seed=done)
+            text = write_document(model, tokenizer, flags.sample_tokens, seed=done)
             run.say(f"step {done}, a sample:\n{common.printable(text)}\n")
             run.log("sample", step=done, text=text)
 
@@ -263,19 +264,13 @@ def report_hellaswag(run, done, items):
     run.log("hellaswag", step=done, **results)
 
 
-def continuation(model, tokenizer, n, seed):
-    """A document that the model writes, of up to n tokens; sample.py does this with more care."""
-    n = min(n, model.config.n_positions)
-    cache, ids, ops = model.new_cache(1, n), [], model.ops
-    token, stream = ops.empty(1, np.int32), ops.zeros(1, np.int64)
-    logits = model.decode([[tokenizer.eot]], cache)  # (1, V)
-    for i in range(n - 1):
-        ops.sample(token, logits, seed, stream, ops.to_device(np.array([i])), temperature=0.7, top_p=0.9)
-        ids.append(int(ops.to_host(token)[0]))
-        if ids[-1] == tokenizer.eot:
-            return tokenizer.decode(ids[:-1])
-        logits = model.decode([ids[-1:]], cache)
-    return tokenizer.decode(ids)
+def write_document(model, tokenizer, n, seed):
+    """A document that the model writes from its first token on, of up to n tokens (sample.py)."""
+    [completion] = generate(
+        model, [[tokenizer.eot]], n, temperature=0.7, top_p=0.9, seed=seed,
+        stop_tokens={tokenizer.eot}, tokenizer=tokenizer,
+    )  # fmt: skip
+    return completion.text
 
 
 # ------------------------------------------------------------------------------------------------------------
