@@ -637,6 +637,8 @@ def parse(argv):
         if flags.model != before["model"]:
             remedy = f"leave out --model {flags.model}"
             raise UserError(f"{flags.out} is a run of --model {before['model']}; {remedy}")
+        if flags.short_part == before.get("short_part"):  # with more --steps long rows stay long
+            flags.short_part = min(1.0, flags.short_part * before["steps"] / flags.steps)
         if flags.hours != before.get("hours"):
             remedy = "leave --hours and --dollars out, or give --steps"
             raise UserError(f"{flags.out} has its {before['steps']} steps already; {remedy}")

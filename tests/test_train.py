@@ -727,6 +727,11 @@ def test_a_run_begins_with_short_rows_and_goes_on_bit_for_bit(start, tmp_path, m
         assert start("since", *short).status == 0
     assert asked[::2] == [0] * 6 + [6] * 14, "losses of long rows are compared with those of short ones"
     assert asked[1::2] == asked[::2], "the log has other limits than the device"
+    asked.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "limits", watched)
+        assert start("since", "--resume", "--steps", 30).status == 0
+    assert asked == [6] * 20, "long rows became short again with more steps"
     for step in (5, 10):  # before the rows grow longer and after
         place = tmp_path / f"from{step}"
         (place).mkdir()
