@@ -285,7 +285,8 @@ def shards(directory, split):
     paths = sorted(sizes or directory.glob(f"*_{split}_*.bin"))
     if not paths:
         raise UserError(f"no *_{split}_*.bin in {directory}; make shards: python data.py factbook --out DIR")
-    return [open_shard(path) if path.exists() else LateShard(path, sizes[path]) for path in paths]
+    late = {path for path in sizes if not path.exists()}
+    return [LateShard(path, sizes[path]) if path in late else open_shard(path) for path in paths]
 
 
 def open_shard(path):
