@@ -637,7 +637,8 @@ def check_flags(flags):
         refuse(flags, "--beams writes texts for one prompt", "chat", "show_probs", "num_samples")
         refuse(flags, "--beams samples nothing", "temperature", "top_k", "top_p", "min_p", "seed")
     if flags.chat:
-        refuse(flags, "--chat asks for each message", "prompt", "prompt_file", "raw", "num_samples", "stop")
+        refuse(flags, "--chat asks for each message", "prompt", "prompt_file")
+        refuse(flags, "--chat gives one whole answer to a message", "raw", "num_samples", "stop")
         refuse(flags, "--chat writes each answer as it comes", "json", "show_probs")
 
 
