@@ -391,7 +391,7 @@ def keep_if_best(run, done, name, value):
         return
     before = [event[name] for event in common.read_log(run.directory) if event["event"] == "eval"]
     if value > max(before, default=-np.inf):
-        state = dict(stage=run.stage, flags=vars(run.flags))
+        state = dict(stage=run.stage, script=run.script, flags=vars(run.flags))
         models = run.model, run.tokenizer, run.optimizer
         common.save_checkpoint(run.directory / "best", done, *models, keep=1, **state)
 

@@ -633,12 +633,14 @@ def test_the_checkpoint_with_the_highest_score_is_kept(tmp_path, monkeypatch):
         dict(event="eval", step=2, score=0.5),
     ]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in log))
-    run = SimpleNamespace(directory=tmp_path, is_first=True, stage="rl", flags=SimpleNamespace(seed=3))
+    about = dict(stage="rl", script="rl.py", flags=SimpleNamespace(seed=3))
+    run = SimpleNamespace(directory=tmp_path, is_first=True, **about)
     run.model = run.tokenizer = run.optimizer = None
     rl.keep_if_best(run, 4, "score", 0.5)
     assert not saved
     rl.keep_if_best(run, 4, "score", 0.51)
-    assert saved == [((tmp_path / "best", 4), dict(keep=1, stage="rl", flags={"seed": 3}))]
+    kept = dict(keep=1, stage="rl", script="rl.py", flags={"seed": 3})
+    assert saved == [((tmp_path / "best", 4), kept)]
     run.is_first = False  # other ranks write nothing
     rl.keep_if_best(run, 4, "score", 0.6)
     assert len(saved) == 1
