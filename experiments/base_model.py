@@ -1,6 +1,6 @@
 """What does a base model do by its prompt alone, and what does it know by heart?
 
-Needs runs/factbook and shards/factbook (make train). 5 minutes on two cores. README.md says what it found.
+Needs runs/factbook and shards/factbook (make train). 4 minutes on two cores. README.md says what it found.
 
 After lines like "Peru - 1,279,996 sq km" a base model may go on with the next country's area, and in a
 dialogue it may answer as the assistant: the examples are in the prompt (in-context learning, Brown et al.

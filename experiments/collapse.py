@@ -1,6 +1,6 @@
 """What becomes of models that learn from what models wrote? And what does a student learn from a teacher?
 
-Needs shards/factbook (make train). 9 minutes on two cores.
+Needs shards/factbook (make train). 5 minutes on two cores.
 
 Generation 0 learns from real text, each later one anew from rows that the one before it has continued (model
 collapse, Shumailov et al. 2024), or half from those and half from real rows. A student can also learn from

@@ -1,6 +1,6 @@
 """How does the loss fall with parameters and tokens, and what is the best model for a budget?
 
-Needs shards/factbook (make train). 9 minutes on two cores.
+Needs shards/factbook (make train). 6 minutes on two cores.
 
 Fifteen models, five widths by three budgets of tokens, give the law L(N, D) = E + A / N^alpha + B / D^beta
 for N parameters and D tokens (Hoffmann et al. 2022, equation 2). It says what a larger model will reach

@@ -1,6 +1,6 @@
 """Does a model need tokens to think? The same problems with the steps before the answer, and behind it.
 
-Needs runs/factbook (make train). 11 minutes on two cores.
+Needs runs/factbook (make train). 9 minutes on two cores.
 
 A model computes a fixed amount for each token. An answer that comes first must be found by one pass through
 the layers; an answer that comes last can be read off the steps before it, each of which is easy. Both models
