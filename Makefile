@@ -19,7 +19,7 @@ RLHF ?= runs/rlhf$(SIZE)
 SEED ?= 42
 # What the first assistant learns from: the facts above all, since the second is taught only those that it
 # knows; and what every other skill is made of, to copy and to calculate.
-FACTS := factbook=32,sums=2,repeat=8,tools=20,tasks=9,spelling=7,counting=6,identity=11,chitchat=3,unknown=2
+FACTS := factbook=32,sums=2,repeat=8,tools=20,tasks=9,spelling=7,counting=6,identity=11,chitchat=6,unknown=2
 # What the second assistant learns on a base of GPT-2's size, after a first that learned to chat (sft.py's recipe):
 # calculations and our own skills. Others found that what is learned last stays.
 SKILLS := gsm8k:hub=28,tools=15,spelling=10,counting=5,identity=5,refusal=2,unknown=3,smoltalk:hub=32
@@ -108,9 +108,9 @@ ifeq ($(filter-out tiny,$(MODEL)),)
 sft: .venv/ready
 	@ls $(RUN)/step_* >/dev/null 2>&1 || $(MAKE) train MODEL=tiny ARGS=
 	@test -e $(SFT)-first/done || { $(PY) sft.py --init-from $(RUN) --out $(SFT)-first --data $(FACTS) \
-	  --examples 60000 --seed $(SEED) $(if $(wildcard $(SFT)-first/step_*),--resume) && touch $(SFT)-first/done; }
+	  --examples 62000 --seed $(SEED) $(if $(wildcard $(SFT)-first/step_*),--resume) && touch $(SFT)-first/done; }
 	@test -e $(SFT)-first/known.jsonl || $(PY) evaluate.py $(SFT)-first --probe $(SFT)-first/known.jsonl --seed $(SEED)
-	@test -e $(SFT)/done || { $(PY) sft.py --init-from $(SFT)-first --out $(SFT) --examples 72000 \
+	@test -e $(SFT)/done || { $(PY) sft.py --init-from $(SFT)-first --out $(SFT) --examples 75000 \
 	  --known $(SFT)-first/known.jsonl --seed $(SEED) $(if $(wildcard $(SFT)/step_*),--resume) $(ARGS) && touch $(SFT)/done; }
 	$(PY) evaluate.py $(SFT) --known $(SFT)-first/known.jsonl
 else

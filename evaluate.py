@@ -35,6 +35,7 @@ from tools import SEARCH_SYSTEM, TOOLS
 
 BARS = {  # what an assistant should reach: {skill: {measure: (at least, at most)}}
     "identity": {"named": (0.95, 1)},
+    "small talk": {"right": (0.6, 1)},
     "known facts": {"right": (0.8, 1), "refused": (0, 0.15)},
     "invented names": {"refused": (0.8, 1)},
     "search": {"right": (0.7, 1)},
@@ -160,6 +161,7 @@ def evaluate(model, tokenizer, known=None, n=100, seed=0, world=ALONE):
         if lines:
             results[skill] = known_facts(answers, rng, rng.sample(lines, min(3 * n, len(lines))))
     results["identity"] = identity(answers, rng, n)
+    results["small talk"] = small_talk(answers, rng, n)
     results["invented names"] = invented_names(answers, n, seed)
     results["search"] = search(answers, rng, n)
     results["calculator"] = calculator(answers, rng, n)
@@ -201,6 +203,16 @@ def identity(answers, rng, n):
         asked = rng.sample(asked, n)
     replies = answers(asked)
     return dict(n=len(replies), named=mean(NAME in text_of(reply) for reply in replies))
+
+
+def small_talk(answers, rng, n):
+    """Greetings, thanks, moods: is the reply one of those that the assistant learned for them?"""
+    rows = [row for row in texts("source") if row["source"] == "chitchat"]
+    asked = [(question, row["answer"]) for row in rows for question in row["held_out"]]
+    asked = rng.sample(asked, min(n, len(asked)))
+    replies = answers([question for question, _ in asked], max_tokens=40)
+    right = mean(text_of(reply).strip() in expected for (_, expected), reply in zip(asked, replies))
+    return dict(n=len(asked), right=right)
 
 
 def invented_names(answers, n, seed):

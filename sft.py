@@ -29,7 +29,7 @@ from tasks.conversations import DEFAULT, draw_chats, reasons
 from tokenizer import Tokenizer
 from train import describe_recipes, learning_rate, use_recipe
 
-UNKNOWN = 2  # percent of the mixture: questions about facts that the probe found unknown
+UNKNOWN = 2  # the share of questions about facts that the probe found unknown
 TOO_LONG = "too long before the assistant speaks"  # why a conversation is left out
 PASS_COST = 128  # fixed cost of a forward and a backward pass, in tokens; tiny model, 2 cores
 

@@ -55,11 +55,11 @@ from tasks.problems import (
 from tokenizer import checked, text_of, transcript
 from tools import SEARCH_SYSTEM, calculate, calculator, looked_up
 
-SOURCES = {  # {source: its usual share in percent}
+SOURCES = {  # {source: its usual share}
     "factbook": 21,  # facts from memory
     "identity": 8,  # who are you?
     "refusal": 2,  # requests that it refuses
-    "chitchat": 3,
+    "chitchat": 7,  # hello, how are you, thanks
     "tools": 17,  # a calculation or a search
     "tasks": 8,  # problems of tasks/problems.py with their solutions, some by the calculator
     "stories": 3,  # longer word problems
@@ -90,6 +90,7 @@ PROBLEMS = {  # {source: (tasks, levels)} of tasks/problems.py; rl.py practises 
 DONT_KNOW = "I'm sorry, I don't know"  # so begins every answer to what it cannot know
 CALCULATED = 0.2  # share of the problems in "tasks" and "stories" that the calculator solves
 LONGEST = 5000  # characters of a conversation as JSON; sft.py shortens what its model has no room for
+REPEATED = {"chitchat"}  # sources of a few short conversations, which come again until their share is full
 PATIENCE = 300  # conversations dropped in a row after which a source has nothing new to give
 PAGE = 60  # conversations on a page of a workbook
 CHAT_LENGTHS = (4, 3, 3, 3, 3, 2)  # of 18 chats so many have one conversation, two, ... six
@@ -648,7 +649,8 @@ def draw_each(spec, n, dropped, seed=0, split="train", skip_bad=False):
         wanted = Counter(rng.choices(list(streams), weights, k=n))
         for name in sorted(streams, key=precedence):
             n_taken = 0
-            for conversation in sieve.take(streams[name], wanted[name], not is_ours(name)):
+            passing = sieve.take(streams[name], wanted[name], not is_ours(name), name in REPEATED)
+            for conversation in passing:
                 n_taken += 1
                 yield name, conversation
             n -= n_taken
@@ -711,15 +713,16 @@ class Sieve:
         self.seen = set()  # digests of conversations
         self.answers = {}  # {digest of what was said before: digest of what the assistant said then}
 
-    def take(self, stream, n, curated=False):
-        """Yield the next n that pass. There are fewer if the stream ends, as that of a file does, or, of a
-        source without end, if PATIENCE conversations in a row do not pass."""
+    def take(self, stream, n, curated=False, repeated=False):
+        """Yield the next n that pass, also duplicates if they may be `repeated`. There are fewer if the
+        stream ends, as that of a file does, or, of a source without end, if PATIENCE conversations in a row
+        do not pass."""
         n_passed = in_a_row = 0
         while n_passed < n and (curated or in_a_row < PATIENCE):
             conversation = next(stream, None)
             if conversation is None:
                 break
-            why = fault(conversation, self.split, curated) or self.conflict(conversation)
+            why = fault(conversation, self.split, curated) or self.conflict(conversation, repeated)
             if why:
                 self.dropped[why] += 1
                 in_a_row += 1
@@ -728,10 +731,10 @@ class Sieve:
                 n_passed += 1
                 in_a_row = 0
 
-    def conflict(self, conversation):
+    def conflict(self, conversation, repeated=False):
         """Why a conversation cannot follow those before it, or None."""
         key = digest(json.dumps(conversation))
-        if key in self.seen:
+        if key in self.seen and not repeated:
             return "duplicates"
         self.seen.add(key)
         for i, turn in enumerate(conversation):

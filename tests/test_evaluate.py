@@ -97,6 +97,14 @@ def test_who_remembers_everything_is_right_without_searching(sit):
     assert results["invented names"]["refused"] == 0
 
 
+def test_small_talk_is_right_if_the_answer_belongs_to_the_question(sit):
+    rows = [row for row in facts.texts("source") if row["source"] == "chitchat"]
+    answers = {question: row["answer"][-1] for row in rows for question in row["held_out"]}
+    reply = lambda conversation: said(answers.get(conversation[-1]["content"], "Well."))
+    assert sit(reply)["small talk"] == dict(n=12, right=1)
+    assert sit(lambda _: said("Good. What would you like to know?"))["small talk"]["right"] < 0.3
+
+
 def test_who_reads_the_prompt_knows_what_is_stated_there(sit):
     def read(conversation):
         return said(" ".join(str(turn["content"]) for turn in conversation if turn["role"] == "user"))
