@@ -379,6 +379,10 @@ class Assistant:
         forbidden = [special[f"<|{name}|>"] for name in ("im_start", "im_sep", "output_start", "output_end")]
         self.mask = ~np.isin(np.arange(tokenizer.vocab_size), forbidden)  # (V,)
 
+    def fitting(self, conversation):
+        """The conversation without its oldest turns, as few as possible, so that an answer fits, too."""
+        return fit_to_context(self.model, self.tokenizer, conversation, self.max_tokens)
+
     def answer(self, conversation, show):
         """Answer the last turn. Returns the content of the assistant's turn, [] if there are no words in it.
 
@@ -387,8 +391,10 @@ class Assistant:
         Ctrl-C ends the answer and keeps what has been generated, except a call that has no output yet.
         """
         tokenizer = self.tokenizer
-        kept = fit_to_context(self.model, tokenizer, conversation, self.max_tokens)
+        kept = self.fitting(conversation)
         ids, events, notes = [], AnswerEvents(), []
+        if len(kept) < len(conversation) and self.fitting(conversation[:-2]) == conversation[:-2]:
+            notes.append({"note": "the oldest messages no longer fit the model's context"})
 
         def on_token(completion, shown, logits):
             ids[:] = completion.ids  # they outlive the completion when Ctrl-C ends it
@@ -397,16 +403,13 @@ class Assistant:
 
         self.n_answers += 1
         with contextlib.suppress(KeyboardInterrupt):
-            if len(kept) < len(conversation):
-                n_dropped = len(conversation) - len(kept)
-                show([{"note": f"the oldest {n_dropped} messages no longer fit the model's context"}])
             [completion] = generate(
                 self.model, [tokenizer.prompt(kept)], self.max_tokens, **self.sampling, seed=self.seed,
                 streams=[self.n_answers], stop_tokens=self.stop_tokens, on_token=on_token,
                 allowed=lambda completion: self.mask,
             )  # fmt: skip
             if completion.finish in NOTES:
-                notes = [{"note": NOTES[completion.finish]}]
+                notes.append({"note": NOTES[completion.finish]})
             if self.tell_speed:
                 notes.append({"note": speed_text([completion])})
 
@@ -490,7 +493,7 @@ def chat(model, tokenizer, **settings):
                     turns = []
                 case ["/system", *text]:
                     asked = [{"role": "system", "content": text[0]}] if text else []
-                    system = fit_to_context(model, tokenizer, asked, assistant.max_tokens)
+                    system = assistant.fitting(asked)
                 case ["/save", path]:
                     saved = json.dumps({"messages": checked(system + turns, True)}, ensure_ascii=False)
                     with open(os.path.expanduser(path), "a", encoding="utf-8", errors="replace") as file:
