@@ -1,6 +1,6 @@
 """More answers instead of a larger model: what it is worth to choose one of N answers.
 
-Needs runs/sft (make sft). 5 minutes on two cores.
+Needs runs/sft (make sft). 3 minutes on two cores.
 
 The assistant answers stories of two and three steps 128 times each, and every N is a subset of these answers.
 One of N is chosen by a majority vote, by mean log-probability, by a reward model (the assistant, trained on

@@ -1,6 +1,6 @@
 """Does a model learn to think longer? Practice without a calculator, with room for long answers.
 
-Needs runs/sft (make sft). 3 minutes on two cores.
+Needs runs/sft (make sft). 2 minutes on two cores.
 
 In the lecture's figure, from DeepSeek-R1, accuracy and the length of the answers grow together: the model
 finds out that checking and trying again help. Here the assistant practises sums and stories, whose steps it
