@@ -38,7 +38,7 @@ help:
 	@echo "make chat     talk to the assistant; make chat-web: in the browser"
 	@echo "make rl       let it practise problems whose answers can be checked (3 to 9 minutes)"
 	@echo "make rlhf     let it learn to please a reward model, and to fool it (3 to 8 minutes)"
-	@echo "make experiments  answer some questions of the lecture, a table and a figure each (about 40 minutes)"
+	@echo "make experiments  answer some questions of the lecture, a table and a figure each (half an hour)"
 	@echo "make plot     draw its loss and learning rate"
 	@echo "make figures  draw the figures of the README from the runs of these"
 	@echo "make test     lint, and run all tests"

@@ -1,6 +1,6 @@
 """A reward model of people's comparisons; a policy that fools it; what fooled it as a comparison; and again.
 
-Needs runs/rlhf-manners (make rlhf). 6 minutes on two cores. --comparisons FILE takes comparisons of your
+Needs runs/rlhf-manners (make rlhf). 5 minutes on two cores. --comparisons FILE takes comparisons of your
 own, as comparisons.py describes them; without it true_score() of extras/rlhf.py compares worked solutions in
 two manners, six of ten losers with the wrong answer. In each round a new reward model learns all comparisons,
 and the assistant of the beginning practises the prompts against it. An exploit is an answer that the reward
