@@ -131,7 +131,7 @@ def draw_pretraining(run, out):
     axes.set_ylabel("loss, nats per token")
     axes.legend()
     flags = next(event["flags"] for event in events if event["event"] == "start")
-    rows = f"rows of {flags['seq_len']} tokens, before: {flags['short_len']}"
+    rows = f"from here rows of {flags['seq_len']} tokens, not {flags['short_len']}"
     axes.text(flags["short_part"] * flags["steps"], 4.3, rows, fontsize=9)
     samples = [event for event in events if event["event"] == "sample"]
     shown = [samples[0], samples[len(samples) // 10 - 1], samples[-1]]
@@ -199,7 +199,8 @@ def draw_rlhf(run, out):
     other.plot(*points(events, "eval", "score"), "o-", color="C2", label="true score, held out (right)")
     other.set_ylabel("true score", color="C2")
     other.set_ylim(0, 1)
-    figure.legend(loc="lower center", bbox_to_anchor=(0.45, 0.2))
+    lines = [*axes.get_lines(), *other.get_lines()]
+    axes.legend(handles=lines, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)  # over no curve
     save(figure, [axes], out)
 
 
