@@ -144,11 +144,7 @@ def learn_merges(chunks, n_merges):
         weights += [n] * (len(chunk) + 1)
     before = list(range(-1, len(symbols) - 1))  # for every place: the place of the symbol before it
     after = list(range(1, len(symbols) + 1))
-    counts, places = defaultdict(int), defaultdict(list)  # of every pair; a place is that of its left symbol
-    for i, pair in enumerate(itertools.pairwise(symbols)):
-        if GAP not in pair:
-            counts[pair] += weights[i]
-            places[pair].append(i)  # other merges may take it later
+    counts, places = count_and_place(symbols, weights)  # other merges may take some of these places
     heap = [(-n, pair) for pair, n in counts.items()]  # the most frequent pair first, then the smallest ids
     heapq.heapify(heap)
 
@@ -186,6 +182,16 @@ def learn_merges(chunks, n_merges):
         progress.add(1)
     progress.done()
     return merges
+
+
+def count_and_place(symbols, weights):
+    """For every pair of neighbours how often the text has it, and the places of its left symbol."""
+    counts, places = defaultdict(int), defaultdict(list)
+    for i, pair in enumerate(itertools.pairwise(symbols)):
+        if GAP not in pair:
+            counts[pair] += weights[i]
+            places[pair].append(i)
+    return counts, places
 
 
 def utf8(text):
