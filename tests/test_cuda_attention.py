@@ -310,7 +310,7 @@ def decode_cases():
 
 
 @pytest.mark.parametrize("T", [1, 5])
-@pytest.mark.parametrize(("dtype", "HS", "version", "splits"), decode_cases())
+@pytest.mark.parametrize(("dtype", "HS", "version", "splits"), list(decode_cases()))
 def test_decode(dtype, HS, T, version, splits):
     """Rows of different lengths, the first one empty, the last one filling its cache; unused cache is NaN."""
     NH, Tmax, storage = 2, 300, STORAGE[dtype]
