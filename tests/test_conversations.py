@@ -654,6 +654,14 @@ def test_conversations_are_written_as_they_are_read(tmp_path):
     assert [json.loads(line)["source"] for line in path.open()] == [source for source, _ in drawn]
 
 
+def test_one_file_is_written_and_what_was_dropped_is_said(tmp_path):
+    both = ["--jsonl", tmp_path / "a.jsonl", "--workbook", tmp_path / "b.jsonl"]
+    assert refused(run(mixture.main, "sums", *both), "--workbook", "not allowed")
+    for flag in both[::2]:
+        done = run(mixture.main, "refusal", "--num", 2000, flag, tmp_path / "c.jsonl")
+        assert done.status == 0 and re.search(r"dropped: .*\d+ duplicates", done.err)
+
+
 def test_a_workbook_is_pages_of_plain_text(tmp_path):
     path = tmp_path / "workbook.jsonl"
     mixture.main(["sums=1,tasks=1,repeat=1", "--num", "130", "--workbook", str(path)])

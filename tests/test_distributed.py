@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -377,6 +378,26 @@ def test_ranks_with_other_flags_are_told_so_by_one_line(launched):
     assert [process.returncode for process in processes] == [2, 2, 2]
     wanted = "error: rank 1 has other flags than rank 0 (3 --lr 2; 3 --lr 1); start all with the same\n"
     assert sorted(said) == ["", "", wanted]
+
+
+def test_a_stranger_at_the_port_is_no_rank(launched):
+    at = port()
+    (first,) = launched(SUM, [(variables("torchrun", 0, 2, at), [])], size=2)
+    for message in (b"5", b"[1, 2]", b"GET / HTTP/1.1"):
+        deadline = time.monotonic() + 30
+        while True:  # until rank 0 listens
+            try:
+                stranger = socket.create_connection(("localhost", at))
+                break
+            except ConnectionRefusedError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        with stranger:
+            stranger.sendall(struct.pack("<Q", len(message)) + message)
+    second = launched(SUM, [(variables("torchrun", 1, 2, at), [])], size=2)[-1]
+    for rank, process in enumerate((first, second)):
+        out, err = process.communicate(timeout=60)
+        assert err == "" and json.loads(out)[:3] == [rank, 2, 300]
 
 
 def test_a_port_that_is_taken_is_one_clear_line(launched):
