@@ -291,6 +291,8 @@ def shards(directory, split):
 
 def open_shard(path):
     """The tokens of a shard, a memory-mapped uint16 array; UserError if the header or the size is wrong."""
+    if not path.exists():
+        raise UserError(f"{path} is a link to a file that is not there; mend the link")
     size = path.stat().st_size
     header = np.fromfile(path, "<i4", HEADER_BYTES // 4)  # shorter if the file is
     remedy = "give a folder of shards that data.py made, or llm.c for GPT-2"

@@ -1222,12 +1222,19 @@ def shorten(paths, n_tokens):
         overwrite(path, 8, [n_tokens], "<i4")
 
 
+def link_to_nothing(path):
+    link = path.with_suffix(".link")
+    link.symlink_to("gone")
+    return link
+
+
 DAMAGE = {
     "no train shard": (lambda train, _: [path.unlink() for path in train], "no *_train_*.bin", "data.py"),
     "no val shard": (lambda _, d: [p.unlink() for p in d.glob("*_val_*")], "no *_val_*.bin", "data.py"),
     "truncated": (lambda train, _: os.truncate(train[-1], 3000), "truncated", "again"),
     "empty file": (lambda train, _: os.truncate(train[0], 0), "truncated", "again"),
     "no tokens": (lambda train, _: shorten(train[:1], 0), "truncated"),
+    "broken link": (lambda train, _: os.replace(link_to_nothing(train[0]), train[0]), "01.bin is a link"),
     "wrong magic": (lambda train, _: overwrite(train[0], 0, [20240801], "<i4"), "20240801", "no shard"),
     "wrong version": (lambda train, _: overwrite(train[0], 4, [7], "<i4"), "version 7"),
     "token": (lambda train, _: overwrite(train[1], 1030, [266], "<u2"), "token 266", "ends at 265", "02.bin"),
